@@ -1,0 +1,101 @@
+"""Bochs: built from Debian's source without its debugger, or, where that fails, Debian's own binary."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from apt import Suite
+from cache import BUILD, RigError, cached, locked, retried, say, sh
+
+# trixie's 3.0 first: the others' upstream tarballs were missing from the archive when this was written.
+SOURCE_SUITES = [Suite(name) for name in ("trixie", "sid", "bookworm")]
+BINARY_SUITE = Suite("bookworm")
+CONFIGURE = [
+    *("--enable-x86-64", "--enable-cpu-level=6", "--enable-vmx=2", "--enable-svm"),
+    *("--enable-all-optimizations", "--enable-handlers-chaining", "--enable-avx", "--enable-evex"),
+    *("--enable-pci", "--enable-e1000", "--disable-docbook", "--with-nogui"),
+    *("CFLAGS=-O2", "CXXFLAGS=-O2"),
+]
+
+
+@dataclass(frozen=True)
+class Bochs:
+    """A Bochs to run: its program, its BIOS images, and whether the debugger is compiled in."""
+
+    program: Path
+    bios: Path
+    vgabios: Path
+    debugger: bool
+
+    def cpu_model(self, kernel_release: str) -> str:
+        """The CPU model to emulate. Bochs 2.7's Skylake makes kernels of the 7.x line panic in topology code."""
+        old_for_it = self.debugger and int(kernel_release.split(".", maxsplit=1)[0]) >= 7
+        return "corei7_haswell_4770" if old_for_it else "corei7_skylake_x"
+
+
+def bochs() -> Bochs:
+    """The fastest Bochs that can be had here; what could not be built is said once and tried again next day."""
+    failed = BUILD / "bochs-not-built"
+    if not failed.exists() or os.environ.get("MSRTRACE_BOCHS") == "source":
+        for suite in SOURCE_SUITES:
+            try:
+                return from_source(suite)
+            except RigError as error:
+                say(f"no Bochs from the source of {suite.name}: {str(error).splitlines()[-1]}")
+        failed.touch()
+    say("using Debian's Bochs binary, which is 3 to 4 times slower")
+    return from_binary()
+
+
+def bios_images(suite: Suite, work: Path) -> None:
+    """Put the BIOS and VGA BIOS of Debian's packages into WORK: the source tarball has neither."""
+    suite.unpack(["bochsbios", "vgabios"], work / "packages", work / "downloads")
+    shutil.copy(work / "packages/usr/share/bochs/BIOS-bochs-latest", work / "bios")
+    shutil.copy(work / "packages/usr/share/vgabios/vgabios.bin", work / "vgabios")
+    shutil.rmtree(work / "packages")
+    shutil.rmtree(work / "downloads")
+
+
+def from_source(suite: Suite) -> Bochs:
+    """Bochs compiled from the upstream tarball that SUITE's source package names."""
+    uri, checksum = suite.upstream_tarball("bochs")
+
+    def make(work: Path) -> None:
+        tarball, source = work / "source.tar", work / "source"
+        # One attempt is enough when the archive says that it lacks the file.
+        retried(f"download of {Path(uri).name}", lambda: fetch(uri, tarball, checksum), attempts=2)
+        source.mkdir()
+        sh(["tar", "-x", "-f", tarball, "-C", source, "--strip-components=1"])
+        sh(["./configure", *CONFIGURE], cwd=source, log=work / "log")
+        with locked("compiler"):
+            sh(["make", f"-j{os.cpu_count()}"], cwd=source, log=work / "log")
+        shutil.copy(source / "bochs", work / "bochs")
+        bios_images(suite, work)
+        shutil.rmtree(source)
+        tarball.unlink()
+
+    made = cached("bochs", [checksum, CONFIGURE], make)
+    return Bochs(made / "bochs", made / "bios", made / "vgabios", debugger=False)
+
+
+def fetch(uri: str, file: Path, checksum: str) -> None:
+    """Download URI to FILE and check it against CHECKSUM, as apt does."""
+    sh(["/usr/lib/apt/apt-helper", "-o", "APT::Sandbox::User=root", "download-file", uri, file, checksum])
+
+
+def from_binary() -> Bochs:
+    """Debian's Bochs, with the terminal display it cannot do without and the libraries that it needs."""
+
+    def make(work: Path) -> None:
+        sh(["apt-get", "install", "-y", "--no-install-recommends", "bochs", "bochs-term"], log=work / "log")
+        bios_images(BINARY_SUITE, work)
+
+    made = cached("bochs-binary", [BINARY_SUITE.candidate("bochs")], make)
+    program = shutil.which("bochs")
+    if not program:
+        shutil.rmtree(made)
+        raise RigError("Debian's package bochs is not installed any more; run the command again")
+    return Bochs(Path(program), made / "bios", made / "vgabios", debugger=True)

@@ -1,0 +1,257 @@
+"""The hosts that can be emulated, and the disk image and boot medium of each."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from apt import Suite
+from cache import HERE, RigError, cached, sh
+
+#: What the root file system holds beside the suite's essential packages.
+PACKAGES = ["python3-bpfcc", "mount", "kmod", "procps", "iproute2", "bpftool", "libcap2-bin"]
+#: Modules for the root disk and for the boot medium; what they depend on comes along.
+ROOT_MODULES = ["kvm_intel", "kvm_amd", "e1000"]
+BOOT_MODULES = ["ata_piix", "sd_mod", "ext4"]
+# One cylinder of the geometry that Bochs assumes for a flat image: 16 heads of 63 sectors.
+CYLINDER = 16 * 63 * 512
+
+
+@dataclass(frozen=True)
+class Host:
+    """An emulated host: the kernel of one suite under the userland of another."""
+
+    name: str
+    userland: Suite
+    kernel: Suite
+    unpatched: bool = False  # a kvm_intel with the patch reverted is built and put beside the stock one
+
+    @property
+    def release(self) -> str:
+        """The kernel release as `uname -r` prints it: that of the newest kernel in the suite."""
+        for package in self.kernel.depends("linux-image-amd64"):
+            found = re.fullmatch(r"linux-image-(\d.*-amd64)", package)
+            if found:
+                return found[1]
+        raise RigError(f"linux-image-amd64 of Debian {self.kernel.name} depends on no kernel image")
+
+    def kernel_packages(self) -> list[str]:
+        """The packages that hold the kernel, its modules and its headers (7.x has the first two apart)."""
+        release = self.release
+        image = [f"linux-image-{release}"]
+        split = [f"linux-{part}-{release}" for part in ("binary", "modules")]
+        if set(split) <= set(self.kernel.depends(image[0])):
+            image = split
+        headers = f"linux-headers-{release}"
+        common = [p for p in self.kernel.depends(headers) if re.fullmatch(r"linux-headers-.*-common", p)]
+        return [*image, headers, *common]
+
+
+HOSTS = {
+    host.name: host
+    for host in (
+        Host("bookworm", Suite("bookworm"), Suite("bookworm"), unpatched=True),
+        Host("trixie", Suite("trixie"), Suite("trixie"), unpatched=True),
+        Host("sid", Suite("sid"), Suite("sid")),
+        Host("filter-only", Suite("bookworm"), Suite("bullseye")),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Image:
+    """What Bochs boots: a root disk and a boot medium; `release` is the kernel's."""
+
+    disk: Path
+    iso: Path
+    release: str
+
+
+def mmdebstrap(suite: Suite, packages: list[str], target: Path, *options: str) -> None:
+    """A root tree of SUITE with PACKAGES (and no documentation) below TARGET."""
+    suite.refresh()
+    aptopts = ["--aptopt=Acquire::Retries 4", "--aptopt=APT::Sandbox::User root"]
+    excluded = [f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in ("doc", "man", "locale", "info", "lintian")]
+    command = ["mmdebstrap", "--mode=root", "--variant=apt", "--format=directory", *aptopts, *excluded]
+    include = f"--include={','.join(packages)}"
+    sh(
+        [*command, *options, include, suite.name, target, *suite.sources()],
+        log=target.parent / "mmdebstrap.log",
+    )
+
+
+def userland(host: Host) -> Path:
+    """The root tree without a kernel: shared by the hosts of one userland."""
+    suite = host.userland
+
+    def make(work: Path) -> None:
+        mmdebstrap(suite, PACKAGES, work / "root")
+        for spare in ("var/lib/apt/lists", "var/cache/apt", "usr/share/doc", "usr/share/locale"):
+            shutil.rmtree(work / "root" / spare, ignore_errors=True)
+
+    inputs = [suite.name, PACKAGES, *(suite.candidate(p) for p in ("python3-bpfcc", "python3", "libc6"))]
+    return cached(f"userland-{suite.name}", inputs, make) / "root"
+
+
+def kernel(host: Host) -> Path:
+    """The unpacked kernel, modules and headers of HOST, as Debian ships them."""
+    packages = host.kernel_packages()
+
+    def make(work: Path) -> None:
+        host.kernel.unpack(packages, work, work / "downloads")
+        shutil.rmtree(work / "downloads")
+        merge_lib(work)
+        sh(["depmod", "-b", work, host.release])
+
+    return cached(f"kernel-{host.kernel.name}", [packages, host.kernel.candidate(packages[0])], make)
+
+
+def merge_lib(tree: Path) -> None:
+    """Make TREE/lib a link to usr/lib, as on a running system, wherever the packages put their files."""
+    old, new = tree / "lib", tree / "usr/lib"
+    if old.is_dir() and not old.is_symlink():
+        sh(["cp", "-a", f"{old}/.", new])
+        shutil.rmtree(old)
+    if not old.is_symlink():
+        old.symlink_to("usr/lib")
+
+
+def module_files(tree: Path, release: str, modules: list[str]) -> list[Path]:
+    """The files of MODULES and of what they need, in the order in which they load."""
+    files: dict[Path, None] = {}
+    for module in modules:
+        for line in sh(["modprobe", "-d", tree, "-S", release, "--show-depends", module]).splitlines():
+            if line.startswith("insmod "):
+                files[Path(line.split()[1])] = None
+    return list(files)
+
+
+def unpacked_copy(module: Path, target: Path) -> None:
+    """Copy a module to TARGET, uncompressed: the initramfs and insmod of old kernels read no .xz."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if module.suffix == ".xz":
+        with target.open("wb") as out:
+            subprocess.run(["xz", "-dc", module], stdout=out, check=True)
+    else:
+        shutil.copy(module, target)
+
+
+def build_chroot(host: Host) -> Path:
+    """A root tree of the kernel's own suite with its compiler, headers and source: for building its module."""
+    suite = host.kernel
+    series = re.match(r"\d+\.\d+", host.release)
+    assert series
+    packages = [
+        "linux-headers-amd64",
+        f"linux-source-{series[0]}",
+        "dwarves",
+        "make",
+        "patch",
+        "xz-utils",
+        "zstd",
+        "lz4",
+    ]
+
+    def make(work: Path) -> None:
+        mmdebstrap(suite, packages, work / "root")
+
+    return cached(f"buildroot-{suite.name}", [packages, suite.candidate(packages[1])], make) / "root"
+
+
+def unpatched_module(host: Host) -> Path:
+    """kvm-intel.ko of HOST's kernel with the patch of KERNEL.md 3 reverted: same compiler, same source, with BTF."""
+    recipe = [HERE / "unpatch.diff", HERE / "build-module"]
+
+    def make(work: Path) -> None:
+        root = work / "root"
+        sh(["cp", "-al", build_chroot(host), root])  # links: the build adds files and changes none
+        for file in recipe:
+            shutil.copy(file, root / "tmp")
+        # The compressed kernel is where pahole finds the BTF that the module's is a split of.
+        shutil.copy(kernel(host) / f"boot/vmlinuz-{host.release}", root / "tmp/vmlinuz")
+        sh(["chroot", root, "/tmp/build-module", host.release], log=work / "log")
+        shutil.copy(root / "tmp/kvm-intel.ko", work)
+        shutil.rmtree(root)
+
+    packages = host.kernel_packages()
+    inputs = [host.release, host.kernel.candidate(packages[0]), *recipe]
+    return cached(f"unpatched-{host.name}", inputs, make) / "kvm-intel.ko"
+
+
+def image(host: Host) -> Image:
+    """The root disk and boot medium of HOST, built unless they are in the cache."""
+    guest = sorted((HERE / "guest").iterdir())
+    unpatched = unpatched_module(host) if host.unpatched else None
+    tree, base = kernel(host), userland(host)
+    release = host.release
+
+    def make(work: Path) -> None:
+        make_disk(host, base, tree, unpatched, work / "root.img")
+        make_iso(tree, release, work / "boot.iso")
+
+    inputs = [base.parent.name, tree.name, *([unpatched] if unpatched else []), *guest, HERE / "hosts.py"]
+    built = cached(f"image-{host.name}", inputs, make)
+    return Image(built / "root.img", built / "boot.iso", release)
+
+
+def make_disk(host: Host, base: Path, tree: Path, unpatched: Path | None, disk: Path) -> None:
+    """The root disk: the userland, the kernel's headers, the few modules needed, and each variant of kvm_intel."""
+    root, release = disk.parent / "root", host.release
+    sh(["cp", "-al", base, root])
+    merge_lib(root)
+    modules = root / "usr/lib/modules" / release
+    for file in module_files(tree, release, [*ROOT_MODULES, *BOOT_MODULES]):
+        relative = file.relative_to(tree / "lib/modules" / release)
+        unpacked_copy(file, modules / relative.with_name(relative.name.removesuffix(".xz")))
+    for listing in (tree / "lib/modules" / release).glob("modules.[ob]*"):
+        if not listing.name.endswith((".bin", ".alias")):
+            shutil.copy(listing, modules)
+    sh(["depmod", "-b", root, release])
+    sh(["cp", "-a", tree / "usr/src", root / "usr"])
+    for link in ("build", "source"):  # BCC needs both: the headers are in two packages
+        (modules / link).symlink_to((tree / "lib/modules" / release / link).readlink())
+    variants = modules / "msrtrace"
+    [stock] = modules.glob("kernel/arch/x86/kvm/kvm-intel.ko")
+    for name, module in {"patched": stock, "unpatched": unpatched}.items():
+        if module:
+            (variants / name).mkdir(parents=True)
+            shutil.copy(module, variants / name / "kvm-intel.ko")
+    (variants / "nobtf").mkdir()
+    sh(["objcopy", "--remove-section=.BTF", stock, variants / "nobtf/kvm-intel.ko"])
+    for script in ("init", "kvm-intel"):
+        shutil.copy(HERE / "guest" / script, root / "usr/local/sbin")
+    make_ext4(root, disk)
+    shutil.rmtree(root)
+
+
+def make_ext4(root: Path, disk: Path) -> None:
+    """An ext4 image of the tree ROOT, with room to spare."""
+    used = int(sh(["du", "-s", "--block-size=1", root]).split()[0])
+    size = (used * 5 // 4 + (256 << 20)) // CYLINDER * CYLINDER
+    with disk.open("wb") as file:
+        file.truncate(size)
+    sh(["mke2fs", "-q", "-t", "ext4", "-m", "0", "-O", "^has_journal", "-d", root, disk])
+
+
+def make_iso(tree: Path, release: str, iso: Path) -> None:
+    """The boot medium: isolinux, the kernel, and an initramfs that finds the root disk."""
+    medium, initramfs = iso.parent / "medium", iso.parent / "initramfs"
+    (medium / "isolinux").mkdir(parents=True)
+    (initramfs / "bin").mkdir(parents=True)
+    shutil.copy(HERE / "guest/initramfs-init", initramfs / "init")
+    shutil.copy("/usr/bin/busybox", initramfs / "bin")
+    for index, file in enumerate(module_files(tree, release, BOOT_MODULES)):
+        unpacked_copy(file, initramfs / "modules" / f"{index:02}-{file.name.removesuffix('.xz')}")
+    cpio = f"cd {initramfs} && find . | LC_ALL=C sort | cpio -o -H newc --quiet -R 0:0 > {medium}/initrd"
+    sh(["sh", "-c", cpio])
+    shutil.copy(tree / f"boot/vmlinuz-{release}", medium / "vmlinuz")
+    shutil.copy(HERE / "guest/isolinux.cfg", medium / "isolinux")
+    shutil.copy("/usr/lib/ISOLINUX/isolinux.bin", medium / "isolinux")
+    shutil.copy("/usr/lib/syslinux/modules/bios/ldlinux.c32", medium / "isolinux")
+    boot = ["-b", "isolinux/isolinux.bin", "-c", "isolinux/boot.cat", "-no-emul-boot", "-boot-load-size", "4"]
+    sh(["xorriso", "-as", "mkisofs", "-quiet", "-o", iso, *boot, "-boot-info-table", medium])
+    shutil.rmtree(medium)
+    shutil.rmtree(initramfs)

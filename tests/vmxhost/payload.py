@@ -1,0 +1,97 @@
+"""What goes into every guest beside its image: the checkout as an installed wheel, and the workload."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from cache import HERE, REPO, cached, retried, sh
+from hosts import Host, userland
+
+#: What the wheel is made from.
+PARTS = ["tracer", "bpf"]
+
+
+def guest_programs() -> Path:
+    """A directory of programs for the guest: the workload, static so that it runs under any userland."""
+    source = HERE / "workload.c"
+
+    def make(work: Path) -> None:
+        options = ["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
+        sh(["gcc", *options, "-o", work / "workload", source])
+
+    return cached("programs", [source], make)
+
+
+def pip() -> list[str | Path]:
+    """The command of a pip of this machine's Python, whether or not Debian's is installed."""
+
+    def make(work: Path) -> None:
+        sh(["/usr/bin/python3", "-m", "venv", work / "venv"])
+
+    python = cached("pip", [sh(["/usr/bin/python3", "--version"])], make) / "venv/bin/python"
+    return [python, "-m", "pip", "--disable-pip-version-check"]
+
+
+def wheel_and_dependencies() -> Path:
+    """A directory of wheels: the checkout's own and those of what it depends on."""
+    files = [f for part in PARTS for f in sorted((REPO / part).rglob("*")) if f.is_file() and f.suffix != ".pyc"]
+    files += [REPO / "pyproject.toml", REPO / "README.md"]
+
+    def make(work: Path) -> None:
+        source = work / "source"
+        for file in files:
+            copy = source / file.relative_to(REPO)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+        retried("wheels", lambda: sh([*pip(), "wheel", "--quiet", "--wheel-dir", work, source]))
+        shutil.rmtree(source)
+
+    return cached("wheels", [[str(f.relative_to(REPO)) for f in files], *files], make)
+
+
+def guest_site(host: Host) -> Path:
+    """The site-packages directory of HOST's Python with msrtrace installed, and bytecode that its Python made.
+
+    Compiling Python takes long in the emulator, so the guest's own interpreter does it here, in a chroot.
+    """
+    root, wheels = userland(host), wheel_and_dependencies()
+
+    def make(work: Path) -> None:
+        site = work / "site"
+        names = [str(wheel) for wheel in wheels.glob("*.whl")]
+        sh(
+            [
+                *pip(),
+                "install",
+                "--quiet",
+                "--no-index",
+                "--no-deps",
+                "--no-compile",
+                "--target",
+                site,
+                *names,
+            ]
+        )
+        inside = sh(["chroot", root, "python3", "-c", "import site; print(site.getsitepackages()[0])"]).strip()
+        prefix = ["-s", "/mnt", "-p", inside]
+        compile_all = (
+            f"mount --bind {site} {root}/mnt && chroot {root} python3 -m compileall -q {' '.join(prefix)} /mnt"
+        )
+        sh(["unshare", "--mount", "sh", "-c", compile_all])
+
+    return cached(f"site-{host.userland.name}", [wheels.name, root.parent.name], make) / "site"
+
+
+def guest_bin(host: Host) -> Path:
+    """What lies in /usr/local/bin of the guest: its programs, and the command lines of the installed wheels."""
+    site, programs = guest_site(host), guest_programs()
+
+    def make(work: Path) -> None:
+        shutil.copy(programs / "workload", work)
+        script = (site / "bin/msrtrace").read_text()
+        (work / "msrtrace").write_text(re.sub(r"\A#!.*", "#!/usr/bin/python3", script))
+        (work / "msrtrace").chmod(0o755)
+
+    return cached(f"bin-{host.userland.name}", [site.parent.name, programs.name], make)

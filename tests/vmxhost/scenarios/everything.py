@@ -1,0 +1,231 @@
+"""All that the tests look at, collected in one boot: `everything.py VARIANT...`, the variants of kvm_intel to load.
+
+A scenario that breaks is recorded as broken and the others go on; the test that reads it then fails.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from guest import ADDRESS, OUT, Msrtrace, kernel_state, load, output_of, record, scrape, succeed, until, workload
+from kerneltracer import KernelTracer
+
+from tracer.btf import Btf, BtfError
+from tracer.engine import bitmap_offset
+
+VARIANTS = sys.argv[1:]
+STOCK = VARIANTS[0]
+
+
+def known_counts() -> Any:
+    """Prime numbers of everything, on each variant in turn, while one msrtrace goes on tracing."""
+    load(STOCK)
+    msrtrace = Msrtrace()
+    found: dict[str, Any] = {"scrapes": {}, "workload": {}}
+    for number, variant in enumerate(VARIANTS):
+        if number:
+            load(variant)
+            msrtrace.wait_for("kvm_intel was loaded again", number)
+        found["scrapes"][f"{variant} before"] = scrape()
+        found["workload"][variant] = workload("--vms", 2, "--vcpus", 3, "--updates", 101, "--initial-run")
+        found["scrapes"][f"{variant} after"] = scrape()
+    # Unloaded: nothing is attached and nothing is forgotten.
+    load("none")
+    msrtrace.wait_for("kvm_intel was unloaded")
+    found["scrapes"]["unloaded"] = scrape()
+    load(STOCK)
+    msrtrace.wait_for("kvm_intel was loaded again", len(VARIANTS))
+    found["scrapes"]["back"] = scrape()
+    return found | msrtrace.end()
+
+
+def witnessed(variant: str) -> Any:
+    """Everything that the workload can do, under the eyes of the kernel's own tracer."""
+    load(variant)
+    try:
+        offset = bitmap_offset(Btf.of_module("kvm_intel"))
+    except BtfError:
+        offset = None
+    msrtrace = Msrtrace()
+    before = scrape()
+    did = []
+    with KernelTracer(offset, OUT / f"witness-{variant}"):
+        for options in (
+            "--vcpus 2 --updates 7 --initial-run",
+            "--updates 5 --deny-all",
+            "--updates 3 --msr 0x10 --msr 0x48 --msr 0xc0000102 --msr 0x174 --spec-ctrl 5",
+            "--cpuid 3 --updates 2",
+            "--x2apic 2 --updates 2",
+            "--threads --vms 2 --vcpus 2 --updates 5",
+            "--create-vms 3 --vcpus 2 --updates 0",
+        ):
+            did.append(workload(*options.split()))
+    return {"before": before, "after": scrape(), "workload": did, "offset": offset} | msrtrace.end()
+
+
+def unknown_redundancy() -> Any:
+    """A kvm_intel without BTF: calls are counted, what they changed is not known."""
+    load("nobtf")
+    msrtrace = Msrtrace()
+    did = workload("--vcpus", 2, "--updates", 7, "--initial-run")
+    text = scrape()
+    ended = msrtrace.end()
+    load(STOCK)
+    return {"scrape": text, "workload": did} | ended
+
+
+def by_vm() -> Any:
+    """Three VMs, two of them with names; one ends while the others go on."""
+    load(STOCK)
+    msrtrace = Msrtrace("--by-vm")
+    names = [("--", "-name", "guest=web,debug-threads=on"), ("--", "--id", "function-7"), ()]
+    vms = []
+    for number, name in enumerate(names):
+        options = ["--vcpus", "2", "--updates", str(3 + 2 * number), "--hold", "600", "--ready", f"/tmp/ready-{number}"]
+        vms.append(subprocess.Popen(["workload", *options, *name]))
+    until(lambda: re.findall(r"^msrtrace_filter_updates_total\{.*\} (\S+)$", scrape(), re.M).__len__() == 3)
+    wanted = sum(2 * (3 + 2 * n) for n in range(3))
+    until(lambda: sum(map(float, re.findall(r"^msrtrace_filter_updates_total\{.*\} (\S+)$", scrape(), re.M))) == wanted)
+    all_there = scrape()
+    vms[0].kill()
+    vms[0].wait()
+    one_gone = scrape()
+    for vm in vms[1:]:
+        vm.kill()
+        vm.wait()
+    none_left = scrape()
+    found = {"pids": [vm.pid for vm in vms], "all": all_there, "one gone": one_gone, "none left": none_left}
+    return found | msrtrace.end()
+
+
+def one_pid() -> Any:
+    """Two VMs, of which one is traced."""
+    load(STOCK)
+    command = ["workload", "--updates", "5", "--hold", "600", "--go", "/tmp/go-pid"]
+    vms = [subprocess.Popen([*command, "--ready", f"/tmp/pid-{n}"]) for n in range(2)]
+    until(lambda: Path("/tmp/pid-0").exists() and Path("/tmp/pid-1").exists())
+    msrtrace = Msrtrace("--pid", str(vms[0].pid))
+    Path("/tmp/go-pid").touch()
+    until(lambda: "msrtrace_filter_updates_total 5.0" in scrape())
+    text = scrape()
+    for vm in vms:
+        vm.kill()
+        vm.wait()
+    return {"scrape": text} | msrtrace.end()
+
+
+def ends() -> Any:
+    """However msrtrace ends, nothing of it stays in the kernel."""
+    load(STOCK)
+    found: dict[str, Any] = {"idle": kernel_state()}
+    for name, number in (("SIGINT", signal.SIGINT), ("SIGTERM", signal.SIGTERM), ("SIGKILL", signal.SIGKILL)):
+        msrtrace = Msrtrace()
+        vm = subprocess.Popen(["workload", "--forever"])
+        until(lambda: not re.search(r"^msrtrace_filter_updates_total 0", scrape(), re.M))
+        running = kernel_state()
+        ended = msrtrace.end(number)
+        time.sleep(0.5)
+        found[name] = {"running": running, "after": kernel_state()} | ended
+        vm.terminate()
+        found[name]["workload"] = vm.wait()
+    return found
+
+
+def waits() -> Any:
+    """--wait-module: started before kvm_intel is there; and ended by a signal while it waits."""
+    load("none")
+    impatient = Msrtrace("--wait-module", ready="waiting for kvm_intel").end()
+    msrtrace = Msrtrace("--wait-module", ready="waiting for kvm_intel")
+    load(STOCK)
+    msrtrace.wait_for("serving")
+    workload("--updates", 3)
+    return {"scrape": scrape(), "impatient": impatient} | msrtrace.end()
+
+
+def misuse() -> Any:
+    """Everything a user can get wrong, on a real host."""
+    load(STOCK)
+    found: dict[str, Any] = {}
+    run = ("msrtrace", "run")
+    found["not root"] = output_of("setpriv", "--reuid=65534", "--clear-groups", *run)
+    found["doctor, not root"] = output_of("setpriv", "--reuid=65534", "--clear-groups", "msrtrace", "doctor")
+    build = Path(f"/lib/modules/{os.uname().release}/build")
+    away = build.with_name("build.away")
+    build.rename(away)
+    found["no headers"] = output_of(*run)
+    away.rename(build)
+    listener = Msrtrace()
+    found["port taken"] = output_of(*run)
+    listener.end()
+    load("none")
+    found["no kvm_intel"] = output_of(*run)
+    load(STOCK)
+    symbols = Path("/tmp/kallsyms")
+    lines = Path("/proc/kallsyms").read_text().splitlines(keepends=True)
+    symbols.write_text("".join(line for line in lines if not re.search(r" vmx_\w*(intercept|filter)", line)))
+    found["no symbols"] = bound(symbols, "/proc/kallsyms", *run)
+    [package] = [p for p in map(Path, ("/usr/lib/python3/dist-packages/bcc",)) if p.is_dir()]
+    empty = Path("/tmp/empty")
+    empty.mkdir()
+    away = package.with_name("bcc.away")
+    package.rename(away)
+    found["no BCC"] = output_of(*run)
+    (empty / "bcc.py").write_text("LATTICE = 1\n")
+    found["another bcc"] = output_of(*run, env={**os.environ, "PYTHONPATH": str(empty)})
+    away.rename(package)
+    lockdown = Path("/tmp/lockdown")
+    lockdown.write_text("none integrity [confidentiality]\n")
+    if not Path("/sys/kernel/security/lockdown").exists():
+        succeed(["mount", "-t", "securityfs", "none", "/sys/kernel/security"])
+    found["lockdown"] = bound(lockdown, "/sys/kernel/security/lockdown", *run)
+    found["no such process"] = output_of(*run, "--pid", "4194303")
+    found["bad address"] = output_of(*run, "--web.listen-address", "nowhere")
+    found["bad host"] = output_of(*run, "--web.listen-address", "999.1.1.1:9753")
+    found["bad certificate"] = output_of(*run, "--web.tls-cert-file", "/nonexistent")
+    found["doctor"] = output_of("msrtrace", "doctor")
+    found["doctor --json"] = output_of("msrtrace", "doctor", "--json")
+    return found
+
+
+def bound(source: Path, target: str, *command: str) -> Any:
+    """Run COMMAND with SOURCE mounted over TARGET."""
+    succeed(["mount", "--bind", str(source), target])
+    try:
+        return output_of(*command)
+    finally:
+        succeed(["umount", target])
+
+
+def main() -> None:
+    """Run every scenario; what they return goes to /out/NAME.json."""
+    scenarios: list[tuple[str, Callable[[], Any]]] = [
+        ("known_counts", known_counts),
+        *((f"witness-{variant}", lambda variant=variant: witnessed(variant)) for variant in VARIANTS),
+        *((f.__name__, f) for f in (unknown_redundancy, by_vm, one_pid, ends, waits, misuse)),
+    ]
+    shutil.rmtree(OUT / "x", ignore_errors=True)
+    only = os.environ.get("ONLY", "").split()
+    for name, scenario in scenarios:
+        if only and name not in only:
+            continue
+        started = time.monotonic()
+        try:
+            found = scenario()
+        except Exception:
+            found = {"broken": traceback.format_exc()}
+            subprocess.run(["pkill", "-9", "-x", "msrtrace|workload"], check=False)
+        record(name, found)
+        print(f"{name}: {'BROKEN' if 'broken' in found else 'collected'} in {time.monotonic() - started:.1f} s", flush=True)
+
+
+main()

@@ -1,0 +1,108 @@
+"""What the scenarios do in the guest: run msrtrace, scrape it, run the workload, look at the kernel's state.
+
+Scenarios only collect; what they found goes to /out and is judged by pytest outside (tests/vmxhost/test_*.py).
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+OUT = Path("/out")
+ADDRESS = "127.0.0.1:9753"
+START_SECONDS = 60.0  # of guest time: an emulated host is slow
+
+
+def output_of(*command: str, timeout: float = 120, **options: Any) -> dict[str, Any]:
+    """Run COMMAND; its status, stdout and stderr."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
+    return {"status": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
+
+
+def workload(*options: str | int) -> dict[str, int]:
+    """Run the workload; what it says it did. Raises if it failed."""
+    done = output_of("workload", *map(str, options))
+    if done["status"]:
+        raise RuntimeError(f"workload {options}: {done}")
+    return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", done["stdout"].splitlines()[-1])}
+
+
+def load(module: str) -> None:
+    """Put the variant MODULE of kvm_intel in place of what is loaded."""
+    subprocess.run(["kvm-intel", module], check=True)
+
+
+def scrape(address: str = ADDRESS) -> str:
+    """The text of /metrics."""
+    host, _, port = address.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    connection.request("GET", "/metrics", headers={"Accept": "text/plain; version=0.0.4"})
+    response = connection.getresponse()
+    text = response.read().decode()
+    if response.status != 200:
+        raise RuntimeError(f"/metrics: {response.status}: {text[:500]}")
+    return text
+
+
+def until(condition: Any, seconds: float = START_SECONDS) -> None:
+    """Wait until CONDITION() is true. Raises after SECONDS."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError("waited in vain")
+        time.sleep(0.02)
+
+
+def kernel_state() -> dict[str, Any]:
+    """Probes and BPF programs in the kernel: what a tracer may leave behind."""
+    probes = Path("/sys/kernel/debug/kprobes/list").read_text().splitlines()
+    programs = json.loads(subprocess.run(["bpftool", "--json", "prog", "list"], capture_output=True, check=True).stdout)
+    maps = json.loads(subprocess.run(["bpftool", "--json", "map", "list"], capture_output=True, check=True).stdout)
+    return {
+        "probes": sorted(line.split(maxsplit=1)[1] for line in probes),
+        "programs": sorted(p.get("name", p["type"]) for p in programs),
+        "maps": sorted(m.get("name", m["type"]) for m in maps),
+    }
+
+
+class Msrtrace:
+    """`msrtrace run OPTIONS` in the background."""
+
+    def __init__(self, *options: str, ready: str = "serving") -> None:
+        self.log = Path(f"/tmp/msrtrace-{time.monotonic_ns()}.log")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                ["msrtrace", "run", *options], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+        until(lambda: ready in self.log.read_text() or self.process.poll() is not None)
+        if self.process.poll() is not None:
+            raise RuntimeError(f"msrtrace ended with {self.process.returncode}: {self.log.read_text()}")
+
+    def wait_for(self, line: str, times: int = 1) -> None:
+        """Wait until it printed LINE that often."""
+        until(lambda: self.log.read_text().count(line) >= times)
+
+    def end(self, number: int = signal.SIGINT) -> dict[str, Any]:
+        """Send it a signal; its status and what it printed."""
+        os.kill(self.process.pid, number)
+        self.process.wait(60)
+        return {"status": self.process.returncode, "log": self.log.read_text()}
+
+
+def record(name: str, value: Any) -> None:
+    """Leave VALUE at /out/NAME.json."""
+    (OUT / f"{name}.json").write_text(json.dumps(value, indent=1))
+
+
+def succeed(*commands: Sequence[str]) -> None:
+    """Run commands that must work."""
+    for command in commands:
+        subprocess.run(command, check=True)

@@ -1,0 +1,34 @@
+"""Why KVM called: the cause of a call, from the function that made it."""
+
+from __future__ import annotations
+
+import re
+
+FILTER_CHANGE, VCPU_CREATE, CPUID_UPDATE, MSR_WRITE = (
+    "filter_change",
+    "vcpu_create",
+    "cpuid_update",
+    "msr_write",
+)
+X2APIC, LBR, PT, RECALC, OTHER = "x2apic", "lbr", "pt", "recalc", "other"
+
+#: Callers in arch/x86/kvm/vmx/, Linux 5.13 to 7.3; the first match counts. Functions between these and the call
+#: (vmx_update_msr_bitmap_x2apic(), vmx_passthrough_lbr_msrs()) are inlined in some builds and not in others.
+_CALLERS = tuple(
+    (re.compile(pattern), cause)
+    for pattern, cause in (
+        (r"vmx_msr_filter_changed", FILTER_CHANGE),
+        (r"vmx_recalc_.*intercepts", RECALC),
+        (r"vmx_vcpu_create|vmx_create_vcpu", VCPU_CREATE),
+        (r".*(after_set_cpuid|cpuid_update)", CPUID_UPDATE),
+        (r".*x2apic.*|vmx_set_virtual_apic_mode|vmx_refresh_apicv_exec_ctrl", X2APIC),
+        (r".*lbr.*|vmx_vcpu_run", LBR),
+        (r"pt_.*", PT),
+        (r"(vmx|vt|kvm)_.*set_msr.*", MSR_WRITE),
+    )
+)
+
+
+def cause_of(function: str) -> str:
+    """The cause that a call by FUNCTION (the name in the source, without a clone's suffix) stands for."""
+    return next((cause for pattern, cause in _CALLERS if pattern.fullmatch(function)), OTHER)

@@ -1,0 +1,202 @@
+"""The command line: `msrtrace`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import ssl
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tracer.doctor import Machine, State, as_json, as_text, examine, obstacle
+from tracer.errors import MsrtraceError
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+
+    from tracer.tracer import Tracer
+
+DEFAULT_ADDRESS = "127.0.0.1:9753"
+_FOLLOW_SECONDS = 0.2  # how often a reload of kvm_intel is looked for
+
+
+class Address(click.ParamType[tuple[str, int]]):
+    """HOST:PORT or [IPv6]:PORT; an empty host is every address of the machine."""
+
+    name = "address"
+
+    def convert(
+        self, value: str | tuple[str, int], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, int]:
+        """The host and the port."""
+        if isinstance(value, tuple):
+            return value
+        host, colon, port = value.rpartition(":")
+        if not (colon and port.isdigit() and int(port) < 1 << 16):
+            self.fail(f"{value!r} is not HOST:PORT", param, ctx)
+        return host.strip("[]") or "0.0.0.0", int(port)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="msrtrace")
+def cli() -> None:
+    """Trace what KVM does to the MSR bitmaps of its guests on an Intel (VMX) host."""
+
+
+@cli.command()
+@click.option(
+    "--web.listen-address",
+    "address",
+    type=Address(),
+    default=DEFAULT_ADDRESS,
+    show_default=True,
+    metavar="HOST:PORT",
+)
+@click.option("--web.tls-cert-file", "cert", type=click.Path(dir_okay=False), help="Serve HTTPS with this certificate.")
+@click.option("--web.tls-key-file", "key", type=click.Path(dir_okay=False), help="The certificate's private key.")
+@click.option(
+    "--web.tls-client-ca-file",
+    "ca",
+    type=click.Path(dir_okay=False),
+    help="Ask clients for a certificate by this CA.",
+)
+@click.option("--by-vm", is_flag=True, help="Label the metrics with each VM's name and the pid of its VMM.")
+@click.option("--pid", type=click.IntRange(min=1), help="Trace the VMM with this process id alone.")
+@click.option("--wait-module", is_flag=True, help="Wait until kvm_intel is loaded.")
+def run(
+    address: tuple[str, int],
+    cert: str | None,
+    key: str | None,
+    ca: str | None,
+    by_vm: bool,
+    pid: int | None,
+    wait_module: bool,
+) -> None:
+    """Trace, and serve the counts to Prometheus until SIGINT or SIGTERM."""
+    if (key or ca) and not cert:
+        raise click.UsageError("--web.tls-key-file and --web.tls-client-ca-file need --web.tls-cert-file")
+    if pid is not None and not Path(f"/proc/{pid}").exists():
+        raise MsrtraceError(f"there is no process {pid}")
+    machine = Machine.here()
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    problem = obstacle(machine, ignore=("kvm-intel", "symbols") if wait_module else ())
+    if problem:
+        raise MsrtraceError(problem)
+
+    from tracer.engine import Engine, Options
+    from tracer.metrics import SnapshotCollector
+    from tracer.tracer import Tracer, loaded_module
+
+    if wait_module and loaded_module() is None:
+        _say("waiting for kvm_intel to be loaded")
+        while loaded_module() is None:
+            if stop.wait(_FOLLOW_SECONDS):
+                return
+    options = Options(by_vm=by_vm, pid=pid)
+    tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, machine))
+    tracer.attach()
+    try:
+        _show_probes(tracer)
+        url = _serve(SnapshotCollector(tracer.snapshot, _version()), address, cert, key, ca)
+        _say(f"serving {url}")
+        while not stop.wait(_FOLLOW_SECONDS):
+            _follow(tracer)
+    finally:
+        tracer.close()
+
+
+@cli.command()
+@click.option("--json", "as_json_", is_flag=True, help="Print JSON.")
+def doctor(as_json_: bool) -> None:
+    """Check everything that tracing needs, and say how to mend what is missing."""
+    machine = Machine.here()
+    checks = examine(machine)
+    if as_json_:
+        click.echo(as_json(checks, machine))
+    else:
+        click.echo(as_text(checks, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    sys.exit(1 if any(check.state is State.FAILED for check in checks) else 0)
+
+
+def _say(line: str) -> None:
+    click.echo(f"msrtrace: {line}")
+    sys.stdout.flush()
+
+
+def _warn(line: str) -> None:
+    click.echo(f"msrtrace: warning: {line}", err=True)
+
+
+def _show_probes(tracer: Tracer) -> None:
+    for probe in tracer.probes:
+        _say(f"{'probing' if probe.attached else 'NOT probing'} {probe.function}: {probe.detail}")
+    for warning in tracer.warnings:
+        _warn(warning)
+
+
+def _follow(tracer: Tracer) -> None:
+    try:
+        if tracer.follow():
+            if tracer.attached:
+                _say("kvm_intel was loaded again")
+                _show_probes(tracer)
+            else:
+                _say("kvm_intel was unloaded; its counts are kept, and it is traced again when it comes back")
+    except MsrtraceError as error:
+        _warn(f"kvm_intel is not traced: {error}")
+
+
+def _serve(collector: Collector, address: tuple[str, int], cert: str | None, key: str | None, ca: str | None) -> str:
+    """Serve COLLECTOR's metrics in a thread; the URL."""
+    from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+
+    registry = CollectorRegistry()
+    registry.register(collector)
+    ProcessCollector(registry=registry)
+    host, port = address
+    try:
+        server, _ = start_http_server(port, host, registry, cert, key, client_cafile=ca, client_auth_required=bool(ca))
+    except ssl.SSLError as error:
+        raise MsrtraceError(f"the TLS files cannot be used: {error}") from None
+    except OSError as error:
+        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if error.filename or isinstance(error, FileNotFoundError):
+            raise MsrtraceError(f"cannot read a TLS file: {error}") from None
+        raise MsrtraceError(
+            f"cannot listen on {where}: {error.strerror}; choose another address with --web.listen-address"
+        ) from None
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if cert else 'http'}://{shown}:{server.server_port}/metrics"
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("msrtrace")
+
+
+def main() -> None:
+    """Run the command line. Errors are one line on stderr; MSRTRACE_DEBUG=1 adds the traceback."""
+    try:
+        cli.main(prog_name="msrtrace", standalone_mode=True)
+    except MsrtraceError as error:
+        click.echo(f"msrtrace: error: {error}", err=True)
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("MSRTRACE_DEBUG"):
+            raise
+        click.echo(
+            f"msrtrace: internal error: {type(error).__name__}: {error} (MSRTRACE_DEBUG=1 shows where)",
+            err=True,
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

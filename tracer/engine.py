@@ -1,0 +1,305 @@
+"""The engine: BPF programs on the kernel's functions, and what they counted as a Snapshot. Needs BCC and rights."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tracer.btf import Btf, BtfError
+from tracer.cause import FILTER_CHANGE, RECALC, cause_of
+from tracer.doctor import Machine, explain_eperm
+from tracer.errors import MsrtraceError
+from tracer.layout import VCPU_CREATE, Layout, Symbols
+from tracer.resources import resource
+from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
+
+_ACCESS = {1: "read", 2: "write", 3: "read_write"}
+_ACTION = {0: "disable", 1: "enable"}
+# enum update and enum count of bpf/msrtrace.c
+_WITHIN_FILTER_CHANGE, _WITHIN_RECALC = 1, 2
+_COUNTS = [
+    "dropped_calls",
+    "dropped_threads",
+    "dropped_updates",
+    "unpaired_disable",
+    "unpaired_enable",
+    "unpaired_update",
+    "unpaired_return",
+    "read_failed",
+    "vcpus_seen",
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose to see: the VMs apart, or the VMM with one pid alone."""
+
+    by_vm: bool = False
+    pid: int | None = None
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A function to probe, and the BPF functions that run at its entry and at its return."""
+
+    function: str
+    entry: str
+    returned: str | None
+    #: the counters of `_COUNTS` that say a return was missed
+    unpaired: tuple[str, ...] = ()
+
+
+def points(layout: Layout, symbols: Symbols, exact: bool) -> list[_Point]:
+    """What LAYOUT asks to be probed, the update function first; EXACT if calls are probed at their return too."""
+    returned = "call_returned" if exact else None
+    found = [_Point(layout.update, "update_entered", "update_returned", ("unpaired_update",))]
+    if layout.filter_set:
+        found.append(_Point(layout.filter_set, "filter_set_entered", "filter_set_returned"))
+    create = next((name for name in VCPU_CREATE if symbols.find(name)), VCPU_CREATE[0])
+    found.append(_Point(create, "vcpu_created", None))
+    if layout.enable:
+        found.append(_Point(layout.enable, "enable_entered", returned, ("unpaired_enable",)))
+    if layout.disable:
+        found.append(_Point(layout.disable, "disable_entered", returned, ("unpaired_disable",)))
+    if layout.set_:
+        found.append(_Point(layout.set_, "set_entered", returned, ("unpaired_enable", "unpaired_disable")))
+    return found
+
+
+def bitmap_offset(btf: Btf) -> int:
+    """Where a struct vcpu_vmx, and so a struct kvm_vcpu, has the address of its MSR bitmap, in bytes."""
+    return btf.offset("vcpu_vmx", "vmcs01") + btf.offset("loaded_vmcs", "msr_bitmap")
+
+
+def definitions(layout: Layout, btf: Btf | None, filter_known: bool, options: Options) -> dict[str, int]:
+    """The -D by which bpf/msrtrace.c is configured; without BTF the outcome of calls stays unknown."""
+    result: dict[str, int] = {}
+    if btf:
+        result["BITMAP_OFFSET"] = bitmap_offset(btf)
+    if layout.filter_set and filter_known:
+        # `kvm` is the first member of struct kvm_vcpu since 2.6; BTF confirms it where there is any.
+        result["FILTER_OFFSET"] = btf.offset("kvm_vcpu", "kvm") if btf else 0
+    else:
+        result["UPDATE_KIND"] = _WITHIN_RECALC if layout.filter_set else _WITHIN_FILTER_CHANGE
+    if options.pid is not None:
+        result["WANTED_PID"] = options.pid
+    if options.by_vm:
+        result["BY_PID"] = 1
+    return result
+
+
+class Engine:
+    """Attached probes. Closing it, or the death of its process, removes them: they hang on file descriptors."""
+
+    def __init__(self, layout: Layout, symbols: Symbols, options: Options, machine: Machine) -> None:
+        """Compile, load and attach. Raises MsrtraceError when nothing can be counted."""
+        self._layout, self._symbols, self._options, self._machine = layout, symbols, options, machine
+        self._btf_problem = ""
+        btf = self._find_btf() if layout.calls else None
+        self.redundancy = "exact" if btf or not layout.calls else "unknown"
+        self._filter_known = not layout.filter_set or bool(symbols.find(layout.filter_set))
+        defined = definitions(layout, btf, self._filter_known, options)
+        self._bpf = _compile(resource("bpf/msrtrace.c"), [f"-D{k}={v}" for k, v in defined.items()], machine)
+        self._points = points(layout, symbols, exact=btf is not None)
+        self.probes = [self._attach(point) for point in self._points]
+        counted = (layout.update, *layout.calls)
+        if not self._attached(*counted):
+            reasons = "; ".join(f"{p.function}: {p.detail}" for p in self.probes if p.function in counted)
+            self.close()
+            raise MsrtraceError(f"no probe could be attached ({reasons})")
+        self._clear("unpaired_return")  # functions that were being run while their probes were attached
+
+    def _find_btf(self) -> Btf | None:
+        try:
+            btf = Btf.of_module(self._symbols.module) if self._symbols.module else Btf.of_kernel()
+            bitmap_offset(btf)
+            return btf
+        except BtfError as error:
+            self._btf_problem = str(error)
+            return None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What keeps the numbers from being complete, one line each."""
+        lines = [f"{p.function} is not probed: {p.detail}" for p in self.probes if not p.attached]
+        if not self._filter_known:
+            lines.append("filter updates cannot be told from other recalculations, so they are not counted")
+        if self._btf_problem:
+            lines.append(f"which calls are redundant is unknown: {self._btf_problem}")
+        if not self._layout.calls:
+            lines.append(
+                f"this kernel (layout {self._layout.name}) has no function to count MSR-intercept calls at: "
+                "only filter updates are counted"
+            )
+        return lines
+
+    def _attach(self, point: _Point) -> Probe:
+        clones = self._symbols.find(point.function)
+        if not clones:
+            return Probe(point.function, None, False, "no such function in this kernel")
+        symbol = clones[0]
+        where = f"{symbol.name} [{symbol.module}]" if symbol.module else symbol.name
+        try:
+            with captured_stderr() as noise:
+                # The return first: then a call is never counted half.
+                if point.returned:
+                    self._bpf.attach_kretprobe(event=symbol.name, fn_name=point.returned)
+                try:
+                    self._bpf.attach_kprobe(event=symbol.name, fn_name=point.entry)
+                except Exception:
+                    if point.returned:
+                        self._bpf.detach_kretprobe(event=symbol.name)
+                    raise
+        except Exception as error:
+            reason = _last_line(noise()) or str(error)
+            return Probe(point.function, symbol.name, False, f"{where}: {reason}")
+        others = f", not on its clones {', '.join(s.name for s in clones[1:])}" if clones[1:] else ""
+        return Probe(point.function, symbol.name, True, where + others)
+
+    def _attached(self, *functions: str) -> bool:
+        return any(p.attached for p in self.probes if p.function in functions)
+
+    def snapshot(self) -> Snapshot:
+        """The counts of now. `vms` is left empty: names are not the kernel's."""
+        counts = {name: int(self._bpf["counts"][i].value) for i, name in enumerate(_COUNTS)}
+        calls: dict[Call, Outcome] = {}
+        rows = self._bpf["calls"].items()
+        for key, value in rows:
+            call = self._call(key)
+            outcome = self._outcome(value)
+            calls[call] = calls[call] + outcome if call in calls else outcome
+        durations: dict[int, dict[int, Durations]] = {_WITHIN_FILTER_CHANGE: {}, _WITHIN_RECALC: {}}
+        updates = self._bpf["updates"].items()
+        for key, value in updates:
+            durations[key.kind][key.pid] = _durations(value)
+        capacity = {name: self._bpf[name].max_entries for name in ("calls", "threads", "updates")}
+        entries = {"calls": len(rows), "updates": len(updates), "threads": len(self._bpf["threads"].keys())}
+        return Snapshot(
+            layout=self._layout.name,
+            redundancy=self.redundancy,
+            calls=calls,
+            updates=durations[_WITHIN_FILTER_CHANGE],
+            recalcs=durations[_WITHIN_RECALC],
+            probes=tuple(
+                replace(probe, missed=sum(counts[c] for c in point.unpaired) + self._recursions(point))
+                for point, probe in zip(self._points, self.probes, strict=True)
+            ),
+            maps=tuple(Map(n, entries[n], capacity[n], counts[f"dropped_{n}"]) for n in capacity),
+            unpaired_returns=counts["unpaired_return"],
+            read_failures=counts["read_failed"],
+            vcpus_seen=counts["vcpus_seen"],
+            calls_observable=self._attached(*self._layout.calls),
+            updates_observable=self._attached(self._layout.update) and self._filter_known,
+            by_vm=self._options.by_vm,
+        )
+
+    def _call(self, key: Any) -> Call:
+        symbol = self._symbols.containing(key.caller)
+        function = symbol.function if symbol else ""
+        within = {_WITHIN_FILTER_CHANGE: FILTER_CHANGE, _WITHIN_RECALC: RECALC}
+        return Call(
+            msr=key.msr,
+            access=_ACCESS.get(key.type, f"type_{key.type}"),
+            action=_ACTION[key.action],
+            cause=within.get(key.within) or cause_of(function),
+            caller=symbol.name if symbol else hex(key.caller),
+            pid=key.pid,
+        )
+
+    def _outcome(self, value: Any) -> Outcome:
+        if self.redundancy == "unknown":
+            return Outcome(value.calls)
+        return Outcome(value.calls, value.redundant, value.changed_read, value.changed_write, value.refused)
+
+    def forget(self, pids: set[int]) -> None:
+        """Make room in the maps: remove the counts of processes that have ended."""
+        for name in ("calls", "updates"):
+            table = self._bpf[name]
+            for key in [key for key in table.keys() if key.pid in pids]:  # noqa: SIM118 (a BCC table)
+                del table[key]
+
+    def _clear(self, count: str) -> None:
+        self._bpf["counts"][ctypes.c_int(_COUNTS.index(count))] = ctypes.c_uint64(0)
+
+    def _recursions(self, point: _Point) -> int:
+        """Runs that the kernel skipped because another BPF program ran on that CPU (bpf_prog->stats.misses).
+
+        A program that sits on several functions is counted at the first of them.
+        """
+        names = {point.entry, point.returned} - {None}
+        earlier = self._points[: self._points.index(point)]
+        return sum(self._misses(n) for n in names if n and not any(n in (p.entry, p.returned) for p in earlier))
+
+    def _misses(self, program: str) -> int:
+        function = self._bpf.funcs.get(program.encode())
+        if function is None:
+            return 0
+        try:
+            text = Path(f"/proc/self/fdinfo/{function.fd}").read_text()
+        except OSError:
+            return 0
+        found = re.search(r"^recursion_misses:\s*(\d+)", text, re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    def close(self) -> None:
+        """Detach everything."""
+        self._bpf.cleanup()
+
+
+def _durations(value: Any) -> Durations:
+    buckets = tuple(value.buckets)[1:]  # the first is never used
+    assert len(buckets) == len(DURATION_BOUNDS) + 1
+    return Durations(value.count, value.nanoseconds / 1e9, buckets)
+
+
+def _compile(source: Path, definitions: list[str], machine: Machine) -> Any:
+    """The BPF object. Raises MsrtraceError with the compiler's or the kernel's reason."""
+    try:
+        from bcc import BPF
+    except ImportError as error:
+        raise MsrtraceError(f"BCC cannot be imported: {error}; install python3-bpfcc") from None
+    noise: Callable[[], str] = str
+    try:
+        with captured_stderr() as noise:
+            return BPF(src_file=str(source), cflags=["-Wno-macro-redefined", *definitions])
+    except Exception as error:
+        text = noise()
+        if os.environ.get("MSRTRACE_DEBUG"):
+            sys.stderr.write(text)
+        if "Operation not permitted" in text or getattr(error, "errno", 0) == errno.EPERM or "privileges" in str(error):
+            raise MsrtraceError(explain_eperm(machine)) from None
+        reason = next((line for line in text.splitlines() if "error:" in line), "") or _last_line(text) or str(error)
+        raise MsrtraceError(
+            f"the BPF program cannot be compiled or loaded: {reason} (MSRTRACE_DEBUG=1 shows all)"
+        ) from None
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+@contextmanager
+def captured_stderr() -> Iterator[Callable[[], str]]:
+    """Keep what C libraries write to stderr: the value is a function that gives it, also after the block."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    text = ""
+    with tempfile.TemporaryFile() as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield lambda: text
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            sink.seek(0)
+            text = sink.read().decode(errors="replace")

@@ -1,0 +1,7 @@
+"""What msrtrace tells a user who cannot be served."""
+
+from __future__ import annotations
+
+
+class MsrtraceError(Exception):
+    """A failure the user can read: one line that says what, why and what to do. The command exits with 1."""

@@ -1,0 +1,136 @@
+"""Which functions of a kernel to probe: found by which symbols exist, never by a version number."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tracer.errors import MsrtraceError
+
+KALLSYMS = Path("/proc/kallsyms")
+
+#: What the compiler appends to the name of a copy it made of a function.
+_CLONE = re.compile(r"\.(isra|constprop|part|cold)\.?\d*(\..*)?$")
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A function in the running kernel. `address` is 0 where the reader may not see addresses."""
+
+    address: int
+    name: str
+    module: str | None
+
+    @property
+    def function(self) -> str:
+        """The name in the source: without the suffix of a clone."""
+        return _CLONE.sub("", self.name)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The functions that hold KVM's MSR-intercept code in a range of kernels.
+
+    `enable`, `disable` and `set_` take (vcpu, msr, type); `set_` has `bool set` as fourth argument. `update`
+    (vcpu) recomputes a vCPU's bitmap; `filter_set` (kvm, filter) is probed where the update function runs for
+    other reasons too, so that a new filter can be told from those.
+    """
+
+    name: str
+    kernels: str
+    update: str
+    enable: str | None = None
+    disable: str | None = None
+    set_: str | None = None
+    filter_set: str | None = None
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """The functions whose every call is counted."""
+        return tuple(f for f in (self.enable, self.disable, self.set_) if f)
+
+
+_ENABLE, _DISABLE = "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr"
+_SET, _FILTER_SET = "vmx_set_intercept_for_msr", "kvm_vm_ioctl_set_msr_filter"
+
+#: Newest first, in which order they are tried.
+LAYOUTS = (
+    Layout("recalc", "6.18+", "vmx_recalc_intercepts", set_=_SET, filter_set=_FILTER_SET),
+    Layout("set", "6.17", "vmx_recalc_msr_intercepts", set_=_SET, filter_set=_FILTER_SET),
+    Layout("toggle", "5.13-6.16", "vmx_msr_filter_changed", enable=_ENABLE, disable=_DISABLE),
+    Layout("filter-only", "5.10-5.12", "vmx_msr_filter_changed"),
+)
+
+#: Probed where it exists: the birth of a vCPU. The second name is that of kernels before 5.19.
+VCPU_CREATE = ("vmx_vcpu_create", "vmx_create_vcpu")
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """The functions of kvm and kvm_intel in the running kernel, in the order of their addresses."""
+
+    functions: tuple[Symbol, ...]
+    #: kvm_intel, or None if the functions are part of the kernel image itself
+    module: str | None = "kvm_intel"
+    _addresses: tuple[int, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def read(cls, kallsyms: Path = KALLSYMS) -> Symbols:
+        """Read /proc/kallsyms. Raises MsrtraceError if it cannot be read."""
+        try:
+            lines = kallsyms.read_bytes().splitlines()
+        except OSError as error:
+            raise MsrtraceError(f"cannot read {kallsyms}: {error.strerror}") from None
+        rows = [line for line in lines if line.endswith((b"\t[kvm_intel]", b"\t[kvm]"))]
+        module: str | None = "kvm_intel"
+        if not any(line.endswith(b"[kvm_intel]") for line in rows):
+            # Built in (CONFIG_KVM_INTEL=y): the functions are among those of the kernel image.
+            image = [line for line in lines if b"\t[" not in line]
+            if any(line.endswith(b" vmx_vcpu_run") for line in image):
+                rows, module = image, None
+        return cls.of(_functions(rows), module)
+
+    @classmethod
+    def of(cls, functions: Iterable[Symbol], module: str | None = "kvm_intel") -> Symbols:
+        """Symbols from FUNCTIONS in any order."""
+        ordered = tuple(sorted(functions, key=lambda s: (s.address, s.name)))
+        return cls(ordered, module, tuple(s.address for s in ordered))
+
+    def find(self, function: str) -> list[Symbol]:
+        """The function itself if it has a symbol, else its clones: what a probe on FUNCTION can sit on."""
+        exact = [s for s in self.functions if s.name == function]
+        return exact or [s for s in self.functions if s.function == function and ".cold" not in s.name]
+
+    def containing(self, address: int) -> Symbol | None:
+        """The function that ADDRESS lies in, as the nearest symbol at or below it."""
+        at = bisect.bisect_right(self._addresses, address)
+        return self.functions[at - 1] if at else None
+
+
+def _functions(rows: Iterable[bytes]) -> Iterable[Symbol]:
+    for row in rows:
+        address, kind, name, *rest = row.decode(errors="replace").split()
+        if kind in "tTwW" and not name.startswith(("__pfx_", "__ksymtab")):
+            yield Symbol(int(address, 16), name, rest[0].strip("[]") if rest else None)
+
+
+def choose(symbols: Symbols) -> Layout | None:
+    """The layout of the running kernel, or None if no known function exists.
+
+    The newest layout whose functions are all there; failing that, the newest of which some are. `filter_set`
+    does not count: it belongs to kvm, not to kvm_intel.
+    """
+
+    def present(function: str) -> bool:
+        return bool(symbols.find(function))
+
+    for layout in LAYOUTS:
+        if all(map(present, (*layout.calls, layout.update))):
+            return layout
+    for layout in LAYOUTS:
+        if any(map(present, layout.calls)) or present(layout.update):
+            return layout
+    return None

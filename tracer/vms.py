@@ -1,0 +1,180 @@
+"""What a virtual machine is called, from the process of its VMM.
+
+KVM itself has no names: it knows the VMM's process, and the VMM was given a name on its
+command line, which stands in /proc/PID/cmdline.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+NAME_LIMIT = 128
+"""The most characters a name has; a longer one ends with an ellipsis."""
+
+# A process may have megabytes of command line. libvirt's, with the name in front, is some 10 KB.
+_READ_LIMIT = 32 * 1024
+
+# Names of sockets and directories that are the same for every VM. Kata's socket is
+# /run/vc/vm/SANDBOX/clh-api.sock, or /run/kata/SANDBOX/root/ch-api.sock.
+_COMMON = {"", "api", "ch", "ch-api", "clh", "clh-api", "cloud-hypervisor", "firecracker"}
+_COMMON |= {"vm", "vmm", "root", "run", "tmp", "var"}
+_SOCKET_SUFFIX = re.compile(r"(\.sock(et)?|-socket|-event-monitor-fifo)$")
+
+
+def vm_name(pid: int, proc: Path = Path("/proc")) -> str | None:
+    """The name of the VM that a process runs, safe to show; None if there is no such process.
+
+    pid: of the VMM (its thread group), as the process namespace of `proc` numbers it.
+
+    In this order, whatever the program is called:
+
+    - ``-name web`` or ``-name guest=web,...`` (QEMU, libvirt), ``--name web`` (QEMU, kvmtool);
+    - ``--id web`` (Firecracker, and its jailer);
+    - the file name of the API socket, ``--api-socket path=/run/ch/web.sock``, or of the event
+      monitor's file (Cloud Hypervisor, whose command line has no name; libvirt gives it
+      ``--api-socket fd=N --event-monitor path=.../web-event-monitor-fifo``), without its
+      extension, and the directory's when the file is called the same for every VM;
+    - the command, /proc/PID/comm.
+
+    The owner of a process decides what all of these say. So characters that are not
+    printable, line breaks and text direction marks among them, are replaced by U+FFFD, and
+    the name has 1 to NAME_LIMIT characters. It need not be unique.
+    """
+    return _given_name(pid, proc) or _command(pid, proc)
+
+
+def start_time(pid: int, proc: Path = Path("/proc")) -> int | None:
+    """When a process started, in clock ticks after boot; None if it is gone, or hidden from us.
+
+    With the pid this names one process for good: a reused pid has another start time. A
+    process that has exited and waits for its parent (a zombie) is gone: so are its VMs.
+    Field 22 of /proc/PID/stat, proc_pid_stat(5).
+    """
+    stat = _read(proc / str(pid) / "stat")
+    # The command, field 2, is in parentheses and may hold any character, these too.
+    fields = (stat or b"").rpartition(b")")[2].split()
+    try:
+        return None if fields[0] in (b"Z", b"X") else int(fields[19])
+    except (IndexError, ValueError):
+        return None
+
+
+class VmNames:
+    """Names of VMs by pid, read once, that never outlive the process they were read from.
+
+    A name from the command line is kept while the process lives. A mere command name is read
+    again each time: a VMM may rename itself once it is set up.
+    """
+
+    def __init__(self, proc: Path = Path("/proc")) -> None:
+        """proc: where the process file system is mounted."""
+        self._proc = proc
+        self._started: dict[int, int] = {}
+        self._names: dict[int, str] = {}
+
+    def name(self, pid: int) -> str | None:
+        """As `vm_name`. After a reuse of the pid it is the new process's name."""
+        started = start_time(pid, self._proc)
+        if started is None or started != self._started.get(pid):
+            self._started.pop(pid, None)
+            self._names.pop(pid, None)
+        if started is None:
+            return None
+        if pid in self._names:
+            return self._names[pid]
+        given = _given_name(pid, self._proc)
+        name = given or _command(pid, self._proc)
+        # The process may have gone, and another come, while its files were read.
+        if name is None or start_time(pid, self._proc) != started:
+            return None
+        self._started[pid] = started
+        if given is not None:
+            self._names[pid] = given
+        return name
+
+    def alive(self, pid: int) -> bool:
+        """Whether the process that `name` last named under this pid still runs.
+
+        For a pid that was never named: whether any process has it.
+        """
+        started = start_time(pid, self._proc)
+        return started is not None and started == self._started.get(pid, started)
+
+
+def _given_name(pid: int, proc: Path) -> str | None:
+    """The name on a process's command line, made safe, if there is one."""
+    content = _read(proc / str(pid) / "cmdline")
+    if not content:  # gone, a zombie, or a kernel thread
+        return None
+    arguments = content.decode(errors="replace").split("\0")[1:]
+    found = [
+        *(_qemu_guest(value) for value in _values(arguments, "-name", "--name")),
+        *_values(arguments, "--id"),
+        *(_file_name(value) for value in _values(arguments, "--api-socket", "--api-sock")),
+        *(_file_name(value) for value in _values(arguments, "--event-monitor")),
+    ]
+    return next((safe for name in found if name and (safe := _safe(name))), None)
+
+
+def _command(pid: int, proc: Path) -> str | None:
+    """The command name of a process, made safe."""
+    content = _read(proc / str(pid) / "comm")
+    if content is None:
+        return None
+    return _safe(content.decode(errors="replace").removesuffix("\n")) or "?"
+
+
+def _values(arguments: list[str], *options: str) -> Iterator[str]:
+    """The values of an option, given as ``--id web`` or ``--id=web``, the last one first."""
+    following = ""
+    for argument in reversed(arguments):
+        option, equals, value = argument.partition("=")
+        if option in options:
+            yield value if equals else following
+        following = argument
+
+
+def _qemu_guest(value: str) -> str | None:
+    """The guest's name in the value of QEMU's -name.
+
+    QEMU's syntax (get_opt_name_value in util/qemu-option.c): ``key=value`` by commas, a comma
+    in a value is doubled, the first may leave out ``guest=``, the last of several counts.
+    """
+    guest = None
+    # No argument holds a NUL, so it can stand for a doubled comma.
+    for number, option in enumerate(value.replace(",,", "\0").split(",")):
+        key, equals, text = option.partition("=")
+        if number == 0 and (not equals or "\0" in key):
+            guest = option
+        elif key == "guest":
+            guest = text
+    return guest and guest.replace("\0", ",")
+
+
+def _file_name(value: str) -> str | None:
+    """What tells a VM's socket, ``PATH`` or ``path=PATH``, from those of other VMs."""
+    if value.startswith("fd="):
+        return None
+    path = value.removeprefix("path=").partition(",")[0]
+    for part in reversed(path.split("/")):
+        name = _SOCKET_SUFFIX.sub("", part)
+        if name not in _COMMON:
+            return name
+    return None
+
+
+def _safe(name: str) -> str:
+    """A name as a terminal or a label may have it; empty if nothing is to be seen in it."""
+    shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name).strip()
+    if len(shown) > NAME_LIMIT:
+        return shown[: NAME_LIMIT - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return shown
+
+
+def _read(path: Path) -> bytes | None:
+    """The start of a file of a process; None when the process, or the right to read, is gone."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_READ_LIMIT)
+    except OSError:
+        return None
