@@ -30,7 +30,7 @@
 enum action { DISABLE, ENABLE };
 
 /* What the thread is inside of; the kinds of an update. */
-enum update { NONE, FILTER_CHANGE, RECALC };
+enum within { NONE, FILTER_CHANGE, RECALC };
 
 struct call {
 	u64 caller; /* return address */
@@ -38,7 +38,7 @@ struct call {
 	u32 msr;
 	u8 type; /* MSR_TYPE_*: the bits that the call names */
 	u8 action;
-	u8 within; /* enum update */
+	u8 within; /* enum within */
 	u8 unused[5];
 };
 

@@ -42,7 +42,7 @@ class Btf:
         try:
             return cls((sys_btf / module).read_bytes(), (sys_btf / "vmlinux").read_bytes())
         except OSError as error:
-            raise BtfError(f"{sys_btf / module}: {error.strerror}") from None
+            raise BtfError(f"{error.filename}: {error.strerror}") from None
 
     @classmethod
     def of_kernel(cls, sys_btf: Path = SYS_BTF) -> Btf:
@@ -64,6 +64,14 @@ class Btf:
                     return bits // 8
         what = f"member {member} in struct {structure}" if found else f"struct {structure}"
         raise BtfError(f"the BTF has no {what}")
+
+    def bitmap_offset(self) -> int:
+        """Where struct vcpu_vmx, and so a struct kvm_vcpu, has the address of its MSR bitmap, in bytes.
+
+        That is vmcs01.msr_bitmap, arch/x86/kvm/vmx/vmx.h and vmcs.h; vmcs01 is the one that the traced functions
+        write, also while a nested guest runs.
+        """
+        return self.offset("vcpu_vmx", "vmcs01") + self.offset("loaded_vmcs", "msr_bitmap")
 
     def _string(self, offset: int) -> bytes:
         strings = self._base_strings

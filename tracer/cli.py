@@ -67,7 +67,7 @@ def cli() -> None:
 @click.option("--by-vm", is_flag=True, help="Label the metrics with each VM's name and the pid of its VMM.")
 @click.option("--pid", type=click.IntRange(min=1), help="Trace the VMM with this process id alone.")
 @click.option("--wait-module", is_flag=True, help="Wait until kvm_intel is loaded.")
-def run(
+def run(  # noqa: PLR0917 (click passes them by name)
     address: tuple[str, int],
     cert: str | None,
     key: str | None,

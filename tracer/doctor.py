@@ -316,7 +316,7 @@ def _btf(machine: Machine) -> _Found:
     directory, module = machine.at("/sys/kernel/btf"), machine.symbols.module
     try:
         btf = Btf.of_module(module, directory) if module else Btf.of_kernel(directory)
-        offset = btf.offset("vcpu_vmx", "vmcs01") + btf.offset("loaded_vmcs", "msr_bitmap")
+        offset = btf.bitmap_offset()
     except BtfError as error:
         fix = "boot a kernel with CONFIG_DEBUG_INFO_BTF=y and CONFIG_DEBUG_INFO_BTF_MODULES=y (Debian: 6.1 and newer)"
         return State.WARNING, f"{error}: calls are counted, but which were redundant is unknown", fix

@@ -24,7 +24,7 @@ from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Prob
 
 _ACCESS = {1: "read", 2: "write", 3: "read_write"}
 _ACTION = {0: "disable", 1: "enable"}
-# enum update and enum count of bpf/msrtrace.c
+# enum within and enum count of bpf/msrtrace.c
 _WITHIN_FILTER_CHANGE, _WITHIN_RECALC = 1, 2
 _COUNTS = [
     "dropped_calls",
@@ -75,16 +75,11 @@ def points(layout: Layout, symbols: Symbols, exact: bool) -> list[_Point]:
     return found
 
 
-def bitmap_offset(btf: Btf) -> int:
-    """Where a struct vcpu_vmx, and so a struct kvm_vcpu, has the address of its MSR bitmap, in bytes."""
-    return btf.offset("vcpu_vmx", "vmcs01") + btf.offset("loaded_vmcs", "msr_bitmap")
-
-
 def definitions(layout: Layout, btf: Btf | None, filter_known: bool, options: Options) -> dict[str, int]:
     """The -D by which bpf/msrtrace.c is configured; without BTF the outcome of calls stays unknown."""
     result: dict[str, int] = {}
     if btf:
-        result["BITMAP_OFFSET"] = bitmap_offset(btf)
+        result["BITMAP_OFFSET"] = btf.bitmap_offset()
     if layout.filter_set and filter_known:
         # `kvm` is the first member of struct kvm_vcpu since 2.6; BTF confirms it where there is any.
         result["FILTER_OFFSET"] = btf.offset("kvm_vcpu", "kvm") if btf else 0
@@ -121,7 +116,7 @@ class Engine:
     def _find_btf(self) -> Btf | None:
         try:
             btf = Btf.of_module(self._symbols.module) if self._symbols.module else Btf.of_kernel()
-            bitmap_offset(btf)
+            btf.bitmap_offset()
             return btf
         except BtfError as error:
             self._btf_problem = str(error)
@@ -149,7 +144,7 @@ class Engine:
         symbol = clones[0]
         where = f"{symbol.name} [{symbol.module}]" if symbol.module else symbol.name
         try:
-            with captured_stderr() as noise:
+            with captured_output() as noise:
                 # The return first: then a call is never counted half.
                 if point.returned:
                     self._bpf.attach_kretprobe(event=symbol.name, fn_name=point.returned)
@@ -160,7 +155,8 @@ class Engine:
                         self._bpf.detach_kretprobe(event=symbol.name)
                     raise
         except Exception as error:
-            reason = _last_line(noise()) or str(error)
+            text = noise()
+            reason = explain_eperm(self._machine) if _refused(error, text) else _last_line(text) or str(error)
             return Probe(point.function, symbol.name, False, f"{where}: {reason}")
         others = f", not on its clones {', '.join(s.name for s in clones[1:])}" if clones[1:] else ""
         return Probe(point.function, symbol.name, True, where + others)
@@ -269,18 +265,24 @@ def _compile(source: Path, definitions: list[str], machine: Machine) -> Any:
         raise MsrtraceError(f"BCC cannot be imported: {error}; install python3-bpfcc") from None
     noise: Callable[[], str] = str
     try:
-        with captured_stderr() as noise:
+        with captured_output() as noise:
             return BPF(src_file=str(source), cflags=["-Wno-macro-redefined", *definitions])
     except Exception as error:
         text = noise()
         if os.environ.get("MSRTRACE_DEBUG"):
             sys.stderr.write(text)
-        if "Operation not permitted" in text or getattr(error, "errno", 0) == errno.EPERM or "privileges" in str(error):
+        if _refused(error, text):
             raise MsrtraceError(explain_eperm(machine)) from None
         reason = next((line for line in text.splitlines() if "error:" in line), "") or _last_line(text) or str(error)
         raise MsrtraceError(
             f"the BPF program cannot be compiled or loaded: {reason} (MSRTRACE_DEBUG=1 shows all)"
         ) from None
+
+
+def _refused(error: Exception, text: str) -> bool:
+    """Whether the kernel said EPERM, or EACCES as perf_event_paranoid makes it."""
+    said = ("Operation not permitted", "Permission denied", "privileges")
+    return getattr(error, "errno", 0) in (errno.EPERM, errno.EACCES) or any(s in f"{error} {text}" for s in said)
 
 
 def _last_line(text: str) -> str:
@@ -289,17 +291,20 @@ def _last_line(text: str) -> str:
 
 
 @contextmanager
-def captured_stderr() -> Iterator[Callable[[], str]]:
-    """Keep what C libraries write to stderr: the value is a function that gives it, also after the block."""
+def captured_output() -> Iterator[Callable[[], str]]:
+    """Keep what C libraries write to stdout and stderr: the value gives it, also after the block."""
+    sys.stdout.flush()
     sys.stderr.flush()
-    saved = os.dup(2)
+    saved = {fd: os.dup(fd) for fd in (1, 2)}
     text = ""
     with tempfile.TemporaryFile() as sink:
-        os.dup2(sink.fileno(), 2)
+        for fd in saved:
+            os.dup2(sink.fileno(), fd)
         try:
             yield lambda: text
         finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+            for fd, copy in saved.items():
+                os.dup2(copy, fd)
+                os.close(copy)
             sink.seek(0)
             text = sink.read().decode(errors="replace")

@@ -6,6 +6,7 @@ import bisect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from tracer.errors import MsrtraceError
@@ -105,9 +106,9 @@ class Symbols:
         return exact or [s for s in self.functions if s.function == function and ".cold" not in s.name]
 
     def containing(self, address: int) -> Symbol | None:
-        """The function that ADDRESS lies in, as the nearest symbol at or below it."""
+        """The function that ADDRESS lies in: the nearest at or below it. None if addresses are hidden (0)."""
         at = bisect.bisect_right(self._addresses, address)
-        return self.functions[at - 1] if at else None
+        return self.functions[at - 1] if at and self._addresses[at - 1] else None
 
 
 def _functions(rows: Iterable[bytes]) -> Iterable[Symbol]:
@@ -120,17 +121,14 @@ def _functions(rows: Iterable[bytes]) -> Iterable[Symbol]:
 def choose(symbols: Symbols) -> Layout | None:
     """The layout of the running kernel, or None if no known function exists.
 
-    The newest layout whose functions are all there; failing that, the newest of which some are. `filter_set`
-    does not count: it belongs to kvm, not to kvm_intel.
+    The newest layout whose functions are all there; failing that, the newest of which a call can be counted;
+    failing that, one of which updates can. `filter_set` does not count: it belongs to kvm, not to kvm_intel.
     """
 
     def present(function: str) -> bool:
         return bool(symbols.find(function))
 
-    for layout in LAYOUTS:
-        if all(map(present, (*layout.calls, layout.update))):
-            return layout
-    for layout in LAYOUTS:
-        if any(map(present, layout.calls)) or present(layout.update):
-            return layout
-    return None
+    whole = (y for y in LAYOUTS if y.calls and all(map(present, (*y.calls, y.update))))
+    some_calls = (y for y in LAYOUTS if any(map(present, y.calls)))
+    updates = (y for y in reversed(LAYOUTS) if present(y.update))
+    return next(chain(whole, some_calls, updates), None)

@@ -99,6 +99,7 @@ def sh(command: Sequence[str | Path], *, cwd: Path | None = None, log: Path | No
     with tempfile.TemporaryFile("w+") as errors, open(log, "a") if log else errors as sink:
         done = subprocess.run(
             argv,
+            check=False,
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=sink if log else subprocess.PIPE,

@@ -109,6 +109,12 @@ def kernel(host: Host) -> Path:
     return cached(f"kernel-{host.kernel.name}", [packages, host.kernel.candidate(packages[0])], make)
 
 
+def vmlinuz(tree: Path, release: str) -> Path:
+    """The bootable kernel: in /boot, or since 7.x beside its modules."""
+    old = tree / f"boot/vmlinuz-{release}"
+    return old if old.exists() else tree / f"usr/lib/modules/{release}/vmlinuz"
+
+
 def merge_lib(tree: Path) -> None:
     """Make TREE/lib a link to usr/lib, as on a running system, wherever the packages put their files."""
     old, new = tree / "lib", tree / "usr/lib"
@@ -171,7 +177,7 @@ def unpatched_module(host: Host) -> Path:
         for file in recipe:
             shutil.copy(file, root / "tmp")
         # The compressed kernel is where pahole finds the BTF that the module's is a split of.
-        shutil.copy(kernel(host) / f"boot/vmlinuz-{host.release}", root / "tmp/vmlinuz")
+        shutil.copy(vmlinuz(kernel(host), host.release), root / "tmp/vmlinuz")
         sh(["chroot", root, "/tmp/build-module", host.release], log=work / "log")
         shutil.copy(root / "tmp/kvm-intel.ko", work)
         shutil.rmtree(root)
@@ -247,7 +253,7 @@ def make_iso(tree: Path, release: str, iso: Path) -> None:
         unpacked_copy(file, initramfs / "modules" / f"{index:02}-{file.name.removesuffix('.xz')}")
     cpio = f"cd {initramfs} && find . | LC_ALL=C sort | cpio -o -H newc --quiet -R 0:0 > {medium}/initrd"
     sh(["sh", "-c", cpio])
-    shutil.copy(tree / f"boot/vmlinuz-{release}", medium / "vmlinuz")
+    shutil.copy(vmlinuz(tree, release), medium / "vmlinuz")
     shutil.copy(HERE / "guest/isolinux.cfg", medium / "isolinux")
     shutil.copy("/usr/lib/ISOLINUX/isolinux.bin", medium / "isolinux")
     shutil.copy("/usr/lib/syslinux/modules/bios/ldlinux.c32", medium / "isolinux")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scenarios.kerneltracer import HIGH_WORDS, LOW_WORDS, SAVED
+from kerneltracer import HIGH_WORDS, LOW_WORDS, SAVED
 
 _EVENT = re.compile(r"^\s*.*-(\d+)\s+\[\d+\].*?: (\w+): \((.*?)\)\s*(.*)$")
 ACCESS = {1: "read", 2: "write", 3: "read_write"}
@@ -153,7 +153,8 @@ def _settle(counts: Counts, entry: Event, returns: dict[str, Event], within: str
 def recorded(folder: Path, updates_are_filters: bool) -> Counts:
     """The counts of what a KernelTracer left in FOLDER. Fails if the kernel lost an event."""
     lost = re.findall(r"^(?:overrun|commit overrun|dropped events): (\d+)$", (folder / "stats").read_text(), re.M)
-    assert lost and not any(map(int, lost)), f"the kernel's tracer lost events: {lost}"
+    assert lost, "the kernel's tracer left no statistics"
+    assert not any(map(int, lost)), f"the kernel's tracer lost events: {lost}"
     missed = [line for line in (folder / "profile").read_text().splitlines() if line.split()[-1] != "0"]
     assert not missed, f"the kernel's tracer missed probes: {missed}"
     return count((folder / "trace").read_text(), updates_are_filters)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from guest import ADDRESS, OUT, Msrtrace, kernel_state, load, output_of, record, scrape, succeed, until, workload
+from guest import OUT, Msrtrace, kernel_state, load, output_of, record, scrape, succeed, until, workload
 from kerneltracer import KernelTracer
 
 from tracer.btf import Btf, BtfError
-from tracer.engine import bitmap_offset
 
 VARIANTS = sys.argv[1:]
 STOCK = VARIANTS[0]
@@ -53,7 +51,7 @@ def witnessed(variant: str) -> Any:
     """Everything that the workload can do, under the eyes of the kernel's own tracer."""
     load(variant)
     try:
-        offset = bitmap_offset(Btf.of_module("kvm_intel"))
+        offset = Btf.of_module("kvm_intel").bitmap_offset()
     except BtfError:
         offset = None
     msrtrace = Msrtrace()
@@ -174,7 +172,11 @@ def misuse() -> Any:
     lines = Path("/proc/kallsyms").read_text().splitlines(keepends=True)
     symbols.write_text("".join(line for line in lines if not re.search(r" vmx_\w*(intercept|filter)", line)))
     found["no symbols"] = bound(symbols, "/proc/kallsyms", *run)
-    [package] = [p for p in map(Path, ("/usr/lib/python3/dist-packages/bcc",)) if p.is_dir()]
+    amd = Path("/tmp/cpuinfo")
+    text = Path("/proc/cpuinfo").read_text().replace("GenuineIntel", "AuthenticAMD")
+    amd.write_text(re.sub(r"\bvmx\b", "svm", text))
+    found["AMD"] = bound(amd, "/proc/cpuinfo", *run)
+    [package] = [p for p in [Path("/usr/lib/python3/dist-packages/bcc")] if p.is_dir()]
     empty = Path("/tmp/empty")
     empty.mkdir()
     away = package.with_name("bcc.away")
@@ -213,7 +215,6 @@ def main() -> None:
         *((f"witness-{variant}", lambda variant=variant: witnessed(variant)) for variant in VARIANTS),
         *((f.__name__, f) for f in (unknown_redundancy, by_vm, one_pid, ends, waits, misuse)),
     ]
-    shutil.rmtree(OUT / "x", ignore_errors=True)
     only = os.environ.get("ONLY", "").split()
     for name, scenario in scenarios:
         if only and name not in only:
@@ -223,9 +224,13 @@ def main() -> None:
             found = scenario()
         except Exception:
             found = {"broken": traceback.format_exc()}
-            subprocess.run(["pkill", "-9", "-x", "msrtrace|workload"], check=False)
+            print(found["broken"], flush=True)
+            subprocess.run(["pkill", "-9", "-f", "^(/usr/bin/python3 /usr/local/bin/msrtrace|workload)"], check=False)
         record(name, found)
-        print(f"{name}: {'BROKEN' if 'broken' in found else 'collected'} in {time.monotonic() - started:.1f} s", flush=True)
+        print(
+            f"{name}: {'BROKEN' if 'broken' in found else 'collected'} in {time.monotonic() - started:.1f} s",
+            flush=True,
+        )
 
 
 main()

@@ -87,8 +87,11 @@ class Msrtrace:
             raise RuntimeError(f"msrtrace ended with {self.process.returncode}: {self.log.read_text()}")
 
     def wait_for(self, line: str, times: int = 1) -> None:
-        """Wait until it printed LINE that often."""
-        until(lambda: self.log.read_text().count(line) >= times)
+        """Wait until it printed LINE that often. Raises with what it printed instead."""
+        try:
+            until(lambda: self.log.read_text().count(line) >= times)
+        except RuntimeError:
+            raise RuntimeError(f"no {line!r}, but:\n{self.log.read_text()}") from None
 
     def end(self, number: int = signal.SIGINT) -> dict[str, Any]:
         """Send it a signal; its status and what it printed."""

@@ -12,12 +12,18 @@ TRACING = Path("/sys/kernel/tracing")
 GROUP = "witness"
 # The 64-bit words of a quarter of the bitmap that hold bits KVM's callers name, as MSR // 64 from the
 # quarter's base: TSC, SPEC_CTRL and PRED_CMD; FLUSH_CMD; SYSENTER; XFD; residencies; PT; C1_RES; LBRs; x2APIC.
-LOW_WORDS = (0x0, 0x1, 0x4, 0x5, 0x7, 0xF, 0x15, 0x16, 0x19, 0x1A, 0x1B, 0x20)
-HIGH_WORDS = (0x2, 0x4)
-WORDS = [(name, base + 8 * w) for name, base, words in (
-    ("low_r", 0x000, LOW_WORDS), ("high_r", 0x400, HIGH_WORDS),
-    ("low_w", 0x800, LOW_WORDS), ("high_w", 0xC00, HIGH_WORDS),
-) for w in words]
+LOW_WORDS: tuple[int, ...] = (0x0, 0x1, 0x4, 0x5, 0x7, 0xF, 0x15, 0x16, 0x19, 0x1A, 0x1B, 0x20)
+HIGH_WORDS: tuple[int, ...] = (0x2, 0x4)
+WORDS = [
+    (name, base + 8 * w)
+    for name, base, words in (
+        ("low_r", 0x000, LOW_WORDS),
+        ("high_r", 0x400, HIGH_WORDS),
+        ("low_w", 0x800, LOW_WORDS),
+        ("high_w", 0xC00, HIGH_WORDS),
+    )
+    for w in words
+]
 # At a return the argument registers are gone. The caller holds the vCPU in one it may rely on; the entry event
 # says in which, and all of them are recorded at the return.
 SAVED = ("bx", "bp", "r12", "r13", "r14", "r15")
@@ -72,8 +78,7 @@ class KernelTracer:
         (TRACING / f"events/{GROUP}/enable").write_text("0")
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "trace").write_bytes((TRACING / "trace").read_bytes())
-        profile = [line for line in (TRACING / "kprobe_profile").read_text().splitlines()]
-        (self.out / "profile").write_text("\n".join(profile))
+        (self.out / "profile").write_text((TRACING / "kprobe_profile").read_text())
         stats = [path.read_text() for path in sorted(TRACING.glob("per_cpu/cpu*/stats"))]
         (self.out / "stats").write_text("".join(stats))
         (TRACING / "trace").write_text("")

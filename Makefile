@@ -1,0 +1,56 @@
+# make run        trace this machine if it is a VMX host, else an emulated one
+# make test       everything that must hold, on the emulated bookworm and trixie hosts
+# make test-all   that, and the hosts of suites that move (sid) or are about to leave the archive (filter-only)
+# make lint       linter, formatter and types alone
+SHELL := /bin/bash
+VENV := build/venv
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
+APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 -qq
+PORT := 9753
+
+.PHONY: run test test-all lint format clean
+
+# What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
+build/packages: Makefile
+	@mkdir -p build
+	for try in 1 2 3 4; do $(APT) update && break; sleep $$((10 * try)); done
+	$(APT) install -y --no-install-recommends python3-venv python3-bpfcc
+	@touch $@
+
+# What the tests need beside that: promtool, and pahole to check the reading of BTF.
+build/test-packages: Makefile build/packages
+	$(APT) install -y --no-install-recommends prometheus dwarves build-essential
+	@touch $@
+
+$(VENV)/ready: pyproject.toml build/packages
+	/usr/bin/python3 -m venv --system-site-packages $(VENV)
+	for try in 1 2 3 4; do $(VENV)/bin/pip install --disable-pip-version-check -q -e '.[test]' && break; sleep $$((10 * try)); done
+	@$(VENV)/bin/msrtrace --version && touch $@
+
+run: $(VENV)/ready
+	@if [ -d /sys/module/kvm_intel ] || { grep -qw vmx /proc/cpuinfo && $(SUDO) modprobe -q kvm_intel; }; then \
+	  echo "make run: this machine has kvm_intel: tracing it"; \
+	  [ -e /lib/modules/$$(uname -r)/build ] || $(APT) install -y linux-headers-$$(uname -r); \
+	  exec $(SUDO) $(VENV)/bin/msrtrace run --web.listen-address 127.0.0.1:$(PORT); \
+	else \
+	  echo "make run: this machine has no kvm_intel: tracing an emulated VMX host, with a VM under filter updates"; \
+	  exec $(SUDO) tests/vmxhost/demo $(PORT); \
+	fi
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+test: lint build/test-packages
+	$(SUDO) $(VENV)/bin/pytest
+
+test-all: lint build/test-packages
+	$(SUDO) $(VENV)/bin/pytest --hosts bookworm,trixie,sid,filter-only
+
+clean:
+	$(SUDO) rm -rf build

@@ -1,0 +1,116 @@
+"""How msrtrace lives and ends on a host: VMs that come and go, signals, waiting, wrong use."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import pytest
+from conftest import Collected
+from metrics_text import Metrics
+
+
+def test_ending_leaves_nothing_in_the_kernel(collected: Collected) -> None:
+    found = collected.scenario("ends")
+    assert found["idle"]["programs"] == []
+    for name, status in (("SIGINT", 0), ("SIGTERM", 0), ("SIGKILL", -9)):
+        run = found[name]
+        assert len(run["running"]["probes"]) > len(found["idle"]["probes"])
+        assert run["running"]["programs"]
+        assert run["after"] == found["idle"]
+        assert run["status"] == status
+        assert run["workload"] == 0  # the VMs did not notice
+
+
+def test_it_waits_for_the_module(collected: Collected) -> None:
+    found = collected.scenario("waits")
+    assert found["status"] == 0
+    assert Metrics.of(found["scrape"]).updates() == 3
+    assert found["impatient"]["status"] == 0
+
+
+def test_vms_are_told_apart_and_leave_nothing_stale(collected: Collected) -> None:
+    found = collected.scenario("by_vm")
+    pids = [str(pid) for pid in found["pids"]]
+    names = ["web", "function-7", "workload"]
+
+    def updates(scrape: str) -> dict[tuple[str, str], float]:
+        rows = Metrics.of(found[scrape]).named("msrtrace_filter_updates_total")
+        return {(labels["vm"], labels["pid"]): value for labels, value in rows}
+
+    all_three = {(name, pid): 2.0 * (3 + 2 * n) for n, (name, pid) in enumerate(zip(names, pids, strict=True))}
+    assert updates("all") == all_three
+    assert updates("one gone") == {k: v for k, v in all_three.items() if k[1] != pids[0]}
+    assert updates("none left") == {}
+    assert not Metrics.of(found["none left"]).named("msrtrace_intercept_calls_total")
+    if collected.host != "filter-only":
+        calls = Metrics.of(found["all"]).named("msrtrace_intercept_calls_total")
+        assert {(labels["vm"], labels["pid"]) for labels, _ in calls} == set(all_three)
+        redundant = Metrics.of(found["all"]).named("msrtrace_intercept_redundant_calls_total")
+        assert redundant
+    assert not Metrics.of(found["none left"]).lost()
+
+
+def test_one_vmm_can_be_traced_alone(collected: Collected) -> None:
+    found = collected.scenario("one_pid")
+    metrics = Metrics.of(found["scrape"])
+    assert metrics.updates() == 5  # of the two VMs' ten
+    if collected.host != "filter-only":
+        per_msr = {key: v for key, v in metrics.calls().items() if key[3] == "filter_change"}
+        assert set(per_msr.values()) == {5}
+
+
+#: What each wrong use must say, on stderr alone, in one line that starts with `msrtrace: error:`.
+MISUSE = {
+    "not root": r"not root.*sudo msrtrace run",
+    "no headers": r"headers.*sudo apt-get install linux-headers-\d",
+    "port taken": r"cannot listen on 127\.0\.0\.1:9753: Address already in use; .*--web\.listen-address",
+    "no kvm_intel": r"kvm_intel.*sudo modprobe kvm_intel",
+    "no symbols": r"vmx_enable_intercept_for_msr",
+    "AMD": r"AMD.*SVM",
+    "no BCC": r"sudo apt-get install python3-bpfcc",
+    "another bcc": r"PyPI's unrelated",
+    "lockdown": r"confidentiality",
+    "no such process": r"there is no process 4194303",
+    "bad host": r"cannot listen on 999\.1\.1\.1:9753",
+    "bad certificate": r"TLS.*nonexistent",
+}
+
+
+@pytest.mark.parametrize("case", MISUSE)
+def test_wrong_use_is_one_clear_line(collected: Collected, case: str) -> None:
+    done = collected.scenario("misuse")[case]
+    assert done["status"] == 1
+    lines = done["stderr"].strip().splitlines()
+    assert len(lines) == 1, done["stderr"]
+    assert lines[0].startswith("msrtrace: error: ")
+    assert re.search(MISUSE[case], lines[0]), lines[0]
+
+
+def test_wrong_options_are_wrong_usage(collected: Collected) -> None:
+    done = collected.scenario("misuse")["bad address"]
+    assert done["status"] == 2
+    assert "'nowhere' is not HOST:PORT" in done["stderr"]
+
+
+def test_doctor_finds_a_working_host_in_order(collected: Collected) -> None:
+    found = collected.scenario("misuse")
+    assert found["doctor"]["status"] == 0
+    checks: Any = json.loads(found["doctor --json"]["stdout"])
+    assert checks["ok"] is True
+    states = {check["name"]: check["state"] for check in checks["checks"]}
+    degraded = {"filter-only": {"symbols"}}.get(collected.host, set())
+    assert {name for name, state in states.items() if state not in ("ok", "unknown")} == degraded
+    assert found["doctor, not root"]["status"] == 1
+    assert "sudo msrtrace" in found["doctor, not root"]["stdout"]
+
+
+def test_promtool_is_silent_about_the_live_metrics(collected: Collected) -> None:
+    promtool = shutil.which("promtool")
+    assert promtool, "promtool is in Debian's package prometheus: `make test` installs it"
+    for text in (collected.scenario("by_vm")["all"], collected.scenario("known_counts")["scrapes"]["back"]):
+        done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
