@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import lzma
 import re
 import shutil
 import struct
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hosts import HOSTS, Host, kernel, vmlinuz
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -249,14 +248,10 @@ def test_this_kernel() -> None:
 KNOWN = {"6.1.0-56-amd64": 0x1AB8, "6.12.117+deb13-amd64": 0x1A70, "7.2.13+deb14-amd64": 0x1BC8}
 
 
-def cached_modules() -> list[Path]:
-    """kvm_intel of every kernel that the rig has unpacked so far."""
-    sys.path.insert(0, str(Path(__file__).parent / "vmxhost"))
-    try:
-        build: Path = importlib.import_module("cache").BUILD
-    finally:
-        sys.path.pop(0)
-    return sorted(build.glob("kernel-*/usr/lib/modules/*/kernel/arch/x86/kvm/kvm-intel.ko*"))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "host" in metafunc.fixturenames:
+        names = [name for name in str(metafunc.config.getoption("--hosts")).split(",") if name in HOSTS]
+        metafunc.parametrize("host", [HOSTS[name] for name in names], ids=[f"of-{name}" for name in names])
 
 
 def vmlinux(image: Path) -> bytes:
@@ -280,17 +275,17 @@ def btf_section(elf: Path, target: Path) -> bool:
 
 
 @needs_pahole
-@pytest.mark.parametrize("module", cached_modules(), ids=lambda file: file.parents[4].name)
-def test_kvm_intel(module: Path, tmp_path: Path) -> None:
-    tree, release = module.parents[8], module.parents[4].name
+def test_kvm_intel(host: Host, tmp_path: Path) -> None:
+    tree = kernel(host)
+    [module] = tree.glob("usr/lib/modules/*/kernel/arch/x86/kvm/kvm-intel.ko*")
+    release = module.parents[4].name
     elf, own, base = tmp_path / "kvm-intel.ko", tmp_path / "kvm_intel", tmp_path / "vmlinux"
     elf.write_bytes(lzma.decompress(module.read_bytes()) if module.suffix == ".xz" else module.read_bytes())
     if not btf_section(elf, own):
         assert release.startswith("5.10.")  # the only one whose modules have none
         return
-    images = [tree / f"boot/vmlinuz-{release}", tree / f"usr/lib/modules/{release}/vmlinuz"]
     image = tmp_path / "vmlinux.elf"
-    image.write_bytes(vmlinux(next(file for file in images if file.exists())))
+    image.write_bytes(vmlinux(vmlinuz(tree, release)))
     assert btf_section(image, base)
     image.unlink()
     expected = {name: members(pahole(name, elf, base)) for name in ("vcpu_vmx", "loaded_vmcs", "kvm_vcpu")}

@@ -32,7 +32,7 @@ class Btf:
     def __init__(self, blob: bytes, base: bytes | None = None) -> None:
         try:
             self._types, self._strings = _sections(blob)
-            self._base_strings = _sections(base)[1] if base is not None else b""
+            self._base_types, self._base_strings = _sections(base) if base is not None else (b"", b"")
         except struct.error as error:
             raise BtfError(f"truncated BTF: {error}") from None
 
@@ -93,28 +93,36 @@ class Btf:
         return offsets
 
     def _structures(self, wanted: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-        """Each structure named WANTED with its members: name and offset in bits."""
+        """Each structure named WANTED with its members, name and offset in bits: the module's, then the kernel's.
+
+        A type that both know is in the kernel's BTF alone: struct kvm_vcpu is, where KVM is a module too.
+        """
         names = self._name_offset(wanted)
-        types, at, end = self._types, 0, len(self._types)
-        try:
-            while at < end:
-                name, info, _ = _TYPE.unpack_from(types, at)
-                at += _TYPE.size
-                kind, elements = info >> 24 & 0x1F, info & 0xFFFF
-                if kind == 0 or kind >= _KNOWN_KINDS:
-                    raise BtfError(f"unknown kind {kind} in the BTF")
-                size = _FIXED.get(kind, 0) + _PER_ELEMENT.get(kind, 0) * elements
-                if kind == _KIND_STRUCT and name in names:
+        for types in (self._types, self._base_types):
+            try:
+                for members, kind_flag in _structs(types, names):
                     # With kind_flag the high byte of an offset is the size of a bit field.
-                    mask, shift = (0xFFFFFF, 24) if info >> 31 else (0xFFFFFFFF, 32)
-                    rows = _MEMBER.iter_unpack(types[at : at + size])
-                    yield (
-                        wanted,
-                        [(self._string(n).decode(), bits & mask) for n, _, bits in rows if not bits >> shift],
-                    )
-                at += size
-        except (struct.error, ValueError) as error:
-            raise BtfError(f"malformed BTF: {error}") from None
+                    mask, shift = (0xFFFFFF, 24) if kind_flag else (0xFFFFFFFF, 32)
+                    rows = _MEMBER.iter_unpack(members)
+                    plain = [(self._string(n).decode(), bits & mask) for n, _, bits in rows if not bits >> shift]
+                    yield wanted, plain
+            except (struct.error, ValueError) as error:
+                raise BtfError(f"malformed BTF: {error}") from None
+
+
+def _structs(types: bytes, names: set[int]) -> Iterator[tuple[bytes, bool]]:
+    """The members, still packed, of each structure in a type section that has one of NAMES; and its kind_flag."""
+    at, end = 0, len(types)
+    while at < end:
+        name, info, _ = _TYPE.unpack_from(types, at)
+        at += _TYPE.size
+        kind, elements = info >> 24 & 0x1F, info & 0xFFFF
+        if kind == 0 or kind >= _KNOWN_KINDS:
+            raise BtfError(f"unknown kind {kind} in the BTF")
+        size = _FIXED.get(kind, 0) + _PER_ELEMENT.get(kind, 0) * elements
+        if kind == _KIND_STRUCT and name in names:
+            yield types[at : at + size], bool(info >> 31)
+        at += size
 
 
 def _sections(blob: bytes) -> tuple[bytes, bytes]:

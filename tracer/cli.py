@@ -16,12 +16,13 @@ from tracer.doctor import Machine, State, as_json, as_text, examine, obstacle
 from tracer.errors import MsrtraceError
 
 if TYPE_CHECKING:
-    from prometheus_client.registry import Collector
+    from prometheus_client import CollectorRegistry
 
     from tracer.tracer import Tracer
 
 DEFAULT_ADDRESS = "127.0.0.1:9753"
 _FOLLOW_SECONDS = 0.2  # how often a reload of kvm_intel is looked for
+_RETRY_SECONDS = 10.0  # how long one that cannot be traced is left alone
 
 
 class Address(click.ParamType[tuple[str, int]]):
@@ -36,7 +37,7 @@ class Address(click.ParamType[tuple[str, int]]):
         if isinstance(value, tuple):
             return value
         host, colon, port = value.rpartition(":")
-        if not (colon and port.isdigit() and int(port) < 1 << 16):
+        if not (colon and port.isascii() and port.isdigit() and int(port) < 1 << 16):
             self.fail(f"{value!r} is not HOST:PORT", param, ctx)
         return host.strip("[]") or "0.0.0.0", int(port)
 
@@ -79,6 +80,8 @@ def run(  # noqa: PLR0917 (click passes them by name)
     """Trace, and serve the counts to Prometheus until SIGINT or SIGTERM."""
     if (key or ca) and not cert:
         raise click.UsageError("--web.tls-key-file and --web.tls-client-ca-file need --web.tls-cert-file")
+    if cert and not key:
+        raise click.UsageError("--web.tls-cert-file needs --web.tls-key-file")
     if pid is not None and not Path(f"/proc/{pid}").exists():
         raise MsrtraceError(f"there is no process {pid}")
     machine = Machine.here()
@@ -89,6 +92,8 @@ def run(  # noqa: PLR0917 (click passes them by name)
     if problem:
         raise MsrtraceError(problem)
 
+    from prometheus_client import CollectorRegistry
+
     from tracer.engine import Engine, Options
     from tracer.metrics import SnapshotCollector
     from tracer.tracer import Tracer, loaded_module
@@ -98,15 +103,19 @@ def run(  # noqa: PLR0917 (click passes them by name)
         while loaded_module() is None:
             if stop.wait(_FOLLOW_SECONDS):
                 return
+    # Before the work of attaching, so that an address that is taken is said at once.
+    registry = CollectorRegistry()
+    url = _serve(registry, address, cert, key, ca)
     options = Options(by_vm=by_vm, pid=pid)
     tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, machine))
-    tracer.attach()
+    tracer.attach(None if wait_module else machine.symbols)
     try:
         _show_probes(tracer)
-        url = _serve(SnapshotCollector(tracer.snapshot, _version()), address, cert, key, ca)
+        registry.register(SnapshotCollector(tracer.snapshot, _version()))
         _say(f"serving {url}")
-        while not stop.wait(_FOLLOW_SECONDS):
-            _follow(tracer)
+        pause = _FOLLOW_SECONDS
+        while not stop.wait(pause):
+            pause = _follow(tracer)
     finally:
         tracer.close()
 
@@ -140,7 +149,8 @@ def _show_probes(tracer: Tracer) -> None:
         _warn(warning)
 
 
-def _follow(tracer: Tracer) -> None:
+def _follow(tracer: Tracer) -> float:
+    """Follow a reload of kvm_intel, and say so; how long to wait before looking again, in seconds."""
     try:
         if tracer.follow():
             if tracer.attached:
@@ -149,15 +159,17 @@ def _follow(tracer: Tracer) -> None:
             else:
                 _say("kvm_intel was unloaded; its counts are kept, and it is traced again when it comes back")
     except MsrtraceError as error:
-        _warn(f"kvm_intel is not traced: {error}")
+        _warn(f"kvm_intel is not traced, trying again in {_RETRY_SECONDS:.0f} s: {error}")
+        return _RETRY_SECONDS
+    return _FOLLOW_SECONDS
 
 
-def _serve(collector: Collector, address: tuple[str, int], cert: str | None, key: str | None, ca: str | None) -> str:
-    """Serve COLLECTOR's metrics in a thread; the URL."""
-    from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+def _serve(
+    registry: CollectorRegistry, address: tuple[str, int], cert: str | None, key: str | None, ca: str | None
+) -> str:
+    """Serve the metrics of REGISTRY, and of this process, in a thread; the URL."""
+    from prometheus_client import ProcessCollector, start_http_server
 
-    registry = CollectorRegistry()
-    registry.register(collector)
     ProcessCollector(registry=registry)
     host, port = address
     try:
@@ -181,20 +193,22 @@ def _version() -> str:
     return version("msrtrace")
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def main() -> None:
     """Run the command line. Errors are one line on stderr; MSRTRACE_DEBUG=1 adds the traceback."""
     try:
         cli.main(prog_name="msrtrace", standalone_mode=True)
     except MsrtraceError as error:
-        click.echo(f"msrtrace: error: {error}", err=True)
+        click.echo(f"msrtrace: error: {_one_line(error)}", err=True)
         sys.exit(1)
     except Exception as error:
         if os.environ.get("MSRTRACE_DEBUG"):
             raise
-        click.echo(
-            f"msrtrace: internal error: {type(error).__name__}: {error} (MSRTRACE_DEBUG=1 shows where)",
-            err=True,
-        )
+        what = f"{type(error).__name__}: {_one_line(error)}"
+        click.echo(f"msrtrace: internal error: {what} (MSRTRACE_DEBUG=1 shows where)", err=True)
         sys.exit(1)
 
 

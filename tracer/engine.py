@@ -98,29 +98,69 @@ class Engine:
     def __init__(self, layout: Layout, symbols: Symbols, options: Options, machine: Machine) -> None:
         """Compile, load and attach. Raises MsrtraceError when nothing can be counted."""
         self._layout, self._symbols, self._options, self._machine = layout, symbols, options, machine
-        self._btf_problem = ""
-        btf = self._find_btf() if layout.calls else None
-        self.redundancy = "exact" if btf or not layout.calls else "unknown"
-        self._filter_known = not layout.filter_set or bool(symbols.find(layout.filter_set))
-        defined = definitions(layout, btf, self._filter_known, options)
-        self._bpf = _compile(resource("bpf/msrtrace.c"), [f"-D{k}={v}" for k, v in defined.items()], machine)
-        self._points = points(layout, symbols, exact=btf is not None)
+        self._defined, self._btf_problem = self._plan(layout, symbols)
+        flags = [f"-D{name}={value}" for name, value in self._defined.items()]
+        self._bpf = _compile(resource("bpf/msrtrace.c"), flags, machine)
+        self.probes: list[Probe] = []
+        try:
+            self._attach_all()
+        except MsrtraceError:
+            self.close()
+            raise
+
+    def _plan(self, layout: Layout, symbols: Symbols) -> tuple[dict[str, int], str]:
+        """How the program must be configured for a kernel, and why it cannot see outcomes there, if so."""
+        btf, problem = None, ""
+        if layout.calls:
+            try:
+                btf = Btf.of_module(symbols.module) if symbols.module else Btf.of_kernel()
+                btf.bitmap_offset()
+            except BtfError as error:
+                btf, problem = None, str(error)
+        filter_known = bool(layout.filter_set and symbols.find(layout.filter_set))
+        return definitions(layout, btf, filter_known, self._options), problem
+
+    def reattach(self, layout: Layout, symbols: Symbols) -> bool:
+        """Attach to a kvm_intel that was loaded anew; False if the program does not fit it.
+
+        Raises MsrtraceError when nothing can be counted. `detach` went before, so counts start from 0.
+        """
+        defined, problem = self._plan(layout, symbols)
+        if (layout, defined) != (self._layout, self._defined):
+            return False
+        self._symbols, self._btf_problem = symbols, problem
+        self._attach_all()
+        return True
+
+    def _attach_all(self) -> None:
+        self._points = points(self._layout, self._symbols, exact="BITMAP_OFFSET" in self._defined)
         self.probes = [self._attach(point) for point in self._points]
-        counted = (layout.update, *layout.calls)
+        counted = (self._layout.update, *self._layout.calls)
         if not self._attached(*counted):
             reasons = "; ".join(f"{p.function}: {p.detail}" for p in self.probes if p.function in counted)
-            self.close()
             raise MsrtraceError(f"no probe could be attached ({reasons})")
         self._clear("unpaired_return")  # functions that were being run while their probes were attached
 
-    def _find_btf(self) -> Btf | None:
-        try:
-            btf = Btf.of_module(self._symbols.module) if self._symbols.module else Btf.of_kernel()
-            btf.bitmap_offset()
-            return btf
-        except BtfError as error:
-            self._btf_problem = str(error)
-            return None
+    def detach(self) -> None:
+        """Remove the probes and forget what they counted; the program stays loaded, for `reattach`."""
+        for point, probe in zip(self._points, self.probes, strict=True):
+            if probe.attached:
+                self._bpf.detach_kprobe(event=probe.symbol)
+                if point.returned:
+                    self._bpf.detach_kretprobe(event=probe.symbol)
+        for name in ("calls", "updates", "threads"):
+            self._bpf[name].clear()
+        for count in _COUNTS:
+            self._clear(count)
+
+    @property
+    def redundancy(self) -> str:
+        """Whether outcomes are seen: `exact`, or `unknown` where calls are counted without them."""
+        return "exact" if "BITMAP_OFFSET" in self._defined or not self._layout.calls else "unknown"
+
+    @property
+    def _filter_known(self) -> bool:
+        return not self._layout.filter_set or "FILTER_OFFSET" in self._defined
 
     @property
     def warnings(self) -> list[str]:
@@ -168,17 +208,17 @@ class Engine:
         """The counts of now. `vms` is left empty: names are not the kernel's."""
         counts = {name: int(self._bpf["counts"][i].value) for i, name in enumerate(_COUNTS)}
         calls: dict[Call, Outcome] = {}
-        rows = self._bpf["calls"].items()
+        rows = list(self._bpf["calls"].items())
         for key, value in rows:
             call = self._call(key)
             outcome = self._outcome(value)
             calls[call] = calls[call] + outcome if call in calls else outcome
         durations: dict[int, dict[int, Durations]] = {_WITHIN_FILTER_CHANGE: {}, _WITHIN_RECALC: {}}
-        updates = self._bpf["updates"].items()
+        updates = list(self._bpf["updates"].items())
         for key, value in updates:
             durations[key.kind][key.pid] = _durations(value)
         capacity = {name: self._bpf[name].max_entries for name in ("calls", "threads", "updates")}
-        entries = {"calls": len(rows), "updates": len(updates), "threads": len(self._bpf["threads"].keys())}
+        entries = {"calls": len(rows), "updates": len(updates), "threads": len(list(self._bpf["threads"].keys()))}
         return Snapshot(
             layout=self._layout.name,
             redundancy=self.redundancy,

@@ -148,16 +148,21 @@ class Snapshot:
         """This snapshot with the counts of EARLIER, of another attachment of the same tracer, added to them."""
         missed = {p.function: p.missed for p in earlier.probes}
         dropped = {m.name: m.dropped for m in earlier.maps}
+        probes = [replace(p, missed=p.missed + missed.pop(p.function, 0)) for p in self.probes]
+        probes += [replace(p, attached=False) for p in earlier.probes if p.function in missed]
+        maps = [replace(m, dropped=m.dropped + dropped.pop(m.name, 0)) for m in self.maps]
+        maps += [replace(m, entries=0) for m in earlier.maps if m.name in dropped]
         return replace(
             self,
             calls=_merged(earlier.calls, self.calls),
             updates=_merged(earlier.updates, self.updates),
             recalcs=_merged(earlier.recalcs, self.recalcs),
-            probes=tuple(replace(p, missed=p.missed + missed.get(p.function, 0)) for p in self.probes),
-            maps=tuple(replace(m, dropped=m.dropped + dropped.get(m.name, 0)) for m in self.maps),
+            probes=tuple(probes),
+            maps=tuple(maps),
             unpaired_returns=self.unpaired_returns + earlier.unpaired_returns,
             read_failures=self.read_failures + earlier.read_failures,
             vcpus_seen=self.vcpus_seen + earlier.vcpus_seen,
+            reattached=self.reattached + earlier.reattached,
         )
 
     def since(self, earlier: Snapshot) -> Snapshot:

@@ -31,8 +31,14 @@ class Attachment(Protocol):
     def forget(self, pids: set[int]) -> None:
         """Drop the counts of ended processes from the maps."""
 
+    def detach(self) -> None:
+        """Remove the probes and forget the counts."""
+
+    def reattach(self, layout: Layout, symbols: Symbols) -> bool:
+        """Attach again after `detach`; False if that takes a new attachment."""
+
     def close(self) -> None:
-        """Detach."""
+        """Give everything back to the kernel."""
 
 
 def loaded_module(module: Path = MODULE) -> tuple[int, int] | None:
@@ -74,6 +80,7 @@ class Tracer:
         self._names = names or VmNames()
         self._lock = threading.RLock()
         self._engine: Attachment | None = None
+        self._idle: Attachment | None = None  # of a kvm_intel that was unloaded; fits the next one as a rule
         self._traced_module: object | None = None
         self._earlier: Snapshot | None = None  # the counts of earlier attachments and of VMs that are gone
 
@@ -92,12 +99,22 @@ class Tracer:
         """What keeps the numbers of the present attachment from being complete."""
         return self._engine.warnings if self._engine else []
 
-    def attach(self) -> None:
-        """Attach to the kvm_intel that is loaded. Raises MsrtraceError if that cannot be done."""
+    def attach(self, symbols: Symbols | None = None) -> None:
+        """Attach to the kvm_intel that is loaded, whose SYMBOLS may have been read already.
+
+        Raises MsrtraceError if that cannot be done.
+        """
         with self._lock:
             module = self._module()
-            symbols = self._read_symbols()
-            self._engine = self._attach_engine(layout_of(symbols), symbols)
+            symbols = symbols or self._read_symbols()
+            layout = layout_of(symbols)
+            if self._idle and self._idle.reattach(layout, symbols):
+                self._engine = self._idle  # without compiling again: nothing is seen in the meantime
+            else:
+                self._engine = self._attach_engine(layout, symbols)
+                if self._idle:
+                    self._idle.close()
+            self._idle = None
             self._traced_module = module
 
     def follow(self) -> bool:
@@ -119,8 +136,8 @@ class Tracer:
     def _detach(self) -> None:
         if self._engine:
             last = self._engine.snapshot()
-            self._engine.close()
-            self._engine = None
+            self._engine.detach()
+            self._engine, self._idle = None, self._engine
             if self._earlier:
                 last = last.after(self._earlier)
             silent = tuple(replace(p, attached=False, detail="kvm_intel was unloaded") for p in last.probes)
@@ -130,39 +147,47 @@ class Tracer:
     def snapshot(self) -> Snapshot:
         """All counts since the start. VMs that are gone are in the totals, but no longer apart."""
         with self._lock:
-            now = self._engine.snapshot() if self._engine else None
-            if now and self._earlier:
-                now = replace(now.after(self._earlier), reattached=self._earlier.reattached)
-            result = now or self._earlier
-            if result is None:
-                raise MsrtraceError("nothing is attached")
-            return self._with_vms(result) if result.by_vm else result
+            total = self._total()
+            pids = {pid for pid in (*(c.pid for c in total.calls), *total.updates, *total.recalcs) if pid}
+            # A pid that another process has by now is as good as gone.
+            names = {pid: name for pid in pids if self._names.alive(pid) and (name := self._names.name(pid))}
+            gone = pids - names.keys()
+            if gone:
+                self._forget(gone)
+                total = self._total()
+            return replace(total, vms=names)
 
-    def _with_vms(self, snapshot: Snapshot) -> Snapshot:
-        pids = {pid for call in snapshot.calls if (pid := call.pid)}
-        pids |= {pid for pid in (*snapshot.updates, *snapshot.recalcs) if pid}
-        names = {pid: name for pid in pids if self._names.alive(pid) and (name := self._names.name(pid))}
-        gone = pids - names.keys()
-        if gone:
-            self._forget(gone)
-        return replace(snapshot.without_vms(gone), vms=names)
+    def _total(self) -> Snapshot:
+        now = self._engine.snapshot() if self._engine else None
+        if now and self._earlier:
+            return now.after(self._earlier)
+        result = now or self._earlier
+        if result is None:
+            raise MsrtraceError("nothing is attached")
+        return result
 
     def _forget(self, gone: set[int]) -> None:
-        """Move the counts of ended processes out of the engine's maps, which have an end, into `_earlier`."""
-        if not self._engine:
-            return
-        live = self._engine.snapshot()
-        kept = {call: outcome for call, outcome in live.calls.items() if call.pid in gone}
-        moved = Snapshot(
-            layout=live.layout,
-            calls=kept,
-            updates={pid: value for pid, value in live.updates.items() if pid in gone},
-            recalcs={pid: value for pid, value in live.recalcs.items() if pid in gone},
-        ).without_vms(gone)
-        self._engine.forget(gone)
-        self._earlier = moved.after(self._earlier) if self._earlier else moved
+        """Tell the counts of ended processes apart no longer, and free their places in the engine's maps."""
+        if self._engine:
+            live = self._engine.snapshot()
+            self._engine.forget(gone)
+            moved = Snapshot(
+                layout=live.layout,
+                redundancy=live.redundancy,
+                calls={call: outcome for call, outcome in live.calls.items() if call.pid in gone},
+                updates={pid: value for pid, value in live.updates.items() if pid in gone},
+                recalcs={pid: value for pid, value in live.recalcs.items() if pid in gone},
+            )
+            self._earlier = self._earlier.after(moved) if self._earlier else moved
+        if self._earlier:
+            self._earlier = self._earlier.without_vms(gone)
+        for pid in gone:
+            self._names.name(pid)  # whoever has that pid now is named anew
 
     def close(self) -> None:
         """Detach. The counts stay readable."""
         with self._lock:
             self._detach()
+            if self._idle:
+                self._idle.close()
+                self._idle = None

@@ -76,7 +76,7 @@ def expected(host: str, variant: str) -> tuple[dict[Key, int], dict[Key, int]]:
 
 def scrapes(collected: Collected) -> list[tuple[str, Metrics]]:
     """The scrapes of the scenario in their order."""
-    found = collected.scenario("known_counts")
+    found = collected.scenario("counts")
     return [(name, Metrics.of(text)) for name, text in found["scrapes"].items()]
 
 
@@ -105,7 +105,7 @@ def test_calls_per_filter_update_are_those_of_the_patch_and_of_its_absence(colle
 
 
 def test_the_workload_did_what_it_was_told(collected: Collected) -> None:
-    for did in collected.scenario("known_counts")["workload"].values():
+    for did in collected.scenario("counts")["workload"].values():
         assert (did["applied"], did["created_vcpus"]) == (APPLIED, VCPUS)
 
 
@@ -124,7 +124,7 @@ def test_an_unloaded_module_shows_as_probes_that_are_not_attached(collected: Col
     attached = {name: {v for _, v in m.named("msrtrace_probe_attached")} for name, m in found.items()}
     assert attached["unloaded"] == {0.0}
     assert attached["back"] == attached[f"{collected.variants[0]} before"]
-    assert found["unloaded"].calls() == found[f"{collected.variants[-1]} after"].calls()
+    assert found["unloaded"].calls() == found[f"{collected.variants[-1]} witnessed"].calls()
     reloads = len(collected.variants)
     assert found["back"].value("msrtrace_reattachments_total") == reloads
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_seen_is_absent_and_not_zero(collected: Collected) -> Non
 
 
 def test_it_ends_with_status_0_and_says_what_it_probes(collected: Collected) -> None:
-    found = collected.scenario("known_counts")
+    found = collected.scenario("counts")
     assert found["status"] == 0
     assert "Traceback" not in found["log"]
     assert "msrtrace: probing vmx_" in found["log"]

@@ -9,9 +9,9 @@ from witness import Counts, recorded
 
 def both(collected: Collected, variant: str) -> tuple[Counts, Metrics, Metrics]:
     """The witness's counts, and msrtrace's scrapes before and after."""
-    found = collected.scenario(f"witness-{variant}")
+    scrapes = collected.scenario("counts")["scrapes"]
     counts = recorded(collected.folder / f"witness-{variant}", updates_are_filters=collected.host != "sid")
-    return counts, Metrics.of(found["before"]), Metrics.of(found["after"])
+    return counts, Metrics.of(scrapes[f"{variant} after"]), Metrics.of(scrapes[f"{variant} witnessed"])
 
 
 def test_every_count_equals_the_kernels_own(collected: Collected) -> None:
@@ -26,7 +26,7 @@ def test_every_count_equals_the_kernels_own(collected: Collected) -> None:
 def test_the_witness_saw_all_that_the_workload_did(collected: Collected) -> None:
     for variant in collected.variants:
         counts, _, _ = both(collected, variant)
-        did = collected.scenario(f"witness-{variant}")["workload"]
+        did = collected.scenario("counts")["witnessed"][variant]
         assert counts.updates == sum(d["applied"] for d in did)
         if collected.host == "filter-only":
             assert not counts.calls

@@ -1,4 +1,6 @@
-"""All that the tests look at, collected in one boot: `everything.py VARIANT...`, the variants of kvm_intel to load.
+"""All that the tests look at, collected in one boot: `everything.py [--kernel] VARIANT...`.
+
+VARIANT: of kvm_intel, the stock one first. --kernel leaves out what is the same on every kernel.
 
 A scenario that breaks is recorded as broken and the others go on; the test that reads it then fails.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,15 +24,22 @@ from kerneltracer import KernelTracer
 
 from tracer.btf import Btf, BtfError
 
-VARIANTS = sys.argv[1:]
+KERNEL_ALONE = "--kernel" in sys.argv
+VARIANTS = [word for word in sys.argv[1:] if not word.startswith("--")]
 STOCK = VARIANTS[0]
 
 
-def known_counts() -> Any:
-    """Prime numbers of everything, on each variant in turn, while one msrtrace goes on tracing."""
+def host() -> Any:
+    """What this host is."""
+    return {"release": os.uname().release, "doctor": output_of("msrtrace", "doctor", "--json")["stdout"]}
+
+
+def counts() -> Any:
+    """Prime numbers of everything, then all that the workload can do, on each variant in turn; one msrtrace sees it."""
     load(STOCK)
+    idle = kernel_state()
     msrtrace = Msrtrace()
-    found: dict[str, Any] = {"scrapes": {}, "workload": {}}
+    found: dict[str, Any] = {"scrapes": {}, "workload": {}, "witnessed": {}}
     for number, variant in enumerate(VARIANTS):
         if number:
             load(variant)
@@ -37,6 +47,8 @@ def known_counts() -> Any:
         found["scrapes"][f"{variant} before"] = scrape()
         found["workload"][variant] = workload("--vms", 2, "--vcpus", 3, "--updates", 101, "--initial-run")
         found["scrapes"][f"{variant} after"] = scrape()
+        found["witnessed"][variant] = witnessed(variant)
+        found["scrapes"][f"{variant} witnessed"] = scrape()
     # Unloaded: nothing is attached and nothing is forgotten.
     load("none")
     msrtrace.wait_for("kvm_intel was unloaded")
@@ -44,31 +56,29 @@ def known_counts() -> Any:
     load(STOCK)
     msrtrace.wait_for("kvm_intel was loaded again", len(VARIANTS))
     found["scrapes"]["back"] = scrape()
-    return found | msrtrace.end()
+    found["running"] = kernel_state()
+    return found | msrtrace.end() | {"idle": idle, "left": kernel_state()}
 
 
 def witnessed(variant: str) -> Any:
-    """Everything that the workload can do, under the eyes of the kernel's own tracer."""
-    load(variant)
+    """Everything that the workload can do, under the eyes of the kernel's own tracer: what it did."""
     try:
         offset = Btf.of_module("kvm_intel").bitmap_offset()
     except BtfError:
         offset = None
-    msrtrace = Msrtrace()
-    before = scrape()
-    did = []
     with KernelTracer(offset, OUT / f"witness-{variant}"):
-        for options in (
-            "--vcpus 2 --updates 7 --initial-run",
-            "--updates 5 --deny-all",
-            "--updates 3 --msr 0x10 --msr 0x48 --msr 0xc0000102 --msr 0x174 --spec-ctrl 5",
-            "--cpuid 3 --updates 2",
-            "--x2apic 2 --updates 2",
-            "--threads --vms 2 --vcpus 2 --updates 5",
-            "--create-vms 3 --vcpus 2 --updates 0",
-        ):
-            did.append(workload(*options.split()))
-    return {"before": before, "after": scrape(), "workload": did, "offset": offset} | msrtrace.end()
+        return [
+            workload(*options.split())
+            for options in (
+                "--vcpus 2 --updates 7 --initial-run",
+                "--updates 5 --deny-all",
+                "--updates 3 --msr 0x10 --msr 0x48 --msr 0xc0000102 --msr 0x174 --spec-ctrl 5",
+                "--cpuid 3 --updates 2",
+                "--x2apic 2 --updates 2",
+                "--threads --vms 2 --vcpus 2 --updates 5",
+                "--create-vms 3 --vcpus 2 --updates 0",
+            )
+        ]
 
 
 def unknown_redundancy() -> Any:
@@ -119,24 +129,22 @@ def one_pid() -> Any:
     for vm in vms:
         vm.kill()
         vm.wait()
-    return {"scrape": text} | msrtrace.end()
+    return {"scrape": text} | msrtrace.end(signal.SIGTERM)
 
 
-def ends() -> Any:
-    """However msrtrace ends, nothing of it stays in the kernel."""
+def killed() -> Any:
+    """SIGKILL while VMs get filter updates."""
     load(STOCK)
-    found: dict[str, Any] = {"idle": kernel_state()}
-    for name, number in (("SIGINT", signal.SIGINT), ("SIGTERM", signal.SIGTERM), ("SIGKILL", signal.SIGKILL)):
-        msrtrace = Msrtrace()
-        vm = subprocess.Popen(["workload", "--forever"])
-        until(lambda: not re.search(r"^msrtrace_filter_updates_total 0", scrape(), re.M))
-        running = kernel_state()
-        ended = msrtrace.end(number)
-        time.sleep(0.5)
-        found[name] = {"running": running, "after": kernel_state()} | ended
-        vm.terminate()
-        found[name]["workload"] = vm.wait()
-    return found
+    idle = kernel_state()
+    msrtrace = Msrtrace()
+    vm = subprocess.Popen(["workload", "--forever"])
+    until(lambda: not re.search(r"^msrtrace_filter_updates_total 0", scrape(), re.M))
+    running = kernel_state()
+    ended = msrtrace.end(signal.SIGKILL)
+    time.sleep(0.5)
+    left = kernel_state()
+    vm.terminate()
+    return {"idle": idle, "running": running, "left": left, "workload": vm.wait()} | ended
 
 
 def waits() -> Any:
@@ -162,9 +170,8 @@ def misuse() -> Any:
     build.rename(away)
     found["no headers"] = output_of(*run)
     away.rename(build)
-    listener = Msrtrace()
-    found["port taken"] = output_of(*run)
-    listener.end()
+    with socket.create_server(("127.0.0.1", 9753)):
+        found["port taken"] = output_of(*run)
     load("none")
     found["no kvm_intel"] = output_of(*run)
     load(STOCK)
@@ -193,7 +200,7 @@ def misuse() -> Any:
     found["no such process"] = output_of(*run, "--pid", "4194303")
     found["bad address"] = output_of(*run, "--web.listen-address", "nowhere")
     found["bad host"] = output_of(*run, "--web.listen-address", "999.1.1.1:9753")
-    found["bad certificate"] = output_of(*run, "--web.tls-cert-file", "/nonexistent")
+    found["bad certificate"] = output_of(*run, "--web.tls-cert-file", "/nonexistent", "--web.tls-key-file", "/nonexistent")
     found["doctor"] = output_of("msrtrace", "doctor")
     found["doctor --json"] = output_of("msrtrace", "doctor", "--json")
     return found
@@ -209,14 +216,13 @@ def bound(source: Path, target: str, *command: str) -> Any:
 
 
 def main() -> None:
-    """Run every scenario; what they return goes to /out/NAME.json."""
-    scenarios: list[tuple[str, Callable[[], Any]]] = [
-        ("known_counts", known_counts),
-        *((f"witness-{variant}", lambda variant=variant: witnessed(variant)) for variant in VARIANTS),
-        *((f.__name__, f) for f in (unknown_redundancy, by_vm, one_pid, ends, waits, misuse)),
-    ]
+    """Run every scenario; what they return goes to /out/NAME.json. Ends with a status that pytest looks for."""
+    of_the_kernel = [host, counts, unknown_redundancy, killed]
+    of_the_program = [by_vm, one_pid, waits, misuse]
+    scenarios: list[Callable[[], Any]] = of_the_kernel if KERNEL_ALONE else [*of_the_kernel, *of_the_program]
     only = os.environ.get("ONLY", "").split()
-    for name, scenario in scenarios:
+    for scenario in scenarios:
+        name = scenario.__name__
         if only and name not in only:
             continue
         started = time.monotonic()
