@@ -23,6 +23,8 @@ HERE = Path(__file__).resolve().parent
 #: Everything built lands here, outside git. MSRTRACE_BUILD moves it, so that checkouts can share one.
 BUILD = Path(os.environ.get("MSRTRACE_BUILD", REPO / "build")).resolve() / "vmxhost"
 
+UNUSED_SECONDS = 24 * 3600
+
 
 class RigError(Exception):
     """The emulated host could not be made or run; the message is one line for the user."""
@@ -64,12 +66,14 @@ def cached(kind: str, inputs: Sequence[object], make: Callable[[Path], None]) ->
     name = f"{kind}-{digest(*inputs)}"
     final = BUILD / name
     if final.is_dir():
+        os.utime(final)  # used: not yet to be cleared away
         return final
     with locked(name):
         if final.is_dir():
             return final
         for stale in BUILD.glob(f".{name}.*"):
             remove_tree(stale)
+        _clear_away(kind)
         work = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=BUILD))
         work.chmod(0o755)
         say(f"making {name}")
@@ -81,6 +85,13 @@ def cached(kind: str, inputs: Sequence[object], make: Callable[[Path], None]) ->
             remove_tree(work)
         say(f"made {name} in {time.monotonic() - started:.0f} s")
     return final
+
+
+def _clear_away(kind: str) -> None:
+    """Remove what was made as KIND from other inputs and has not been used for a day."""
+    for old in BUILD.glob(f"{kind}-{'?' * 12}"):
+        if old.is_dir() and time.time() - old.stat().st_mtime > UNUSED_SECONDS:
+            remove_tree(old)
 
 
 def remove_tree(path: Path) -> None:

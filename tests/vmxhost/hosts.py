@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import direct
 from apt import Suite
 from cache import HERE, RigError, cached, sh
 
@@ -198,7 +199,8 @@ def image(host: Host) -> Image:
         make_disk(host, base, tree, unpatched, work / "root.img")
         make_iso(tree, release, work / "boot.iso")
 
-    inputs = [base.parent.name, tree.name, *([unpatched] if unpatched else []), *guest, HERE / "hosts.py"]
+    inputs = [base.parent.name, tree.name, *([unpatched] if unpatched else []), *guest]
+    inputs += [HERE / name for name in ("hosts.py", "direct.py", "enter.S")]
     built = cached(f"image-{host.name}", inputs, make)
     return Image(built / "root.img", built / "boot.iso", release)
 
@@ -253,7 +255,7 @@ def make_iso(tree: Path, release: str, iso: Path) -> None:
         unpacked_copy(file, initramfs / "modules" / f"{index:02}-{file.name.removesuffix('.xz')}")
     cpio = f"cd {initramfs} && find . | LC_ALL=C sort | cpio -o -H newc --quiet -R 0:0 > {medium}/initrd"
     sh(["sh", "-c", cpio])
-    shutil.copy(vmlinuz(tree, release), medium / "vmlinuz")
+    direct.prepare(vmlinuz(tree, release), medium)
     shutil.copy(HERE / "guest/isolinux.cfg", medium / "isolinux")
     shutil.copy("/usr/lib/ISOLINUX/isolinux.bin", medium / "isolinux")
     shutil.copy("/usr/lib/syslinux/modules/bios/ldlinux.c32", medium / "isolinux")

@@ -200,7 +200,9 @@ def misuse() -> Any:
     found["no such process"] = output_of(*run, "--pid", "4194303")
     found["bad address"] = output_of(*run, "--web.listen-address", "nowhere")
     found["bad host"] = output_of(*run, "--web.listen-address", "999.1.1.1:9753")
-    found["bad certificate"] = output_of(*run, "--web.tls-cert-file", "/nonexistent", "--web.tls-key-file", "/nonexistent")
+    found["bad certificate"] = output_of(
+        *run, "--web.tls-cert-file", "/nonexistent", "--web.tls-key-file", "/nonexistent"
+    )
     found["doctor"] = output_of("msrtrace", "doctor")
     found["doctor --json"] = output_of("msrtrace", "doctor", "--json")
     return found

@@ -6,6 +6,7 @@ shares nothing with msrtrace but the offset of the bitmap, which is checked agai
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 TRACING = Path("/sys/kernel/tracing")
@@ -68,8 +69,10 @@ class KernelTracer:
         functions = {line.split()[2] for line in symbols if line.endswith(("\t[kvm_intel]", "\t[kvm]"))}
         (TRACING / "buffer_size_kb").write_text("131072")
         for event in definitions(self.offset, functions):
-            with (TRACING / "kprobe_events").open("a") as events:
-                events.write(event + "\n")
+            # Python's own mode "a" seeks, which this file refuses.
+            events = os.open(TRACING / "kprobe_events", os.O_WRONLY | os.O_APPEND)
+            os.write(events, f"{event}\n".encode())
+            os.close(events)
         (TRACING / "trace").write_text("")
         (TRACING / f"events/{GROUP}/enable").write_text("1")
         return self
