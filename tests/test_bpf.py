@@ -554,6 +554,8 @@ few = settings(max_examples=30, deadline=None)
 def check_calls(stand_in: StandIn, made: list[tuple[str, int, int, bool, bool, bytes]], pid: int, within: str) -> None:
     """Make calls, some of them inside an update; the engine must have seen each as the model does."""
     vcpu = stand_in.vcpu()
+    stand_in.page.raw = b"\xff" * PAGE  # as a new one is
+    stand_in.counted()
     wanted: dict[Call, Outcome] = {}
     for caller, msr, type_, enable, in_update, after in made:
         before = stand_in.page.raw

@@ -16,9 +16,9 @@ from tracer.cause import cause_of
         ("cpuid_update", ["vmx_vcpu_after_set_cpuid", "vmx_cpuid_update"]),
         (
             "x2apic",
-            ["vmx_update_msr_bitmap_x2apic", "vmx_set_virtual_apic_mode", "vmx_refresh_apicv_exec_ctrl"],
+            ["vmx_update_msr_bitmap_x2apic", "vmx_set_virtual_apic_mode", "__kvm_apic_set_base", "kvm_lapic_reset"],
         ),
-        ("msr_write", ["vmx_set_msr", "vt_set_msr", "kvm_set_msr_common", "vmx_set_msr_common"]),
+        ("msr_write", ["vmx_set_msr", "vt_set_msr", "kvm_set_msr_common", "__kvm_set_msr"]),
         (
             "lbr",
             ["vmx_vcpu_run", "vmx_passthrough_lbr_msrs", "vmx_update_intercept_for_lbr_msrs", "intel_pmu_setup_lbr"],

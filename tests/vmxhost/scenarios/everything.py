@@ -137,7 +137,7 @@ def killed() -> Any:
     load(STOCK)
     idle = kernel_state()
     msrtrace = Msrtrace()
-    vm = subprocess.Popen(["workload", "--forever"])
+    vm = subprocess.Popen(["workload", "--forever", "--interval", "20"])
     until(lambda: not re.search(r"^msrtrace_filter_updates_total 0", scrape(), re.M))
     running = kernel_state()
     ended = msrtrace.end(signal.SIGKILL)

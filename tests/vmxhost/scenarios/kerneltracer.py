@@ -25,29 +25,34 @@ WORDS = [
     )
     for w in words
 ]
-# At a return the argument registers are gone. The caller holds the vCPU in one it may rely on; the entry event
-# says in which, and all of them are recorded at the return.
+# At a return the argument registers are gone. Kernels from 6.9 on keep the arguments for return events ($arg1).
+# On older ones the caller holds the vCPU in a register that it may rely on; the entry event says in which, and all
+# of them are recorded at the return.
+ARGUMENT = "arg1"
 SAVED = ("bx", "bp", "r12", "r13", "r14", "r15")
 CALLS = ("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_set_intercept_for_msr")
 UPDATES = ("vmx_msr_filter_changed", "vmx_recalc_intercepts")
 OTHERS = ("vmx_vcpu_create", "kvm_vm_ioctl_set_msr_filter")
 
 
-def words_at(offset: int, register: str) -> str:
-    """Fetch arguments for every word of the bitmap of the vCPU in REGISTER."""
-    return " ".join(f"{name}_{at:x}=+{at}(+{offset}(%{register})):x64" for name, at in WORDS)
+def words_at(offset: int, place: str) -> str:
+    """Fetch arguments for every word of the bitmap of the vCPU in PLACE, a register or an argument."""
+    return " ".join(f"{name}_{at:x}=+{at}(+{offset}({place})):x64" for name, at in WORDS)
 
 
-def definitions(offset: int | None, functions: set[str]) -> list[str]:
-    """The kprobe events for those of FUNCTIONS that matter; without OFFSET only the updates are recorded."""
-    events = []
+def call_events(function: str, offset: int) -> tuple[list[str], list[str]]:
+    """The kprobe events of a call: as new kernels can do it, and as old ones can."""
     saved = " ".join(f"{r}=%{r}:x64" for r in SAVED)
-    for function in CALLS:
-        if function in functions and offset is not None:
-            args = "vcpu=%di:x64 msr=%si:u32 type=%dx:u32 set=%cx:u8"
-            events.append(f"p:{GROUP}/in_{function} {function} {args} {saved} {words_at(offset, 'di')}")
-            for register in SAVED:
-                events.append(f"r64:{GROUP}/out_{register}_{function} {function} {words_at(offset, register)}")
+    args = f"vcpu=%di:x64 msr=%si:u32 type=%dx:u32 set=%cx:u8 {saved} {words_at(offset, '%di')}"
+    entry = f"p:{GROUP}/in_{function} {function} {args}"
+    returned = f"r64:{GROUP}/out_{ARGUMENT}_{function} {function} {words_at(offset, f'${ARGUMENT}')}"
+    each = [f"r64:{GROUP}/out_{r}_{function} {function} {words_at(offset, f'%{r}')}" for r in SAVED]
+    return [entry, returned], [entry, *each]
+
+
+def other_events(functions: set[str]) -> list[str]:
+    """The kprobe events beside the calls."""
+    events = []
     for function in UPDATES:
         if function in functions:
             events.append(f"p:{GROUP}/update_in {function} vcpu=%di:x64 kvm=+0(%di):x64")
@@ -56,6 +61,23 @@ def definitions(offset: int | None, functions: set[str]) -> list[str]:
         if function in functions:
             events.append(f"p:{GROUP}/{function} {function} first=%di:x64 kvm=+0(%di):x64")
     return events
+
+
+def define(events: list[str]) -> None:
+    """Make EVENTS, or, with an OSError, none of them."""
+    made = []
+    # Python's own mode "a" seeks, which this file refuses.
+    file = os.open(TRACING / "kprobe_events", os.O_WRONLY | os.O_APPEND)
+    try:
+        for event in events:
+            os.write(file, f"{event}\n".encode())
+            made.append(event.split()[0].partition(":")[2])
+    except OSError:
+        for name in made:
+            os.write(file, f"-:{name}\n".encode())
+        raise
+    finally:
+        os.close(file)
 
 
 class KernelTracer:
@@ -68,11 +90,14 @@ class KernelTracer:
         symbols = Path("/proc/kallsyms").read_text().splitlines()
         functions = {line.split()[2] for line in symbols if line.endswith(("\t[kvm_intel]", "\t[kvm]"))}
         (TRACING / "buffer_size_kb").write_text("131072")
-        for event in definitions(self.offset, functions):
-            # Python's own mode "a" seeks, which this file refuses.
-            events = os.open(TRACING / "kprobe_events", os.O_WRONLY | os.O_APPEND)
-            os.write(events, f"{event}\n".encode())
-            os.close(events)
+        define(other_events(functions))
+        for function in CALLS:
+            if function in functions and self.offset is not None:
+                new, old = call_events(function, self.offset)
+                try:
+                    define(new)
+                except OSError:
+                    define(old)
         (TRACING / "trace").write_text("")
         (TRACING / f"events/{GROUP}/enable").write_text("1")
         return self
