@@ -25,7 +25,7 @@
 #define THREADS_CAPACITY 16384
 #define UPDATES_CAPACITY 4096
 #define VCPUS_CAPACITY 16384
-#define BUCKETS 26
+#define BUCKETS 32 /* a power of two, so that masking bounds an index for every verifier */
 
 enum action { DISABLE, ENABLE };
 
@@ -403,10 +403,9 @@ int update_returned(struct pt_regs *ctx)
 		return 0;
 	}
 	bucket = bpf_log2l((spent ? spent - 1 : 0) >> 6); /* BCC's is 1 + floor(log2), and 1 for 0 */
-	if (bucket >= BUCKETS)
-		bucket = BUCKETS - 1;
+	bucket = bucket < BUCKETS ? bucket : BUCKETS - 1;
 	__sync_fetch_and_add(&update->count, 1);
 	__sync_fetch_and_add(&update->nanoseconds, spent);
-	__sync_fetch_and_add(&update->buckets[bucket], 1);
+	__sync_fetch_and_add(&update->buckets[bucket & (BUCKETS - 1)], 1);
 	return 0;
 }

@@ -12,6 +12,7 @@ import re
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,7 +90,8 @@ def one_tree(packages: Path, tree: Path) -> None:
         [headers] = packages.glob(f"linux-headers-*-{part}")
         for folder in ("include", "arch/x86/include"):
             (tree / folder).mkdir(parents=True, exist_ok=True)
-            subprocess.run(["cp", "-rs", f"{headers}/{folder}/.", tree / folder], check=True)
+            for entry in (headers / folder).iterdir():  # the two have none in common
+                (tree / folder / entry.name).symlink_to(entry)
 
 
 def compiled(source: Path | str, folder: Path, *flags: str) -> Any:
@@ -340,6 +342,56 @@ def test_runs_that_were_skipped_are_counted_once(monkeypatch: pytest.MonkeyPatch
         misses["disable_entered"] = 13
         again = {probe.function: probe.missed for probe in engine.snapshot().probes}
         assert again == {HOOK: 0, CREATE: 0, ENABLE: 0, DISABLE: 5}
+    finally:
+        engine.close()
+
+
+class Probing:
+    """Attaches where it may, and knows what hangs on a function."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *refused: str) -> None:
+        from bcc import BPF
+
+        self.refused, self.held = set(refused), Counter[str]()
+
+        def attach(_: Engine, point: _Point) -> Probe:
+            if point.function in self.refused:
+                return Probe(point.function, point.function, False, "refused")
+            self.held[point.function] += 1
+            return Probe(point.function, point.function, True, point.function)
+
+        def detach(_: object, event: str) -> None:
+            self.held[event] -= 1
+
+        monkeypatch.setattr(Engine, "_attach", attach)
+        monkeypatch.setattr(BPF, "detach_kprobe", detach)
+
+
+@pytest.mark.usefixtures("headers", "no_probes")
+def test_updates_are_not_claimed_to_be_seen_without_the_probe_that_tells_them_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert RECALC.filter_set
+    Probing(monkeypatch, RECALC.filter_set)
+    engine = Engine(RECALC, symbols(RECALC, RECALC.filter_set), Options(), MACHINE)
+    try:
+        assert not engine.snapshot().updates_observable
+    finally:
+        engine.close()
+
+
+@pytest.mark.usefixtures("headers", "no_probes")
+def test_a_reattachment_that_fails_leaves_no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    probing = Probing(monkeypatch)
+    engine = Engine(TOGGLE, symbols(TOGGLE, CREATE), Options(), MACHINE)
+    try:
+        assert +probing.held == {HOOK: 1, CREATE: 1, ENABLE: 1, DISABLE: 1}
+        engine.detach()
+        assert not +probing.held
+        probing.refused = {HOOK, ENABLE, str(DISABLE)}
+        with pytest.raises(MsrtraceError, match="no probe could be attached"):
+            engine.reattach(TOGGLE, symbols(TOGGLE, CREATE))
+        assert not +probing.held  # or it would be there twice after the next attempt
     finally:
         engine.close()
 

@@ -111,7 +111,7 @@ def run(  # noqa: PLR0917 (click passes them by name)
     tracer.attach(None if wait_module else machine.symbols)
     try:
         _show_probes(tracer)
-        registry.register(SnapshotCollector(tracer.snapshot, _version()))
+        registry.register(SnapshotCollector(tracer.snapshot, _version(), complain=_warn))
         _say(f"serving {url}")
         pause = _FOLLOW_SECONDS
         while not stop.wait(pause):

@@ -39,6 +39,9 @@ _COUNTS = [
 ]
 
 
+_DEBUG_HINT = " (MSRTRACE_DEBUG=1 shows all)"
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user chose to see: the VMs apart, or the VMM with one pid alone."""
@@ -103,6 +106,7 @@ class Engine:
         self._bpf = _compile(resource("bpf/msrtrace.c"), flags, machine)
         self.probes: list[Probe] = []
         try:
+            self._load_all()
             self._attach_all()
         except MsrtraceError:
             self.close()
@@ -131,6 +135,23 @@ class Engine:
         self._symbols, self._btf_problem = symbols, problem
         self._attach_all()
         return True
+
+    def _load_all(self) -> None:
+        """Pass every program through the verifier. Raises MsrtraceError with its reason."""
+        wanted = points(self._layout, self._symbols, exact="BITMAP_OFFSET" in self._defined)
+        noise: Callable[[], str] = str
+        for name in {n for point in wanted for n in (point.entry, point.returned) if n}:
+            try:
+                with captured_output() as noise:
+                    self._bpf.load_func(name, self._bpf.KPROBE)
+            except Exception as error:
+                _show(noise())
+                # EACCES is the verifier's answer too, but then it says why.
+                if getattr(error, "errno", 0) == errno.EPERM or "privileges" in str(error):
+                    raise MsrtraceError(explain_eperm(self._machine)) from None
+                lines = [line for line in noise().splitlines() if line and not line.startswith(("processed", "HINT"))]
+                reason = lines[-1] if lines else str(error)
+                raise MsrtraceError(f"the kernel refuses the BPF program {name}: {reason}{_DEBUG_HINT}") from None
 
     def _attach_all(self) -> None:
         self._points = points(self._layout, self._symbols, exact="BITMAP_OFFSET" in self._defined)
@@ -292,8 +313,9 @@ class Engine:
 
 
 def _durations(value: Any) -> Durations:
-    buckets = tuple(value.buckets)[1:]  # the first is never used
-    assert len(buckets) == len(DURATION_BOUNDS) + 1
+    buckets = tuple(value.buckets)  # the first is never used
+    last = len(DURATION_BOUNDS) + 1
+    buckets = (*buckets[1:last], sum(buckets[last:]))
     return Durations(value.count, value.nanoseconds / 1e9, buckets)
 
 
@@ -309,20 +331,22 @@ def _compile(source: Path, definitions: list[str], machine: Machine) -> Any:
             return BPF(src_file=str(source), cflags=["-Wno-macro-redefined", *definitions])
     except Exception as error:
         text = noise()
-        if os.environ.get("MSRTRACE_DEBUG"):
-            sys.stderr.write(text)
+        _show(text)
         if _refused(error, text):
             raise MsrtraceError(explain_eperm(machine)) from None
         reason = next((line for line in text.splitlines() if "error:" in line), "") or _last_line(text) or str(error)
-        raise MsrtraceError(
-            f"the BPF program cannot be compiled or loaded: {reason} (MSRTRACE_DEBUG=1 shows all)"
-        ) from None
+        raise MsrtraceError(f"the BPF program cannot be compiled or loaded: {reason}{_DEBUG_HINT}") from None
 
 
 def _refused(error: Exception, text: str) -> bool:
     """Whether the kernel said EPERM, or EACCES as perf_event_paranoid makes it."""
     said = ("Operation not permitted", "Permission denied", "privileges")
     return getattr(error, "errno", 0) in (errno.EPERM, errno.EACCES) or any(s in f"{error} {text}" for s in said)
+
+
+def _show(text: str) -> None:
+    if os.environ.get("MSRTRACE_DEBUG"):
+        sys.stderr.write(text)
 
 
 def _last_line(text: str) -> str:

@@ -25,7 +25,15 @@ _VM_LABELS = ("vm", "pid")
 class SnapshotCollector(Collector):
     """Gives the metrics of what TAKE returns at each scrape, all of them made anew: nothing goes stale."""
 
-    def __init__(self, take: Callable[[], Snapshot], version: str, kernel: str | None = None) -> None:
+    def __init__(
+        self,
+        take: Callable[[], Snapshot],
+        version: str,
+        kernel: str | None = None,
+        complain: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """TAKE gives the counts; COMPLAIN gets a line for each time that it could not."""
+        self._complain = complain
         self._take, self._version, self._kernel = take, version, kernel or os.uname().release
         self._last: Snapshot | None = None
         self._failures = 0
@@ -39,8 +47,9 @@ class SnapshotCollector(Collector):
         started = time.perf_counter()
         try:
             self._last = self._take()
-        except Exception:  # a failed read must not fail the scrape: what was known is shown, and the failure counted
+        except Exception as error:  # must not fail the scrape: what was known is shown, and the failure counted
             self._failures += 1
+            self._complain(f"a scrape shows older counts: {type(error).__name__}: {error}")
         if self._last:
             yield from self._info(self._last)
             yield from _calls(self._last)
