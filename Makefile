@@ -19,7 +19,7 @@ build/packages: Makefile
 
 # What the tests need beside that: promtool, and pahole to check the reading of BTF.
 build/test-packages: Makefile build/packages
-	$(APT) install -y --no-install-recommends prometheus dwarves build-essential
+	$(APT) install -y --no-install-recommends prometheus dwarves build-essential zstd openssl kmod
 	@touch $@
 
 $(VENV)/ready: pyproject.toml build/packages

@@ -384,7 +384,7 @@ int update_returned(struct pt_regs *ctx)
 	struct update_key key = { .pid = pid_label() };
 	struct update zero = {}, *update;
 	struct thread *thread;
-	u64 spent;
+	u64 spent, started;
 	u32 bucket;
 
 	if (!wanted())
@@ -394,7 +394,8 @@ int update_returned(struct pt_regs *ctx)
 		count(UNPAIRED_RETURN);
 		return 0;
 	}
-	spent = now - thread->started;
+	started = thread->started;
+	spent = now - started;
 	key.kind = thread->within;
 	threads.delete(&tid);
 	update = updates.lookup_or_try_init(&key, &zero);
@@ -402,10 +403,14 @@ int update_returned(struct pt_regs *ctx)
 		count(DROPPED_UPDATES);
 		return 0;
 	}
-	bucket = bpf_log2l((spent ? spent - 1 : 0) >> 6); /* BCC's is 1 + floor(log2), and 1 for 0 */
-	bucket = bucket < BUCKETS ? bucket : BUCKETS - 1;
+	/*
+	 * BCC's log2 is 1 + floor(log2), and 1 for 0; so at most BUCKETS - 1 here. The mask says so to the verifier,
+	 * and must not be what the compiler knows already, or it is gone when the verifier looks.
+	 */
+	spent = spent ? (spent - 1) >> 6 : 0;
+	bucket = bpf_log2l(spent < 0x7fffffff ? spent : 0x7fffffff);
 	__sync_fetch_and_add(&update->count, 1);
-	__sync_fetch_and_add(&update->nanoseconds, spent);
+	__sync_fetch_and_add(&update->nanoseconds, now - started);
 	__sync_fetch_and_add(&update->buckets[bucket & (BUCKETS - 1)], 1);
 	return 0;
 }

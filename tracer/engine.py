@@ -105,6 +105,7 @@ class Engine:
         flags = [f"-D{name}={value}" for name, value in self._defined.items()]
         self._bpf = _compile(resource("bpf/msrtrace.c"), flags, machine)
         self.probes: list[Probe] = []
+        self._missed_before: dict[str, int] = {}
         try:
             self._load_all()
             self._attach_all()
@@ -140,6 +141,7 @@ class Engine:
         """Pass every program through the verifier. Raises MsrtraceError with its reason."""
         wanted = points(self._layout, self._symbols, exact="BITMAP_OFFSET" in self._defined)
         noise: Callable[[], str] = str
+        wanted = [p for p in wanted if p.function != self._layout.filter_set or self._filter_known]
         for name in {n for point in wanted for n in (point.entry, point.returned) if n}:
             try:
                 with captured_output() as noise:
@@ -159,20 +161,25 @@ class Engine:
         counted = (self._layout.update, *self._layout.calls)
         if not self._attached(*counted):
             reasons = "; ".join(f"{p.function}: {p.detail}" for p in self.probes if p.function in counted)
+            self._remove_probes()
             raise MsrtraceError(f"no probe could be attached ({reasons})")
         self._clear("unpaired_return")  # functions that were being run while their probes were attached
 
     def detach(self) -> None:
         """Remove the probes and forget what they counted; the program stays loaded, for `reattach`."""
+        self._remove_probes()
+        self._missed_before = {name: self._misses(name) for p in self._points for name in (p.entry, p.returned) if name}
+        for name in ("calls", "updates", "threads"):
+            self._bpf[name].clear()
+        for count in _COUNTS:
+            self._clear(count)
+
+    def _remove_probes(self) -> None:
         for point, probe in zip(self._points, self.probes, strict=True):
             if probe.attached:
                 self._bpf.detach_kprobe(event=probe.symbol)
                 if point.returned:
                     self._bpf.detach_kretprobe(event=probe.symbol)
-        for name in ("calls", "updates", "threads"):
-            self._bpf[name].clear()
-        for count in _COUNTS:
-            self._clear(count)
 
     @property
     def redundancy(self) -> str:
@@ -222,6 +229,11 @@ class Engine:
         others = f", not on its clones {', '.join(s.name for s in clones[1:])}" if clones[1:] else ""
         return Probe(point.function, symbol.name, True, where + others)
 
+    @property
+    def _updates_observable(self) -> bool:
+        needed = [f for f in (self._layout.update, self._layout.filter_set) if f]
+        return self._filter_known and all(map(self._attached, needed))
+
     def _attached(self, *functions: str) -> bool:
         return any(p.attached for p in self.probes if p.function in functions)
 
@@ -255,7 +267,7 @@ class Engine:
             read_failures=counts["read_failed"],
             vcpus_seen=counts["vcpus_seen"],
             calls_observable=self._attached(*self._layout.calls),
-            updates_observable=self._attached(self._layout.update) and self._filter_known,
+            updates_observable=self._updates_observable,
             by_vm=self._options.by_vm,
         )
 
@@ -294,7 +306,8 @@ class Engine:
         """
         names = {point.entry, point.returned} - {None}
         earlier = self._points[: self._points.index(point)]
-        return sum(self._misses(n) for n in names if n and not any(n in (p.entry, p.returned) for p in earlier))
+        counted = {name for p in earlier for name in (p.entry, p.returned)}
+        return sum(self._misses(n) - self._missed_before.get(n, 0) for n in names - counted if n)
 
     def _misses(self, program: str) -> int:
         function = self._bpf.funcs.get(program.encode())

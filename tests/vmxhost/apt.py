@@ -82,6 +82,7 @@ class Suite:
                     raise  # else: the archive is out of reach, but what was known yesterday still serves
             stamp.touch()
 
+    @functools.cache  # noqa: B019 (there are four suites)
     def candidate(self, package: str) -> str:
         """The version of PACKAGE that apt would install."""
         self.refresh()
@@ -90,6 +91,7 @@ class Suite:
             raise RigError(f"Debian {self.name} has no package {package}")
         return found[1]
 
+    @functools.cache  # noqa: B019
     def depends(self, package: str) -> list[str]:
         """The packages that PACKAGE depends on, alternatives included."""
         self.refresh()

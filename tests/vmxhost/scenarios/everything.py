@@ -73,6 +73,7 @@ def witnessed(variant: str) -> Any:
                 "--vcpus 2 --updates 7 --initial-run",
                 "--updates 5 --deny-all",
                 "--updates 3 --msr 0x10 --msr 0x48 --msr 0xc0000102 --msr 0x174 --spec-ctrl 5",
+                "--updates 0 --spec-ctrl 3",
                 "--cpuid 3 --updates 2",
                 "--x2apic 2 --updates 2",
                 "--threads --vms 2 --vcpus 2 --updates 5",
