@@ -9,6 +9,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -166,7 +167,11 @@ class Machine:
         )
         if job.forward:
             outside, inside = job.forward
-            (self.work / "slirp.conf").write_text(f"hostfwd = tcp:127.0.0.1:{outside}-:{inside}\n")
+            try:
+                socket.create_server(("127.0.0.1", outside)).close()
+            except OSError as error:
+                raise RigError(f"cannot forward port {outside}: {error.strerror}") from None
+            (self.work / "slirp.conf").write_text(f"# slirp config\nhostfwd = tcp:127.0.0.1:{outside}-:{inside}\n")
             card = "card=0, enabled=1, mac=52:54:00:12:34:56, ethmod=slirp"
             text += f"e1000: {card}, script={self.work}/slirp.conf\n"
         return text
@@ -269,7 +274,8 @@ def power_on(bochs: Bochs, image: Image, job: Job) -> int:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a background job starts with it ignored
+        signal.signal(number, stop)
     saved = termios.tcgetattr(sys.stdin) if job.shell and sys.stdin.isatty() else None
     try:
         with Machine(bochs, image, job) as machine:
