@@ -240,6 +240,7 @@ def main() -> None:
             f"{name}: {'BROKEN' if 'broken' in found else 'collected'} in {time.monotonic() - started:.1f} s",
             flush=True,
         )
+    sys.exit(37)
 
 
 main()
