@@ -59,27 +59,15 @@ def guest_site(host: Host) -> Path:
     root, wheels = userland(host), wheel_and_dependencies()
 
     def make(work: Path) -> None:
-        site = work / "site"
+        scratch = work / "root"  # links: what is written there is new
+        sh(["cp", "-al", root, scratch])
+        site = scratch / "mnt/site"
         names = [str(wheel) for wheel in wheels.glob("*.whl")]
-        sh(
-            [
-                *pip(),
-                "install",
-                "--quiet",
-                "--no-index",
-                "--no-deps",
-                "--no-compile",
-                "--target",
-                site,
-                *names,
-            ]
-        )
-        inside = sh(["chroot", root, "python3", "-c", "import site; print(site.getsitepackages()[0])"]).strip()
-        prefix = ["-s", "/mnt", "-p", inside]
-        compile_all = (
-            f"mount --bind {site} {root}/mnt && chroot {root} python3 -m compileall -q {' '.join(prefix)} /mnt"
-        )
-        sh(["unshare", "--mount", "sh", "-c", compile_all])
+        sh([*pip(), "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", site, *names])
+        inside = sh(["chroot", scratch, "python3", "-c", "import site; print(site.getsitepackages()[0])"]).strip()
+        sh(["chroot", scratch, "python3", "-m", "compileall", "-q", "-s", "/mnt/site", "-p", inside, "/mnt/site"])
+        site.rename(work / "site")
+        shutil.rmtree(scratch)
 
     return cached(f"site-{host.userland.name}", [wheels.name, root.parent.name], make) / "site"
 
