@@ -37,7 +37,7 @@ class Bochs:
 
 
 def bochs() -> Bochs:
-    """The fastest Bochs that can be had here; what could not be built is said once and tried again next day."""
+    """The fastest Bochs that can be had here; what could not be built is tried again with MSRTRACE_BOCHS=source."""
     failed = BUILD / "bochs-not-built"
     if not failed.exists() or os.environ.get("MSRTRACE_BOCHS") == "source":
         for suite in SOURCE_SUITES:
