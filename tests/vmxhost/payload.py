@@ -34,8 +34,8 @@ def pip() -> list[str | Path]:
     return [python, "-m", "pip", "--disable-pip-version-check"]
 
 
-def wheel_and_dependencies() -> Path:
-    """A directory of wheels: the checkout's own and those of what it depends on."""
+def own_wheel() -> Path:
+    """A directory that holds one wheel: the checkout's."""
     files = [f for part in PARTS for f in sorted((REPO / part).rglob("*")) if f.is_file() and f.suffix != ".pyc"]
     files += [REPO / "pyproject.toml", REPO / "README.md"]
 
@@ -45,31 +45,36 @@ def wheel_and_dependencies() -> Path:
             copy = source / file.relative_to(REPO)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
-        retried("wheels", lambda: sh([*pip(), "wheel", "--quiet", "--wheel-dir", work, source]))
+        retried("wheel", lambda: sh([*pip(), "wheel", "--quiet", "--no-deps", "--wheel-dir", work, source]))
         shutil.rmtree(source)
 
-    return cached("wheels", [[str(f.relative_to(REPO)) for f in files], *files], make)
+    return cached("wheel", [[str(f.relative_to(REPO)) for f in files], *files], make)
 
 
 def guest_site(host: Host) -> Path:
     """The site-packages directory of HOST's Python with msrtrace installed, and bytecode that its Python made.
 
-    Compiling Python takes long in the emulator, so the guest's own interpreter does it here, in a chroot.
+    Its dependencies come from PyPI as wheels for the guest's version of Python. Compiling Python takes long in the
+    emulator, so the guest's own interpreter does it here, in a chroot.
     """
-    root, wheels = userland(host), wheel_and_dependencies()
+    root, wheel = userland(host), own_wheel()
 
     def make(work: Path) -> None:
         scratch = work / "root"  # links: what is written there is new
         sh(["cp", "-al", root, scratch])
         site = scratch / "mnt/site"
-        names = [str(wheel) for wheel in wheels.glob("*.whl")]
-        sh([*pip(), "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", site, *names])
-        inside = sh(["chroot", scratch, "python3", "-c", "import site; print(site.getsitepackages()[0])"]).strip()
+        [file] = wheel.glob("*.whl")
+        ask = "import site, sys; print('%d.%d' % sys.version_info[:2], site.getsitepackages()[0])"
+        version, inside = sh(["chroot", scratch, "python3", "-c", ask]).split()
+        # pip takes environment markers from the Python that runs it: that of Debian 12 or newer, so guests get no less.
+        options = ["--quiet", "--upgrade", "--only-binary=:all:", "--no-compile", "--python-version", version]
+        install = [*pip(), "install", *options, "--target", site, file]
+        retried("packages for the guest", lambda: sh(install))
         sh(["chroot", scratch, "python3", "-m", "compileall", "-q", "-s", "/mnt/site", "-p", inside, "/mnt/site"])
         site.rename(work / "site")
         shutil.rmtree(scratch)
 
-    return cached(f"site-{host.userland.name}", [wheels.name, root.parent.name], make) / "site"
+    return cached(f"site-{host.userland.name}", [wheel.name, root.parent.name], make) / "site"
 
 
 def guest_bin(host: Host) -> Path:
