@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from apt import Suite
-from cache import BUILD, RigError, cached, locked, retried, say, sh
+from cache import BUILD, UNUSED_SECONDS, RigError, cached, locked, retried, say, sh
 
 # trixie's 3.0 first: the others' upstream tarballs were missing from the archive when this was written.
 SOURCE_SUITES = [Suite(name) for name in ("trixie", "sid", "bookworm")]
@@ -36,18 +37,33 @@ class Bochs:
         return "corei7_haswell_4770" if old_for_it else "corei7_skylake_x"
 
 
-def bochs() -> Bochs:
-    """The fastest Bochs that can be had here; what could not be built is tried again with MSRTRACE_BOCHS=source."""
-    failed = BUILD / "bochs-not-built"
-    if not failed.exists() or os.environ.get("MSRTRACE_BOCHS") == "source":
+def bochs(cpus: int = 1) -> Bochs:
+    """The fastest Bochs that can be had here for a host of CPUS processors.
+
+    MSRTRACE_BOCHS=binary takes Debian's; MSRTRACE_BOCHS=source builds though that failed in the last day.
+    """
+    wanted = os.environ.get("MSRTRACE_BOCHS", "")
+    if wanted not in ("", "source", "binary"):
+        raise RigError(f"MSRTRACE_BOCHS is '{wanted}'; it can be `source` or `binary`")
+    smp = cpus > 1
+    failed = BUILD / ("bochs-smp-not-built" if smp else "bochs-not-built")
+    if wanted == "source" or not (wanted == "binary" or _lately(failed)):
         for suite in SOURCE_SUITES:
             try:
-                return from_source(suite)
+                built = from_source(suite, smp=smp)
             except RigError as error:
                 say(f"no Bochs from the source of {suite.name}: {str(error).splitlines()[-1]}")
+                continue
+            failed.unlink(missing_ok=True)
+            return built
         failed.touch()
     say("using Debian's Bochs binary, which is 3 to 4 times slower")
     return from_binary()
+
+
+def _lately(failed: Path) -> bool:
+    """Whether a build failed in the last day: FAILED is the file that says so."""
+    return failed.exists() and time.time() - failed.stat().st_mtime < UNUSED_SECONDS
 
 
 def bios_images(suite: Suite, work: Path) -> None:
@@ -59,8 +75,9 @@ def bios_images(suite: Suite, work: Path) -> None:
     shutil.rmtree(work / "downloads")
 
 
-def from_source(suite: Suite) -> Bochs:
-    """Bochs compiled from the upstream tarball that SUITE's source package names."""
+def from_source(suite: Suite, *, smp: bool = False) -> Bochs:
+    """Bochs compiled from the upstream tarball that SUITE's source package names; SMP: for more than one CPU."""
+    configure = [*CONFIGURE, *(["--enable-smp"] if smp else [])]
     uri, checksum = suite.upstream_tarball("bochs")
 
     def make(work: Path) -> None:
@@ -69,7 +86,7 @@ def from_source(suite: Suite) -> Bochs:
         retried(f"download of {Path(uri).name}", lambda: fetch(uri, tarball, checksum), attempts=2)
         source.mkdir()
         sh(["tar", "-x", "-f", tarball, "-C", source, "--strip-components=1"])
-        sh(["./configure", *CONFIGURE], cwd=source, log=work / "log")
+        sh(["./configure", *configure], cwd=source, log=work / "log")
         with locked("compiler"):
             sh(["make", f"-j{os.cpu_count()}"], cwd=source, log=work / "log")
         shutil.copy(source / "bochs", work / "bochs")
@@ -77,7 +94,7 @@ def from_source(suite: Suite) -> Bochs:
         shutil.rmtree(source)
         tarball.unlink()
 
-    made = cached("bochs", [checksum, CONFIGURE], make)
+    made = cached("bochs-smp" if smp else "bochs", [checksum, configure], make)
     return Bochs(made / "bochs", made / "bios", made / "vgabios", debugger=False)
 
 
