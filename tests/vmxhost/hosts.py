@@ -188,8 +188,8 @@ def unpatched_module(host: Host) -> Path:
     return cached(f"unpatched-{host.name}", inputs, make) / "kvm-intel.ko"
 
 
-def image(host: Host) -> Image:
-    """The root disk and boot medium of HOST, built unless they are in the cache."""
+def image(host: Host, *, packed: bool = False) -> Image:
+    """The root disk and boot medium of HOST, built unless they are in the cache; PACKED: with the kernel as packed."""
     guest = sorted((HERE / "guest").iterdir())
     unpatched = unpatched_module(host) if host.unpatched else None
     tree, base = kernel(host), userland(host)
@@ -197,12 +197,12 @@ def image(host: Host) -> Image:
 
     def make(work: Path) -> None:
         make_disk(host, base, tree, unpatched, work / "root.img")
-        make_iso(tree, release, work / "boot.iso")
+        make_media(tree, release, work)
 
     inputs = [base.parent.name, tree.name, *([unpatched] if unpatched else []), *guest]
     inputs += [HERE / name for name in ("hosts.py", "direct.py", "enter.S")]
     built = cached(f"image-{host.name}", inputs, make)
-    return Image(built / "root.img", built / "boot.iso", release)
+    return Image(built / "root.img", built / ("packed.iso" if packed else "boot.iso"), release)
 
 
 def make_disk(host: Host, base: Path, tree: Path, unpatched: Path | None, disk: Path) -> None:
@@ -244,9 +244,12 @@ def make_ext4(root: Path, disk: Path) -> None:
     sh(["mke2fs", "-q", "-t", "ext4", "-m", "0", "-O", "^has_journal", "-d", root, disk])
 
 
-def make_iso(tree: Path, release: str, iso: Path) -> None:
-    """The boot medium: isolinux, the kernel, and an initramfs that finds the root disk."""
-    medium, initramfs = iso.parent / "medium", iso.parent / "initramfs"
+def make_media(tree: Path, release: str, work: Path) -> None:
+    """The boot media: isolinux, the kernel, and an initramfs that finds the root disk.
+
+    WORK/boot.iso has the kernel without its decompressor, WORK/packed.iso as Debian packed it.
+    """
+    medium, initramfs = work / "medium", work / "initramfs"
     (medium / "isolinux").mkdir(parents=True)
     (initramfs / "bin").mkdir(parents=True)
     shutil.copy(HERE / "guest/initramfs-init", initramfs / "init")
@@ -255,11 +258,14 @@ def make_iso(tree: Path, release: str, iso: Path) -> None:
         unpacked_copy(file, initramfs / "modules" / f"{index:02}-{file.name.removesuffix('.xz')}")
     cpio = f"cd {initramfs} && find . | LC_ALL=C sort | cpio -o -H newc --quiet -R 0:0 > {medium}/initrd"
     sh(["sh", "-c", cpio])
-    direct.prepare(vmlinuz(tree, release), medium)
     shutil.copy(HERE / "guest/isolinux.cfg", medium / "isolinux")
     shutil.copy("/usr/lib/ISOLINUX/isolinux.bin", medium / "isolinux")
     shutil.copy("/usr/lib/syslinux/modules/bios/ldlinux.c32", medium / "isolinux")
     boot = ["-b", "isolinux/isolinux.bin", "-c", "isolinux/boot.cat", "-no-emul-boot", "-boot-load-size", "4"]
-    sh(["xorriso", "-as", "mkisofs", "-quiet", "-o", iso, *boot, "-boot-info-table", medium])
+    iso = ["xorriso", "-as", "mkisofs", "-quiet", *boot, "-boot-info-table"]
+    shutil.copy(vmlinuz(tree, release), medium / "vmlinuz")
+    sh([*iso, "-o", work / "packed.iso", medium])
+    direct.prepare(vmlinuz(tree, release), medium)
+    sh([*iso, "-o", work / "boot.iso", medium])
     shutil.rmtree(medium)
     shutil.rmtree(initramfs)

@@ -31,7 +31,22 @@ STOCK = VARIANTS[0]
 
 def host() -> Any:
     """What this host is."""
-    return {"release": os.uname().release, "doctor": output_of("msrtrace", "doctor", "--json")["stdout"]}
+    return {
+        "release": os.uname().release,
+        "doctor": output_of("msrtrace", "doctor", "--json")["stdout"],
+        "kernel": where_the_kernel_is(),
+    }
+
+
+def where_the_kernel_is() -> Any:
+    """Its virtual and its physical address, and whether its decompressor says that it chose them at random."""
+    symbols = re.search(r"^(\w+) . _text$", Path("/proc/kallsyms").read_text(), re.M)
+    code = re.search(r"^ *(\w+)-\w+ : Kernel code$", Path("/proc/iomem").read_text(), re.M)
+    assert symbols
+    assert code
+    # boot_params.hdr.loadflags, bit 1, KASLR_FLAG: Documentation/arch/x86/boot.rst
+    loadflags = Path("/sys/kernel/boot_params/data").read_bytes()[0x211]
+    return {"virtual": int(symbols[1], 16), "physical": int(code[1], 16), "kaslr": bool(loadflags & 2)}
 
 
 def counts() -> Any:
