@@ -158,7 +158,7 @@ class Machine:
             memory=job.memory,
             bochs=self.bochs,
             display="config_interface: textconfig\ndisplay_library: " + ("term" if self.bochs.debugger else "nogui"),
-            cpu=job.cpu_model or self.bochs.cpu_model(self.image.release),
+            cpu=job.cpu_model or self.bochs.cpu_model,
             cpus=job.cpus,
             image=self.image,
             work=self.work,
