@@ -276,6 +276,8 @@ def power_on(bochs: Bochs, image: Image, job: Job) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a background job starts with it ignored
         signal.signal(number, stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup(1) leaves it
+        signal.signal(signal.SIGHUP, stop)
     saved = termios.tcgetattr(sys.stdin) if job.shell and sys.stdin.isatty() else None
     try:
         with Machine(bochs, image, job) as machine:
