@@ -1,10 +1,15 @@
-"""Boots each emulated host once, all at the same time, and hands out what the scenarios left."""
+"""Boots each emulated host once, two at the same time, and hands out what the scenarios left.
+
+Tests that need a boot of their own name a function that does it: `@pytest.mark.beside(boot=function)`. It runs beside
+the other boots, once for all tests that name it, and its result is the fixture `beside`.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +20,8 @@ import pytest
 HERE = Path(__file__).parent
 RUN = HERE / "run"
 VARIANTS = {"bookworm": ["patched", "unpatched"], "trixie": ["patched", "unpatched"]}
+#: Booted as Debian packed it, with its decompressor and KASLR; the others without, which is faster.
+PACKED = ["trixie"]
 #: Where everything is tried; on the other hosts, what depends on the kernel.
 WHOLE = ["bookworm"]
 STATUS = 37  # what the scenarios end with, to see that it comes through
@@ -46,9 +53,10 @@ class Collected:
 
 
 def _boot(host: str, folder: Path) -> Collected:
-    folder.mkdir(parents=True)
     command = [str(RUN), "--host", host, "--in", str(HERE / "scenarios"), "--out", str(folder)]
     options = ["--timeout", str(TIMEOUT_SECONDS), "--keep-log", str(folder / "log"), "--"]
+    if host in PACKED:
+        options.insert(0, "--packed")
     what = ["python3", "/in/everything.py", *([] if host in WHOLE else ["--kernel"]), *VARIANTS.get(host, ["patched"])]
     done = subprocess.run(
         [sys.executable, *command, *options, *what],
@@ -63,17 +71,35 @@ def _boot(host: str, folder: Path) -> Collected:
     return Collected(host, folder, done.returncode, done.stdout)
 
 
+#: What a test marked `beside` needs: it gets an empty folder, boots a host (WHOLE[0]), and returns what was seen.
+Beside = Callable[[Path], Any]
+
+
+def _emptied(folder: Path) -> Path:
+    """FOLDER without what an earlier session left there."""
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
 class Boots:
     """The boots of a session: under way from its start, so that the unit tests pass the time."""
 
-    def __init__(self, hosts: list[str], folder: Path) -> None:
+    def __init__(self, hosts: list[str], beside: list[Beside], folder: Path) -> None:
         self._executor = ThreadPoolExecutor(max_workers=2)  # one per core
         self._results: dict[str, Future[Collected]] = {
-            host: self._executor.submit(_boot, host, folder / host) for host in hosts
+            host: self._executor.submit(_boot, host, _emptied(folder / host)) for host in hosts
+        }
+        self._beside: dict[Beside, Future[Any]] = {
+            function: self._executor.submit(function, _emptied(folder / function.__name__)) for function in beside
         }
 
     def __getitem__(self, host: str) -> Collected:
         return self._results[host].result()
+
+    def beside(self, function: Beside) -> Any:
+        """What FUNCTION returned; raises what it raised."""
+        return self._beside[function].result()
 
     def end(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
@@ -82,17 +108,47 @@ class Boots:
 _boots_key = pytest.StashKey[Boots]()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "beside(boot): the function BOOT boots a host beside the others (tests/vmxhost)")
+
+
 def _hosts(config: pytest.Config) -> list[str]:
     return [host for host in str(config.getoption("--hosts")).split(",") if host and host != "none"]
 
 
+def _beside(item: pytest.Item) -> Beside | None:
+    """The function that ITEM's marker names."""
+    marker = item.get_closest_marker("beside")
+    return marker.kwargs["boot"] if marker else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say of tests that boot a host of their own why they do not."""
+    hosts = _hosts(config)
+    if WHOLE[0] not in hosts:
+        reason = f"{WHOLE[0]} is not among --hosts {','.join(hosts)}" if hosts else "--hosts none: no hosts asked for"
+        for item in items:
+            if _beside(item):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Power the hosts on if any collected test will look at them."""
-    wanted = [h for h in _hosts(session.config) if any(f"[{h}" in item.nodeid for item in session.items)]
-    if wanted and not session.config.option.collectonly:
+    """Power on the hosts that any collected test will look at, and no others."""
+    if session.config.option.collectonly:
+        return
+    looked_at = {host for item in session.items for host in _looks_at(item)}
+    hosts = [host for host in _hosts(session.config) if host in looked_at]
+    marked = [_beside(item) for item in session.items if not item.get_closest_marker("skip")]
+    beside = list(dict.fromkeys(function for function in marked if function))
+    if hosts or beside:
         folder = session.config.rootpath / "build/collected"
-        subprocess.run(["rm", "-rf", str(folder)], check=True)
-        session.config.stash[_boots_key] = Boots(wanted, folder)
+        session.config.stash[_boots_key] = Boots(hosts, beside, folder)
+
+
+def _looks_at(item: pytest.Item) -> list[str]:
+    """The hosts whose scenarios ITEM judges."""
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return [str(parameters[name]) for name in ("collected", "whole") if name in parameters]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -119,3 +175,11 @@ def collected(request: pytest.FixtureRequest) -> Collected:
 def whole(request: pytest.FixtureRequest) -> Collected:
     """The same, on a host where everything was tried."""
     return request.config.stash[_boots_key][request.param]
+
+
+@pytest.fixture
+def beside(request: pytest.FixtureRequest) -> Any:
+    """What the function that the test's marker names returned."""
+    function = _beside(request.node)
+    assert function, "the fixture `beside` needs the marker of that name"
+    return request.config.stash[_boots_key].beside(function)

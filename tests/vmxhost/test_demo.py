@@ -2,45 +2,59 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import HERE, WHOLE
+from conftest import HERE
 from metrics_text import Metrics
 
 BOOT_SECONDS = 900
 
 
-def test_the_demonstration_is_traced_and_ends_on_ctrl_c(request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    hosts = str(request.config.getoption("--hosts")).split(",")
-    if not set(hosts) & set(WHOLE):
-        pytest.skip(f"--hosts without {WHOLE}: nothing was to be booted")
+@dataclass(frozen=True)
+class Demonstration:
+    """What was seen of one: two scrapes, and what was left after Ctrl-C."""
+
+    port: int
+    scrapes: list[Metrics]
+    status: int
+    log: str
+    left: list[str]  # processes and files
+
+
+def demonstration(folder: Path) -> Demonstration:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    log = tmp_path / "log"
+    log = folder / "log"
     with log.open("w") as out:
         demo = subprocess.Popen(
             [HERE / "demo", str(port)], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
         )
     try:
-        first = _updates(port, demo, log, more_than=0)
-        assert _updates(port, demo, log, more_than=first) > first  # the VMs go on
+        first = _scrape(port, demo, log, more_than=0)
+        scrapes = [first, _scrape(port, demo, log, more_than=first.updates())]
+        emulators = subprocess.run(
+            ["ps", "-ww", "--ppid", str(demo.pid), "-o", "pid=,args="], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
     finally:
-        os.kill(demo.pid, signal.SIGINT)
+        demo.send_signal(signal.SIGINT)
         status = demo.wait(60)
-    assert status == 130
-    assert f"http://127.0.0.1:{port}/metrics" in log.read_text()
-    assert not subprocess.run(["pgrep", "-f", f"bochs.*{port}"], capture_output=True, check=False).stdout
+    assert emulators
+    [run] = {Path(word).parent for line in emulators for word in line.split() if word.endswith("/bochsrc")}
+    left = [line for line in emulators if Path("/proc", line.split()[0]).exists()]
+    if run.exists():
+        left.append(str(run))
+    return Demonstration(port, scrapes, status, log.read_text(), left)
 
 
-def _updates(port: int, demo: subprocess.Popen[bytes], log: Path, more_than: int) -> int:
-    """The filter updates that /metrics shows once there are MORE_THAN so many."""
+def _scrape(port: int, demo: subprocess.Popen[bytes], log: Path, more_than: int) -> Metrics:
+    """What /metrics shows once it has MORE_THAN so many filter updates."""
     deadline = time.monotonic() + BOOT_SECONDS
     while time.monotonic() < deadline and demo.poll() is None:
         try:
@@ -50,6 +64,15 @@ def _updates(port: int, demo: subprocess.Popen[bytes], log: Path, more_than: int
             time.sleep(1)  # nobody answers before msrtrace is up
             continue
         if metrics.updates() > more_than:
-            assert not metrics.lost()
-            return metrics.updates()
-    pytest.fail(f"no more than {more_than} filter updates were seen:\n{log.read_text()}")
+            return metrics
+    pytest.fail(f"no more than {more_than} filter updates were seen:\n{log.read_text()}", pytrace=False)
+
+
+@pytest.mark.beside(boot=demonstration)
+def test_the_demonstration_is_traced_and_ends_on_ctrl_c(beside: Demonstration) -> None:
+    first, second = beside.scrapes
+    assert second.updates() > first.updates() > 0  # the VMs go on
+    assert not second.lost()
+    assert beside.status == 130
+    assert f"http://127.0.0.1:{beside.port}/metrics" in beside.log
+    assert beside.left == []

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pty
+import re
+import select
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cache
 import pytest
-from conftest import RUN, STATUS, Collected
+from conftest import PACKED, RUN, STATUS, Collected
 from machine import TIMED_OUT, TROUBLE
 
 
@@ -28,24 +33,114 @@ def test_the_hosts_kernel_is_the_one_that_its_suite_ships(collected: Collected) 
     assert f"{collected.host}: Linux {release} up after " in collected.log
 
 
-def test_a_timeout_is_124_and_leaves_nothing(tmp_path: Path) -> None:
-    runs = cache.BUILD / "runs"
-    before = set(runs.iterdir()) if runs.is_dir() else set()
-    done = subprocess.run(
-        [sys.executable, RUN, "--timeout", "3", "--", "true"], capture_output=True, text=True, check=False
+def test_a_kernel_runs_as_debian_packed_it(collected: Collected) -> None:
+    """With KASLR where it was asked for; elsewhere where direct.py puts it."""
+    kernel = collected.scenario("host")["kernel"]
+    unmoved = {"virtual": 0xFFFFFFFF81000000, "physical": 0x1000000, "kaslr": False}
+    if collected.host not in PACKED:
+        assert kernel == unmoved
+        return
+    assert kernel["kaslr"]
+    # Of the two addresses that KASLR chooses, one in some 500 is what it would be without.
+    assert (kernel["virtual"], kernel["physical"]) != (unmoved["virtual"], unmoved["physical"])
+
+
+def _rig(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, RUN, *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
     )
-    assert done.returncode == TIMED_OUT, done.stderr
-    assert "timed out after 3 s" in done.stderr
-    started = set(runs.iterdir()) - before
-    mine = [run for run in started if run.name.startswith("bookworm-") and not _in_use(run)]
-    assert not mine
-    assert tmp_path.exists()
 
 
-def _in_use(run: Path) -> bool:
-    """Whether a Bochs of another run works there."""
-    found = subprocess.run(["pgrep", "-f", str(run)], capture_output=True, check=False)
-    return found.returncode == 0
+def timeout_of_three_seconds(folder: Path) -> subprocess.CompletedProcess[str]:
+    return _rig("--timeout", "3", "--keep-log", str(folder / "log"), "--", "true")
+
+
+@pytest.mark.beside(boot=timeout_of_three_seconds)
+def test_a_timeout_is_124_and_leaves_nothing(beside: subprocess.CompletedProcess[str], request: Any) -> None:
+    assert beside.returncode == TIMED_OUT, beside.stderr
+    assert "timed out after 3 s" in beside.stderr
+    # Where the run was is in the configuration that --keep-log kept.
+    configuration = request.config.rootpath / "build/collected/timeout_of_three_seconds/log/bochsrc"
+    found = re.search(r"^log: (\S+)/bochs\.log$", configuration.read_text(), re.M)
+    assert found
+    assert not Path(found[1]).exists()
+    assert subprocess.run(["pgrep", "-f", found[1]], capture_output=True, check=False).stdout == b""
+
+
+def panic(folder: Path) -> subprocess.CompletedProcess[str]:
+    return _rig("--", "sh", "-c", "echo c >/proc/sysrq-trigger")
+
+
+@pytest.mark.beside(boot=panic)
+def test_a_guest_that_panics_is_125_and_the_log_says_why(beside: subprocess.CompletedProcess[str]) -> None:
+    assert beside.returncode == 125, beside.stderr
+    assert "the guest's kernel died" in beside.stderr
+    assert "Kernel panic - not syncing: sysrq triggered crash" in beside.stderr
+    assert "Call Trace:" in beside.stderr
+    assert beside.stdout == ""
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What a shell showed before and after something was typed, and its status."""
+
+    prompt: str
+    answer: str
+    status: int
+
+
+def typed_into_a_shell(folder: Path) -> Typed:
+    terminal, side = pty.openpty()
+    with (folder / "log").open("w") as log:
+        run = subprocess.Popen([sys.executable, RUN, "--shell"], stdin=side, stdout=side, stderr=log)
+    os.close(side)
+    try:
+        prompt = _shown(terminal, until="# ")
+        os.write(terminal, b'echo "it is $((6*7))"; exit 5\r')
+        answer = _shown(terminal)
+        return Typed(prompt, answer, run.wait(60))
+    finally:
+        run.terminate()
+        run.wait()
+        os.close(terminal)
+
+
+def _shown(terminal: int, until: str | None = None) -> str:
+    """What TERMINAL shows, until the text UNTIL or its end. The test fails after ten minutes."""
+    seen, deadline = "", time.monotonic() + 600
+    while until is None or until not in seen:
+        if not select.select([terminal], [], [], max(0, deadline - time.monotonic()))[0]:
+            pytest.fail(f"a shell showed no more than {seen!r}", pytrace=False)
+        try:
+            seen += os.read(terminal, 4096).decode(errors="replace")
+        except OSError:  # EIO: nobody has the other side any more
+            assert until is None, seen
+            break
+    return seen
+
+
+@pytest.mark.beside(boot=typed_into_a_shell)
+def test_a_shell_answers_and_its_status_comes_through(beside: Typed) -> None:
+    assert "root@bookworm" in beside.prompt
+    assert "it is 42\r\n" in beside.answer
+    assert beside.status == 5
+
+
+def amd(folder: Path) -> subprocess.CompletedProcess[str]:
+    what = "grep -qw svm /proc/cpuinfo && msrtrace run"
+    return _rig("--cpu-model", "ryzen", "--module", "none", "--", "sh", "-c", what)
+
+
+@pytest.mark.beside(boot=amd)
+def test_an_amd_cpu_is_one_clear_line(beside: subprocess.CompletedProcess[str]) -> None:
+    assert beside.returncode == 1, beside.stderr
+    [line] = beside.stdout.splitlines()
+    assert re.match(r"msrtrace: error: AMD .* has AMD's SVM.*msrtrace traces Intel VMX", line), line
 
 
 @pytest.mark.parametrize(
@@ -156,7 +251,16 @@ def test_a_download_is_retried_and_then_fails_with_its_reason(monkeypatch: pytes
         cache.retried("it", never, attempts=3)
 
 
-def test_wrong_use_of_the_rig_is_said() -> None:
-    done = subprocess.run([sys.executable, RUN], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "a COMMAND (after --), --shell or --build is needed"),
+        (["--shell"], "--shell needs a terminal"),
+        (["--cpus", "0", "--", "true"], "--cpus: expected a number above 0"),
+        (["--in", "/nonexistent", "--", "true"], "--in /nonexistent: no such directory"),
+    ],
+)
+def test_wrong_use_of_the_rig_is_said(words: list[str], said: str) -> None:
+    done = _rig(*words)
     assert done.returncode == 2
-    assert "a COMMAND (after --), --shell or --build is needed" in done.stderr
+    assert said in done.stderr
