@@ -91,6 +91,7 @@ enum count {
 	UNPAIRED_RETURN, /* returned without an entry */
 	READ_FAILED,
 	VCPUS_SEEN,
+	VMMS_SEEN,
 	COUNTS,
 };
 
@@ -98,6 +99,7 @@ BPF_HASH(calls, struct call, struct outcome, CALLS_CAPACITY);
 BPF_HASH(threads, u32, struct thread, THREADS_CAPACITY);
 BPF_HASH(updates, struct update_key, struct update, UPDATES_CAPACITY);
 BPF_TABLE("lru_hash", u64, struct vcpu, vcpus, VCPUS_CAPACITY);
+BPF_TABLE("lru_hash", u32, u8, vmms, UPDATES_CAPACITY);
 BPF_ARRAY(counts, u64, COUNTS);
 
 static __always_inline void count(int which)
@@ -325,10 +327,16 @@ static __always_inline u64 filter_of(u64 vcpu)
 
 static __always_inline void vcpu_seen(u64 vcpu, u64 filter)
 {
-	struct vcpu seen = { .filter = filter, .pid = bpf_get_current_pid_tgid() >> 32 };
+	u32 pid = bpf_get_current_pid_tgid() >> 32;
+	struct vcpu seen = { .filter = filter, .pid = pid };
+	u8 one = 1;
 
 	vcpus.update(&vcpu, &seen);
 	count(VCPUS_SEEN);
+	if (!vmms.lookup(&pid)) {
+		vmms.update(&pid, &one);
+		count(VMMS_SEEN);
+	}
 }
 
 /* vmx_vcpu_create(vcpu): a vCPU starts out with the filter of the day, and may have the address of a dead one. */

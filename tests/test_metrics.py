@@ -214,7 +214,16 @@ def test_by_vm_without_a_vm() -> None:
     samples = samples_of(replace(BY_VM, vms={}))
     assert of(samples, CALLS) == of(samples, REDUNDANT) == of(samples, UPDATES) == {}
     assert of(samples, f"{DURATION}_bucket") == {}
-    assert families(replace(BY_VM, vms={})) == families(SNAPSHOT)
+    assert families(replace(BY_VM, vms={})).items() >= families(SNAPSHOT).items()
+
+
+def test_by_vm_the_host_keeps_what_its_vms_take_with_them() -> None:
+    for vms in (BY_VM.vms, {}):
+        samples = samples_of(replace(BY_VM, vms=vms))
+        together = samples_of(replace(BY_VM.without_vms(BY_VM.pids), by_vm=False))
+        for family in (CALLS, REDUNDANT, UPDATES, f"{DURATION}_bucket", f"{DURATION}_sum", f"{DURATION}_count"):
+            assert of(samples, family.replace("msrtrace_", "msrtrace_host_")) == of(together, family)
+    assert not [name for name in families(SNAPSHOT) if name.startswith("msrtrace_host_")]
 
 
 def test_a_read_that_fails_shows_what_was_known() -> None:

@@ -36,6 +36,7 @@ _COUNTS = [
     "unpaired_return",
     "read_failed",
     "vcpus_seen",
+    "vmms_seen",
 ]
 
 
@@ -266,6 +267,7 @@ class Engine:
             unpaired_returns=counts["unpaired_return"],
             read_failures=counts["read_failed"],
             vcpus_seen=counts["vcpus_seen"],
+            vmms_seen=counts["vmms_seen"],
             calls_observable=self._attached(*self._layout.calls),
             updates_observable=self._updates_observable,
             by_vm=self._options.by_vm,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -54,6 +55,10 @@ class SnapshotCollector(Collector):
             yield from self._info(self._last)
             yield from _calls(self._last)
             yield from _updates(self._last)
+            if self._last.by_vm:
+                together = replace(self._last.without_vms(self._last.pids), by_vm=False)
+                yield from _calls(together, "host_")
+                yield from _updates(together, "host_")
             yield from _health(self._last)
         yield CounterMetricFamily(
             "msrtrace_scrape_failures",
@@ -83,7 +88,8 @@ def _vm_values(snapshot: Snapshot, pid: int) -> tuple[str, ...] | None:
     return (snapshot.vms[pid], str(pid)) if pid in snapshot.vms else None
 
 
-def _calls(snapshot: Snapshot) -> Iterator[Metric]:
+def _calls(snapshot: Snapshot, of: str = "") -> Iterator[Metric]:
+    """Calls by VM if VMs are told apart; OF is then `host_` for those of all VMs together."""
     if not snapshot.calls_observable:
         return
     labels = (*_CALL_LABELS, *(_VM_LABELS if snapshot.by_vm else ()))
@@ -95,12 +101,12 @@ def _calls(snapshot: Snapshot) -> Iterator[Metric]:
             key = (*names, call.access, call.action, call.cause, *vm)
             sums[key] = sums[key] + outcome if key in sums else outcome
     calls = CounterMetricFamily(
-        "msrtrace_intercept_calls",
+        f"msrtrace_{of}intercept_calls",
         "Calls of KVM's functions that enable or disable the interception of an MSR.",
         labels=labels,
     )
     redundant = CounterMetricFamily(
-        "msrtrace_intercept_redundant_calls",
+        f"msrtrace_{of}intercept_redundant_calls",
         "Calls of those that left every bit they name in the MSR bitmap as it was.",
         labels=labels,
     )
@@ -113,17 +119,17 @@ def _calls(snapshot: Snapshot) -> Iterator[Metric]:
         yield redundant
 
 
-def _updates(snapshot: Snapshot) -> Iterator[Metric]:
+def _updates(snapshot: Snapshot, of: str = "") -> Iterator[Metric]:
     if not snapshot.updates_observable:
         return
     labels = _VM_LABELS if snapshot.by_vm else ()
     total = CounterMetricFamily(
-        "msrtrace_filter_updates",
+        f"msrtrace_{of}filter_updates",
         "Times that a vCPU applied a changed MSR filter to its bitmap.",
         labels=labels,
     )
     duration = HistogramMetricFamily(
-        "msrtrace_filter_update_duration_seconds",
+        f"msrtrace_{of}filter_update_duration_seconds",
         "Time that a vCPU took to apply a changed MSR filter, probes included.",
         labels=labels,
     )

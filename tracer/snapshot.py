@@ -132,6 +132,7 @@ class Snapshot:
     unpaired_returns: int = 0
     read_failures: int = 0
     vcpus_seen: int = 0
+    vmms_seen: int = 0
     reattached: int = 0
     calls_observable: bool = True  # False: no call seen does not mean that none was made
     updates_observable: bool = True
@@ -143,6 +144,11 @@ class Snapshot:
         """Whether something was lost, so that the true counts may be higher."""
         lost = self.unpaired_returns + self.read_failures
         return bool(lost + sum(m.dropped for m in self.maps) + sum(p.missed for p in self.probes))
+
+    @property
+    def pids(self) -> set[int]:
+        """The VMMs that anything was counted for, 0 where VMs are not told apart."""
+        return {call.pid for call in self.calls} | self.updates.keys() | self.recalcs.keys()
 
     def after(self, earlier: Snapshot) -> Snapshot:
         """This snapshot with the counts of EARLIER, of another attachment of the same tracer, added to them."""
@@ -162,6 +168,7 @@ class Snapshot:
             unpaired_returns=self.unpaired_returns + earlier.unpaired_returns,
             read_failures=self.read_failures + earlier.read_failures,
             vcpus_seen=self.vcpus_seen + earlier.vcpus_seen,
+            vmms_seen=self.vmms_seen + earlier.vmms_seen,
             reattached=self.reattached + earlier.reattached,
         )
 
@@ -179,6 +186,7 @@ class Snapshot:
             unpaired_returns=self.unpaired_returns - earlier.unpaired_returns,
             read_failures=self.read_failures - earlier.read_failures,
             vcpus_seen=self.vcpus_seen - earlier.vcpus_seen,
+            vmms_seen=self.vmms_seen - earlier.vmms_seen,
             reattached=self.reattached - earlier.reattached,
         )
 

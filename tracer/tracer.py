@@ -74,10 +74,15 @@ class Tracer:
         symbols: Callable[[], Symbols] = Symbols.read,
         module: Callable[[], object | None] = loaded_module,
         names: VmNames | None = None,
+        keep_gone: bool = False,
     ) -> None:
-        """ATTACH makes an engine; SYMBOLS and MODULE say what the kernel is like, NAMES what a VM is called."""
+        """ATTACH makes an engine; SYMBOLS and MODULE say what the kernel is like, NAMES what a VM is called.
+
+        KEEP_GONE: VMs that are gone stay apart, under the name they had; for a trace that comes to an end.
+        """
         self._attach_engine, self._read_symbols, self._module = attach, symbols, module
         self._names = names or VmNames()
+        self._kept: dict[int, str] | None = {} if keep_gone else None
         self._lock = threading.RLock()
         self._engine: Attachment | None = None
         self._idle: Attachment | None = None  # of a kvm_intel that was unloaded; fits the next one as a rule
@@ -145,12 +150,18 @@ class Tracer:
             self._earlier = replace(last, probes=silent, maps=maps, reattached=last.reattached + 1)
 
     def snapshot(self) -> Snapshot:
-        """All counts since the start. VMs that are gone are in the totals, but no longer apart."""
+        """All counts since the start. VMs that are gone are in the totals, but no longer apart (but see KEEP_GONE).
+
+        The name of one that was gone before any snapshot saw it is "".
+        """
         with self._lock:
             total = self._total()
-            pids = {pid for pid in (*(c.pid for c in total.calls), *total.updates, *total.recalcs) if pid}
+            pids = total.pids - {0}
             # A pid that another process has by now is as good as gone.
             names = {pid: name for pid in pids if self._names.alive(pid) and (name := self._names.name(pid))}
+            if self._kept is not None:
+                self._kept |= names
+                return replace(total, vms={pid: self._kept.get(pid, "") for pid in pids})
             gone = pids - names.keys()
             if gone:
                 self._forget(gone)
