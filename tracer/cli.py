@@ -7,13 +7,16 @@ import signal
 import ssl
 import sys
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from tracer.console import check_pid, say, version, warn
 from tracer.doctor import Machine, State, as_json, as_text, examine, obstacle
 from tracer.errors import MsrtraceError
+from tracer.report_commands import compare, report
+from tracer.text import printable
+from tracer.top_command import top
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -46,6 +49,11 @@ class Address(click.ParamType[tuple[str, int]]):
 @click.version_option(package_name="msrtrace")
 def cli() -> None:
     """Trace what KVM does to the MSR bitmaps of its guests on an Intel (VMX) host."""
+
+
+cli.add_command(report)
+cli.add_command(compare)
+cli.add_command(top)
 
 
 @cli.command()
@@ -82,9 +90,8 @@ def run(  # noqa: PLR0917 (click passes them by name)
         raise click.UsageError("--web.tls-key-file and --web.tls-client-ca-file need --web.tls-cert-file")
     if cert and not key:
         raise click.UsageError("--web.tls-cert-file needs --web.tls-key-file")
-    if pid is not None and not Path(f"/proc/{pid}").exists():
-        raise MsrtraceError(f"there is no process {pid}")
     machine = Machine.here()
+    check_pid(pid)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -99,7 +106,7 @@ def run(  # noqa: PLR0917 (click passes them by name)
     from tracer.tracer import Tracer, loaded_module
 
     if wait_module and loaded_module() is None:
-        _say("waiting for kvm_intel to be loaded")
+        say("waiting for kvm_intel to be loaded")
         while loaded_module() is None:
             if stop.wait(_FOLLOW_SECONDS):
                 return
@@ -111,8 +118,8 @@ def run(  # noqa: PLR0917 (click passes them by name)
     tracer.attach(None if wait_module else machine.symbols)
     try:
         _show_probes(tracer)
-        registry.register(SnapshotCollector(tracer.snapshot, _version(), complain=_warn))
-        _say(f"serving {url}")
+        registry.register(SnapshotCollector(tracer.snapshot, version(), complain=warn))
+        say(f"serving {url}")
         pause = _FOLLOW_SECONDS
         while not stop.wait(pause):
             pause = _follow(tracer)
@@ -133,20 +140,11 @@ def doctor(as_json_: bool) -> None:
     sys.exit(1 if any(check.state is State.FAILED for check in checks) else 0)
 
 
-def _say(line: str) -> None:
-    click.echo(f"msrtrace: {line}")
-    sys.stdout.flush()
-
-
-def _warn(line: str) -> None:
-    click.echo(f"msrtrace: warning: {line}", err=True)
-
-
 def _show_probes(tracer: Tracer) -> None:
     for probe in tracer.probes:
-        _say(f"{'probing' if probe.attached else 'NOT probing'} {probe.function}: {probe.detail}")
+        say(f"{'probing' if probe.attached else 'NOT probing'} {probe.function}: {probe.detail}")
     for warning in tracer.warnings:
-        _warn(warning)
+        warn(warning)
 
 
 def _follow(tracer: Tracer) -> float:
@@ -154,12 +152,12 @@ def _follow(tracer: Tracer) -> float:
     try:
         if tracer.follow():
             if tracer.attached:
-                _say("kvm_intel was loaded again")
+                say("kvm_intel was loaded again")
                 _show_probes(tracer)
             else:
-                _say("kvm_intel was unloaded; its counts are kept, and it is traced again when it comes back")
+                say("kvm_intel was unloaded; its counts are kept, and it is traced again when it comes back")
     except MsrtraceError as error:
-        _warn(f"kvm_intel is not traced, trying again in {_RETRY_SECONDS:.0f} s: {error}")
+        warn(f"kvm_intel is not traced, trying again in {_RETRY_SECONDS:.0f} s: {error}")
         return _RETRY_SECONDS
     return _FOLLOW_SECONDS
 
@@ -187,14 +185,8 @@ def _serve(
     return f"{'https' if cert else 'http'}://{shown}:{server.server_port}/metrics"
 
 
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("msrtrace")
-
-
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))
 
 
 def main() -> None:
@@ -203,7 +195,7 @@ def main() -> None:
         cli.main(prog_name="msrtrace", standalone_mode=True)
     except MsrtraceError as error:
         click.echo(f"msrtrace: error: {_one_line(error)}", err=True)
-        sys.exit(1)
+        sys.exit(error.status)
     except Exception as error:
         if os.environ.get("MSRTRACE_DEBUG"):
             raise

@@ -4,4 +4,6 @@ from __future__ import annotations
 
 
 class MsrtraceError(Exception):
-    """A failure the user can read: one line that says what, why and what to do. The command exits with 1."""
+    """A failure the user can read: one line that says what, why and what to do. The command exits with `status`."""
+
+    status = 1

@@ -1,0 +1,245 @@
+"""Makes snapshots and reports: those that the kernel's loops of KERNEL.md 3 give, and any that can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from hypothesis import strategies as st
+
+from tracer.compare import compare
+from tracer.report import (
+    Bucket,
+    CallRow,
+    Circumstances,
+    Host,
+    Loss,
+    PerUpdate,
+    Report,
+    Totals,
+    UpdateSeconds,
+    Vm,
+    make,
+)
+from tracer.report_commands import _comparison_as, _report_as
+from tracer.snapshot import Call, Durations, Outcome, Snapshot
+from tracer.verdict import Verdict
+
+TSC, SPEC_CTRL, XFD_ERR, FS_BASE, RTIT_STATUS = 0x10, 0x48, 0x1C5, 0xC0000100, 0x571
+#: vmx_possible_passthrough_msrs[] of 6.1, and which halves KVM passes through on the emulated host.
+BOTH_PASSED = (FS_BASE, 0xC0000101, 0xC0000102, 0x174, 0x175, 0x176)
+POSSIBLE = (SPEC_CTRL, 0x49, TSC, 0x1C4, XFD_ERR, *BOTH_PASSED, 0x660, 0x3FC, 0x3FD, 0x3FE)
+PASSED = {(TSC, "read"), *((index, access) for index in BOTH_PASSED for access in ("read", "write"))}
+HOOK = "vmx_msr_filter_changed"
+WORKLOAD = ("workload", "--updates", "101")
+HOST = Circumstances("6.1.0-53-amd64", "#1 SMP Debian 6.1.192-1", "Intel(R) Core(TM) i7", {"ept": "Y", "nested": "Y"})
+STARTED = datetime(2026, 11, 22, 15, 0, 0, 987654, tzinfo=UTC)
+
+
+def outcome(calls: int, changed: int, access: str, exact: bool = True, refused: int = 0) -> Outcome:
+    """That of CALLS of which CHANGED changed every bit that they named."""
+    if not exact:
+        return Outcome(calls)
+    return Outcome(calls, calls - changed, changed * (access != "write"), changed * (access != "read"), refused)
+
+
+def times(count: int) -> Durations:
+    """COUNT updates: all in the bucket of 8192 ns, but one in each of the first and the last."""
+    buckets = [0] * 25
+    buckets[6] = count
+    if count > 2:
+        buckets[6], buckets[0], buckets[24] = count - 2, 1, 1
+    return Durations(count, count * 6e-6, tuple(buckets))
+
+
+def toggle(
+    updates: int = 101,
+    *,
+    patched: bool = True,
+    denied: Iterable[int] = (),
+    exact: bool = True,
+    pid: int = 0,
+    vcpus: int = 1,
+    **changes: Any,
+) -> Snapshot:
+    """What 5.15 to 6.16 do in UPDATES filter updates that deny and allow FS_BASE in turn, and DENIED always."""
+    calls: dict[Call, Outcome] = {}
+    denied = set(denied)
+    for index, access in sorted(PASSED):
+        create = Call(
+            index, "read_write" if index in BOTH_PASSED else access, "disable", "vcpu_create", "vmx_vcpu_create", pid
+        )
+        calls[create] = outcome(vcpus, vcpus, create.access, exact)
+    for index in POSSIBLE:
+        for access in ("read", "write"):
+            if (index, access) in PASSED:
+                changed = updates if index == FS_BASE and index not in denied else 0
+                refused = updates if index in denied else updates // 2 if index == FS_BASE else 0
+                call = Call(index, access, "disable", "filter_change", HOOK, pid)
+                calls[call] = outcome(updates, changed, access, exact, refused)
+            elif not patched:
+                calls[Call(index, access, "enable", "filter_change", HOOK, pid)] = outcome(updates, 0, access, exact)
+    made = Snapshot("toggle", "exact" if exact else "unknown", calls=calls, updates={pid: times(updates)})
+    made = replace(made, vcpus_seen=vcpus, vmms_seen=1, by_vm=bool(pid), vms={pid: f"vm{pid}"} if pid else {})
+    return replace(made, **changes)
+
+
+def recalc(updates: int = 101, **changes: Any) -> Snapshot:
+    """What 6.18 and newer do: reads and writes in one call."""
+    caller = "vmx_recalc_intercepts"
+    calls = {Call(TSC, "read", "disable", "filter_change", caller): outcome(updates, 0, "read")}
+    for index in BOTH_PASSED:
+        changed = updates * (index == FS_BASE)
+        calls[Call(index, "read_write", "disable", "filter_change", caller)] = outcome(updates, changed, "read_write")
+    calls[Call(XFD_ERR, "read", "enable", "filter_change", caller)] = outcome(updates, 0, "read")
+    made = Snapshot("recalc", calls=calls, updates={0: times(updates)}, vcpus_seen=1, vmms_seen=1)
+    return replace(made, **changes)
+
+
+def report(counted: Snapshot | None = None, host: Circumstances = HOST, **circumstances: Any) -> Report:
+    """The report on what was COUNTED, in 2.5 seconds."""
+    given: dict[str, Any] = {
+        "started": STARTED,
+        "duration": 2.5,
+        "version": "0.1.0",
+        "command": WORKLOAD,
+        "exit_status": 0,
+    }
+    return make(counted or toggle(), host, **(given | circumstances))
+
+
+def patched(**circumstances: Any) -> Report:
+    return report(toggle(), label="patched", **circumstances)
+
+
+def unpatched(**circumstances: Any) -> Report:
+    return report(toggle(patched=False), label="unpatched", **circumstances)
+
+
+FORMS = ("text", "markdown", "json", "html")
+
+
+def views(one: Report, other: Report | None = None) -> dict[str, str]:
+    """Every view of ONE, and of it beside OTHER both ways."""
+    other = other or patched()
+    found = {form: _report_as(one, form).decode() for form in FORMS}
+    for name, sides in {"base": ([one], [other]), "new": ([other], [one])}.items():
+        comparison = compare(*sides, force=True)
+        found |= {f"{name} {form}": _comparison_as(comparison, form).decode() for form in (*FORMS, "changelog")}
+    return found
+
+
+# --- any report that can be read ---
+
+HOSTILE = (
+    *(
+        "|",
+        "a|b\\|c",
+        "\\",
+        "`x`",
+        "two\nlines",
+        "\r\n\r\n",
+        "\x1b]0;owned\x07",
+        "\x9b31m",
+        "\u202egpj",
+        "\x7f",
+        "\x00",
+    ),
+    *("x" * 200, "y" * 4096, "word " * 100, "<script>alert(1)</script>", "---|---", "\u2028", "**a** [b](c) # d"),
+    *("", " ", "-", "\x01", "\t", "&amp;", "\u6f22" * 90, "--", "'; rm -rf /", "\ufeff", "\u0301", "%s{}"),
+)
+names = st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+counts = st.one_of(st.integers(0, 1000), st.integers(0, 2**63 - 1))
+seconds = st.floats(0, 1e12)
+rates = st.one_of(st.integers(0, 100), seconds)
+maybe_counts = st.one_of(st.none(), counts)
+by_name = st.dictionaries(names, counts, max_size=2)
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> CallRow:
+    calls = draw(counts)
+    parts = st.one_of(st.none(), st.integers(0, calls))
+    return CallRow(
+        msr=f"{draw(st.one_of(st.sampled_from([TSC, FS_BASE]), st.integers(0, 2**32 - 1))):#x}",
+        name=draw(names),
+        access=draw(st.sampled_from(["read", "write", "read_write"])),
+        action=draw(st.sampled_from(["enable", "disable"])),
+        cause=draw(st.one_of(st.just("filter_change"), names)),
+        caller=draw(names),
+        calls=calls,
+        redundant=draw(parts),
+        changed_read=draw(parts),
+        changed_write=draw(parts),
+        refused=draw(parts),
+    )
+
+
+hosts = st.builds(
+    Host,
+    kernel=names,
+    version=names,
+    cpu=names,
+    vcpus_seen=counts,
+    vmms_seen=counts,
+    kvm_intel=st.dictionaries(names, names, max_size=2),
+    layout=st.one_of(st.sampled_from(["toggle", "recalc"]), names),
+    backend=names,
+    redundancy=st.sampled_from(["exact", "exact", "unknown"]),
+)
+buckets = st.builds(Bucket, le=st.one_of(st.none(), seconds), count=counts)
+update_seconds = st.builds(UpdateSeconds, buckets=st.lists(buckets, max_size=4), sum=seconds, count=counts)
+per_update = st.builds(
+    PerUpdate,
+    calls=rates,
+    redundant=st.one_of(st.none(), rates),
+    enable=rates,
+    enable_redundant=st.one_of(st.none(), rates),
+    disable=rates,
+    disable_redundant=st.one_of(st.none(), rates),
+)
+losses = st.builds(
+    Loss,
+    dropped_updates=by_name,
+    probe_missed=by_name,
+    unpaired_returns=counts,
+    read_failures=counts,
+    reattachments=counts,
+    not_probed=st.lists(names, max_size=2),
+)
+vms = st.builds(
+    Vm,
+    pid=counts,
+    name=names,
+    calls=maybe_counts,
+    redundant=maybe_counts,
+    filter_updates=maybe_counts,
+    filter_update_seconds_sum=seconds,
+)
+any_reports = st.builds(
+    Report,
+    msrtrace=names,
+    label=names,
+    started=names,
+    duration_seconds=seconds,
+    host=hosts,
+    command=st.one_of(st.none(), st.lists(names, max_size=3)),
+    exit_status=st.one_of(st.none(), st.integers(0, 255)),
+    totals=st.builds(
+        Totals,
+        calls=maybe_counts,
+        redundant=maybe_counts,
+        filter_updates=maybe_counts,
+        vcpus_seen=counts,
+    ),
+    per_filter_update=st.one_of(st.none(), per_update),
+    calls=st.lists(rows(), max_size=4),
+    filter_update_seconds=st.one_of(st.none(), update_seconds),
+    vms=st.one_of(st.none(), st.lists(vms, max_size=3)),
+    loss=losses,
+    lower_bound=st.booleans(),
+    verdict=st.builds(Verdict, patched=st.sampled_from([True, False, None]), why=names),
+    notes=st.lists(names, max_size=2),
+)

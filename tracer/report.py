@@ -1,0 +1,397 @@
+"""What a trace found, as plain data that goes into a file: the JSON report, "msrtrace-report/1".
+
+The types below are the format: reportfile.py reads and writes them, report.schema.json is made from them
+(`python -m tracer.reportfile`), and every view of a report is made from one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, field
+
+from tracer import msr
+from tracer.cause import FILTER_CHANGE
+from tracer.snapshot import Call, Durations, Outcome, Snapshot
+from tracer.text import Shown, Text
+from tracer.verdict import Verdict, judge
+
+SCHEMA = "msrtrace-report/1"
+
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+Rate = Annotated[float, Meta(ge=0, le=1e12)]
+#: The most that a report has; the tracer's map holds 8192 kinds of calls.
+_ROWS, _ARGUMENTS, _NOTES = 20_000, 4096, 256
+Redundancy = Literal["exact", "unknown"]
+
+
+class Host(Shown, frozen=True, kw_only=True):
+    """The machine: `kernel` and `version` are uname(2)'s release and version, `cpu` is /proc/cpuinfo's model name."""
+
+    kernel: Text
+    version: Text = ""
+    cpu: Text = ""
+    vcpus_seen: Count = 0
+    vmms_seen: Count = 0
+    kvm_intel: Annotated[dict[Text, Text], Meta(max_length=256)] = field(default_factory=dict)
+    layout: Text
+    backend: Text
+    redundancy: Redundancy
+
+
+class Totals(msgspec.Struct, frozen=True, kw_only=True):
+    """Sums over everything; null where it cannot be observed on that kernel."""
+
+    calls: Count | None
+    redundant: Count | None
+    filter_updates: Count | None
+    vcpus_seen: Count = 0
+
+
+class PerUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """Calls made inside filter updates divided by their number; whole numbers where the division leaves no rest."""
+
+    calls: Rate
+    redundant: Rate | None
+    enable: Rate
+    enable_redundant: Rate | None
+    disable: Rate
+    disable_redundant: Rate | None
+
+
+class CallRow(Shown, frozen=True, kw_only=True):
+    """A kind of call and how often it had which result; those are null where redundancy is unknown.
+
+    `msr` is hexadecimal. `changed_read` and `changed_write` count calls that changed that bit of the MSR;
+    `refused` those that asked for no interception and did not get it, as the VM's filter denies the access.
+    """
+
+    msr: Annotated[str, Meta(pattern="^0x[0-9a-f]{1,8}$")]
+    name: Text
+    access: Literal["read", "write", "read_write"]
+    action: Literal["enable", "disable"]
+    cause: Text
+    caller: Text
+    calls: Count
+    redundant: Count | None
+    changed_read: Count | None
+    changed_write: Count | None
+    refused: Count | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = (self.redundant, self.changed_read, self.changed_write, self.refused)
+        if any(part is not None and part > self.calls for part in parts):
+            raise ValueError("more outcomes than calls")
+
+    @property
+    def index(self) -> int:
+        """The MSR's number."""
+        return int(self.msr, 16)
+
+
+class Bucket(msgspec.Struct, frozen=True, kw_only=True):
+    """Updates that took at most `le` seconds (null: any longer time), and more than the bucket before."""
+
+    le: Seconds | None
+    count: Count
+
+
+class UpdateSeconds(msgspec.Struct, frozen=True, kw_only=True):
+    """How long filter updates took, probes included: a histogram, the sum in seconds, their number."""
+
+    buckets: Annotated[list[Bucket], Meta(max_length=1000)]
+    sum: Seconds
+    count: Count
+
+
+class Loss(Shown, frozen=True, kw_only=True):
+    """What was not seen: by map, by function, and the rest. `not_probed` names functions without their probe."""
+
+    dropped_updates: Annotated[dict[Text, Count], Meta(max_length=256)] = field(default_factory=dict)
+    probe_missed: Annotated[dict[Text, Count], Meta(max_length=256)] = field(default_factory=dict)
+    unpaired_returns: Count = 0
+    read_failures: Count = 0
+    reattachments: Count = 0
+    not_probed: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
+
+
+class Vm(Shown, frozen=True, kw_only=True):
+    """The counts of one VM, with `--by-vm`: `pid` is its VMM's, 0 for what could not be told apart."""
+
+    pid: Count
+    name: Text
+    calls: Count | None
+    redundant: Count | None
+    filter_updates: Count | None
+    filter_update_seconds_sum: Seconds = 0.0
+
+
+class Report(Shown, frozen=True, kw_only=True):
+    """A report. `started` is UTC (ISO 8601), `command` what was run while tracing, `exit_status` how that ended."""
+
+    schema: Annotated[str, Meta(max_length=64)] = SCHEMA
+    msrtrace: Text = ""
+    label: Text = ""
+    started: Text
+    duration_seconds: Seconds
+    host: Host
+    command: Annotated[list[Text], Meta(max_length=_ARGUMENTS)] | None = None
+    exit_status: Annotated[int, Meta(ge=0, le=255)] | None = None
+    totals: Totals
+    per_filter_update: PerUpdate | None
+    calls: Annotated[list[CallRow], Meta(max_length=_ROWS)]
+    filter_update_seconds: UpdateSeconds | None
+    vms: Annotated[list[Vm], Meta(max_length=_ROWS)] | None = None
+    loss: Loss
+    lower_bound: bool
+    verdict: Verdict
+    notes: Annotated[list[Text], Meta(max_length=_NOTES)] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """What to call it: its label, else its kernel."""
+        return self.label or self.host.kernel
+
+    def rows(self, cause: str | None = None) -> list[CallRow]:
+        """The calls, or those with CAUSE."""
+        return [row for row in self.calls if cause in (None, row.cause)]
+
+
+@dataclass(frozen=True)
+class Bit:
+    """One of an MSR's two bits in the bitmap: `direction` is read or write."""
+
+    msr: int
+    direction: str
+
+    def __str__(self) -> str:
+        return f"{msr.name(self.msr)} {self.direction}"
+
+
+@dataclass(frozen=True)
+class BitCounts:
+    """Calls that named a bit, and those of them that left it as it was; None where that is unknown."""
+
+    calls: int
+    redundant: int | None
+
+
+def by_bit(rows: Iterable[CallRow]) -> dict[Bit, BitCounts]:
+    """The calls of ROWS per bit that they name: what kernels that ask for both at once are compared by."""
+    result: dict[Bit, BitCounts] = {}
+    for row in rows:
+        for direction, changed in (("read", row.changed_read), ("write", row.changed_write)):
+            if row.access in (direction, "read_write"):
+                bit = Bit(row.index, direction)
+                before = result.get(bit, BitCounts(0, 0))
+                known = changed is not None and before.redundant is not None
+                result[bit] = BitCounts(
+                    before.calls + row.calls,
+                    (before.redundant or 0) + row.calls - (changed or 0) if known else None,
+                )
+    return dict(sorted(result.items(), key=lambda pair: (pair[0].msr, pair[0].direction)))
+
+
+def redundant_sum(rows: Iterable[CallRow]) -> int | None:
+    """How many calls of ROWS changed nothing; None if that is unknown."""
+    values = [row.redundant for row in rows]
+    return None if None in values else sum(value for value in values if value is not None)
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a report says beside the counts."""
+
+    kernel: str
+    version: str
+    cpu: str
+    kvm_intel: dict[str, str]
+
+    @classmethod
+    def here(cls, root: Path = Path("/")) -> Circumstances:
+        """Of the running machine: uname(2), and what /proc and /sys below ROOT say."""
+        parameters: dict[str, str] = {}
+        for file in sorted((root / "sys/module/kvm_intel/parameters").glob("*")):
+            try:
+                parameters[file.name] = file.read_text(errors="replace").strip()
+            except OSError:
+                continue  # some are for root alone
+        try:
+            info = (root / "proc/cpuinfo").read_text(errors="replace")
+        except OSError:
+            info = ""
+        models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+        uname = os.uname()
+        return cls(uname.release, uname.version, models[0] if models else "", parameters)
+
+
+def make(
+    counted: Snapshot,
+    circumstances: Circumstances,
+    *,
+    started: datetime,
+    duration: float,
+    version: str = "",
+    label: str = "",
+    command: Sequence[str] | None = None,
+    exit_status: int | None = None,
+    notes: Sequence[str] = (),
+) -> Report:
+    """The report on what was COUNTED in DURATION seconds from STARTED on."""
+    rows = call_rows(counted.calls.items())
+    updates = sum(counted.updates.values(), Durations())
+    seen = counted.updates_observable
+    loss = _loss(counted)
+    lower_bound = counted.lower_bound or bool(loss.not_probed or loss.reattachments)
+    return Report(
+        msrtrace=version,
+        label=label,
+        started=started.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        duration_seconds=round(duration, 6),
+        host=Host(
+            kernel=circumstances.kernel,
+            version=circumstances.version,
+            cpu=circumstances.cpu,
+            vcpus_seen=counted.vcpus_seen,
+            vmms_seen=counted.vmms_seen,
+            kvm_intel=circumstances.kvm_intel,
+            layout=counted.layout,
+            backend=counted.backend,
+            redundancy="exact" if counted.redundancy == "exact" else "unknown",
+        ),
+        command=list(command[:_ARGUMENTS]) if command else None,
+        exit_status=exit_status,
+        totals=Totals(
+            calls=sum(row.calls for row in rows) if counted.calls_observable else None,
+            redundant=_redundant(counted, rows),
+            filter_updates=updates.count if seen else None,
+            vcpus_seen=counted.vcpus_seen,
+        ),
+        per_filter_update=_per_update(counted, rows, updates.count),
+        calls=rows,
+        filter_update_seconds=_seconds(updates) if seen else None,
+        vms=_vms(counted) if counted.by_vm else None,
+        loss=loss,
+        lower_bound=lower_bound,
+        verdict=judge(
+            layout=counted.layout,
+            calls_observable=counted.calls_observable,
+            incomplete=lower_bound,
+            reloaded=bool(loss.reattachments),
+            updates=updates.count if seen else None,
+            rows=rows,
+        ),
+        notes=list(notes[:_NOTES]),
+    )
+
+
+def call_rows(calls: Iterable[tuple[Call, Outcome]]) -> list[CallRow]:
+    """CALLS as rows of a report, VMs not told apart, in the order of MSR, access, action, cause and caller."""
+    sums: dict[tuple[int, str, str, str, str], Outcome] = {}
+    for call, outcome in calls:
+        key = (call.msr, call.access, call.action, call.cause, call.caller)
+        sums[key] = sums[key] + outcome if key in sums else outcome
+    return [
+        CallRow(
+            msr=msr.hexadecimal(index),
+            name=msr.name(index),
+            access=access,  # type: ignore[arg-type]
+            action=action,  # type: ignore[arg-type]
+            cause=cause,
+            caller=caller,
+            calls=outcome.calls,
+            redundant=outcome.redundant,
+            changed_read=outcome.changed_read,
+            changed_write=outcome.changed_write,
+            refused=outcome.refused,
+        )
+        for (index, access, action, cause, caller), outcome in sorted(sums.items(), key=lambda pair: pair[0])
+    ]
+
+
+def _redundant(counted: Snapshot, rows: list[CallRow]) -> int | None:
+    return redundant_sum(rows) if counted.calls_observable and counted.redundancy == "exact" else None
+
+
+def whole(value: float) -> float:
+    """VALUE, as an int if it is one: 13 and not 13.0 in the file."""
+    return int(value) if value == int(value) else round(value, 6)
+
+
+def _per_update(counted: Snapshot, rows: list[CallRow], updates: int) -> PerUpdate | None:
+    if not (updates and counted.calls_observable and counted.updates_observable):
+        return None
+    inside = [row for row in rows if row.cause == FILTER_CHANGE]
+
+    def calls(action: str) -> int:
+        return sum(row.calls for row in inside if row.action == action)
+
+    def redundant(action: str) -> int | None:
+        if counted.redundancy != "exact":
+            return None
+        return redundant_sum(row for row in inside if row.action == action)
+
+    def each(value: int | None) -> float | None:
+        return None if value is None else whole(value / updates)
+
+    enable, disable = calls("enable"), calls("disable")
+    enable_redundant, disable_redundant = redundant("enable"), redundant("disable")
+    both = None if enable_redundant is None or disable_redundant is None else enable_redundant + disable_redundant
+    return PerUpdate(
+        calls=whole((enable + disable) / updates),
+        redundant=each(both),
+        enable=whole(enable / updates),
+        enable_redundant=each(enable_redundant),
+        disable=whole(disable / updates),
+        disable_redundant=each(disable_redundant),
+    )
+
+
+def _seconds(updates: Durations) -> UpdateSeconds:
+    cumulative = updates.cumulative()
+    counts = [cumulative[0][1], *(b - a for (_, a), (_, b) in pairwise(cumulative))]
+    return UpdateSeconds(
+        buckets=[
+            Bucket(le=None if bound == float("inf") else float(f"{bound:.9g}"), count=count)
+            for (bound, _), count in zip(cumulative, counts, strict=True)
+        ],
+        sum=updates.seconds,
+        count=updates.count,
+    )
+
+
+def _loss(counted: Snapshot) -> Loss:
+    return Loss(
+        dropped_updates={m.name: m.dropped for m in counted.maps if m.dropped},
+        probe_missed={p.function: p.missed for p in counted.probes if p.missed},
+        unpaired_returns=counted.unpaired_returns,
+        read_failures=counted.read_failures,
+        reattachments=counted.reattached,
+        not_probed=[p.function for p in counted.probes if not p.attached],
+    )
+
+
+def _vms(counted: Snapshot) -> list[Vm]:
+    def of(pid: int) -> Vm:
+        outcomes = [outcome for call, outcome in counted.calls.items() if call.pid == pid]
+        exact = counted.calls_observable and counted.redundancy == "exact"
+        updates = counted.updates.get(pid, Durations())
+        return Vm(
+            pid=pid,
+            name=counted.vms.get(pid, ""),
+            calls=sum(outcome.calls for outcome in outcomes) if counted.calls_observable else None,
+            redundant=sum(outcome.redundant or 0 for outcome in outcomes) if exact else None,
+            filter_updates=updates.count if counted.updates_observable else None,
+            filter_update_seconds_sum=updates.seconds,
+        )
+
+    return [of(pid) for pid in sorted(counted.pids)]
