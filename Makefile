@@ -2,13 +2,15 @@
 # make test       everything that must hold, on the emulated bookworm and trixie hosts
 # make test-all   that, and the hosts of suites that move (sid) or are about to leave the archive (filter-only)
 # make lint       linter, formatter and types alone
+# make compare-demo  the kernel without the patch against the one with it, on an emulated host; leaves build/compare/
+# make saving     what the patch saves, in instructions, with no tracer attached
 SHELL := /bin/bash
 VENV := build/venv
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 -qq
 PORT := 9753
 
-.PHONY: run test test-all lint format clean
+.PHONY: run test test-all lint format clean compare-demo saving
 
 # What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
 build/packages: Makefile
@@ -51,6 +53,12 @@ test: lint build/test-packages
 
 test-all: lint build/test-packages
 	$(SUDO) $(VENV)/bin/pytest --hosts bookworm,trixie,sid,filter-only
+
+compare-demo: $(VENV)/ready
+	$(SUDO) tests/vmxhost/compare-demo build/compare
+
+saving: $(VENV)/ready
+	@$(SUDO) $(VENV)/bin/python tests/vmxhost/saving
 
 clean:
 	$(SUDO) rm -rf build

@@ -41,9 +41,14 @@ def report_document(report: Report) -> Document:
         *([Section("Notes", tuple(report.notes))] if report.notes else []),
         Section("Host", tuple(_host_lines(report))),
     ]
-    shown = tuple(s for s in sections if s.lines or (s.table and s.table.rows))
     lead = f"{_PATCH[report.verdict.patched]}: {report.verdict.why}"
-    return Document(f"msrtrace report: {report.title}", lead, tuple(lines), shown)
+    return _document(f"msrtrace report: {report.title}", lead, lines, sections)
+
+
+def _document(title: str, lead: str, lines: Sequence[str], sections: Sequence[Section]) -> Document:
+    """A document without the sections that have nothing to say."""
+    shown = tuple(s for s in sections if s.lines or (s.table and s.table.rows))
+    return Document(title, lead, tuple(lines), shown)
 
 
 def _no_calls(report: Report) -> str:
@@ -187,10 +192,10 @@ def comparison_document(comparison: Comparison) -> Document:
     """What COMPARISON says."""
     base, new = comparison.base, comparison.new
     lines = [f"FORCED in spite of: {reason}" for reason in comparison.forced]
-    if comparison.unit == "bit":
+    if comparison.unit == "bit" and base.observable and new.observable:
         lines.append(
-            f"Compared per bit of the MSR bitmap: layout {base.report.host.layout} asks for reads and writes apart, "
-            f"layout {new.report.host.layout} in another way; a call that names both bits of an MSR counts twice."
+            f"Compared per bit of the MSR bitmap, as the kernels' functions differ (layouts {base.report.host.layout} "
+            f"and {new.report.host.layout}): a call that names both bits of an MSR counts twice."
         )
     lines += [f"warning: {warning}" for warning in comparison.warnings]
     sections = [
@@ -203,7 +208,7 @@ def comparison_document(comparison: Comparison) -> Document:
         cells = tuple((d.what, d.base, d.new) for d in comparison.differences)
         sections.append(Section("The hosts differ in", table=Table(("", base.title, new.title), cells, names=3)))
     sections.append(Section("What was run", tuple(_ran(side) for side in (base, new))))
-    return Document(f"{base.title} and {new.title}", sentence(comparison), tuple(lines), tuple(sections))
+    return _document(f"{base.title} and {new.title}", sentence(comparison), lines, sections)
 
 
 def _verdict_line(side: Side) -> str:

@@ -24,6 +24,14 @@ VARIANTS = {"bookworm": ["patched", "unpatched"], "trixie": ["patched", "unpatch
 PACKED = ["trixie"]
 #: Where everything is tried; on the other hosts, what depends on the kernel.
 WHOLE = ["bookworm"]
+#: Fixtures that give what the scenarios found, and on which hosts; `collected` is every host.
+FIXTURES = {
+    "whole": WHOLE,
+    "both": [*VARIANTS],  # with both modules
+    "other": ["sid", "filter-only"],  # the patch is no question there
+    "superseded": ["sid"],
+    "filter_only": ["filter-only"],
+}
 STATUS = 37  # what the scenarios end with, to see that it comes through
 TIMEOUT_SECONDS = 2400
 
@@ -148,7 +156,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def _looks_at(item: pytest.Item) -> list[str]:
     """The hosts whose scenarios ITEM judges."""
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    return [str(parameters[name]) for name in ("collected", "whole") if name in parameters]
+    return [str(parameters[name]) for name in ("collected", *FIXTURES) if name in parameters]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -159,22 +167,23 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     hosts = _hosts(metafunc.config)
-    if "collected" in metafunc.fixturenames:
-        metafunc.parametrize("collected", hosts, indirect=True)
-    if "whole" in metafunc.fixturenames:
-        metafunc.parametrize("whole", [host for host in hosts if host in WHOLE], indirect=True)
+    for name in metafunc.fixturenames:
+        if name == "collected" or name in FIXTURES:
+            wanted = [host for host in hosts if host in FIXTURES.get(name, hosts)]
+            metafunc.parametrize(name, wanted, indirect=True)
 
 
-@pytest.fixture
-def collected(request: pytest.FixtureRequest) -> Collected:
+def _collected(request: pytest.FixtureRequest) -> Collected:
     """What the scenarios found on one host."""
     return request.config.stash[_boots_key][request.param]
 
 
-@pytest.fixture
-def whole(request: pytest.FixtureRequest) -> Collected:
-    """The same, on a host where everything was tried."""
-    return request.config.stash[_boots_key][request.param]
+collected = pytest.fixture(_collected)
+whole = pytest.fixture(_collected)
+both = pytest.fixture(_collected)
+other = pytest.fixture(_collected)
+superseded = pytest.fixture(_collected)
+filter_only = pytest.fixture(_collected)
 
 
 @pytest.fixture

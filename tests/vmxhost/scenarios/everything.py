@@ -21,6 +21,7 @@ from typing import Any
 
 from guest import OUT, Msrtrace, kernel_state, load, output_of, record, scrape, succeed, until, workload
 from kerneltracer import KernelTracer
+from reporting import make_reports, report_command
 
 from tracer.btf import Btf, BtfError
 
@@ -95,6 +96,11 @@ def witnessed(variant: str) -> Any:
                 "--create-vms 3 --vcpus 2 --updates 0",
             )
         ]
+
+
+def reports() -> Any:
+    """A report of everything that the workload can do, on each variant."""
+    return make_reports(VARIANTS)
 
 
 def unknown_redundancy() -> Any:
@@ -235,8 +241,8 @@ def bound(source: Path, target: str, *command: str) -> Any:
 
 def main() -> None:
     """Run every scenario; what they return goes to /out/NAME.json. Ends with a status that pytest looks for."""
-    of_the_kernel = [host, counts, unknown_redundancy, killed]
-    of_the_program = [by_vm, one_pid, waits, misuse]
+    of_the_kernel = [host, counts, reports, unknown_redundancy, killed]
+    of_the_program = [by_vm, one_pid, waits, misuse, report_command]
     scenarios: list[Callable[[], Any]] = of_the_kernel if KERNEL_ALONE else [*of_the_kernel, *of_the_program]
     only = os.environ.get("ONLY", "").split()
     for scenario in scenarios:
