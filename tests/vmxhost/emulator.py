@@ -57,7 +57,7 @@ def bochs(cpus: int = 1) -> Bochs:
             failed.unlink(missing_ok=True)
             return built
         failed.touch()
-    say("using Debian's Bochs binary, which is 3 to 4 times slower")
+    say("using Debian's Bochs binary, which is 3 times slower")
     return from_binary()
 
 
