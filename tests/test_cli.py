@@ -78,13 +78,14 @@ def test_help(name: str | None, option: str) -> None:
     assert result.stdout.startswith(f"Usage: msrtrace {f'{name} [OPTIONS]' if name else '[OPTIONS] COMMAND'}")
     known: click.Command = cli.cli.commands[name] if name else cli.cli
     assert known.help
-    assert known.help in result.stdout
-    assert all(parameter.opts[0] in result.stdout for parameter in known.params)
+    assert " ".join(known.help.split()) in " ".join(result.stdout.split())
+    options = [parameter for parameter in known.params if isinstance(parameter, click.Option)]
+    assert all(option.opts[0] in result.stdout for option in options)
     assert name or all(f"\n  {other} " in result.stdout for other in cli.cli.commands)
 
 
 def test_commands() -> None:
-    assert {"run", "doctor"} <= cli.cli.commands.keys()
+    assert {"run", "doctor", "report", "compare"} <= cli.cli.commands.keys()
 
 
 def test_version() -> None:
@@ -173,6 +174,18 @@ def test_debugging_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
     fail(monkeypatch, ValueError("not foreseen"))
     with pytest.raises(ValueError, match="not foreseen"):
         cli.main()
+
+
+def test_an_error_moves_no_cursor(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
+    fail(monkeypatch, MsrtraceError("\x1b[2J\u202e"))
+    assert main("doctor") == (1, "", "msrtrace: error: \\x1b[2J\\u202e\n")
+
+
+def test_an_error_has_its_status(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
+    error = MsrtraceError("why")
+    error.status = 3
+    fail(monkeypatch, error)
+    assert main("doctor") == (3, "", "msrtrace: error: why\n")
 
 
 def test_an_obstacle(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:

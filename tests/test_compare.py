@@ -243,6 +243,16 @@ def test_repeats_that_do_not_agree() -> None:
     assert sentence(comparison).startswith("base makes 21.50 calls a filter update, 19.50 of them redundant; ")
 
 
+def test_repeats_that_agree_in_sum_alone() -> None:
+    """As many calls, of other MSRs."""
+    first = toggle()
+    moved = {replace(call, msr=0x1A4) if call.msr == 0x10 else call: outcome for call, outcome in first.calls.items()}
+    comparison = compare([report(first), report(replace(first, calls=moved))], [patched()])
+    assert comparison.warnings == (
+        "6.1.0-53-amd64: its reports differ in which MSRs a filter update touches; the table has their mean",
+    )
+
+
 # --- times ---
 
 

@@ -193,7 +193,7 @@ def test_vms_that_did_nothing_while_it_was_traced() -> None:
     [
         ({"maps": (Map("calls", 9, 9, 3), Map("vcpus", 1, 9))}, {"dropped_updates": {"calls": 3}}),
         ({"probes": (Probe("f", "f", True, "", 2), Probe("g", "g", True, ""))}, {"probe_missed": {"f": 2}}),
-        ({"probes": (Probe("f", None, False, "none"),)}, {"not_probed": ["f"]}),
+        ({"probes": (Probe(HOOK, None, False, "none"),)}, {"not_probed": [HOOK]}),
         ({"unpaired_returns": 4}, {"unpaired_returns": 4}),
         ({"read_failures": 5}, {"read_failures": 5}),
         ({"reattached": 1}, {"reattachments": 1}),
@@ -206,6 +206,11 @@ def test_losses(change: dict[str, Any], loss: dict[str, Any]) -> None:
     assert (made["loss"], made["lower_bound"]) == (nothing | loss, True)
     whole = as_json(toggle())
     assert (whole["loss"], whole["lower_bound"]) == (nothing, False)
+
+
+def test_a_probe_that_no_count_depends_on_may_be_missing() -> None:
+    made = as_json(replace(toggle(), probes=(Probe("vmx_vcpu_create", None, False, "none"),)))
+    assert (made["loss"]["not_probed"], made["lower_bound"]) == (["vmx_vcpu_create"], False)
 
 
 # --- per bit ---

@@ -56,6 +56,7 @@ def snapshots(known: bool) -> st.SearchStrategy[Snapshot]:
         unpaired_returns=counts,
         read_failures=counts,
         vcpus_seen=counts,
+        vmms_seen=counts,
     )
 
 
@@ -127,11 +128,8 @@ def test_the_order_of_a_sum_does_not_matter(pair: tuple[Snapshot, Snapshot]) -> 
     assert (whole.calls, whole.updates, whole.recalcs) == (turned.calls, turned.updates, turned.recalcs)
     assert [p.missed for p in whole.probes] == [p.missed for p in turned.probes]
     assert [m.dropped for m in whole.maps] == [m.dropped for m in turned.maps]
-    assert (whole.unpaired_returns, whole.read_failures, whole.vcpus_seen) == (
-        one.unpaired_returns + other.unpaired_returns,
-        one.read_failures + other.read_failures,
-        one.vcpus_seen + other.vcpus_seen,
-    )
+    for name in ("unpaired_returns", "read_failures", "vcpus_seen", "vmms_seen"):
+        assert getattr(whole, name) == getattr(one, name) + getattr(other, name)
 
 
 @quick
@@ -181,6 +179,7 @@ def test_since() -> None:
         probes=(Probe("f", "f", True, "", 2),),
         maps=(Map("calls", 1, 8192, 3),),
         vcpus_seen=1,
+        vmms_seen=1,
         reattached=1,
     )
     later = replace(
@@ -189,13 +188,14 @@ def test_since() -> None:
         probes=(Probe("f", "f", True, "", 5),),
         maps=(Map("calls", 2, 8192, 7),),
         vcpus_seen=3,
+        vmms_seen=2,
         reattached=3,
     )
     between = later.since(first)
     assert between.calls == {FS_BASE: Outcome(4, 4, 0, 0, 0)}
     assert between.probes == (Probe("f", "f", True, "", 3),)
     assert between.maps == (Map("calls", 2, 8192, 4),)
-    assert (between.vcpus_seen, between.reattached) == (2, 2)
+    assert (between.vcpus_seen, between.vmms_seen, between.reattached) == (2, 1, 2)
 
 
 def test_losses_outlive_the_probe_that_had_them() -> None:

@@ -31,7 +31,7 @@ CALL, UPDATE = Outcome(1, 0, 1, 0, 0), Durations(1, 0.25, (1, *[0] * 24))
 class Kernel:
     """kvm_intel that comes and goes, and VMMs whose calls are seen by probes on the kvm_intel that they call."""
 
-    def __init__(self, proc: Path, *, by_vm: bool = False) -> None:
+    def __init__(self, proc: Path, *, by_vm: bool = False, keep_gone: bool = False) -> None:
         self.by_vm = by_vm
         self.loads = self.loaded = 1
         self.functions: tuple[str, ...] = (ENABLE, DISABLE, HOOK)
@@ -43,6 +43,7 @@ class Kernel:
             symbols=lambda: Symbols.of(Symbol(64, name, "kvm_intel") for name in self.functions),
             module=lambda: self.loaded or None,
             names=VmNames(proc),
+            keep_gone=keep_gone,
         )
 
     def attach(self, layout: Layout, symbols: Symbols) -> Engine:
@@ -444,6 +445,58 @@ def test_a_pid_that_is_used_again_does_not_inherit(by_vm: Kernel) -> None:
     by_vm.call(100, 3)
     snapshot = by_vm.tracer.snapshot()
     assert (counts(snapshot), snapshot.vms) == ({0: 7, 100: 3}, {100: "new"})
+
+
+# --- a trace with an end: VMs that are gone stay apart ---
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Kernel:
+    kernel = Kernel(tmp_path, by_vm=True, keep_gone=True)
+    kernel.start(100, "web")
+    kernel.start(200, "db")
+    kernel.tracer.attach()
+    return kernel
+
+
+def test_vms_that_are_gone_are_kept_under_their_names(kept: Kernel) -> None:
+    kept.call(100, 7)
+    kept.call(200, 3)
+    kept.tracer.snapshot()
+    kept.end(100)
+    for _ in range(2):
+        snapshot = kept.tracer.snapshot()
+        assert (counts(snapshot), snapshot.vms) == ({100: 7, 200: 3}, {100: "web", 200: "db"})
+    assert kept.engines[0].forgotten == []
+
+
+def test_a_vm_that_ended_before_it_was_named(kept: Kernel) -> None:
+    kept.call(100, 7)
+    kept.call(300, 5)
+    kept.end(100)
+    snapshot = kept.tracer.snapshot()
+    assert (counts(snapshot), snapshot.vms) == ({100: 7, 300: 5}, {100: "", 300: ""})
+
+
+def test_what_is_kept_outlives_a_reload_and_the_end(kept: Kernel) -> None:
+    kept.call(100, 7)
+    kept.tracer.snapshot()
+    kept.end(100)
+    kept.reload()
+    kept.tracer.follow()
+    kept.call(200, 3)
+    kept.tracer.snapshot()
+    kept.tracer.close()
+    snapshot = kept.tracer.snapshot()
+    assert (counts(snapshot), snapshot.vms) == ({100: 7, 200: 3}, {100: "web", 200: "db"})
+    assert counts(snapshot.since(snapshot)) == {}
+
+
+def test_nothing_is_kept_where_vms_are_not_told_apart(tmp_path: Path) -> None:
+    kernel = Kernel(tmp_path, keep_gone=True)
+    kernel.tracer.attach()
+    kernel.call(100, 7)
+    assert (counts(kernel.tracer.snapshot()), kernel.tracer.snapshot().vms) == ({0: 7}, {})
 
 
 # --- both, in any order ---

@@ -252,7 +252,16 @@ def _spread(side: Side) -> list[str]:
                 f"{side.title}: {what} per filter update is no whole number: VMs differ, or updates were under way "
                 "when the trace began or ended"
             )
+    if not found and len({_profile(Side(side.title, (report,))) for report in side.reports}) > 1:
+        found.append(
+            f"{side.title}: its reports differ in which MSRs a filter update touches; the table has their mean"
+        )
     return found
+
+
+def _profile(side: Side) -> frozenset[tuple[Bit, PerUpdate]]:
+    """Everything about a filter update."""
+    return frozenset((bit, side.of(bit)) for bit in side.by_bit)
 
 
 def _warnings(one: Side, other: Side) -> list[str]:

@@ -222,7 +222,6 @@ def _snapshot(info: Labels, attached: list[Series], grown: Mapping[str, list[tup
     calls: dict[tuple[str, ...], int] = defaultdict(int)
     for labels, value in grown["msrtrace_intercept_calls_total"]:
         calls[_key(labels)] += round(value)
-    needed = {layout.update, *layout.calls} if layout else set()
     return Snapshot(
         layout=info.get("layout", "?"),
         redundancy="exact" if exact else "unknown",
@@ -237,7 +236,7 @@ def _snapshot(info: Labels, attached: list[Series], grown: Mapping[str, list[tup
             Probe(
                 function=series.labels.get("function", ""),
                 symbol=None,
-                attached=series.labels.get("function") not in needed or all(series.samples.values()),
+                attached=all(series.samples.values()),
                 detail="",
                 missed=_sum(grown["msrtrace_probe_missed_total"], "function", series.labels.get("function", "")),
             )

@@ -65,6 +65,12 @@ LAYOUTS = (
     Layout("filter-only", "5.10-5.12", "vmx_msr_filter_changed"),
 )
 
+
+def counted_functions(layout: str) -> frozenset[str]:
+    """The functions whose probes make the counts of the layout of that name; without one of them counts are missing."""
+    return frozenset(f for known in LAYOUTS if known.name == layout for f in (known.update, *known.calls))
+
+
 #: Probed where it exists: the birth of a vCPU. The second name is that of kernels before 5.19.
 VCPU_CREATE = ("vmx_vcpu_create", "vmx_create_vcpu")
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -66,7 +67,8 @@ def record(
         interrupted = ""
         while True:
             passed = time.monotonic() - begin
-            progress(passed)
+            with suppress(OSError):  # a terminal that is gone shows nothing
+                progress(passed)
             if child.poll() is not None if child else interrupted or (seconds is not None and passed >= seconds):
                 break
             wait = _POLL_SECONDS if seconds is None else min(_POLL_SECONDS, max(0.0, seconds - passed))
@@ -115,7 +117,7 @@ def _keep_up(tracer: Tracer, by_vm: bool, notes: list[str]) -> None:
             notes.append("kvm_intel was unloaded or loaded during the trace")
         if by_vm:
             tracer.snapshot()
-    except MsrtraceError as error:
+    except Exception as error:
         notes.append(f"kvm_intel is not traced any more: {error}")
 
 

@@ -19,6 +19,7 @@ from msgspec import Meta, field
 
 from tracer import msr
 from tracer.cause import FILTER_CHANGE
+from tracer.layout import counted_functions
 from tracer.snapshot import Call, Durations, Outcome, Snapshot
 from tracer.text import Shown, Text
 from tracer.verdict import Verdict, judge
@@ -251,7 +252,8 @@ def make(
     updates = sum(counted.updates.values(), Durations())
     seen = counted.updates_observable
     loss = _loss(counted)
-    lower_bound = counted.lower_bound or bool(loss.not_probed or loss.reattachments)
+    blind = counted_functions(counted.layout).intersection(loss.not_probed)
+    lower_bound = counted.lower_bound or bool(blind or loss.reattachments)
     return Report(
         msrtrace=version,
         label=label,

@@ -238,19 +238,29 @@ def _deliver(made: Callable[[str], bytes], form: str | None, outputs: tuple[Path
     """
     from tracer.reportfile import write
 
+    def show(text: bytes, aside: bool) -> None:
+        try:
+            click.echo(text, nl=False, err=aside)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise MsrtraceError(
+                f"cannot write to standard {'error' if aside else 'output'}: {error.strerror}"
+            ) from None
+
     if not outputs:
-        click.echo(made(form or "text"), nl=False, err=aside)
+        show(made(form or "text"), aside)
     failure = None
     for output in outputs:
         text = made(form or _FORMATS.get(output.suffix.lower(), "text"))
         if str(output) == "-":
-            click.echo(text, nl=False)
+            show(text, aside=False)
             continue
         try:
             write(output, text)
         except MsrtraceError as error:
             failure = error
-            click.echo(text, nl=False, err=aside)
+            show(text, aside)
     if failure:
         raise failure
 

@@ -48,7 +48,13 @@ def write(path: Path, text: bytes) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~_umask())
+            if target.exists():
+                before = target.stat()
+                with suppress(OSError):  # under sudo a user's file stays the user's
+                    os.chown(temporary, before.st_uid, before.st_gid)
+                os.chmod(temporary, before.st_mode & 0o7777)
+            else:
+                os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, target)
         except BaseException:
             with suppress(OSError):

@@ -115,7 +115,7 @@ def lost(counted: Snapshot) -> str:
     parts += [f"{p.missed:,} runs of {p.function} missed" for p in counted.probes if p.missed]
     parts += [f"{counted.unpaired_returns:,} unpaired returns"] * bool(counted.unpaired_returns)
     parts += [f"{counted.read_failures:,} bitmaps not read"] * bool(counted.read_failures)
-    parts += [f"{counted.reattached:,} unloads of kvm_intel"] * bool(counted.reattached)
+    parts += [f"kvm_intel unloaded: {counted.reattached:,}"] * bool(counted.reattached)
     return ", ".join(parts)
 
 

@@ -75,10 +75,10 @@ def lines(sample: Sample, view: View, look: Look, host: str) -> list[str]:
     HOST says where this is: the host's name and its kernel.
     """
     shown = sample.chosen(view.whole)
-    head = _drawn(_header(sample, shown, view, look, host), look)
+    head = _drawn(_header(sample, shown, look, host), look)
     if look.height is None:
         return head + _drawn([""], look) + _drawn([_table(shown, view, look, None)] if shown else [], look)
-    foot = _drawn([Text(_footer(shown, view), style="dim", no_wrap=not view.help, overflow="crop")], look)
+    foot = _drawn([_footer(shown, view)], look)
     room = max(1, look.height - len(head) - len(foot) - 1)  # less the titles
     body = _drawn([_table(shown, view, look, room)], look) if shown else []
     above = (head + body)[: max(0, look.height - len(foot))]
@@ -107,14 +107,12 @@ def _drawn(parts: list[RenderableType], look: Look) -> list[str]:
     return [line.rstrip() for line in written.getvalue().split("\n")[:-1]]
 
 
-def _header(sample: Sample, shown: Frame | None, view: View, look: Look, host: str) -> list[RenderableType]:
+def _header(sample: Sample, shown: Frame | None, look: Look, host: str) -> list[RenderableType]:
     first = Text(f"{sample.at} {look.clean(host)}", style="bold")
     if shown:
         first.append(f" layout {look.clean(shown.layout)}, ")
         first.append(f"redundancy {look.clean(shown.redundancy)}, " if shown.rows is not None else "")
-        first.append(f"{'total of' if shown.whole else 'over'} {_seconds(shown.seconds)}")
-    if view.paused:
-        first.append("  PAUSED", style="reverse")
+        first.append(f"{'all' if shown.whole else 'over'} {_seconds(shown.seconds)}")
     parts: list[RenderableType] = [first]
     if shown:
         parts += [Text(look.clean(line)) for line in _figures(shown)]
@@ -266,7 +264,10 @@ def _style(row: Row) -> str:
     return "red" if part >= 0.9 else "yellow" if part >= 0.5 else ""
 
 
-def _footer(shown: Frame | None, view: View) -> str:
+def _footer(shown: Frame | None, view: View) -> Text:
+    line = Text(no_wrap=not view.help, overflow="crop")
+    if view.paused:
+        line.append("PAUSED", style="reverse").append(" ")
     if view.help:
-        return HELP + (HELP_VM if shown and shown.by_vm else "") + HELP_MORE
-    return f"sorted by {view.sort}; ? for help, q to quit"
+        return line.append(HELP + (HELP_VM if shown and shown.by_vm else "") + HELP_MORE)
+    return line.append(f"sorted by {view.sort}; ? for help, q to quit", style="dim")
