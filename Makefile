@@ -1,6 +1,8 @@
 # make run        trace this machine if it is a VMX host, else an emulated one
 # make test       everything that must hold, on the emulated bookworm and trixie hosts
 # make test-all   that, and the hosts of suites that move (sid) or are about to leave the archive (filter-only)
+# make test-dashboard  the dashboard by what Grafana itself uses (npm, Chromium); pictures of made-up hosts go to
+#                 build/dashboard/, of emulated ones (the whole chain: probes, exporter, Prometheus, panels) to build/chain/
 # make lint       linter, formatter and types alone
 # make compare-demo  the kernel without the patch against the one with it, on an emulated host; leaves build/compare/
 # make saving     what the patch saves, in instructions, with no tracer attached
@@ -10,7 +12,7 @@ SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 -qq
 PORT := 9753
 
-.PHONY: run test test-all lint format clean compare-demo saving
+.PHONY: run test test-all lint format clean compare-demo saving test-dashboard
 
 # What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
 build/packages: Makefile
@@ -58,7 +60,15 @@ compare-demo: $(VENV)/ready
 	$(SUDO) tests/vmxhost/compare-demo build/compare
 
 saving: $(VENV)/ready
-	@$(SUDO) $(VENV)/bin/python tests/vmxhost/saving
+	@$(SUDO) $(VENV)/bin/python tests/vmxhost/saving.py
+
+build/npm: Makefile build/packages
+	command -v npm >/dev/null || $(APT) install -y --no-install-recommends npm
+	@touch $@
+
+test-dashboard: $(VENV)/ready build/test-packages build/npm
+	tests/dashboard/check
+	$(SUDO) $(VENV)/bin/python tests/vmxhost/chain_pictures.py build/chain
 
 clean:
 	$(SUDO) rm -rf build

@@ -26,11 +26,12 @@ RUN_SECONDS = 1200
 
 @dataclass(frozen=True)
 class Node:
-    """An emulated host: the modules that it loads in turn, and the value of its label `patch`."""
+    """An emulated host: the modules that it loads in turn, the value of its label `patch`, its filter updates."""
 
     name: str
     modules: tuple[str, ...]
     patch: str
+    updates: int = 47  # of each VM, four a second
     host: str = "bookworm"
 
 
@@ -141,7 +142,7 @@ def _boot(folder: Path, node: Node, port: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, f"{HERE}/run", "--host", node.host, "--module", node.modules[0]]
     shared = ["--in", f"{HERE}/scenarios", "--out", str(folder)]
     options = ["--forward", f"{port}:9753", *shared, "--timeout", str(RUN_SECONDS)]
-    what = ["python3", "/in/chain_node.py", "10.0.2.15:9753", *node.modules]
+    what = ["python3", "/in/chain_node.py", "10.0.2.15:9753", str(node.updates), *node.modules]
     with (folder / "log").open("wb") as log:
         return subprocess.Popen(
             [*command, *options, "--", *what], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT

@@ -10,7 +10,7 @@ from cache import HERE, REPO, cached, retried, sh
 from hosts import Host, userland
 
 #: What the wheel is made from.
-PARTS = ["tracer", "bpf"]
+PARTS = ["tracer", "bpf", "dashboards"]
 
 
 def guest_programs() -> Path:

@@ -1,4 +1,4 @@
-"""One host of the chain that ends in Prometheus: `chain_node.py ADDRESS MODULE...`.
+"""One host of the chain that ends in Prometheus: `chain_node.py ADDRESS UPDATES MODULE...`.
 
 msrtrace serves on ADDRESS. For each MODULE in turn it is loaded and the workload runs inside `msrtrace report`, whose
 file goes to /out/MODULE.json. Whoever scrapes from outside has PAUSE_SECONDS on either side to see the counts at rest.
@@ -12,12 +12,12 @@ import time
 from guest import OUT, Msrtrace, load, output_of, scrape
 
 PAUSE_SECONDS = 8  # some scrapes
-WORKLOAD = ["workload", "--vms", "2", "--vcpus", "2", "--updates", "47", "--interval", "250", "--initial-run"]
+WORKLOAD = ["workload", "--vms", "2", "--vcpus", "2", "--interval", "250", "--initial-run", "--updates"]
 
 
 def main() -> None:
     """Run it, and say on standard output how far it is."""
-    address, *modules = sys.argv[1:]
+    address, updates, *modules = sys.argv[1:]
     load(modules[0])
     msrtrace = Msrtrace("--web.listen-address", address)
     print("chain: serving", flush=True)
@@ -26,7 +26,9 @@ def main() -> None:
             load(module)
             msrtrace.wait_for("kvm_intel was loaded again", number)
         time.sleep(PAUSE_SECONDS)
-        done = output_of("msrtrace", "report", "--label", module, "-o", str(OUT / f"{module}.json"), "--", *WORKLOAD)
+        done = output_of(
+            "msrtrace", "report", "--label", module, "-o", str(OUT / f"{module}.json"), "--", *WORKLOAD, updates
+        )
         if done["status"]:
             raise RuntimeError(done)
         print(f"chain: {module} done", flush=True)

@@ -28,6 +28,7 @@ from tracer.btf import Btf, BtfError
 KERNEL_ALONE = "--kernel" in sys.argv
 VARIANTS = [word for word in sys.argv[1:] if not word.startswith("--")]
 STOCK = VARIANTS[0]
+HUNDRED = 100
 
 
 def host() -> Any:
@@ -135,7 +136,19 @@ def by_vm() -> Any:
         vm.wait()
     none_left = scrape()
     found = {"pids": [vm.pid for vm in vms], "all": all_there, "one gone": one_gone, "none left": none_left}
-    return found | msrtrace.end()
+    return found | a_hundred_vms(wanted) | msrtrace.end()
+
+
+def a_hundred_vms(before: int) -> dict[str, Any]:
+    """A hundred VMs more, alive at once and then gone; BEFORE updates were counted already."""
+    workload = ["workload", "--processes", "--vms", str(HUNDRED), "--updates", "2", "--initial-run", "--hold", "600"]
+    vms = subprocess.Popen(workload, stdout=subprocess.DEVNULL)
+    total = f"msrtrace_host_filter_updates_total {before + 2 * HUNDRED}.0\n"
+    until(lambda: total in scrape(), 300)
+    found = {"hundred": scrape()}
+    vms.send_signal(signal.SIGTERM)
+    vms.wait()
+    return found | {"hundred gone": scrape()}
 
 
 def one_pid() -> Any:

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """What the patch saves a filter update, in emulated instructions: the KVM_RUN that applies it, with no tracer attached.
 
 The workload reads the TSC around each KVM_RUN, and Bochs' TSC ticks once an instruction. Both kvm_intel are loaded in
@@ -39,7 +38,7 @@ class Ticks:
 
 def measure(host: str) -> dict[str, Ticks]:
     """The ticks by variant of kvm_intel on HOST. Exits if they cannot be had."""
-    command = [sys.executable, HERE / "run", "--host", host, "--timeout", "600", "--", "sh", "-c", INSIDE]
+    command = [sys.executable, f"{HERE}/run", "--host", host, "--timeout", "600", "--", "sh", "-c", INSIDE]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     found = {name: Ticks(*map(int, numbers)) for name, *numbers in TICKS.findall(done.stdout)}
     if done.returncode or found.keys() != {"unpatched", "patched"}:

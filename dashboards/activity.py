@@ -1,0 +1,276 @@
+"""The rows that say what KVM does: the fleet at a glance, by MSR, by cause, by VM."""
+
+from __future__ import annotations
+
+from dashboards.grafana import (
+    BAD,
+    BLUE,
+    CALLS_PER_SECOND,
+    GREEN,
+    GREY,
+    PER_SECOND,
+    RED,
+    SHARE,
+    WASTE,
+    WIDTH,
+    Column,
+    Json,
+    Query,
+    graph,
+    names,
+    stat,
+    table,
+    text,
+)
+from dashboards.queries import (
+    BUILD,
+    CALLS,
+    GROUP,
+    HOST,
+    LOSSY,
+    MISSING,
+    PRESENT,
+    REDUNDANT,
+    UPDATES,
+    VERDICT,
+    by,
+    host_count,
+    most,
+    most_vms,
+    of_vms,
+    per_update,
+    rate,
+    share,
+)
+
+VERDICTS = {
+    1: ("missing", RED),
+    2: ("present", GREEN),
+    3: ("superseded (6.17+)", BLUE),
+    4: ("cannot tell", GREY),
+}
+HOST_LEGEND = "{{instance}}"
+
+
+READING = """\
+KVM keeps one bitmap per vCPU that says which MSR accesses leave the guest. A **call** asks KVM to intercept one MSR \
+or to pass it through; it is **redundant** if every bit that it names is afterwards what it was before. A **filter \
+update** is one vCPU applying a changed MSR filter: kernels before 6.0 lack the patch that skips its useless enables. \
+What a kernel cannot show is *absent* here, never 0: before 5.13 calls cannot be seen, and without the BTF of \
+kvm_intel it is not known which are redundant."""
+
+
+def overview() -> list[Json]:
+    """The fleet at a glance."""
+    return [
+        text("How to read this", "What the words on this dashboard mean.", READING, size=(WIDTH, 4)),
+        stat(
+            "Hosts traced",
+            "Hosts whose msrtrace answers.",
+            f"count(group by ({HOST}) ({BUILD}))",
+            unit="none",
+            absent="none",
+        ),
+        stat(
+            "Patch missing",
+            "Hosts (kernels 5.13 to 6.16) whose filter updates enable intercepts that are enabled already: they lack "
+            "'KVM: VMX: Skip filter updates for MSRs that KVM is already intercepting' (d895f28ed6da, v6.0). Counted "
+            "since msrtrace started there. 'cannot tell' if no host has shown either; the table below says which.",
+            host_count(MISSING, PRESENT),
+            unit="none",
+            absent="cannot tell",
+            thresholds=BAD,
+        ),
+        stat(
+            "Intercept calls",
+            "Calls of the functions that enable or disable the interception of an MSR, on all hosts together.",
+            f"sum({rate(CALLS)})",
+            unit=CALLS_PER_SECOND,
+            absent="not observable",
+        ),
+        stat(
+            "Redundant share",
+            "Of the calls whose outcome is known, how many changed nothing. Absent if there were no calls.",
+            share(""),
+            unit=SHARE,
+            absent="not known",
+            thresholds=WASTE,
+            decimals=1,
+        ),
+        stat(
+            "Filter updates",
+            "Times that a vCPU applied a changed MSR filter, on all hosts together.",
+            f"sum({UPDATES})",
+            unit=PER_SECOND,
+            absent="not observable",
+        ),
+        stat(
+            "Incomplete counts",
+            "Hosts on which, since msrtrace started, something was not counted: missed probes, full maps, unpaired "
+            "returns, bitmaps that could not be read. Their counts are lower bounds; see the row Health.",
+            host_count(LOSSY, BUILD),
+            unit="none",
+            absent="none",
+            thresholds=BAD,
+        ),
+        graph(
+            "Calls by host",
+            "Calls that enable or disable the interception of an MSR. A host whose kernel hides them is absent.",
+            Query(by(HOST, rate(CALLS)), HOST_LEGEND),
+            unit=CALLS_PER_SECOND,
+        ),
+        graph(
+            "Redundant share by host",
+            "Of the calls whose outcome is known, how many changed nothing. Gaps: no calls. A host that cannot tell is "
+            "absent.",
+            Query(share(HOST), HOST_LEGEND),
+            unit=SHARE,
+            top=1,
+        ),
+        graph(
+            "Filter updates by host",
+            "Times that a vCPU applied a changed MSR filter.",
+            Query(by(HOST, UPDATES), HOST_LEGEND),
+            unit=PER_SECOND,
+        ),
+        table(
+            "Hosts",
+            "What each host runs and does now. Patch: whether its filter updates since msrtrace started show the "
+            "patch of v6.0 missing or present; 'superseded' from 6.17 on, where every update recomputes all "
+            "intercepts; 'cannot tell' if too little was seen, or something was lost. Label: what the operator says.",
+            [
+                f"group by ({HOST}, kernel, layout, redundancy, {GROUP}) ({BUILD})",
+                VERDICT,
+                by(HOST, UPDATES),
+                by(HOST, rate(CALLS)),
+                per_update(CALLS, HOST),
+                per_update(REDUNDANT, HOST),
+                share(HOST),
+            ],
+            [
+                Column("instance", "Host"),
+                Column("kernel", "Kernel"),
+                Column("Value #B", "Patch", mappings=names(VERDICTS), unit="none", width=160),
+                Column(GROUP, "Label", width=110),
+                Column("layout", "Layout", width=110),
+                Column("redundancy", "Redundancy", width=130),
+                Column("Value #C", "Filter updates", unit=PER_SECOND, decimals=1, width=140),
+                Column("Value #D", "Calls", unit=CALLS_PER_SECOND, decimals=1, width=130),
+                Column("Value #E", "Calls/update", unit="none", decimals=1, width=130),
+                Column("Value #F", "Redundant/update", unit="none", decimals=1, width=160),
+                Column("Value #G", "Redundant share", unit=SHARE, decimals=1, thresholds=WASTE, width=160),
+            ],
+            sort="Calls",
+            size=(WIDTH, 11),
+        ),
+    ]
+
+
+def per_msr() -> list[Json]:
+    """Which MSRs."""
+    labels = "msr, name, access, action, cause"
+    return [
+        graph(
+            "Calls by MSR",
+            "The ten MSRs with the most calls in the time shown.",
+            Query(most(CALLS, "msr, name"), "{{name}}"),
+            unit=CALLS_PER_SECOND,
+            size=(12, 10),
+        ),
+        graph(
+            "Redundant calls by MSR",
+            "The ten MSRs with the most calls that changed nothing in the time shown. Without those of hosts that "
+            "cannot tell.",
+            Query(most(REDUNDANT, "msr, name"), "{{name}}"),
+            unit=CALLS_PER_SECOND,
+            size=(12, 10),
+        ),
+        table(
+            "MSRs",
+            "Every kind of call that is made now: for which MSR and access, whether it enables or disables the "
+            "interception, why, how often, and how many change nothing. The last two are of the hosts that can tell; "
+            "'-' if none can.",
+            [by(labels, rate(CALLS)) + " > 0", by(labels, rate(REDUNDANT)), share(labels)],
+            [
+                Column("name", "MSR"),
+                Column("msr", "Index", width=130),
+                Column("access", "Access", width=120),
+                Column("action", "Action", width=120),
+                Column("cause", "Cause", width=180),
+                Column("Value #A", "Calls", unit=CALLS_PER_SECOND, decimals=1, width=160),
+                Column("Value #B", "Redundant", unit=CALLS_PER_SECOND, decimals=1, width=160),
+                Column("Value #C", "Redundant share", unit=SHARE, decimals=1, thresholds=WASTE, top=1, width=260),
+            ],
+            sort="Calls",
+            size=(WIDTH, 10),
+        ),
+    ]
+
+
+def per_cause() -> list[Json]:
+    """Why."""
+    return [
+        graph(
+            "Calls by cause",
+            "Why KVM called, stacked: a filter update, a new vCPU, a CPUID update, a write to an MSR, a change of the "
+            "x2APIC mode, LBR, Intel PT, a recalculation (6.18+), or something else.",
+            Query(by("cause", rate(CALLS)), "{{cause}}"),
+            unit=CALLS_PER_SECOND,
+            stacked=True,
+        ),
+        graph(
+            "Redundant calls by cause",
+            "Those that changed nothing, stacked. Without those of hosts that cannot tell.",
+            Query(by("cause", rate(REDUNDANT)), "{{cause}}"),
+            unit=CALLS_PER_SECOND,
+            stacked=True,
+        ),
+        graph(
+            "Redundant share by cause",
+            "Of the calls with this cause whose outcome is known, how many changed nothing. Gaps: no such calls.",
+            Query(share("cause"), "{{cause}}"),
+            unit=SHARE,
+            top=1,
+        ),
+    ]
+
+
+def per_vm() -> list[Json]:
+    """Which VMs, where they are told apart."""
+    needs = " Empty unless a host runs `msrtrace run --by-vm`."
+    labels, legend = f"{HOST}, vm, pid", "{{vm}} ({{instance}})"
+    updates = by(labels, of_vms("filter_updates_total"))
+    return [
+        graph(
+            "Calls by VM",
+            "The ten VMs with the most calls in the time shown." + needs,
+            Query(most_vms(CALLS, labels), legend),
+            unit=CALLS_PER_SECOND,
+            size=(12, 8),
+            absent="no host tells VMs apart",
+        ),
+        graph(
+            "Filter updates by VM",
+            "Times that a vCPU of the VM applied a changed MSR filter." + needs,
+            Query(updates, legend),
+            unit=PER_SECOND,
+            size=(12, 8),
+            absent="no host tells VMs apart",
+        ),
+        table(
+            "VMs",
+            "What each VM that runs now makes KVM do." + needs,
+            [by(labels, of_vms(CALLS)), share(labels, of_vms), updates],
+            [
+                Column("vm", "VM"),
+                Column("pid", "PID", width=160),
+                Column("instance", "Host"),
+                Column("Value #A", "Calls", unit=CALLS_PER_SECOND, decimals=1, width=200),
+                Column("Value #B", "Redundant share", unit=SHARE, decimals=0, thresholds=WASTE, width=200),
+                Column("Value #C", "Filter updates", unit=PER_SECOND, decimals=1, width=200),
+            ],
+            sort="Calls",
+            absent="no host tells VMs apart",
+            size=(WIDTH, 6),
+        ),
+    ]

@@ -1,0 +1,104 @@
+"""What the dashboard must say of the fleet in hosts.py; above all, what it must not say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.dashboard.answers import Json, Range, ask, panels
+from tests.dashboard.prometheus import Prometheus
+
+Answers = dict[str, dict[str, list[Json]]]
+
+MISSING, PRESENT, SUPERSEDED, CANNOT_TELL = 1, 2, 3, 4
+VERDICTS = {
+    **{"kvm1": PRESENT, "kvm2": MISSING, "kvm3": SUPERSEDED, "kvm4": PRESENT},
+    **{"kvm5": CANNOT_TELL, "kvm6": MISSING, "kvm8": CANNOT_TELL, "kvm9": PRESENT},
+}
+#: Numbers of the panels with one.
+NUMBERS = {
+    "Hosts traced": 8,
+    "Patch missing": 2,
+    "Incomplete counts": 1,
+    "Calls saved by the patch": 17,
+    "Tracers down": 1,
+    "Hosts with probes missing": 1,
+    "Failed scrapes": 0,
+    "Reloads of kvm_intel": 0,
+}
+#: The last values of graphs by the label that tells their series apart.
+GRAPHS = {
+    "Calls per filter update, by host": {"kvm1": 13, "kvm2": 30, "kvm3": 8, "kvm4": 13, "kvm6": 30, "kvm9": 14},
+    "Redundant calls per filter update, by host": {"kvm1": 11, "kvm2": 28, "kvm3": 7, "kvm4": 11, "kvm9": 12},
+    "Calls per filter update": {"patched": 13, "unpatched": 30},
+    "Redundant calls per filter update": {"patched": 11, "unpatched": 28},
+}
+#: Panels that have something to say of a host whose calls cannot be seen; all others must be silent, not 0.
+BLIND = "kvm5:9753"
+OF_BLIND = {
+    "Hosts traced",
+    "Filter updates",
+    "Incomplete counts",
+    "Filter updates by host",
+    "Hosts",
+    "Filter update duration",
+    "99 % of filter updates, by host",
+    "Mean filter update, by host",
+    "CPU time in filter updates, by host",
+}
+#: Panels that must be silent on a host without redundancy.
+VAGUE = "kvm6:9753"
+NOT_OF_VAGUE = {
+    "Redundant share",
+    "Redundant share by host",
+    "Redundant calls by MSR",
+    "Redundant calls by cause",
+    "Redundant share by cause",
+    "Redundant calls per filter update, by host",
+    "Redundant calls per filter update",
+}
+
+
+def wrong(prometheus: Prometheus, dashboard: Json, time: Range, answers: Answers) -> list[str]:
+    """What is not as it must be in ANSWERS, and in those of single hosts."""
+    found = _by_title(dashboard, answers)
+    differences = [
+        f"{title} is {_numbers(found[title]['A'])}, not {number}"
+        for title, number in NUMBERS.items()
+        if [round(value, 6) for value in _numbers(found[title]["A"])] != [number]
+    ]
+    verdicts = _by_label(found["Hosts"]["B"])
+    differences += [f"the hosts' verdicts are {verdicts}"] * (verdicts != VERDICTS)
+    for title, expected in GRAPHS.items():
+        last = _by_label([series for series in found[title]["A"] if series["values"][-1][0] == time.end])
+        differences += [f"{title} are {last}, not {expected}"] * (last != expected)
+    blind = _speaking(prometheus, dashboard, time, BLIND)
+    differences += [f"{title!r} must say nothing of a host without calls" for title in sorted(blind - OF_BLIND)]
+    vague = _speaking(prometheus, dashboard, time, VAGUE)
+    differences += [f"{title!r} must say nothing without redundancy" for title in sorted(vague & NOT_OF_VAGUE)]
+    silent = (OF_BLIND - blind) | ({"Patch missing", "Calls by host"} - vague)
+    return differences + [f"{title!r} says nothing of one host" for title in sorted(silent)]
+
+
+def _speaking(prometheus: Prometheus, dashboard: Json, time: Range, instance: str) -> set[str]:
+    """The panels with an answer if INSTANCE alone is chosen, but for those of the row on msrtrace itself."""
+    health = next(p["id"] for p in dashboard["panels"] if p["title"] == "Health of the tracers")
+    about_kvm = {**dashboard, "panels": [p for p in dashboard["panels"] if p["id"] < health]}
+    answers, _ = ask(prometheus, about_kvm, time, instance=instance)
+    return {title for title, targets in _by_title(about_kvm, answers).items() if any(targets.values())}
+
+
+def _by_title(dashboard: Json, answers: Answers) -> dict[str, dict[str, list[Json]]]:
+    return {panel["title"]: answers[str(panel["id"])] for panel in panels(dashboard)}
+
+
+def _value(series: dict[str, Any]) -> float:
+    return float((series.get("value") or series["values"][-1])[1])
+
+
+def _numbers(answer: list[Json]) -> list[float]:
+    return [_value(series) for series in answer]
+
+
+def _by_label(answer: list[Json]) -> dict[str, float]:
+    names = [s["metric"].get("patch") or s["metric"]["instance"].partition(":")[0] for s in answer]
+    return dict(zip(names, (round(value, 6) for value in _numbers(answer)), strict=True))

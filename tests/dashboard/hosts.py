@@ -1,0 +1,217 @@
+"""A small fleet with an hour of history, for a Prometheus without hosts: what msrtrace exports of made-up snapshots."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from made import outcome, recalc, toggle
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from tracer.metrics import SnapshotCollector
+from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
+
+END = 1791201585  # an hour before this lies in one of Prometheus' blocks, which hold two
+SECONDS = 3600
+STEP = 15
+BEFORE = 40_000  # how long they all run already
+JOB = "msrtrace"
+
+
+def durations(count: int, median: float) -> Durations:
+    """COUNT updates whose times are distributed about MEDIAN seconds as times are: by their logarithm."""
+    shares = NormalDist(math.log2(median), 0.8)
+    cumulative = [math.floor(count * shares.cdf(math.log2(bound)) + 0.5) for bound in DURATION_BOUNDS]
+    cumulative.append(count)
+    buckets = [b - a for a, b in zip([0, *cumulative], cumulative, strict=False)]
+    return Durations(count, count * median * 1.2, tuple(buckets))
+
+
+def calm(per_second: float, swing: float = 0.4, period: float = 1500) -> Callable[[float], int]:
+    """How many until a moment, at a rate that comes and goes with PERIOD but is never negative."""
+
+    def count(t: float) -> int:
+        t += BEFORE
+        return math.floor(per_second * (t + swing * period / 6.2832 * (1 - math.cos(t * 6.2832 / period))))
+
+    return count
+
+
+def bursts(per_second: float, begin: float, end: float) -> Callable[[float], int]:
+    """The same at a constant rate between BEGIN and END only."""
+    return lambda t: math.floor(per_second * (min(max(t, begin), end) - begin))
+
+
+@dataclass(frozen=True)
+class Host:
+    """A scraped target: its labels, its kernel, what it counts at a moment, and until when it answers."""
+
+    instance: str
+    kernel: str
+    snapshot: Callable[[float], Snapshot]
+    labels: dict[str, str] = field(default_factory=dict)
+    until: float = math.inf
+
+    def metrics(self, t: float) -> Iterator[Metric]:
+        """The families of a scrape after T seconds. What depends on the machine that this runs on is made up."""
+        for family in SnapshotCollector(lambda: self.snapshot(t), "0.1.0", self.kernel).collect():
+            if family.name == "msrtrace_scrape_duration_seconds":
+                family = GaugeMetricFamily(family.name, family.documentation, 0.004 + 0.002 * math.sin(t / 97) ** 2)
+            yield family
+        busy = len(self.instance) + self.snapshot(t).by_vm
+        yield GaugeMetricFamily("process_resident_memory_bytes", "Memory.", 36e6 + 1.5e6 * busy + 3e5 * math.sin(t))
+        yield CounterMetricFamily("process_cpu_seconds", "CPU.", 0.7 + 0.0011 * busy * t)
+        yield GaugeMetricFamily("process_start_time_seconds", "Start.", END - SECONDS - BEFORE)
+
+
+def _probes(*functions: str, lost: int = 0, unattached: str = "") -> tuple[Probe, ...]:
+    functions = (*functions, "vmx_vcpu_create")
+    return tuple(Probe(f, f, f != unattached, "", lost if f == functions[0] else 0) for f in functions)
+
+
+TOGGLE = ("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_msr_filter_changed")
+RECALC = ("vmx_set_intercept_for_msr", "vmx_recalc_intercepts", "kvm_vm_ioctl_set_msr_filter")
+
+
+def _besides(snapshot: Snapshot, t: float, per_second: float, pid: int = 0) -> Snapshot:
+    """The same host with guests that write MSRs, and VMs that are started and get their CPUID."""
+    set_ = snapshot.layout == "recalc"
+    writes, starts = calm(per_second, 0.7, 700)(t), calm(per_second / 4)(t)
+    exact = snapshot.redundancy == "exact"
+    more = {
+        Call(0x48, "read_write", "disable", "msr_write", "vmx_set_msr", pid): outcome(writes, 0, "read_write", exact),
+        Call(0x49, "write", "disable", "cpuid_update", "vmx_vcpu_after_set_cpuid", pid): outcome(
+            starts, starts // 3, "write", exact
+        ),
+        Call(0x808, "read_write", "disable", "x2apic", "vmx_update_msr_bitmap_x2apic", pid): outcome(
+            starts, starts, "read_write", exact
+        ),
+        Call(0x1C4, "read_write", "enable", "recalc" if set_ else "msr_write", "vmx_set_msr", pid): outcome(
+            writes // 5, writes // 10, "read_write", exact
+        ),
+    }
+    return replace(snapshot, calls={**snapshot.calls, **more})
+
+
+def _maps(snapshot: Snapshot, used: int = 0, dropped: int = 0) -> tuple[Map, ...]:
+    calls = Map("calls", len(snapshot.calls) + used, 8192, dropped)
+    return (calls, Map("threads", 2, 16384), Map("updates", len(snapshot.updates), 4096))
+
+
+def _one(
+    updates: Callable[[float], int],
+    median: float,
+    besides: float = 2,
+    *,
+    lost: int = 0,
+    unattached: str = "",
+    pt: bool = False,
+    reattached: int = 0,
+    **made: Any,
+) -> Callable[[float], Snapshot]:
+    def take(t: float) -> Snapshot:
+        count = updates(t)
+        snapshot = _besides(toggle(count, vcpus=count // 900 + 4, **made), t, besides)
+        if pt:  # exposed to the guest: enabled in each update, with the patch too
+            status = Call(0x571, "read_write", "enable", "filter_change", "pt_update_intercept_for_msr")
+            snapshot = replace(snapshot, calls={**snapshot.calls, status: outcome(count, 0, "read_write")})
+        late = bursts(lost / 600, 2000, 2600)(t)
+        return replace(
+            snapshot,
+            updates={0: durations(count, median)},
+            probes=_probes(*TOGGLE, lost=late, unattached=unattached),
+            maps=_maps(snapshot, 7000 if lost else 0, late // 3),
+            read_failures=late // 5,
+            reattached=reattached,
+        )
+
+    return take
+
+
+def _recalc(t: float) -> Snapshot:
+    count = calm(14)(t)
+    snapshot = _besides(recalc(count), t, 3)
+    return replace(snapshot, updates={0: durations(count, 11e-6)}, probes=_probes(*RECALC), maps=_maps(snapshot))
+
+
+def _filter_only(t: float) -> Snapshot:
+    snapshot = Snapshot("filter-only", redundancy="unknown", calls_observable=False)
+    snapshot = replace(snapshot, updates={0: durations(calm(6, 0.8)(t), 3e-6)}, probes=_probes(TOGGLE[2]))
+    return replace(snapshot, maps=_maps(snapshot))
+
+
+BUILT = 3000  # when the VM that builds ends
+
+
+def _by_vm(t: float) -> Snapshot:
+    vms = {4210: ("web-1", calm(9), 0), 4377: ("web-2", calm(5, 0.8, 900), 300), 5120: ("build-7", calm(21), 1500)}
+    calls: dict[Call, Outcome] = {}
+    updates, names = {}, {}
+    for pid, (name, count, begin) in vms.items():
+        now = min(t, BUILT) if name == "build-7" else t
+        age = now - begin - (BEFORE if begin else 0)  # as calm() wants it: it began in this hour, or was there before
+        if t >= begin:
+            made = _besides(toggle(count(age), pid=pid), age, 1, pid)
+            calls.update(made.calls)
+            updates[pid] = durations(count(age), 14e-6)
+        if t >= begin and now == t:
+            names[pid] = name
+    snapshot = Snapshot("toggle", calls=calls, updates=updates, by_vm=True, vms=names, probes=_probes(*TOGGLE))
+    return replace(snapshot, maps=_maps(snapshot))
+
+
+#: Patched, unpatched and newer: one tells VMs apart, one hides its calls, one has no BTF and loses counts, one
+#: went down, one was idle since its kvm_intel was loaded anew, one shows Intel PT to guests.
+FLEET = (
+    Host("kvm1:9753", "6.1.0-53-amd64", _one(calm(22), 15e-6), {"patch": "patched"}),
+    Host("kvm2:9753", "5.19.0-2-amd64", _one(calm(17, 0.6), 34e-6, patched=False), {"patch": "unpatched"}),
+    Host("kvm3:9753", "7.2.13-amd64", _recalc),
+    Host("kvm4:9753", "6.12.117+deb13-amd64", _by_vm, {"patch": "patched"}),
+    Host("kvm5:9753", "5.10.0-38-amd64", _filter_only),
+    Host(
+        "kvm6:9753",
+        "5.15.0-25-generic",
+        _one(calm(4), 30e-6, 1, patched=False, exact=False, lost=40, unattached="vmx_vcpu_create"),
+        {"patch": "unpatched"},
+    ),
+    Host("kvm7:9753", "6.1.0-53-amd64", _one(bursts(8, 0, 9000), 16e-6), {"patch": "patched"}, until=2700),
+    Host("kvm8:9753", "6.1.0-53-amd64", _one(bursts(20, 0, 1), 16e-6, 0, patched=False, reattached=1)),
+    Host("kvm9:9753", "6.6.60-amd64", _one(calm(3), 16e-6, 0.5, pt=True)),
+)
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _line(name: str, labels: dict[str, str], value: float, when: int) -> str:
+    pairs = ",".join(f'{key}="{_escaped(text)}"' for key, text in sorted(labels.items()))
+    return f"{name}{{{pairs}}} {value!r} {when}\n"
+
+
+def write(file: Path, hosts: Iterable[Host] = FLEET) -> None:
+    """The hour before END as OpenMetrics text, family by family, as `promtool tsdb create-blocks-from` reads it."""
+    types: dict[str, str] = {"up": "gauge"}
+    lines: dict[str, list[str]] = defaultdict(list)
+    for host in hosts:
+        target = {"job": JOB, "instance": host.instance, **host.labels}
+        for t in range(0, SECONDS + 1, STEP):
+            when = END - SECONDS + t
+            lines["up"].append(_line("up", target, float(t <= host.until), when))
+            for family in host.metrics(t) if t <= host.until else ():
+                types[family.name] = family.type
+                for sample in family.samples:
+                    lines[family.name].append(
+                        _line(sample.name, {**sample.labels, **target}, float(sample.value), when)
+                    )
+    with file.open("w") as output:
+        for name, type_ in types.items():
+            output.write(f"# TYPE {name} {type_}\n")
+            output.writelines(lines[name])
+        output.write("# EOF\n")

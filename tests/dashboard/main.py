@@ -1,0 +1,113 @@
+"""Checks dashboards/grafana.json with what Grafana itself uses, and draws it.
+
+Types by tsc against @grafana/schema; units, field options and transformations by @grafana/data; every query against a
+real Prometheus; every panel drawn by @grafana/ui in headless Chromium from the answers. Without --prometheus it is one
+with the hour of hosts.py in it, and the answers must be those that this fleet gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.dashboard import expected, hosts, pictures, typescript
+from tests.dashboard.answers import Json, Range, ask
+from tests.dashboard.prometheus import Prometheus, backfilled
+
+HERE = Path(__file__).resolve().parent
+REPO = HERE.parents[1]
+NPM_TRIES = 4
+
+
+def install(built: Path) -> None:
+    """The npm packages of the lock file into BUILT, unless they are there."""
+    wanted = hashlib.sha256((HERE / "package-lock.json").read_bytes()).hexdigest()
+    stamp = built / "node_modules" / ".installed"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(HERE / name, built)
+    command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+    for try_ in range(1, NPM_TRIES + 1):
+        if subprocess.run(command, cwd=built, check=False).returncode == 0:
+            stamp.write_text(wanted)
+            return
+        time.sleep(10 * try_)
+    raise SystemExit(f"npm ci failed {NPM_TRIES} times")
+
+
+def bundle(built: Path) -> None:
+    """draw.tsx and all that it imports as one script."""
+    shutil.copy(HERE / "draw.tsx", built)
+    loaders = [f"--loader:.{kind}=dataurl" for kind in ("svg", "png", "ttf", "woff2")]
+    options = ["--bundle", "--format=iife", "--jsx=automatic", "--outfile=draw.js", "--log-level=error", *loaders]
+    production = "--define:process.env.NODE_ENV='production'"
+    subprocess.run(["node_modules/.bin/esbuild", "draw.tsx", *options, production], cwd=built, check=True)
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; times are seconds since the epoch."""
+    parser = argparse.ArgumentParser(prog="check", description=__doc__)
+    parser.add_argument("--prometheus", metavar="URL", help="a Prometheus that scrapes hosts, in place of made-up ones")
+    parser.add_argument("--from", dest="start", type=float, metavar="SECONDS", help="an hour before --to")
+    parser.add_argument("--to", dest="end", type=float, metavar="SECONDS", help="now")
+    parser.add_argument(
+        "--scrape-interval", type=float, default=hosts.STEP, metavar="SECONDS", help="of that Prometheus"
+    )
+    parser.add_argument("--out", type=Path, default=REPO / "build/dashboard", metavar="DIR", help="build/dashboard")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """0 if nothing is wrong; what is wrong goes to standard error."""
+    options = parsed(arguments)
+    dashboard = json.loads((REPO / "dashboards/grafana.json").read_text())
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    built = REPO / "build/npm-dashboard"
+    built.mkdir(parents=True, exist_ok=True)
+    end = options.end or (time.time() if options.prometheus else hosts.END)
+    shown = Range(options.start or end - hosts.SECONDS, end, options.scrape_interval)
+
+    complaints: list[str] = []
+
+    def step(what: str, do: Callable[[], list[str] | None]) -> None:
+        began, found = time.monotonic(), do() or []
+        complaints.extend(f"{what}: {text}" for text in found)
+        print(f"{what}: {len(found) or 'nothing'} wrong, {time.monotonic() - began:.1f} s", flush=True)
+
+    answers: dict[str, dict[str, list[Json]]] = {}
+
+    def queries() -> list[str]:
+        def run(prometheus: Prometheus) -> list[str]:
+            found, wrong = ask(prometheus, dashboard, shown)
+            answers.update(found)
+            return wrong if options.prometheus else wrong + expected.wrong(prometheus, dashboard, shown, found)
+
+        if options.prometheus:
+            return run(Prometheus(options.prometheus.rstrip("/")))
+        with tempfile.TemporaryDirectory() as folder, backfilled(Path(folder) / "prometheus") as prometheus:
+            return run(prometheus)
+
+    step("npm packages", lambda: install(built))
+    step("types", lambda: typescript.compile_(dashboard, built))
+    step("queries", queries)
+    step("bundle", lambda: bundle(built))
+    data = {"dashboard": dashboard, "answers": answers, "start": shown.start, "end": shown.end, "step": shown.step}
+    step("pictures", lambda: pictures.draw(data, built, out))
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    print(f"pictures are in {out}")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,36 @@
+"""The dashboard with real data: two emulated hosts, msrtrace on them, Prometheus, its answers, and their pictures.
+
+`chain_pictures.py DIR` leaves DIR/*.png, and what the hosts said in DIR/chain.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from chain import REPO, SCRAPE_SECONDS, Node, chain
+
+#: Two minutes under the workload, so that rates have something to show.
+NODES = [Node("kvm1", ("unpatched",), "unpatched", 480), Node("kvm2", ("patched",), "patched", 480)]
+
+
+def main() -> int:
+    """Run the chain, then draw what Prometheus has of it, up to the last moment at which both hosts were busy."""
+    out = Path(sys.argv[1]).resolve()
+    folder = out / "chain"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    start = time.time()
+    with chain(folder, NODES) as server:
+        busy = f"rate(msrtrace_filter_updates_total[{5 * SCRAPE_SECONDS}s]) > 0"
+        end = server.value(f"min(max_over_time(timestamp({busy})[2h:{SCRAPE_SECONDS}s]))")
+        options = ["--from", str(start), "--to", str(end), "--scrape-interval", str(SCRAPE_SECONDS), "--out", str(out)]
+        check = [f"{REPO}/tests/dashboard/check", "--prometheus", server.url, *options]
+        return subprocess.run(check, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
