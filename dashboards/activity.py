@@ -72,7 +72,7 @@ def overview() -> list[Json]:
             absent="none",
         ),
         stat(
-            "Patch missing",
+            "Hosts without the patch",
             "Hosts (kernels 5.13 to 6.16) whose filter updates enable intercepts that are enabled already: they lack "
             "'KVM: VMX: Skip filter updates for MSRs that KVM is already intercepting' (d895f28ed6da, v6.0). Counted "
             "since msrtrace started there. 'cannot tell' if no host has shown either; the table below says which.",

@@ -120,7 +120,7 @@ def test_tables_show_what_their_queries_give() -> None:
 def test_panels_that_may_be_empty_say_why() -> None:
     empty = {panel["title"] for panel in panels(DASHBOARD) if MAY_BE_EMPTY in panel["description"]}
     assert {"VMs", "Calls by VM", "Calls saved by the patch"} <= empty
-    assert not empty & {"Hosts", "Calls by host", "Patch missing", "Tracers"}
+    assert not empty & {"Hosts", "Calls by host", "Hosts without the patch", "Tracers"}
 
 
 def test_variables_are_substituted_as_grafana_does() -> None:

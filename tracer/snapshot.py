@@ -54,7 +54,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Durations:
-    """Updates and the time they took. `buckets[i]` counts those in the i-th of DURATION_BOUNDS, the last the rest."""
+    """Updates and the time they took. `buckets[i]` counts those in the i-th of DURATION_BOUNDS, the last the rest.
+
+    `seconds` is of whole nanoseconds, and so are sums: they must not depend on their order, or a counter could go back.
+    """
 
     count: int = 0
     seconds: float = 0.0
@@ -62,15 +65,20 @@ class Durations:
 
     def __add__(self, other: Durations) -> Durations:
         buckets = tuple(a + b for a, b in zip(self.buckets, other.buckets, strict=True))
-        return Durations(self.count + other.count, self.seconds + other.seconds, buckets)
+        return Durations(self.count + other.count, _nanoseconds(self.seconds + other.seconds), buckets)
 
     def __sub__(self, other: Durations) -> Durations:
         buckets = tuple(a - b for a, b in zip(self.buckets, other.buckets, strict=True))
-        return Durations(self.count - other.count, self.seconds - other.seconds, buckets)
+        return Durations(self.count - other.count, _nanoseconds(self.seconds - other.seconds), buckets)
 
     def cumulative(self) -> list[tuple[float, int]]:
         """Pairs of an upper bound in seconds and how many updates took at most that long; the last is infinity."""
         return list(zip((*DURATION_BOUNDS, float("inf")), accumulate(self.buckets), strict=True))
+
+
+def _nanoseconds(seconds: float) -> float:
+    """The float nearest to SECONDS in whole nanoseconds."""
+    return round(seconds * 1e9) / 1e9
 
 
 _K = TypeVar("_K")

@@ -17,7 +17,7 @@ VERDICTS = {
 #: Numbers of the panels with one.
 NUMBERS = {
     "Hosts traced": 8,
-    "Patch missing": 2,
+    "Hosts without the patch": 2,
     "Incomplete counts": 1,
     "Calls saved by the patch": 17,
     "Tracers down": 1,
@@ -75,7 +75,7 @@ def wrong(prometheus: Prometheus, dashboard: Json, time: Range, answers: Answers
     differences += [f"{title!r} must say nothing of a host without calls" for title in sorted(blind - OF_BLIND)]
     vague = _speaking(prometheus, dashboard, time, VAGUE)
     differences += [f"{title!r} must say nothing without redundancy" for title in sorted(vague & NOT_OF_VAGUE)]
-    silent = (OF_BLIND - blind) | ({"Patch missing", "Calls by host"} - vague)
+    silent = (OF_BLIND - blind) | ({"Hosts without the patch", "Calls by host"} - vague)
     return differences + [f"{title!r} says nothing of one host" for title in sorted(silent)]
 
 
