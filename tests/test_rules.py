@@ -167,7 +167,7 @@ class Fleet:
         return values
 
 
-def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
+def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait until CONDITION holds; the last answer that it gave is in the message."""
     deadline = time.monotonic() + seconds
     while not (last := condition()):
@@ -192,6 +192,15 @@ def served(host: Host, certificates: Path) -> Iterator[int]:
         thread.join()
 
 
+def ready(url: str) -> bool:
+    """Whether the Prometheus answers that it is: it is 503 while it reads its files."""
+    try:
+        urlopen(url, timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def prometheus(folder: Path) -> Iterator[str]:
     """A Prometheus with the prometheus.yml of FOLDER, on a free port of 127.0.0.1; its URL."""
@@ -209,6 +218,7 @@ def prometheus(folder: Path) -> Iterator[str]:
         eventually(address)
         found = address()
         assert found
+        eventually(lambda: ready(f"http://{found[1]}/-/ready"))
         yield f"http://{found[1]}"
     finally:
         process.terminate()
@@ -239,7 +249,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         yield Fleet(hosts, targets, folder / TLS, url)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_a_scrape_by_the_example_over_tls(fleet: Fleet) -> None:
     def targets() -> list[dict[str, Any]]:
         active: list[dict[str, Any]] = fleet.ask("targets", state="active")["activeTargets"]
@@ -254,7 +264,7 @@ def test_a_scrape_by_the_example_over_tls(fleet: Fleet) -> None:
         urlopen(f"https://{fleet.targets['patched']}/metrics", context=anybody, timeout=5)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("patch", ["patched", "unpatched"])
 def test_labels_come_through_unchanged(fleet: Fleet, patch: str) -> None:
     """Every series with its own labels and the three of its target: none is renamed exported_..., none replaced."""
@@ -266,7 +276,7 @@ def test_labels_come_through_unchanged(fleet: Fleet, patch: str) -> None:
     assert any(("vm", ODD) in series for series in scraped) == (patch == "unpatched")
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("record", "patched", "unpatched"),
     [
@@ -285,7 +295,7 @@ def test_recorded(fleet: Fleet, record: str, patched: float, unpatched: float) -
     assert fleet.values(record) == pytest.approx({"patched": patched, "unpatched": unpatched}, rel=0.02)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_alerts(fleet: Fleet) -> None:
     """The one host fires the one alert; nothing else is so much as pending."""
 
@@ -302,7 +312,7 @@ def test_alerts(fleet: Fleet) -> None:
     assert "d895f28ed6da" in alert["annotations"]["description"]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_rules_are_well(fleet: Fleet) -> None:
     """All were evaluated without an error, keep to the conventions and tell an operator what to do."""
 
