@@ -147,7 +147,7 @@ def test_a_command_that_is_killed(tmp_path: Path) -> None:
 
 def test_a_command_that_is_not_there() -> None:
     done = run("no-such-command", CLOSED="1")
-    expected = "closed\nmsrtrace: error: cannot run no-such-command: No such file or directory\n"
+    expected = "msrtrace: error: cannot run no-such-command: No such file or directory\n"  # nothing was attached
     assert (done.returncode, done.stdout, done.stderr) == (127, "", expected)
     assert run("/").returncode == 126
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -37,6 +39,14 @@ class CommandError(MsrtraceError):
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
         self.status = status
+
+
+def check_command(command: Sequence[str]) -> None:
+    """Raise the CommandError that `record` would, as far as can be known without starting COMMAND."""
+    if not shutil.which(command[0]):
+        there = os.path.dirname(command[0]) and os.path.exists(command[0])
+        why, status = (errno.EACCES, 126) if there else (errno.ENOENT, 127)
+        raise CommandError(f"cannot run {command[0]}: {os.strerror(why)}", status)
 
 
 def record(

@@ -69,8 +69,12 @@ def report(  # noqa: PLR0917 (click passes them by name)
     if problem:
         raise MsrtraceError(problem)
 
+    from tracer.record import check_command, record
+
+    if command:
+        check_command(command)
+
     from tracer.engine import Engine, Options
-    from tracer.record import record
     from tracer.report import Circumstances, make
     from tracer.tracer import Tracer
 

@@ -16,7 +16,7 @@ from tracer.reportfile import encode
 from tracer.tracer import Tracer
 
 UPDATES, VCPUS, REPEATS = 101, 2 * 3, 3
-INTERRUPTED_SECONDS = 30  # of guest time: long after the probes are attached
+INTERRUPTED_SECONDS = 20  # of guest time: attaching the probes takes 12
 #: By the name of the report: what the workload is told.
 CASES = {
     "main": f"--vms 2 --vcpus 3 --updates {UPDATES} --initial-run",
