@@ -13,8 +13,8 @@ from pathlib import Path
 
 from chain import REPO, SCRAPE_SECONDS, Node, chain
 
-#: Two minutes under the workload, so that rates have something to show.
-NODES = [Node("kvm1", ("unpatched",), "unpatched", 480), Node("kvm2", ("patched",), "patched", 480)]
+#: A minute under the workload, so that rates have something to show.
+NODES = [Node("kvm1", ("unpatched",), "unpatched", 240), Node("kvm2", ("patched",), "patched", 240)]
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +149,15 @@ def test_the_command_keeps_its_status_and_an_interrupted_trace_reports(whole: Co
     assert any("SIGINT" in note for note in interrupted["notes"])
     assert interrupted["totals"]["filter_updates"] > 0
     assert interrupted["verdict"]["patched"] is True
+
+
+def test_top_shows_what_goes_on(whole: Collected) -> None:
+    """In a pipe: one interval, plain."""
+    top = whole.scenario("report_command")["top"]
+    assert (top["status"], top["stderr"]) == (0, "")
+    lines = top["stdout"].splitlines()
+    assert all(len(line) <= 80 and line.isprintable() for line in lines)
+    assert "layout toggle, redundancy exact" in lines[0]
+    assert "13 calls per filter update" in lines[2] or "about 1" in lines[2]
+    assert [line for line in lines if re.match(r"FS_BASE +write +disable +filter_change +\d[\d.,]* +0\.0%$", line)]
+    assert [line for line in lines if re.match(r"IA32_TSC +read +disable +filter_change +\d[\d.,]* +100\.0%$", line)]

@@ -60,14 +60,20 @@ def make_reports(variants: Sequence[str]) -> dict[str, list[str]]:
 
 
 def report_command() -> Any:
-    """`msrtrace report` as a user types it: around a command that fails in the end, and interrupted."""
+    """`msrtrace report` as a user types it: around a command that fails in the end, and interrupted. And `top`."""
     outputs = ("-o", "/out/reports/cli.json", "-o", "/out/reports/cli.html")
     around = output_of(
         "msrtrace", "report", "--label", "cli", *outputs, "--", "sh", "-c", "workload --updates 5; exit 7"
     )
     forever = ("msrtrace", "report", "-d", "600", "--format", "json")
     vm = subprocess.Popen(["workload", "--forever", "--interval", "20"], stdout=subprocess.DEVNULL)
+    top = output_of("msrtrace", "top", "-n", "1", "-d", "2")
     interrupted = output_of("timeout", "--foreground", "-s", "INT", str(INTERRUPTED_SECONDS), *forever)
     vm.terminate()
     vm.wait()
-    return {"around": around, "interrupted": interrupted, "missing": output_of("msrtrace", "report", "/nonexistent")}
+    return {
+        "around": around,
+        "top": top,
+        "interrupted": interrupted,
+        "missing": output_of("msrtrace", "report", "/nonexistent"),
+    }
