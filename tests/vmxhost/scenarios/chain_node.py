@@ -12,6 +12,7 @@ import time
 from guest import OUT, Msrtrace, load, output_of, scrape
 
 PAUSE_SECONDS = 8  # some scrapes
+LONGEST_SECONDS = 900
 WORKLOAD = ["workload", "--vms", "2", "--vcpus", "2", "--interval", "250", "--initial-run", "--updates"]
 
 
@@ -26,9 +27,8 @@ def main() -> None:
             load(module)
             msrtrace.wait_for("kvm_intel was loaded again", number)
         time.sleep(PAUSE_SECONDS)
-        done = output_of(
-            "msrtrace", "report", "--label", module, "-o", str(OUT / f"{module}.json"), "--", *WORKLOAD, updates
-        )
+        command = ["msrtrace", "report", "--label", module, "-o", str(OUT / f"{module}.json"), "--"]
+        done = output_of(*command, *WORKLOAD, updates, timeout=LONGEST_SECONDS)
         if done["status"]:
             raise RuntimeError(done)
         print(f"chain: {module} done", flush=True)
