@@ -308,6 +308,19 @@ def test_closed_while_the_module_is_away(kernel: Kernel) -> None:
     assert kernel.engines[0].closed
 
 
+def test_closing_gives_everything_back_though_the_last_reading_fails(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel.tracer.attach()
+
+    def fails(_: object) -> Snapshot:
+        raise OSError("no")
+
+    monkeypatch.setattr(type(kernel.engines[0]), "snapshot", fails)
+    kernel.tracer.close()
+    assert kernel.engines[0].closed
+
+
 def test_a_kernel_with_no_known_function(kernel: Kernel) -> None:
     kernel.functions = ("vmx_vcpu_run",)
     message = "^this kernel's kvm_intel has none of the functions that msrtrace knows .*vmx_recalc_intercepts"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -196,9 +197,11 @@ class Tracer:
             self._names.name(pid)  # whoever has that pid now is named anew
 
     def close(self) -> None:
-        """Detach. The counts stay readable."""
+        """Detach, whatever state the kernel is in. The counts stay readable, if they could be read a last time."""
         with self._lock:
-            self._detach()
-            if self._idle:
-                self._idle.close()
-                self._idle = None
+            with suppress(Exception):
+                self._detach()
+            for engine in (self._engine, self._idle):
+                if engine:
+                    engine.close()
+            self._engine = self._idle = None
