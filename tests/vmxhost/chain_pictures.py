@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from chain import REPO, SCRAPE_SECONDS, Node, chain
@@ -18,15 +17,15 @@ NODES = [Node("kvm1", ("unpatched",), "unpatched", 240), Node("kvm2", ("patched"
 
 
 def main() -> int:
-    """Run the chain, then draw what Prometheus has of it, up to the last moment at which both hosts were busy."""
+    """Run the chain, then draw what Prometheus has of it, up to a moment at which both hosts were busy."""
     out = Path(sys.argv[1]).resolve()
     folder = out / "chain"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    start = time.time()
     with chain(folder, NODES) as server:
+        start = server.value(f"min(min_over_time(timestamp(up == 1)[2h:{SCRAPE_SECONDS}s]))")
         busy = f"rate(msrtrace_filter_updates_total[{5 * SCRAPE_SECONDS}s]) > 0"
-        end = server.value(f"min(max_over_time(timestamp({busy})[2h:{SCRAPE_SECONDS}s]))")
+        end = server.value(f"min(max_over_time(timestamp({busy})[2h:{SCRAPE_SECONDS}s]))") - 8 * SCRAPE_SECONDS
         options = ["--from", str(start), "--to", str(end), "--scrape-interval", str(SCRAPE_SECONDS), "--out", str(out)]
         check = [f"{REPO}/tests/dashboard/check", "--prometheus", server.url, *options]
         return subprocess.run(check, check=False).returncode
