@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import ssl
 import sys
 import threading
 from typing import TYPE_CHECKING
@@ -166,6 +165,8 @@ def _serve(
     registry: CollectorRegistry, address: tuple[str, int], cert: str | None, key: str | None, ca: str | None
 ) -> str:
     """Serve the metrics of REGISTRY, and of this process, in a thread; the URL."""
+    import ssl
+
     from prometheus_client import ProcessCollector, start_http_server
 
     ProcessCollector(registry=registry)
