@@ -1,9 +1,14 @@
-"""Options of the whole suite."""
+"""Options of the whole suite, and the command line as a fixture."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tracer import cli
 
 # The emulated hosts take both cores while the unit tests run: how long an example takes says nothing then.
 settings.register_profile("beside emulated hosts", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -16,3 +21,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="bookworm,trixie",
         help="emulated hosts to test on, by commas: bookworm, trixie, sid, filter-only; or none",
     )
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `msrtrace ARGUMENTS` in this process: its exit status, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["msrtrace", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run

@@ -35,21 +35,6 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(cli.cli, arguments, prog_name="msrtrace")
 
 
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs `msrtrace ARGUMENTS` in this process: its exit status, stdout and stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["msrtrace", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
-
-
 Main = Callable[..., tuple[int, str, str]]
 
 

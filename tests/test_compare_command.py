@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from made import patched, recalc, report, toggle, unpatched
 
-from tracer import cli
 from tracer.report import Report
 from tracer.reportfile import encode
 
@@ -22,21 +21,6 @@ FIGURES = "makes 30 calls a filter update, 28 of them redundant; patched 13, 11 
 SENTENCE = f"unpatched {FIGURES}"
 
 Main = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Main:
-    """Runs `msrtrace ARGUMENTS` in this process: its exit status, stdout and stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["msrtrace", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from tracer import cli
 from tracer.reportfile import decode, read
 
 ROOT = Path(__file__).parents[1]
@@ -213,21 +212,6 @@ def test_a_report_that_cannot_be_written_at_last_is_not_lost(tmp_path: Path) -> 
 
 
 Main = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Main:
-    """Runs `msrtrace ARGUMENTS` in this process: its exit status, stdout and stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["msrtrace", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
 
 
 @pytest.mark.parametrize(
