@@ -227,10 +227,7 @@ def said(command: Sequence[str] | None) -> str:
 def lost(report: Report) -> str:
     """What REPORT did not see, in words; "nothing" if it saw all."""
     loss = report.loss
-    parts = [f"{count:,} updates of map {name} dropped" for name, count in loss.dropped_updates.items()]
-    parts += [f"{count:,} runs of {name} missed" for name, count in loss.probe_missed.items()]
-    parts += [f"{loss.unpaired_returns:,} unpaired returns"] * bool(loss.unpaired_returns)
-    parts += [f"{loss.read_failures:,} bitmaps not read"] * bool(loss.read_failures)
+    parts = loss.words()
     parts += [f"kvm_intel loaded anew {loss.reattachments} times"] * bool(loss.reattachments)
     parts += [f"{name} not probed" for name in loss.not_probed]
     return ", ".join(parts) or "nothing"

@@ -124,6 +124,15 @@ class Loss(Shown, frozen=True, kw_only=True):
     reattachments: Count = 0
     not_probed: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
 
+    def words(self) -> list[str]:
+        """What probes that were in place did not see, a phrase each."""
+        return [
+            *(f"{count:,} updates of map {name} dropped" for name, count in self.dropped_updates.items()),
+            *(f"{count:,} runs of {name} missed" for name, count in self.probe_missed.items()),
+            *[f"{self.unpaired_returns:,} unpaired returns"] * bool(self.unpaired_returns),
+            *[f"{self.read_failures:,} bitmaps not read"] * bool(self.read_failures),
+        ]
+
 
 class Vm(Shown, frozen=True, kw_only=True):
     """The counts of one VM, with `--by-vm`: `pid` is its VMM's, 0 for what could not be told apart."""
@@ -251,7 +260,7 @@ def make(
     rows = call_rows(counted.calls.items())
     updates = sum(counted.updates.values(), Durations())
     seen = counted.updates_observable
-    loss = _loss(counted)
+    loss = loss_of(counted)
     blind = counted_functions(counted.layout).intersection(loss.not_probed)
     lower_bound = counted.lower_bound or bool(blind or loss.reattachments)
     return Report(
@@ -371,7 +380,8 @@ def _seconds(updates: Durations) -> UpdateSeconds:
     )
 
 
-def _loss(counted: Snapshot) -> Loss:
+def loss_of(counted: Snapshot) -> Loss:
+    """What COUNTED did not see."""
     return Loss(
         dropped_updates={m.name: m.dropped for m in counted.maps if m.dropped},
         probe_missed={p.function: p.missed for p in counted.probes if p.missed},

@@ -12,6 +12,7 @@ from tracer import msr
 from tracer.cause import FILTER_CHANGE
 from tracer.document import listed
 from tracer.errors import MsrtraceError
+from tracer.report import loss_of
 from tracer.snapshot import Durations, Outcome, Snapshot
 
 SORTS = ("calls", "redundant", "share", "msr", "cause")
@@ -111,10 +112,7 @@ def _order(row: Row, sort: str) -> tuple[object, ...]:
 
 def lost(counted: Snapshot) -> str:
     """What COUNTED did not see, in words; empty if it saw all that is probed."""
-    parts = [f"{m.dropped:,} updates of map {m.name} dropped" for m in counted.maps if m.dropped]
-    parts += [f"{p.missed:,} runs of {p.function} missed" for p in counted.probes if p.missed]
-    parts += [f"{counted.unpaired_returns:,} unpaired returns"] * bool(counted.unpaired_returns)
-    parts += [f"{counted.read_failures:,} bitmaps not read"] * bool(counted.read_failures)
+    parts = loss_of(counted).words()
     parts += [f"kvm_intel unloaded: {counted.reattached:,}"] * bool(counted.reattached)
     return ", ".join(parts)
 
