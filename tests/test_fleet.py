@@ -140,6 +140,20 @@ def test_of_a_host_that_tells_vms_apart_the_sums_count(served: Serve) -> None:
     assert (found.totals.filter_updates, found.totals.calls) == (100, 3000)
 
 
+def test_a_host_that_was_started_anew_with_by_vm_keeps_what_it_counted_before(served: Serve) -> None:
+    target = {"job": "msrtrace", "instance": "a"}
+    stored = host("a", enables=17, updates=100) | {
+        "process_start_time_seconds": [(target, dict(zip(SCRAPES, [5.0, 5, 5, 9, 9], strict=True)))],
+        "msrtrace_filter_updates_total": [
+            (target, dict(zip(SCRAPES[:3], [10.0, 15, 30], strict=True))),
+            (target | {"vm": "x", "pid": "1"}, {SCRAPES[4]: 7.0}),
+        ],
+        "msrtrace_host_filter_updates_total": [(target, dict(zip(SCRAPES[3:], [3.0, 7], strict=True)))],
+    }
+    [found] = reports(Prometheus(served(storing(stored))), [""], 60, NOW)
+    assert found.totals.filter_updates == 20 + 7
+
+
 def test_a_counter_that_restarts_counts_on() -> None:
     samples = dict(zip(SCRAPES, [100.0, 130.0, 5.0, 25.0, 25.0], strict=True))
     assert increase(samples, SCRAPES, set()) == 30 + 5 + 20

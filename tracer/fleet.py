@@ -165,7 +165,8 @@ def _stored(prometheus: Prometheus, inside: str, window: int, end: float) -> dic
         for series in prometheus.samples(name.replace("msrtrace_", "msrtrace_host_"), inside, window, end):
             together[series.target].append(series)
         for target, found in together.items():
-            stored[target][name] = found
+            # The others are of a time without --by-vm.
+            stored[target][name] = [series for series in stored[target][name] if "vm" not in series.labels] + found
     return {target: found for target, found in stored.items() if found["msrtrace_build_info"]}
 
 
