@@ -158,6 +158,7 @@ def test_top_shows_what_goes_on(whole: Collected) -> None:
     lines = top["stdout"].splitlines()
     assert all(len(line) <= 80 and line.isprintable() for line in lines)
     assert "layout toggle, redundancy exact" in lines[0]
-    assert "13 calls per filter update" in lines[2] or "about 1" in lines[2]
+    # An update may fall between the reading of its calls and that of the updates.
+    assert re.match(r"(13|about 1[23]\.\d) calls per filter update, ", lines[2])
     assert [line for line in lines if re.match(r"FS_BASE +write +disable +filter_change +\d[\d.,]* +0\.0%$", line)]
     assert [line for line in lines if re.match(r"IA32_TSC +read +disable +filter_change +\d[\d.,]* +100\.0%$", line)]
