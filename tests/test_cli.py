@@ -22,12 +22,19 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from tracer import cli
-from tracer.cli import Address
+from tracer import cli, doctor_command, run_command
 from tracer.doctor import Machine, examine
 from tracer.errors import MsrtraceError
+from tracer.run_command import Address
 
 NOBODY = "4194305"  # above the kernel's highest pid (PID_MAX_LIMIT)
+COMMANDS = cli.cli.list_commands(click.Context(cli.cli))
+
+
+def named(name: str) -> click.Command:
+    found = cli.cli.get_command(click.Context(cli.cli), name)
+    assert found
+    return found
 
 
 def invoke(*arguments: str) -> Result:
@@ -56,21 +63,22 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
-@pytest.mark.parametrize("name", [None, *cli.cli.commands])
+@pytest.mark.parametrize("name", [None, *COMMANDS])
 def test_help(name: str | None, option: str) -> None:
     result = invoke(*([name] if name else []), option)
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.startswith(f"Usage: msrtrace {f'{name} [OPTIONS]' if name else '[OPTIONS] COMMAND'}")
-    known: click.Command = cli.cli.commands[name] if name else cli.cli
+    known = named(name) if name else cli.cli
     assert known.help
     assert " ".join(known.help.split()) in " ".join(result.stdout.split())
     options = [parameter for parameter in known.params if isinstance(parameter, click.Option)]
     assert all(option.opts[0] in result.stdout for option in options)
-    assert name or all(f"\n  {other} " in result.stdout for other in cli.cli.commands)
+    assert name or all(f"\n  {other} " in result.stdout for other in COMMANDS)
 
 
 def test_commands() -> None:
-    assert {"run", "doctor", "report", "compare"} <= cli.cli.commands.keys()
+    assert COMMANDS == ["compare", "doctor", "report", "run", "top"]
+    assert [named(name).name for name in COMMANDS] == COMMANDS
 
 
 def test_version() -> None:
@@ -131,7 +139,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def broken(_: Machine) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "examine", broken)
+    monkeypatch.setattr(doctor_command, "examine", broken)
 
 
 def test_no_such_process() -> None:
@@ -181,7 +189,7 @@ def test_an_obstacle(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
         ignored.append(ignore)
         return "kvm_intel is not loaded: sudo modprobe kvm_intel"
 
-    monkeypatch.setattr(cli, "obstacle", obstacle)
+    monkeypatch.setattr(run_command, "obstacle", obstacle)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # it is this process that would keep the handlers
     expected = (1, "", "msrtrace: error: kvm_intel is not loaded: sudo modprobe kvm_intel\n")
     assert main("run") == expected
@@ -213,7 +221,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import tracer.cli, tracer.engine, tracer.tracer
+import tracer.cli, tracer.engine, tracer.run_command, tracer.tracer
 from tracer.errors import MsrtraceError
 from tracer.layout import Symbol, Symbols
 from tracer.snapshot import Call, Outcome, Probe, Snapshot
@@ -257,7 +265,7 @@ def symbols(kallsyms=None):
 
 
 Symbols.read = symbols
-tracer.cli.obstacle = lambda machine, ignore=(): None
+tracer.run_command.obstacle = lambda machine, ignore=(): None
 tracer.engine.Engine = Engine
 tracer.tracer.loaded_module = module
 tracer.tracer.Tracer = partial(tracer.tracer.Tracer, symbols=symbols, module=module)

@@ -179,7 +179,7 @@ def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
 def served(host: Host, certificates: Path) -> Iterator[int]:
     """HOST's metrics on 127.0.0.1, as `msrtrace run --web.tls-client-ca-file` serves them; the port."""
     cert, key, ca = (str(certificates / name) for name in ("server.pem", "server.key", "ca.pem"))
-    # As tracer.cli._serve does it.
+    # As tracer.run_command._serve does it.
     server, thread = start_http_server(
         0, "127.0.0.1", host.registry, cert, key, client_cafile=ca, client_auth_required=True
     )

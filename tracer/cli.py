@@ -3,187 +3,43 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-from typing import TYPE_CHECKING
+from importlib import import_module
 
 import click
 
-from tracer.console import check_pid, say, version, warn
-from tracer.doctor import Machine, State, as_json, as_text, examine, obstacle
 from tracer.errors import MsrtraceError
-from tracer.report_commands import compare, report
 from tracer.text import printable
-from tracer.top_command import top
 
-if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
-
-    from tracer.tracer import Tracer
-
-DEFAULT_ADDRESS = "127.0.0.1:9753"
-_FOLLOW_SECONDS = 0.2  # how often a reload of kvm_intel is looked for
-_RETRY_SECONDS = 10.0  # how long one that cannot be traced is left alone
-
-
-class Address(click.ParamType[tuple[str, int]]):
-    """HOST:PORT or [IPv6]:PORT; an empty host is every address of the machine."""
-
-    name = "address"
-
-    def convert(
-        self, value: str | tuple[str, int], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, int]:
-        """The host and the port."""
-        if isinstance(value, tuple):
-            return value
-        host, colon, port = value.rpartition(":")
-        if not (colon and port.isascii() and port.isdigit() and int(port) < 1 << 16):
-            self.fail(f"{value!r} is not HOST:PORT", param, ctx)
-        return host.strip("[]") or "0.0.0.0", int(port)
+#: Where each command is; its module is imported when the command is used or its help is asked for.
+_MODULES = {
+    "compare": "tracer.report_commands",
+    "doctor": "tracer.doctor_command",
+    "report": "tracer.report_commands",
+    "run": "tracer.run_command",
+    "top": "tracer.top_command",
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Commands(click.Group):
+    """The commands of _MODULES, none of which pays for the imports of another."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, in the order in which they are shown."""
+        return sorted(_MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, if there is one."""
+        if cmd_name not in _MODULES:
+            return None
+        command: click.Command = getattr(import_module(_MODULES[cmd_name]), cmd_name)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="msrtrace")
 def cli() -> None:
     """Trace what KVM does to the MSR bitmaps of its guests on an Intel (VMX) host."""
-
-
-cli.add_command(report)
-cli.add_command(compare)
-cli.add_command(top)
-
-
-@cli.command()
-@click.option(
-    "--web.listen-address",
-    "address",
-    type=Address(),
-    default=DEFAULT_ADDRESS,
-    show_default=True,
-    metavar="HOST:PORT",
-)
-@click.option("--web.tls-cert-file", "cert", type=click.Path(dir_okay=False), help="Serve HTTPS with this certificate.")
-@click.option("--web.tls-key-file", "key", type=click.Path(dir_okay=False), help="The certificate's private key.")
-@click.option(
-    "--web.tls-client-ca-file",
-    "ca",
-    type=click.Path(dir_okay=False),
-    help="Ask clients for a certificate by this CA.",
-)
-@click.option("--by-vm", is_flag=True, help="Label the metrics with each VM's name and the pid of its VMM.")
-@click.option("--pid", type=click.IntRange(min=1), help="Trace the VMM with this process id alone.")
-@click.option("--wait-module", is_flag=True, help="Wait until kvm_intel is loaded.")
-def run(  # noqa: PLR0917 (click passes them by name)
-    address: tuple[str, int],
-    cert: str | None,
-    key: str | None,
-    ca: str | None,
-    by_vm: bool,
-    pid: int | None,
-    wait_module: bool,
-) -> None:
-    """Trace, and serve the counts to Prometheus until SIGINT or SIGTERM."""
-    if (key or ca) and not cert:
-        raise click.UsageError("--web.tls-key-file and --web.tls-client-ca-file need --web.tls-cert-file")
-    if cert and not key:
-        raise click.UsageError("--web.tls-cert-file needs --web.tls-key-file")
-    machine = Machine.here()
-    check_pid(pid)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    problem = obstacle(machine, ignore=("kvm-intel", "symbols") if wait_module else ())
-    if problem:
-        raise MsrtraceError(problem)
-
-    from prometheus_client import CollectorRegistry
-
-    from tracer.engine import Engine, Options
-    from tracer.metrics import SnapshotCollector
-    from tracer.tracer import Tracer, loaded_module
-
-    if wait_module and loaded_module() is None:
-        say("waiting for kvm_intel to be loaded")
-        while loaded_module() is None:
-            if stop.wait(_FOLLOW_SECONDS):
-                return
-    # Before the work of attaching, so that an address that is taken is said at once.
-    registry = CollectorRegistry()
-    url = _serve(registry, address, cert, key, ca)
-    options = Options(by_vm=by_vm, pid=pid)
-    tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, machine))
-    tracer.attach(None if wait_module else machine.symbols)
-    try:
-        _show_probes(tracer)
-        registry.register(SnapshotCollector(tracer.snapshot, version(), complain=warn))
-        say(f"serving {url}")
-        pause = _FOLLOW_SECONDS
-        while not stop.wait(pause):
-            pause = _follow(tracer)
-    finally:
-        tracer.close()
-
-
-@cli.command()
-@click.option("--json", "as_json_", is_flag=True, help="Print JSON.")
-def doctor(as_json_: bool) -> None:
-    """Check everything that tracing needs, and say how to mend what is missing."""
-    machine = Machine.here()
-    checks = examine(machine)
-    if as_json_:
-        click.echo(as_json(checks, machine))
-    else:
-        click.echo(as_text(checks, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
-    sys.exit(1 if any(check.state is State.FAILED for check in checks) else 0)
-
-
-def _show_probes(tracer: Tracer) -> None:
-    for probe in tracer.probes:
-        say(f"{'probing' if probe.attached else 'NOT probing'} {probe.function}: {probe.detail}")
-    for warning in tracer.warnings:
-        warn(warning)
-
-
-def _follow(tracer: Tracer) -> float:
-    """Follow a reload of kvm_intel, and say so; how long to wait before looking again, in seconds."""
-    try:
-        if tracer.follow():
-            if tracer.attached:
-                say("kvm_intel was loaded again")
-                _show_probes(tracer)
-            else:
-                say("kvm_intel was unloaded; its counts are kept, and it is traced again when it comes back")
-    except MsrtraceError as error:
-        warn(f"kvm_intel is not traced, trying again in {_RETRY_SECONDS:.0f} s: {error}")
-        return _RETRY_SECONDS
-    return _FOLLOW_SECONDS
-
-
-def _serve(
-    registry: CollectorRegistry, address: tuple[str, int], cert: str | None, key: str | None, ca: str | None
-) -> str:
-    """Serve the metrics of REGISTRY, and of this process, in a thread; the URL."""
-    import ssl
-
-    from prometheus_client import ProcessCollector, start_http_server
-
-    ProcessCollector(registry=registry)
-    host, port = address
-    try:
-        server, _ = start_http_server(port, host, registry, cert, key, client_cafile=ca, client_auth_required=bool(ca))
-    except ssl.SSLError as error:
-        raise MsrtraceError(f"the TLS files cannot be used: {error}") from None
-    except OSError as error:
-        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        if error.filename or isinstance(error, FileNotFoundError):
-            raise MsrtraceError(f"cannot read a TLS file: {error}") from None
-        raise MsrtraceError(
-            f"cannot listen on {where}: {error.strerror}; choose another address with --web.listen-address"
-        ) from None
-    shown = f"[{host}]" if ":" in host else host
-    return f"{'https' if cert else 'http'}://{shown}:{server.server_port}/metrics"
 
 
 def _one_line(error: Exception) -> str:
