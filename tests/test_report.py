@@ -29,8 +29,9 @@ from made import (
     unpatched,
 )
 
-from tracer.report import Bit, BitCounts, CallRow, Circumstances, PerUpdate, Vm, by_bit, call_rows, redundant_sum, whole
+from tracer.report import Bit, BitCounts, CallRow, PerUpdate, Vm, by_bit, redundant_sum, whole
 from tracer.reportfile import decode, encode
+from tracer.reporting import Circumstances, call_rows
 from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
 
 

@@ -9,7 +9,8 @@ import pytest
 from made import FS_BASE, HOOK, POSSIBLE, RTIT_STATUS, SPEC_CTRL, TSC, outcome, recalc, report, toggle
 
 from tracer.layout import LAYOUTS
-from tracer.report import CallRow, call_rows
+from tracer.report import CallRow
+from tracer.reporting import call_rows
 from tracer.snapshot import Call, Map, Probe, Snapshot
 from tracer.verdict import PT_MSRS, SUPERSEDED, X2APIC_MSRS, Row, Verdict, judge
 

@@ -11,29 +11,34 @@ import click
 from tracer.errors import MsrtraceError
 from tracer.text import printable
 
-#: Where each command is; its module is imported when the command is used or its help is asked for.
-_MODULES = {
-    "compare": "tracer.report_commands",
-    "doctor": "tracer.doctor_command",
-    "report": "tracer.report_commands",
-    "run": "tracer.run_command",
-    "top": "tracer.top_command",
+#: What each command does, as its help begins. The module NAME_command is imported when the command is used.
+_COMMANDS = {
+    "compare": "Put two reports (JSON) side by side: what a filter update costs with each, and what NEW saves.",
+    "doctor": "Check everything that tracing needs, and say how to mend what is missing.",
+    "report": "Trace for a time, until Ctrl-C, or while COMMAND runs; then report what was counted.",
+    "run": "Trace, and serve the counts to Prometheus until SIGINT or SIGTERM.",
+    "top": "Show live which MSR intercepts KVM updates, why, and how many of the calls change nothing.",
 }
 
 
 class _Commands(click.Group):
-    """The commands of _MODULES, none of which pays for the imports of another."""
+    """The commands, none of which pays for the imports of another; the list of them pays for none."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names, in the order in which they are shown."""
-        return sorted(_MODULES)
+        return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name, if there is one."""
-        if cmd_name not in _MODULES:
+        if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(import_module(_MODULES[cmd_name]), cmd_name)
+        command: click.Command = getattr(import_module(f"tracer.{cmd_name}_command"), cmd_name)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -22,7 +22,8 @@ from typing import Any
 
 from tracer.errors import MsrtraceError
 from tracer.layout import LAYOUTS
-from tracer.report import Circumstances, Report, make
+from tracer.report import Report
+from tracer.reporting import Circumstances, make
 from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
 
 _TIMEOUT_SECONDS = 60.0

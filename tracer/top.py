@@ -12,7 +12,7 @@ from tracer import msr
 from tracer.cause import FILTER_CHANGE
 from tracer.document import listed
 from tracer.errors import MsrtraceError
-from tracer.report import loss_of
+from tracer.reporting import loss_of
 from tracer.snapshot import Durations, Outcome, Snapshot
 
 SORTS = ("calls", "redundant", "share", "msr", "cause")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from tracer.cause import FILTER_CHANGE
-from tracer.text import Shown, Text
+from tracer.shown import Shown, Text
 
 #: Intel PT: pt_update_intercept_for_msr() enables and disables these in a filter update with or without the patch.
 PT_MSRS = frozenset({0x560, 0x561, 0x570, 0x571, 0x572, *range(0x580, 0x588)})

@@ -10,20 +10,10 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tracer.compare import compare
-from tracer.report import (
-    Bucket,
-    CallRow,
-    Circumstances,
-    Host,
-    Loss,
-    PerUpdate,
-    Report,
-    Totals,
-    UpdateSeconds,
-    Vm,
-    make,
-)
-from tracer.report_commands import _comparison_as, _report_as
+from tracer.compare_command import _comparison_as
+from tracer.report import Bucket, CallRow, Host, Loss, PerUpdate, Report, Totals, UpdateSeconds, Vm
+from tracer.report_command import _report_as
+from tracer.reporting import Circumstances, make
 from tracer.snapshot import Call, Durations, Outcome, Snapshot
 from tracer.verdict import Verdict
 

@@ -11,8 +11,8 @@ from guest import OUT, load, output_of
 from tracer.doctor import Machine
 from tracer.engine import Engine, Options
 from tracer.record import record
-from tracer.report import Circumstances, make
 from tracer.reportfile import encode
+from tracer.reporting import Circumstances, make
 from tracer.tracer import Tracer
 
 UPDATES, VCPUS, REPEATS = 101, 2 * 3, 3

@@ -1,4 +1,4 @@
-"""`msrtrace report` and `msrtrace compare` as they are typed, on a made-up kernel."""
+"""`msrtrace report` as it is typed, on a made-up kernel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from functools import partial
 
 from made import HOOK, toggle
 
-import tracer.cli, tracer.engine, tracer.report_commands, tracer.tracer
+import tracer.cli, tracer.engine, tracer.report_command, tracer.tracer
 from tracer.layout import Symbol, Symbols
 from tracer.snapshot import Probe
 
@@ -51,7 +51,7 @@ class Engine:
 
 FUNCTIONS = (HOOK, "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr")
 Symbols.read = lambda *_: Symbols.of([Symbol(64, name, "kvm_intel") for name in FUNCTIONS])
-tracer.report_commands.obstacle = lambda machine: os.environ.get("OBSTACLE")
+tracer.report_command.obstacle = lambda machine: os.environ.get("OBSTACLE")
 tracer.engine.Engine = Engine
 tracer.tracer.Tracer = partial(tracer.tracer.Tracer, symbols=Symbols.read, module=lambda: 1)
 tracer.cli.main()
