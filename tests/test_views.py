@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import HOST, HOSTILE, any_reports, patched, report, times, toggle, unpatched, views
+from tabulate import tabulate
 
 from tracer.compare import compare
 from tracer.document import Document, Section, Table, duration, listed, number, rate, share
@@ -266,6 +267,24 @@ def test_markdown() -> None:
         "**lead \\***\n\nline \\_\n\n### S \\#\n\n- - \\<b\\>\n\n"
         "| a\\|b      |   n |\n|-----------|-----|\n| \\`x\\`\\|\\\\ |   1 |\n| y         |   2 |\n\n### empty\n"
     )
+
+
+CELLS = st.text("ab|1.,% \u6f22\u00e9-", max_size=12).map(str.strip)
+ROWS = st.integers(1, 5).flatmap(lambda columns: st.lists(st.tuples(*[CELLS] * columns), min_size=2, max_size=4))
+
+
+@given(ROWS, st.integers(0, 5))
+def test_tables_are_those_of_tabulate(rows: list[tuple[str, ...]], names: int) -> None:
+    table = Table(rows[0], tuple(rows[1:]), names)
+    align = ["left" if column < names else "right" for column in range(len(rows[0]))]
+    for style in ("simple", "github"):
+        theirs = tabulate(rows[1:], rows[0], tablefmt=style, colalign=align, disable_numparse=True)
+        ours = table.drawn(style)
+        assert [line.rstrip() for line in ours.splitlines()] == [line.rstrip() for line in theirs.splitlines()]
+
+
+def test_a_table_without_rows() -> None:
+    assert Table(("a", "b"), ()).drawn("simple") == "a      b\n---  ---"
 
 
 def test_a_long_cell_does_not_make_all_rows_long() -> None:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from tabulate import tabulate
-
 from tracer.text import printable
 
 _CELL = 128  # characters; the names of VMs have no more
@@ -22,10 +20,19 @@ class Table:
     names: int = 1
 
     def drawn(self, style: str, escaped: Callable[[str], str] = str) -> str:
-        """The table in a style of tabulate, each cell ESCAPED; a long one is cut, as it would make all rows as long."""
-        align = ["left" if column < self.names else "right" for column in range(len(self.headers))]
-        headers, *rows = ([escaped(printable(cell, _CELL)) for cell in row] for row in (self.headers, *self.rows))
-        return tabulate(rows, headers, tablefmt=style, colalign=align, disable_numparse=True)
+        """The table as text (STYLE `simple`) or Markdown (`github`), each cell ESCAPED.
+
+        A long cell is cut, as it would make all rows as long. Drawn here, as tabulate is slow to import.
+        """
+        cells = [[escaped(printable(cell, _CELL)) for cell in row] for row in (self.headers, *self.rows)]
+        widths = [max(map(len, (f"{header}  ", *column))) for header, *column in zip(*cells, strict=True)]
+        forms = [f"{'<' if column < self.names else '>'}{width}" for column, width in enumerate(widths)]
+        aligned = [list(map(format, row, forms)) for row in cells]
+        if style == "simple":
+            headers, *rows = ("  ".join(row).rstrip() for row in aligned)
+            return "\n".join([headers, "  ".join("-" * width for width in widths), *rows])
+        headers, *rows = (f"| {' | '.join(row)} |" for row in aligned)
+        return "\n".join([headers, f"|{'|'.join('-' * (width + 2) for width in widths)}|", *rows])
 
 
 @dataclass(frozen=True)

@@ -338,7 +338,7 @@ def changelog(comparison: Comparison) -> str:
 
 
 def _columns(*rows: tuple[str, ...]) -> list[str]:
-    """ROWS below each other, the first with a line below it, as narrow as can be, which tabulate's are not."""
+    """ROWS below each other, the first with a line below it, as narrow as can be, which a Table's are not."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:
