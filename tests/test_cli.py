@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -21,10 +22,12 @@ from urllib.request import urlopen
 import click
 import pytest
 from click.testing import CliRunner, Result
+from made import patched, unpatched
 
 from tracer import cli, doctor_command, run_command
 from tracer.doctor import Machine, examine
 from tracer.errors import MsrtraceError
+from tracer.reportfile import encode
 from tracer.run_command import Address
 
 NOBODY = "4194305"  # above the kernel's highest pid (PID_MAX_LIMIT)
@@ -81,6 +84,13 @@ def test_commands() -> None:
     assert [named(name).name for name in COMMANDS] == COMMANDS
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_says_what_the_help_of_a_command_begins_with(name: str) -> None:
+    known = " ".join((named(name).help or "").split())
+    assert known.startswith(cli._COMMANDS[name])
+    assert " ".join(f"{name} {cli._COMMANDS[name]}".split()) in " ".join(invoke("--help").stdout.split())
+
+
 def test_version() -> None:
     done = command("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"msrtrace, version {version('msrtrace')}\n", "")
@@ -128,6 +138,79 @@ def test_wrong_usage(main: Main, arguments: list[str], message: str) -> None:
 )
 def test_addresses(text: str, address: tuple[str, int]) -> None:
     assert Address().convert(text, None, None) == address
+
+
+# --- start-up ---
+
+NOTED = """
+import atexit, sys
+before = set(sys.modules)
+atexit.register(lambda: print(*(sys.modules.keys() - before), file=sys.stderr))
+from tracer.cli import main
+main()
+"""
+HEAVY = {"asyncio", "ctypes", "email", "http", "importlib.metadata", "socket", "ssl", "subprocess", "urllib.request"}
+TRACING = {f"tracer.{name}" for name in ("btf", "doctor", "engine", "layout", "metrics", "snapshot", "tracer")}
+STARTS = ["--help"], ["compare", "u.json", "p.json"]
+
+
+@pytest.fixture
+def reports(tmp_path: Path) -> Path:
+    (tmp_path / "u.json").write_bytes(encode(unpatched()))
+    (tmp_path / "p.json").write_bytes(encode(patched()))
+    return tmp_path
+
+
+def start_up(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`msrtrace ARGUMENTS` in FOLDER; stderr has the modules that it imports."""
+    return subprocess.run(
+        [sys.executable, "-c", NOTED, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_imports_nothing_that_takes_long(tmp_path: Path, name: str) -> None:
+    found = set(start_up(tmp_path, name, "--help").stderr.split())
+    assert f"tracer.{name}_command" in found
+    assert not found & HEAVY
+    assert others(found) <= {"click", "msgspec"}
+
+
+def test_help_imports_no_command(tmp_path: Path) -> None:
+    found = set(start_up(tmp_path, "--help").stderr.split())
+    assert {name for name in found if name.startswith("tracer.")} == {"tracer.cli", "tracer.errors", "tracer.text"}
+    assert not found & HEAVY
+    assert others(found) == {"click"}
+
+
+def test_compare_imports_nothing_that_tracing_needs(reports: Path) -> None:
+    found = set(start_up(reports, "compare", "u.json", "p.json").stderr.split())
+    assert not found & (HEAVY | TRACING)
+    assert others(found) == {"click", "msgspec"}
+
+
+def others(modules: set[str]) -> set[str]:
+    """The packages of other projects. msgspec takes typing_extensions along where it is."""
+    return {name.partition(".")[0] for name in modules} - sys.stdlib_module_names - {"tracer", "typing_extensions"}
+
+
+@pytest.mark.parametrize("arguments", STARTS)
+def test_start_up(reports: Path, arguments: list[str]) -> None:
+    """The goal is 0.2 s of a free core. Emulated hosts may be at work beside, hence the double."""
+
+    def took() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        start_up(reports, *arguments)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(took() for _ in range(5)) < 0.4
 
 
 # --- errors ---
