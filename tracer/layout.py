@@ -17,7 +17,7 @@ KALLSYMS = Path("/proc/kallsyms")
 _CLONE = re.compile(r"\.(isra|constprop|part|cold)\.?\d*(\..*)?$")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Symbol:
     """A function in the running kernel. `address` is 0 where the reader may not see addresses."""
 
@@ -88,16 +88,18 @@ class Symbols:
     def read(cls, kallsyms: Path = KALLSYMS) -> Symbols:
         """Read /proc/kallsyms. Raises MsrtraceError if it cannot be read."""
         try:
-            lines = kallsyms.read_bytes().splitlines()
+            # Line by line: all of them are 20 MB at once.
+            with kallsyms.open("rb") as lines:
+                rows = [line for line in lines if line.endswith((b"\t[kvm_intel]\n", b"\t[kvm]\n"))]
+            module: str | None = "kvm_intel"
+            if not any(line.endswith(b"[kvm_intel]\n") for line in rows):
+                # Built in (CONFIG_KVM_INTEL=y): the functions are among those of the kernel image.
+                with kallsyms.open("rb") as lines:
+                    image = [line for line in lines if b"\t[" not in line]
+                if any(line.endswith(b" vmx_vcpu_run\n") for line in image):
+                    rows, module = image, None
         except OSError as error:
             raise MsrtraceError(f"cannot read {kallsyms}: {error.strerror}") from None
-        rows = [line for line in lines if line.endswith((b"\t[kvm_intel]", b"\t[kvm]"))]
-        module: str | None = "kvm_intel"
-        if not any(line.endswith(b"[kvm_intel]") for line in rows):
-            # Built in (CONFIG_KVM_INTEL=y): the functions are among those of the kernel image.
-            image = [line for line in lines if b"\t[" not in line]
-            if any(line.endswith(b" vmx_vcpu_run") for line in image):
-                rows, module = image, None
         return cls.of(_functions(rows), module)
 
     @classmethod
@@ -109,7 +111,8 @@ class Symbols:
     def find(self, function: str) -> list[Symbol]:
         """The function itself if it has a symbol, else its clones: what a probe on FUNCTION can sit on."""
         exact = [s for s in self.functions if s.name == function]
-        return exact or [s for s in self.functions if s.function == function and ".cold" not in s.name]
+        clones = (s for s in self.functions if s.name.startswith(function) and ".cold" not in s.name)
+        return exact or [s for s in clones if s.function == function]
 
     def containing(self, address: int) -> Symbol | None:
         """The function that ADDRESS lies in: the nearest at or below it. None if addresses are hidden (0)."""
