@@ -6,13 +6,14 @@
 # make lint       linter, formatter and types alone
 # make compare-demo  the kernel without the patch against the one with it, on an emulated host; leaves build/compare/
 # make saving     what the patch saves, in instructions, with no tracer attached
+# make scrape-cost  what a scrape costs here, by the number of series
 SHELL := /bin/bash
 VENV := build/venv
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 -qq
 PORT := 9753
 
-.PHONY: run test test-all lint format clean compare-demo saving test-dashboard
+.PHONY: run test test-all lint format clean compare-demo saving scrape-cost test-dashboard
 
 # What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
 build/packages: Makefile
@@ -61,6 +62,9 @@ compare-demo: $(VENV)/ready
 
 saving: $(VENV)/ready
 	@$(SUDO) $(VENV)/bin/python tests/vmxhost/saving.py
+
+scrape-cost: $(VENV)/ready
+	@$(VENV)/bin/python tests/scrape_cost.py
 
 build/npm: Makefile build/packages
 	command -v npm >/dev/null || $(APT) install -y --no-install-recommends npm

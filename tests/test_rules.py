@@ -18,10 +18,11 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tracer.metrics import SnapshotCollector
+from tracer.server import Server
 from tracer.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
 
 DASHBOARDS = Path(__file__).parents[1] / "dashboards"
@@ -179,17 +180,12 @@ def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
 def served(host: Host, certificates: Path) -> Iterator[int]:
     """HOST's metrics on 127.0.0.1, as `msrtrace run --web.tls-client-ca-file` serves them; the port."""
     cert, key, ca = (str(certificates / name) for name in ("server.pem", "server.key", "ca.pem"))
-    # As tracer.run_command._serve does it.
-    server, thread = start_http_server(
-        0, "127.0.0.1", host.registry, cert, key, client_cafile=ca, client_auth_required=True
-    )
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a handshake that fails is printed
+    server = Server(host.registry, ("127.0.0.1", 0), cert=cert, key=key, ca=ca)
     try:
-        yield server.server_port
+        yield int(server.server_address[1])
     finally:
         server.shutdown()
         server.server_close()
-        thread.join()
 
 
 def ready(url: str) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
+from operator import itemgetter
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -15,12 +18,15 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from tracer import msr
-from tracer.snapshot import Durations, Outcome, Snapshot
+from tracer.exposition import Known, LabelSets
+from tracer.snapshot import DURATION_BOUNDS, Durations, Snapshot
 
 _CALL_LABELS = ("msr", "name", "access", "action", "cause")
 _VM_LABELS = ("vm", "pid")
+_BOUNDS = (*(f"{bound:.9g}" for bound in DURATION_BOUNDS), "+Inf")
 
 
 class SnapshotCollector(Collector):
@@ -36,7 +42,9 @@ class SnapshotCollector(Collector):
         """TAKE gives the counts; COMPLAIN gets a line for each time that it could not."""
         self._complain = complain
         self._take, self._version, self._kernel = take, version, kernel or os.uname().release
+        self._lock = threading.Lock()
         self._last: Snapshot | None = None
+        self._known: Known = {}
         self._failures = 0
 
     def describe(self) -> Iterable[Metric]:
@@ -44,29 +52,32 @@ class SnapshotCollector(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The families of one scrape."""
+        """The families of one scrape. Scrapes at once are each of one snapshot."""
         started = time.perf_counter()
-        try:
-            self._last = self._take()
-        except Exception as error:  # must not fail the scrape: what was known is shown, and the failure counted
-            self._failures += 1
-            self._complain(f"a scrape shows older counts: {type(error).__name__}: {error}")
-        if self._last:
-            yield from self._info(self._last)
-            yield from _calls(self._last)
-            yield from _updates(self._last)
-            if self._last.by_vm:
-                together = replace(self._last.without_vms(self._last.pids), by_vm=False)
-                yield from _calls(together, "host_")
-                yield from _updates(together, "host_")
-            yield from _health(self._last)
+        snapshot, failures = self._newest()
+        if snapshot:
+            sets = LabelSets(self._known)
+            yield from self._info(snapshot)
+            for together in (False, True) if snapshot.by_vm else (False,):
+                yield from _calls(snapshot, sets, together)
+                yield from _updates(snapshot, sets, together)
+            self._known = sets.now
+            yield from _health(snapshot)
         yield CounterMetricFamily(
-            "msrtrace_scrape_failures",
-            "Scrapes that show older counts: reading failed.",
-            value=self._failures,
+            "msrtrace_scrape_failures", "Scrapes that show older counts: reading failed.", value=failures
         )
         spent = time.perf_counter() - started
         yield GaugeMetricFamily("msrtrace_scrape_duration_seconds", "Time it took to read the counts.", value=spent)
+
+    def _newest(self) -> tuple[Snapshot | None, int]:
+        """What is counted now, or, when that cannot be read, what was known; and how often it could not."""
+        with self._lock:
+            try:
+                self._last = self._take()
+            except Exception as error:  # must not fail the scrape
+                self._failures += 1
+                self._complain(f"a scrape shows older counts: {type(error).__name__}: {error}")
+            return self._last, self._failures
 
     def _info(self, snapshot: Snapshot) -> Iterator[Metric]:
         info = InfoMetricFamily("msrtrace_build", "msrtrace, the kernel, and how its MSR intercepts are traced.")
@@ -81,71 +92,80 @@ class SnapshotCollector(Collector):
         yield info
 
 
-def _vm_values(snapshot: Snapshot, pid: int) -> tuple[str, ...] | None:
-    """The values of the VM labels; None for the counts of VMs that are gone, which have no series."""
-    if not snapshot.by_vm:
-        return ()
-    return (snapshot.vms[pid], str(pid)) if pid in snapshot.vms else None
+def _vms(snapshot: Snapshot, together: bool) -> Mapping[int, tuple[str, ...]]:
+    """By pid the values of the VM labels, if any; VMs that are gone have no series."""
+    if snapshot.by_vm and not together:
+        return {pid: (name, str(pid)) for pid, name in snapshot.vms.items()}
+    return dict.fromkeys(snapshot.pids, ())
 
 
-def _calls(snapshot: Snapshot, of: str = "") -> Iterator[Metric]:
-    """Calls by VM if VMs are told apart; OF is then `host_` for those of all VMs together."""
+def _calls(snapshot: Snapshot, sets: LabelSets, together: bool) -> Iterator[Metric]:
+    """Calls, by VM if VMs are told apart; TOGETHER: those of all VMs, and of the ones that are gone."""
     if not snapshot.calls_observable:
         return
-    labels = (*_CALL_LABELS, *(_VM_LABELS if snapshot.by_vm else ()))
-    sums: dict[tuple[str, ...], Outcome] = {}
+    vms = _vms(snapshot, together)
+    sums: dict[tuple[int, str, str, str], dict[tuple[str, ...], tuple[int, int | None]]] = defaultdict(dict)
     for call, outcome in snapshot.calls.items():
-        vm = _vm_values(snapshot, call.pid)
+        vm = vms.get(call.pid)
         if vm is not None:
-            names = (msr.hexadecimal(call.msr), msr.name(call.msr))
-            key = (*names, call.access, call.action, call.cause, *vm)
-            sums[key] = sums[key] + outcome if key in sums else outcome
+            of_vms, more = sums[call.msr, call.access, call.action, call.cause], outcome.redundant
+            made, useless = of_vms.get(vm, (0, 0))
+            of_vms[vm] = (made + outcome.calls, None if useless is None or more is None else useless + more)
+    of = "host_" if together else ""
     calls = CounterMetricFamily(
         f"msrtrace_{of}intercept_calls",
         "Calls of KVM's functions that enable or disable the interception of an MSR.",
-        labels=labels,
+        labels=(),
     )
     redundant = CounterMetricFamily(
         f"msrtrace_{of}intercept_redundant_calls",
         "Calls of those that left every bit they name in the MSR bitmap as it was.",
-        labels=labels,
+        labels=(),
     )
-    for key, outcome in sorted(sums.items()):
-        calls.add_metric(key, outcome.calls)
-        if outcome.redundant is not None:
-            redundant.add_metric(key, outcome.redundant)
+    names = _CALL_LABELS if together or not snapshot.by_vm else _CALL_LABELS + _VM_LABELS
+    calls_name, redundant_name = f"{calls.name}_total", f"{redundant.name}_total"
+    for (index, *kind), of_vms in sorted(sums.items(), key=itemgetter(0)):
+        values = (msr.hexadecimal(index), msr.name(index), *kind)
+        for vm, (made, useless) in sorted(of_vms.items()):
+            labels = sets.of(names, (*values, *vm))
+            calls.samples.append(Sample(calls_name, labels, made))
+            if useless is not None:
+                redundant.samples.append(Sample(redundant_name, labels, useless))
     yield calls
     if snapshot.redundancy == "exact":
         yield redundant
 
 
-def _updates(snapshot: Snapshot, of: str = "") -> Iterator[Metric]:
+def _updates(snapshot: Snapshot, sets: LabelSets, together: bool) -> Iterator[Metric]:
+    """Filter updates and their time, of the same VMs as `_calls`."""
     if not snapshot.updates_observable:
         return
-    labels = _VM_LABELS if snapshot.by_vm else ()
+    of = "host_" if together else ""
     total = CounterMetricFamily(
-        f"msrtrace_{of}filter_updates",
-        "Times that a vCPU applied a changed MSR filter to its bitmap.",
-        labels=labels,
+        f"msrtrace_{of}filter_updates", "Times that a vCPU applied a changed MSR filter to its bitmap.", labels=()
     )
     duration = HistogramMetricFamily(
         f"msrtrace_{of}filter_update_duration_seconds",
         "Time that a vCPU took to apply a changed MSR filter, probes included.",
-        labels=labels,
+        labels=(),
     )
-    updates = dict(snapshot.updates) if snapshot.by_vm else {0: snapshot.updates.get(0, Durations())}
-    for pid, durations in sorted(updates.items()):
-        vm = _vm_values(snapshot, pid)
-        if vm is not None:
-            total.add_metric(vm, durations.count)
-            buckets = [(_bound(bound), count) for bound, count in durations.cumulative()]
-            duration.add_metric(vm, buckets, durations.seconds)
+    if snapshot.by_vm and not together:
+        vms = _vms(snapshot, together)
+        updates = {vms[pid]: durations for pid, durations in sorted(snapshot.updates.items()) if pid in vms}
+    else:
+        updates = {(): sum(snapshot.updates.values(), Durations())}
+    bucket_name = f"{duration.name}_bucket"
+    for vm, durations in updates.items():
+        names = _VM_LABELS[: len(vm)]
+        labels, bucket_names = sets.of(names, vm), (*names, "le")
+        total.samples.append(Sample(f"{total.name}_total", labels, durations.count))
+        counts = list(accumulate(durations.buckets))
+        for bound, count in zip(_BOUNDS, counts, strict=True):
+            duration.samples.append(Sample(bucket_name, sets.of(bucket_names, (*vm, bound)), count))
+        duration.samples.append(Sample(f"{duration.name}_count", labels, counts[-1]))
+        duration.samples.append(Sample(f"{duration.name}_sum", labels, durations.seconds))
     yield total
     yield duration
-
-
-def _bound(seconds: float) -> str:
-    return "+Inf" if seconds == float("inf") else f"{seconds:.9g}"
 
 
 def _health(snapshot: Snapshot) -> Iterator[Metric]:

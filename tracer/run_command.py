@@ -13,8 +13,6 @@ from tracer.doctor import Machine, obstacle
 from tracer.errors import MsrtraceError
 
 if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
-
     from tracer.tracer import Tracer
 
 DEFAULT_ADDRESS = "127.0.0.1:9753"
@@ -82,10 +80,11 @@ def run(  # noqa: PLR0917 (click passes them by name)
     if problem:
         raise MsrtraceError(problem)
 
-    from prometheus_client import CollectorRegistry
+    from prometheus_client import CollectorRegistry, ProcessCollector
 
     from tracer.engine import Engine, Options
     from tracer.metrics import SnapshotCollector
+    from tracer.server import Server
     from tracer.tracer import Tracer, loaded_module
 
     if wait_module and loaded_module() is None:
@@ -95,14 +94,15 @@ def run(  # noqa: PLR0917 (click passes them by name)
                 return
     # Before the work of attaching, so that an address that is taken is said at once.
     registry = CollectorRegistry()
-    url = _serve(registry, address, cert, key, ca)
+    ProcessCollector(registry=registry)
+    server = Server(registry, address, cert=cert, key=key, ca=ca, complain=warn)
     options = Options(by_vm=by_vm, pid=pid)
     tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, machine))
     tracer.attach(None if wait_module else machine.symbols)
     try:
         _show_probes(tracer)
         registry.register(SnapshotCollector(tracer.snapshot, version(), complain=warn))
-        say(f"serving {url}")
+        say(f"serving {server.url}")
         pause = _FOLLOW_SECONDS
         while not stop.wait(pause):
             pause = _follow(tracer)
@@ -130,28 +130,3 @@ def _follow(tracer: Tracer) -> float:
         warn(f"kvm_intel is not traced, trying again in {_RETRY_SECONDS:.0f} s: {error}")
         return _RETRY_SECONDS
     return _FOLLOW_SECONDS
-
-
-def _serve(
-    registry: CollectorRegistry, address: tuple[str, int], cert: str | None, key: str | None, ca: str | None
-) -> str:
-    """Serve the metrics of REGISTRY, and of this process, in a thread; the URL."""
-    import ssl
-
-    from prometheus_client import ProcessCollector, start_http_server
-
-    ProcessCollector(registry=registry)
-    host, port = address
-    try:
-        server, _ = start_http_server(port, host, registry, cert, key, client_cafile=ca, client_auth_required=bool(ca))
-    except ssl.SSLError as error:
-        raise MsrtraceError(f"the TLS files cannot be used: {error}") from None
-    except OSError as error:
-        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        if error.filename or isinstance(error, FileNotFoundError):
-            raise MsrtraceError(f"cannot read a TLS file: {error}") from None
-        raise MsrtraceError(
-            f"cannot listen on {where}: {error.strerror}; choose another address with --web.listen-address"
-        ) from None
-    shown = f"[{host}]" if ":" in host else host
-    return f"{'https' if cert else 'http'}://{shown}:{server.server_port}/metrics"

@@ -233,3 +233,14 @@ any_reports = st.builds(
     verdict=st.builds(Verdict, patched=st.sampled_from([True, False, None]), why=names),
     notes=st.lists(names, max_size=2),
 )
+
+
+def crowd(vms: int, updates: int = 1009) -> Snapshot:
+    """A host with so many VMs told apart, of which each has 68 series."""
+    counted = [toggle(updates + pid, pid=pid) for pid in range(1000, 1000 + vms)]
+    return replace(
+        counted[0],
+        calls={call: outcome for one in counted for call, outcome in one.calls.items()},
+        updates={pid: seen for one in counted for pid, seen in one.updates.items()},
+        vms={pid: f"debian-{pid}" for one in counted for pid in one.vms},
+    )

@@ -1,0 +1,101 @@
+"""Metrics as text: what prometheus_client's generate_latest gives, byte for byte, in a tenth of the time.
+
+A host with 150 VMs has 10,000 series. prometheus_client takes 20 µs for each of them, and 45 µs where OpenMetrics is
+asked for (`make scrape-cost`): it checks, sorts and escapes all names and values anew, some of them letter by letter.
+Here the labels of a series are made into text once, when it is new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+
+from prometheus_client import generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+_number: Callable[[float], str] = floatToGoString
+#: How the text format calls the types of OpenMetrics that it does not have, and what it appends to names.
+_TEXT_TYPES, _TEXT_SUFFIXES = {"info": "gauge", "unknown": "untyped"}, {"counter": "_total", "info": "_info"}
+#: The ways to escape names that leave alone a name of letters, digits and underscores.
+_NAMES_AS_THEY_ARE = ("underscores", "allow-utf-8")
+
+
+def encoder(accept: str | None) -> tuple[Callable[[Collector], bytes], str]:
+    """What makes the text for a client that ACCEPTs this, and its content type."""
+    theirs, content_type = choose_encoder(accept or "")
+    function, options = getattr(theirs, "func", theirs), getattr(theirs, "keywords", {})
+    if options.get("escaping", _NAMES_AS_THEY_ARE[0]) not in _NAMES_AS_THEY_ARE:
+        return theirs, content_type
+    if function is openmetrics.generate_latest:
+        return partial(exposed, as_openmetrics=True), content_type
+    return exposed if function is generate_latest else theirs, content_type
+
+
+class Labels(dict[str, str]):
+    """The labels of a sample, never to be changed, and their text, from `{` to `}`."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, names: tuple[str, ...], values: tuple[str, ...]) -> None:
+        super().__init__(zip(names, values, strict=True))
+        form, order = _form(names)
+        self.text = form % tuple([_escaped(values[place]) for place in order])
+
+
+Known = dict[tuple[tuple[str, ...], tuple[str, ...]], Labels]
+
+
+class LabelSets:
+    """The labels of all series of a scrape. `now` has them by names and values; those that were BEFORE are kept."""
+
+    def __init__(self, before: Known) -> None:
+        self._before, self.now = before, Known()
+
+    def of(self, names: tuple[str, ...], values: tuple[str, ...]) -> Labels:
+        """Those of one series."""
+        key = (names, values)
+        labels = self.now[key] = self._before.get(key) or Labels(names, values)
+        return labels
+
+
+def exposed(registry: Collector, as_openmetrics: bool = False) -> bytes:
+    """The metrics of REGISTRY.
+
+    For counters, gauges, infos and histograms with names of letters, digits and underscores, without timestamps,
+    exemplars and times of creation: for all that this program and prometheus_client's ProcessCollector have.
+    """
+    lines: list[str] = []
+    for family in registry.collect():
+        lines += _head(family, as_openmetrics)
+        for name, labels, value, *_ in family.samples:
+            text = labels.text if isinstance(labels, Labels) else Labels(tuple(labels), tuple(labels.values())).text
+            lines.append(f"{name}{text} {_number(value)}")
+    lines += ["# EOF", ""] if as_openmetrics else [""]
+    return "\n".join(lines).encode()
+
+
+def _head(family: Metric, as_openmetrics: bool) -> Iterable[str]:
+    name, kind, text = family.name, family.type, family.documentation
+    if as_openmetrics:
+        text = _escaped(text)
+        unit = [f"# UNIT {name} {family.unit}"] if family.unit else []
+        return (f"# HELP {name} {text}", f"# TYPE {name} {kind}", *unit)
+    name, text = name + _TEXT_SUFFIXES.get(kind, ""), text.replace("\\", r"\\").replace("\n", r"\n")
+    return (f"# HELP {name} {text}", f"# TYPE {name} {_TEXT_TYPES.get(kind, kind)}")
+
+
+@lru_cache(100)
+def _form(names: tuple[str, ...]) -> tuple[str, list[int]]:
+    """The labels of those NAMES, sorted, with a place for each value, and which value comes there."""
+    order = sorted(range(len(names)), key=names.__getitem__)
+    pairs = ",".join(f'{names[place]}="%s"' for place in order)
+    return f"{{{pairs}}}" if names else "", order
+
+
+@lru_cache(4096)  # the same few are in most series
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
