@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from tracer.doctor import Check, Machine, State, as_json, as_text, examine, explain_eperm, obstacle
+from tracer.layout import Symbols
 
 RELEASE = "6.1.0-56-amd64"
 NAMES = ["cpu", "kvm-intel", "symbols", "headers", "bcc", "btf"]
@@ -207,6 +209,16 @@ def test_empty_machine(tmp_path: Path) -> None:
     checks = {check.name: check for check in examine(machine)}
     assert checks["cpu"].detail == f"cannot read {tmp_path}/nothing/proc/cpuinfo: No such file or directory"
     assert checks["cpu"].fix == "sudo msrtrace doctor"
+
+
+def test_symbols_are_read_once_before_tracing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Mock(wraps=Symbols.read)
+    monkeypatch.setattr(Symbols, "read", read)
+    assert obstacle(host.machine) is None
+    assert host.machine.symbols.find("vmx_msr_filter_changed")
+    assert read.call_count == 1
+    host.remove("proc/kallsyms")
+    assert {check.name for check in examine(host.machine) if check.state is UNKNOWN} == {"symbols", "btf"}  # read anew
 
 
 def test_this_machine_without_bcc_and_click() -> None:
