@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 from conftest import Collected
+from cost import PER_UPDATE
 from metrics_text import Key, Metrics, nonzero
 
 UPDATES, VCPUS = 101, 2 * 3
@@ -19,11 +20,6 @@ PASSED_THROUGH = [0xC0000100, 0xC0000101, 0xC0000102, 0x174, 0x175, 0x176]
 INTERCEPTED = {
     "bookworm": [SPEC_CTRL, PRED_CMD, XFD, XFD_ERR, *RESIDENCIES],
     "trixie": [SPEC_CTRL, PRED_CMD, FLUSH_CMD, XFD, XFD_ERR, *RESIDENCIES],
-}
-#: With how many calls a filter update is made, patched and unpatched, and how many change nothing (KERNEL.md 3).
-PER_UPDATE = {
-    "bookworm": {"patched": (13, 11), "unpatched": (30, 28)},
-    "trixie": {"patched": (13, 11), "unpatched": (32, 30)},
 }
 
 

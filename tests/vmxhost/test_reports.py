@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from conftest import Collected
+from cost import PER_UPDATE
 from jsonschema import Draft202012Validator
 from reporting import REPEATS, UPDATES, VCPUS
-from test_counts import PER_UPDATE
 
 from tracer.compare import compare
 from tracer.report import Report

@@ -1,0 +1,41 @@
+"""The table of `make bench`, and that there is none for a tracer that did not count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench import miscounted, table
+
+
+def measured(**changed: int | None) -> dict[str, Any]:
+    """What a host of 10 updates left: one tracer that counts, and an empty probe."""
+    counts = {
+        "patched": {"calls": 137, "redundant": 110, "updates": 10},
+        "unpatched": {"calls": 307, "redundant": 280, "updates": 10},
+    }
+    results = {
+        variant: {
+            "none": {"ticks": 5000},
+            "counter": {"ticks": 18000, **counted, **changed},
+            "empty probe": {"ticks": 6300},
+        }
+        for variant, counted in counts.items()
+    }
+    return {"release": "6.1.0", "updates": 10, "results": results}
+
+
+def test_the_table_has_what_is_added_to_an_update_and_to_each_of_its_calls() -> None:
+    lines = table("bookworm", measured()).splitlines()
+    cells = {
+        row[0]: row[1:] for row in ([c.strip() for c in line.strip("|").split("|")] for line in lines if "|" in line)
+    }
+    assert cells["counter"] == ["yes", "18,000", "13,000", "1,000", "18,000", "13,000", "433"]
+    assert cells["empty probe"] == ["", "6,300", "1,300", "100", "6,300", "1,300", "43"]
+    assert cells["none"] == ["", "5,000", "", "", "5,000", "", ""]
+
+
+def test_a_tracer_must_have_counted_what_the_workload_did() -> None:
+    assert not miscounted("bookworm", measured())
+    assert not miscounted("bookworm", measured(redundant=None))  # it does not claim to know
+    for wrong in ({"updates": 9}, {"calls": 136}, {"redundant": 0}):
+        assert len(miscounted("bookworm", measured(**wrong))) == 2
