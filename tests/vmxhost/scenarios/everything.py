@@ -19,7 +19,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from guest import OUT, Msrtrace, kernel_state, load, output_of, record, scrape, succeed, until, workload
+from guest import (
+    OUT,
+    Msrtrace,
+    filter_update_ticks,
+    kernel_state,
+    load,
+    output_of,
+    record,
+    scrape,
+    succeed,
+    until,
+    workload,
+)
 from kerneltracer import KernelTracer
 from reporting import make_reports, report_command
 
@@ -52,11 +64,16 @@ def where_the_kernel_is() -> Any:
 
 
 def counts() -> Any:
-    """Prime numbers of everything, then all that the workload can do, on each variant in turn; one msrtrace sees it."""
-    load(STOCK)
+    """Prime numbers of everything, then all that the workload can do, on each variant in turn; one msrtrace sees it.
+
+    Measured is what a filter update takes, before it starts and under it.
+    """
+    found: dict[str, Any] = {"scrapes": {}, "workload": {}, "witnessed": {}, "ticks": {"untraced": {}, "traced": {}}}
+    for variant in reversed(VARIANTS):  # the stock one stays
+        load(variant)
+        found["ticks"]["untraced"][variant] = filter_update_ticks()
     idle = kernel_state()
     msrtrace = Msrtrace()
-    found: dict[str, Any] = {"scrapes": {}, "workload": {}, "witnessed": {}}
     for number, variant in enumerate(VARIANTS):
         if number:
             load(variant)
@@ -66,6 +83,8 @@ def counts() -> Any:
         found["scrapes"][f"{variant} after"] = scrape()
         found["witnessed"][variant] = witnessed(variant)
         found["scrapes"][f"{variant} witnessed"] = scrape()
+        found["ticks"]["traced"][variant] = filter_update_ticks()
+        found["scrapes"][f"{variant} measured"] = scrape()
     # Unloaded: nothing is attached and nothing is forgotten.
     load("none")
     msrtrace.wait_for("kvm_intel was unloaded")
