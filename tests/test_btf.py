@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tracer.btf import Btf, BtfError
 
-INT, ARRAY, STRUCT, UNION, ENUM, FWD, FUNC_PROTO, VAR, DATASEC = 1, 3, 4, 5, 6, 7, 13, 14, 15
+INT, ARRAY, STRUCT, UNION, ENUM, FWD, FUNC, FUNC_PROTO, VAR, DATASEC = 1, 3, 4, 5, 6, 7, 12, 13, 14, 15
 DECL_TAG, ENUM64 = 17, 19
 
 # Documentation/bpf/btf.rst: what follows a type with three elements, or is counted otherwise.
@@ -105,6 +105,17 @@ def test_what_is_not_there_is_named() -> None:
 def test_of_two_structures_with_a_name_the_one_with_the_member_counts() -> None:
     blob = Blob().struct("file", ("old", 0)).struct("file", ("f_op", 64)).struct("file", ("f_op", 128))
     assert btf(blob).offset("file", "f_op") == 8
+
+
+def test_ids_are_counted_from_1_in_the_kernels_own_types() -> None:
+    vmlinux = Blob().type("u64", INT, bytes(4)).struct("read", ("x", 0)).type("read", FUNC)
+    vmlinux.struct("pair", ("a", 0), ("b", 64)).type("pair", UNION)
+    module = Blob(vmlinux).type("read", FUNC).struct("pair", ("c", 0))
+    for blob in (vmlinux, module):
+        assert btf(blob).kernel_ids("read", "pair") == (3, 4)
+        for function, structure, missing in (("pair", "pair", "pair"), ("read", "u64", "u64"), ("no", "pair", "no")):
+            with pytest.raises(BtfError, match=rf"^the BTF has no {missing}$"):
+                btf(blob).kernel_ids(function, structure)
 
 
 def test_bit_fields_have_no_offset() -> None:

@@ -7,7 +7,9 @@ and so do its type ids, which nothing here needs, since members are looked up by
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 SYS_BTF = Path("/sys/kernel/btf")
@@ -15,7 +17,7 @@ SYS_BTF = Path("/sys/kernel/btf")
 _HEADER = struct.Struct("<HBBIIIII")  # struct btf_header
 _TYPE = struct.Struct("<III")  # struct btf_type: name_off, info, size or type
 _MEMBER = struct.Struct("<III")  # struct btf_member: name_off, type, offset in bits
-_KIND_STRUCT = 4
+_KIND_STRUCT, _KIND_FUNC = 4, 12
 # Bytes that follow a struct btf_type, by kind: fixed, and per element counted in the low 16 bits of info.
 _FIXED = {1: 4, 3: 12, 14: 4, 17: 4}
 _PER_ELEMENT = {4: 12, 5: 12, 6: 8, 13: 8, 15: 12, 19: 12}
@@ -31,10 +33,11 @@ class Btf:
 
     def __init__(self, blob: bytes, base: bytes | None = None) -> None:
         try:
-            self._types, self._strings = _sections(blob)
-            self._base_types, self._base_strings = _sections(base) if base is not None else (b"", b"")
+            types, self._strings = _sections(blob)
+            base_types, self._base_strings = _sections(base) if base is not None else (b"", b"")
         except struct.error as error:
             raise BtfError(f"truncated BTF: {error}") from None
+        self._own, self._kernel = _Types(types), _Types(base_types) if base is not None else None
 
     @classmethod
     def of_module(cls, module: str, sys_btf: Path = SYS_BTF) -> Btf:
@@ -73,6 +76,17 @@ class Btf:
         """
         return self.offset("vcpu_vmx", "vmcs01") + self.offset("loaded_vmcs", "msr_bitmap")
 
+    def kernel_ids(self, function: str, structure: str) -> tuple[int, int]:
+        """The ids of FUNCTION and of `struct STRUCTURE` of the kernel itself. Raises BtfError unless it has both."""
+        kernel = self._kernel or self._own
+        ids = []
+        for kind, name in ((_KIND_FUNC, function), (_KIND_STRUCT, structure)):
+            found = [number for number, _ in kernel.of(kind, self._name_offset(name))]
+            if not found:
+                raise BtfError(f"the BTF has no {name}")
+            ids.append(found[0])
+        return ids[0], ids[1]
+
     def _string(self, offset: int) -> bytes:
         strings = self._base_strings
         if offset >= len(strings):
@@ -98,9 +112,9 @@ class Btf:
         A type that both know is in the kernel's BTF alone: struct kvm_vcpu is, where KVM is a module too.
         """
         names = self._name_offset(wanted)
-        for types in (self._types, self._base_types):
+        for types in filter(None, (self._own, self._kernel)):
             try:
-                for members, kind_flag in _structs(types, names):
+                for members, kind_flag in types.structures(names):
                     # With kind_flag the high byte of an offset is the size of a bit field.
                     mask, shift = (0xFFFFFF, 24) if kind_flag else (0xFFFFFFFF, 32)
                     rows = _MEMBER.iter_unpack(members)
@@ -110,19 +124,47 @@ class Btf:
                 raise BtfError(f"malformed BTF: {error}") from None
 
 
-def _structs(types: bytes, names: set[int]) -> Iterator[tuple[bytes, bool]]:
-    """The members, still packed, of each structure in a type section that has one of NAMES; and its kind_flag."""
-    at, end = 0, len(types)
-    while at < end:
-        name, info, _ = _TYPE.unpack_from(types, at)
-        at += _TYPE.size
-        kind, elements = info >> 24 & 0x1F, info & 0xFFFF
-        if kind == 0 or kind >= _KNOWN_KINDS:
-            raise BtfError(f"unknown kind {kind} in the BTF")
-        size = _FIXED.get(kind, 0) + _PER_ELEMENT.get(kind, 0) * elements
-        if kind == _KIND_STRUCT and name in names:
-            yield types[at : at + size], bool(info >> 31)
-        at += size
+class _Types:
+    """A type section, with the name and the place of each type: searching those takes no time."""
+
+    def __init__(self, section: bytes) -> None:
+        self._section = section
+
+    @cached_property
+    def _found(self) -> tuple[array[int], array[int]]:
+        names, places = array("I"), array("I")
+        section, at, end = self._section, 0, len(self._section)
+        while at < end:
+            name, info, _ = _TYPE.unpack_from(section, at)
+            kind = info >> 24 & 0x1F
+            if kind == 0 or kind >= _KNOWN_KINDS:
+                raise BtfError(f"unknown kind {kind} in the BTF")
+            names.append(name)
+            places.append(at)
+            at += _TYPE.size + _FIXED.get(kind, 0) + _PER_ELEMENT.get(kind, 0) * (info & 0xFFFF)
+        return names, places
+
+    def of(self, kind: int, wanted: set[int]) -> list[tuple[int, int]]:
+        """The id and the place of each type of KIND with a WANTED name; the first id is 1, but for a split section."""
+        names, places = self._found
+        numbers = []
+        for name in wanted:
+            number = 0
+            for _ in range(names.count(name)):
+                number = names.index(name, number) + 1
+                numbers.append(number)
+        return [
+            (number, at)
+            for number in sorted(numbers)
+            for at in (places[number - 1],)
+            if _TYPE.unpack_from(self._section, at)[1] >> 24 & 0x1F == kind
+        ]
+
+    def structures(self, wanted: set[int]) -> Iterator[tuple[bytes, bool]]:
+        """The members, still packed, of each structure with a WANTED name; and its kind_flag."""
+        for _, at in self.of(_KIND_STRUCT, wanted):
+            info, start = _TYPE.unpack_from(self._section, at)[1], at + _TYPE.size
+            yield self._section[start : start + _PER_ELEMENT[_KIND_STRUCT] * (info & 0xFFFF)], bool(info >> 31)
 
 
 def _sections(blob: bytes) -> tuple[bytes, bytes]:
