@@ -4,16 +4,27 @@
  *
  * Compiled by BCC at run time and configured by -D alone:
  *
+ *   FENTRY         the programs run at fentry and fexit, else at kprobes. -D also names each after its function then.
  *   BITMAP_OFFSET  struct vcpu_vmx -> vmcs01.msr_bitmap, from the running module's BTF. Not defined: calls are
- *                  counted, their outcome is not known, and the caller is read at entry.
+ *                  counted, their outcome is not known.
+ *   EXITS_OFFSET   struct kvm_vcpu -> stat.exits, likewise.
+ *   CAST_TYPE      struct timespec64 in the kernel's BTF. Defined where bpf_rdonly_cast() can be called (6.2 and newer).
  *   FILTER_OFFSET  struct kvm_vcpu -> kvm. Defined where the update function also runs for other reasons than a
- *                  new MSR filter (6.17 and newer), to tell those apart.
+ *                  new MSR filter (6.17 and newer), to tell those apart; else UPDATE_KIND says what it runs for.
+ *   SETS           one function enables and disables, and has a fourth argument that says which.
  *   WANTED_PID     trace the threads of this process alone.
  *   BY_PID         count per process, for per-VM metrics.
+ *   ENABLE_AT, DISABLE_AT, SET_AT                 addresses of the functions that are called (FENTRY alone)
+ *   KRETPROBE_TRAMPOLINE, FGRAPH_TRAMPOLINE       what another tracer may have put in a return address' place
  *
- * The functions are those of arch/x86/kvm/vmx/vmx.c: vmx_{enable,disable,set}_intercept_for_msr() run on the
- * thread that owns the vCPU, never nested and never from an interrupt, so whatever is under way belongs to the
- * thread: `threads` is keyed by its id and follows it from CPU to CPU.
+ * The functions are those of arch/x86/kvm/vmx/vmx.c: vmx_{enable,disable,set}_intercept_for_msr() run on a thread
+ * that has the vCPU to itself (vcpu->mutex, or its creation), never nested and never from an interrupt. So there is a
+ * slot for each vCPU and nothing else to lock.
+ *
+ * A call is seen at its entry alone: a probe on the return costs more than all the rest. Its outcome stays open until
+ * the next thing that happens to the vCPU, and is then read from the bitmap, which nobody has written in the meantime:
+ * all that write it are seen here (vmx_update_msr_bitmap_x2apic() does without a call). What stays open when nothing
+ * more happens is settled by settle_call(), at the request of the reader.
  */
 #include <uapi/linux/ptrace.h>
 
@@ -22,47 +33,85 @@
 
 /* Sizes and numbers that tracer/engine.py knows too. */
 #define CALLS_CAPACITY 8192
-#define THREADS_CAPACITY 16384
+#define COUNTERS_CAPACITY 2048 /* twice a power of two: one half for calls inside updates, one for the others */
+#define VCPUS_CAPACITY 16384 /* a power of two */
 #define UPDATES_CAPACITY 4096
-#define VCPUS_CAPACITY 16384
+#define THREADS_HERE 4096 /* a power of two */
 #define BUCKETS 32 /* a power of two, so that masking bounds an index for every verifier */
 
-enum action { DISABLE, ENABLE };
+#define COUNTER_WAYS 2
+#define VCPU_WAYS 8
+#define NO_COUNTER (~0u)
+#define UNREADABLE 0xdead000000000000 /* no address */
+#define READ_BITS 0x00ff
+#define WRITE_BITS 0xff00
+#define FAILED 0x10000
 
-/* What the thread is inside of; the kinds of an update. */
+/* What the vCPU is inside of; the kinds of an update. */
 enum within { NONE, FILTER_CHANGE, RECALC };
 
-struct call {
-	u64 caller; /* return address */
-	u32 pid; /* 0 unless BY_PID */
-	u32 msr;
-	u8 type; /* MSR_TYPE_*: the bits that the call names */
-	u8 action;
-	u8 within; /* enum within */
-	u8 unused[5];
-};
+/* What settle_call() says. */
+enum settled { SETTLED, OPEN };
 
-/* A reader copies upwards, a writer adds `calls` first: a copy never has more outcomes than calls. */
+/*
+ * A call adds to one of the first three, of which the sum is the number of calls. A reader copies upwards, a writer
+ * adds to `changed` first: a copy never has more changed bits than calls.
+ */
 struct outcome {
-	u64 redundant; /* the named bits are after the call what they were before */
 	u64 changed_read;
 	u64 changed_write;
 	u64 refused; /* a disable that left a named bit set: the filter said no */
+	u64 redundant; /* the named bits are after the call what they were before */
+	u64 changed; /* they are not */
 	u64 unknown; /* the bitmap could not be read */
-	u64 calls;
 };
 
-struct thread {
-	u64 bitmap; /* address of the call's two bytes: read bits, and write bits 0x800 further on; 0: no bits */
-	u64 started; /* ns, when the update began */
-	u32 msr;
-	u8 type;
-	u8 action;
-	u8 before; /* the named bits at entry, numbered as MSR_TYPE_* */
-	u8 unreadable;
-	u8 in_call;
-	u8 within;
-	u8 unused[6];
+/* What is counted apart: WHAT_OF() a vCPU, its caller, and 0 unless BY_PID. */
+struct call {
+	u64 what;
+	u64 caller;
+	u64 pid;
+};
+
+/* How an MSR is called for: MSR_TYPE_*, and these. Never 0. */
+#define ENABLES 0x100
+#define DIRECT 0x200 /* the bitmap is known to be readable, and may be read without asking */
+#define INSIDE(within) ((within) << 16)
+#define WITHIN_OF(inside) ((inside) >> 16)
+#define VALID 0x1000000
+#define WHAT_OF(v) (*(volatile u64 *)&(v)->msr)
+
+/*
+ * The outcomes of the few kinds of calls there are, found without a hash table. Inside an update `site` is 0 and
+ * `caller` that of the first such call.
+ */
+struct counter {
+	struct outcome outcome;
+	u64 caller;
+	u64 site;
+	u64 what; /* 0: free */
+};
+
+struct vcpu {
+	u64 vcpu; /* struct kvm_vcpu *; 0: free */
+	u64 number; /* of the last call: odd while it is open, one more when it was counted */
+	/* the call that is open */
+	u64 address; /* of the byte with its read bits; its write bits are 0x800 further on. 0: it has none */
+	u64 caller;
+	u32 msr; /* this and the next, together: what is called */
+	u32 how;
+	u32 before; /* bits_at() its entry */
+	u32 counter;
+	u32 pid; /* 0 unless BY_PID */
+	u32 tid;
+	/* the update that is under way */
+	u64 inside; /* INSIDE() */
+	u64 started; /* ns */
+	u64 bitmap;
+	u64 filter; /* the generation of the VM's filter that the bitmap was last computed from */
+	/* settle_call()'s alone */
+	u64 looked_at;
+	u64 exits;
 };
 
 struct update {
@@ -76,18 +125,11 @@ struct update_key {
 	u32 kind;
 };
 
-struct vcpu {
-	u64 filter; /* the generation of the VM's filter that its bitmap was last computed from */
-	u64 pid;
-};
-
 enum count {
 	DROPPED_CALLS,
-	DROPPED_THREADS,
+	DROPPED_VCPUS,
 	DROPPED_UPDATES,
-	UNPAIRED_DISABLE, /* entered, and entered again without a return in between */
-	UNPAIRED_ENABLE,
-	UNPAIRED_UPDATE,
+	UNPAIRED_UPDATE, /* entered, and entered again without a return in between */
 	UNPAIRED_RETURN, /* returned without an entry */
 	READ_FAILED,
 	VCPUS_SEEN,
@@ -95,12 +137,48 @@ enum count {
 	COUNTS,
 };
 
-BPF_HASH(calls, struct call, struct outcome, CALLS_CAPACITY);
-BPF_HASH(threads, u32, struct thread, THREADS_CAPACITY);
+BPF_ARRAY(counters, struct counter, COUNTERS_CAPACITY);
+BPF_HASH(counter_owners, u32, u8, COUNTERS_CAPACITY);
+BPF_HASH(calls, struct call, struct outcome, CALLS_CAPACITY); /* those that found no counter */
+BPF_ARRAY(vcpus, struct vcpu, VCPUS_CAPACITY);
+BPF_HASH(vcpu_owners, u32, u64, VCPUS_CAPACITY);
+#ifdef BY_PID
 BPF_HASH(updates, struct update_key, struct update, UPDATES_CAPACITY);
-BPF_TABLE("lru_hash", u64, struct vcpu, vcpus, VCPUS_CAPACITY);
+#else
+BPF_ARRAY(updates, struct update, RECALC + 1);
+#endif
 BPF_TABLE("lru_hash", u32, u8, vmms, UPDATES_CAPACITY);
 BPF_ARRAY(counts, u64, COUNTS);
+
+#ifdef FENTRY
+typedef u64 context;
+#define ARGUMENT(ctx, n) ((ctx)[(n) - 1])
+#define RESULT(ctx, arguments) ((ctx)[arguments])
+
+/* bpf_get_func_arg(), 5.17 and newer. The verifier lets nobody calculate with a pointer that is read from ctx. */
+static long (*get_argument)(u64 *ctx, u32 n, u64 *value) = (void *)183;
+
+static __always_inline u64 pointer_argument(u64 *ctx)
+{
+	u64 value = 0;
+
+	get_argument(ctx, 0, &value);
+	return value;
+}
+#else
+typedef struct pt_regs context;
+#define ARGUMENT(ctx, n) PT_REGS_PARM##n(ctx)
+#define RESULT(ctx, arguments) PT_REGS_RC(ctx)
+#define pointer_argument(ctx) PT_REGS_PARM1(ctx)
+#define ENABLE_AT 0
+#define DISABLE_AT 0
+#define SET_AT 0
+#endif
+
+#define barrier() asm volatile("" ::: "memory")
+
+/* As BCC declares it, but for the types: with these, nothing is cut to 32 bits. */
+static long (*read_kernel)(void *to, u64 size, u64 from) = (void *)BPF_FUNC_probe_read_kernel;
 
 static __always_inline void count(int which)
 {
@@ -119,158 +197,405 @@ static __always_inline bool wanted(void)
 #endif
 }
 
-static __always_inline u32 pid_label(void)
+#ifdef CAST_TYPE
+/*
+ * bpf_rdonly_cast(), kernel/bpf/helpers.c: with a type for which reading is allowed, a load is an instruction instead of
+ * 80. The number is a placeholder: BCC can call helpers alone, so tracer/compiler.py puts that of the kernel's in.
+ */
+static void *(*rdonly_cast)(u64 address, u32 type) = (void *)0x7f000001;
+
+static __always_inline u64 byte_at(u64 address)
 {
-#ifdef BY_PID
-	return bpf_get_current_pid_tgid() >> 32;
-#else
-	return 0;
+	return *(volatile u8 *)rdonly_cast(address, CAST_TYPE);
+}
 #endif
+
+/* --- who called --- */
+
+#ifndef KRETPROBE_TRAMPOLINE
+#define KRETPROBE_TRAMPOLINE 0
+#endif
+#ifndef FGRAPH_TRAMPOLINE
+#define FGRAPH_TRAMPOLINE 0
+#endif
+
+/* The kernel's unwinder knows what was there before a trampoline, and takes its time: thousands of instructions. */
+static __always_inline u64 caller_on_stack(context *ctx, u64 function)
+{
+	u64 frames[8] = {}, caller = 0;
+	bool found = false;
+
+	bpf_get_stack(ctx, frames, sizeof(frames), 0);
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < 8; i++) {
+		bool inside = frames[i] - function + 16 < 32;
+
+		if (found && !inside && !caller)
+			caller = frames[i];
+		found = found || inside;
+	}
+	return caller;
 }
 
-static __always_inline struct thread *thread_of(u32 tid)
+/* The return address; FUNCTION is the address of the function that was called. */
+static __always_inline u64 caller_of(context *ctx, u64 function)
 {
-	struct thread fresh = {};
-	struct thread *thread = threads.lookup(&tid);
+	u64 caller = 0;
 
-	if (!thread)
-		thread = threads.lookup_or_try_init(&tid, &fresh);
-	if (!thread)
-		count(DROPPED_THREADS);
-	return thread;
+#ifdef FENTRY
+	/*
+	 * arch_prepare_bpf_trampoline(), arch/x86/net/bpf_jit_comp.c: above the arguments there may be the return value,
+	 * then the frame pointer, the address in the function and the one in its caller. At most four arguments.
+	 */
+	u64 words[8] = {};
+
+	read_kernel(words, sizeof(words), (u64)(ctx + 3));
+#pragma clang loop unroll(disable)
+	for (int i = 1; i < 7; i++) {
+		if (!caller && words[i] - function < 16)
+			caller = words[i + 1];
+	}
+#else
+	function = PT_REGS_IP(ctx);
+	read_kernel(&caller, sizeof(caller), PT_REGS_SP(ctx));
+#endif
+	if (!caller || caller == KRETPROBE_TRAMPOLINE || caller == FGRAPH_TRAMPOLINE)
+		caller = caller_on_stack(ctx, function);
+	return caller;
 }
 
-static __always_inline void count_call(struct call *call, u8 changed, u8 refused, u8 unreadable)
-{
-	struct outcome zero = {};
-	struct outcome *outcome = calls.lookup(call);
+/* --- counting calls --- */
 
-	if (!outcome)
-		outcome = calls.lookup_or_try_init(call, &zero);
+/* The factor gives the calls that KVM makes inside updates a counter each (test_counters_of_updates). */
+#define COUNTER_FACTOR 0xdbeef77adcd69029
+#define COUNTER_SHIFT 54 /* what is left is less than half of the capacity */
+
+static __always_inline u32 first_counter(u64 what)
+{
+	return what * COUNTER_FACTOR >> COUNTER_SHIFT;
+}
+
+/* The counter of such calls, which may be a new one; NO_COUNTER if its places are taken. */
+static __always_inline u32 find_counter(u64 what, u64 site, u64 caller)
+{
+#ifndef BY_PID /* the counts of processes that have ended are taken out of `calls` */
+	u32 first = first_counter(what + site) + (site ? COUNTERS_CAPACITY / 2 : 0);
+	struct counter *counter;
+	u8 taken = 1;
+
+#pragma clang loop unroll(disable)
+	for (u32 way = 0; way < COUNTER_WAYS; way++) {
+		u32 index = first ^ way;
+
+		counter = counters.lookup(&index);
+		if (counter && counter->what == what && counter->site == site)
+			return index;
+	}
+#pragma clang loop unroll(disable)
+	for (u32 way = 0; way < COUNTER_WAYS; way++) {
+		u32 index = first ^ way;
+
+		counter = counters.lookup(&index);
+		if (counter && !counter->what && !counter_owners.insert(&index, &taken)) {
+			counter->caller = caller;
+			counter->site = site;
+			barrier();
+			counter->what = what;
+			return index;
+		}
+	}
+#endif
+	return NO_COUNTER;
+}
+
+/* Where the call of V is counted. */
+static __always_inline struct outcome *outcome_of(u32 *counter, struct vcpu *v)
+{
+	struct counter *known = counters.lookup(counter);
+
+	if (known) {
+		return &known->outcome;
+	} else {
+		struct call call = { .what = WHAT_OF(v), .caller = v->caller, .pid = v->pid };
+		struct outcome zero = {};
+
+		return calls.lookup_or_try_init(&call, &zero);
+	}
+}
+
+/* BEFORE and AFTER are of bits_at(). */
+static __always_inline void count_call(struct outcome *outcome, u32 how, u64 before, u64 after)
+{
+	u64 changed = before ^ after;
+
 	if (!outcome) {
 		count(DROPPED_CALLS);
 		return;
 	}
-	__sync_fetch_and_add(&outcome->calls, 1);
-	if (unreadable)
+	if ((before | after) & FAILED) {
+#ifdef BITMAP_OFFSET
+		count(READ_FAILED);
+#endif
 		__sync_fetch_and_add(&outcome->unknown, 1);
-	else if (!changed)
+		return;
+	}
+	if (!changed) {
 		__sync_fetch_and_add(&outcome->redundant, 1);
-	if (changed & MSR_TYPE_R)
-		__sync_fetch_and_add(&outcome->changed_read, 1);
-	if (changed & MSR_TYPE_W)
-		__sync_fetch_and_add(&outcome->changed_write, 1);
-	if (refused)
+	} else {
+		__sync_fetch_and_add(&outcome->changed, 1);
+		if (changed & READ_BITS)
+			__sync_fetch_and_add(&outcome->changed_read, 1);
+		if (changed & WRITE_BITS)
+			__sync_fetch_and_add(&outcome->changed_write, 1);
+	}
+	if (after && !(how & ENABLES))
 		__sync_fetch_and_add(&outcome->refused, 1);
 }
 
-/* The bits of TYPE for the MSR whose bytes are at BITMAP. Intel SDM vol. 3, "MSR-Bitmap Address". */
-static __always_inline u8 bits_at(u64 bitmap, u32 msr, u8 type, u8 *unreadable)
-{
-	u8 read = 0, write = 0, shift = msr & 7;
-
-	if (!bitmap)
-		return 0;
-	if (bpf_probe_read_kernel(&read, 1, (void *)bitmap) ||
-	    bpf_probe_read_kernel(&write, 1, (void *)(bitmap + 0x800)))
-		*unreadable = 1;
-	return ((read >> shift & 1) * MSR_TYPE_R | (write >> shift & 1) * MSR_TYPE_W) & type;
-}
-
 #ifdef BITMAP_OFFSET
-/* Where the read bits of MSR are in the bitmap of VCPU; 0 for an MSR outside both ranges or a CPU without one. */
-static __always_inline u64 byte_of(u64 vcpu, u32 msr, u8 *unreadable)
+static __always_inline u64 bitmap_of(u64 vcpu)
 {
 	u64 bitmap = 0;
-	u32 quarter = msr >= 0xc0000000 ? 0x400 : 0;
 
-	if ((msr & ~0x1fff) != 0 && (msr & ~0x1fff) != 0xc0000000)
-		return 0;
-	if (bpf_probe_read_kernel(&bitmap, sizeof(bitmap), (void *)(vcpu + BITMAP_OFFSET)))
-		*unreadable = 1;
-	return bitmap ? bitmap + quarter + ((msr & 0x1fff) >> 3) : 0;
+	if (read_kernel(&bitmap, sizeof(bitmap), vcpu + BITMAP_OFFSET))
+		return UNREADABLE;
+	return bitmap;
 }
-#endif
 
-static __always_inline int call_entered(struct pt_regs *ctx, u8 action)
+/* Where the read bits of MSR are in BITMAP; 0 for an MSR outside both ranges or a CPU without a bitmap. */
+static __always_inline u64 byte_of(u64 bitmap, u64 msr)
 {
-	u32 tid = bpf_get_current_pid_tgid();
-	u32 msr = PT_REGS_PARM2(ctx);
-	u8 type = PT_REGS_PARM3(ctx) & (MSR_TYPE_R | MSR_TYPE_W);
-	struct thread *thread;
+	u64 byte = bitmap + (msr >> 3 & 0x3ff);
 
-	if (!wanted())
+	if (bitmap && msr < 0x2000)
+		return byte;
+	if (bitmap && msr - 0xc0000000 < 0x2000)
+		return byte + 0x400;
+	return 0;
+}
+
+/*
+ * The bits that a call for MSR names, each in its place in its byte: of READ_BITS and of WRITE_BITS; or FAILED.
+ * Intel SDM vol. 3, "MSR-Bitmap Address".
+ */
+static __always_inline u64 bits_at(u64 address, u64 msr, u64 how)
+{
+	u64 bits = 0;
+	u8 byte;
+
+	if (!address)
 		return 0;
-#ifdef BITMAP_OFFSET
-	thread = thread_of(tid);
-	if (!thread)
-		return 0;
-	if (thread->in_call) {
-		count(thread->action == ENABLE ? UNPAIRED_ENABLE : UNPAIRED_DISABLE);
+#ifdef CAST_TYPE
+	if (how & DIRECT) {
+		if (how & MSR_TYPE_R)
+			bits = byte_at(address);
+		if (how & MSR_TYPE_W)
+			bits |= byte_at(address + 0x800) << 8;
+		return bits & 0x101 << (msr & 7);
 	}
-	thread->in_call = 1;
-	thread->msr = msr;
-	thread->type = type;
-	thread->action = action;
-	thread->unreadable = 0;
-	thread->bitmap = byte_of(PT_REGS_PARM1(ctx), msr, &thread->unreadable);
-	thread->before = bits_at(thread->bitmap, msr, type, &thread->unreadable);
+#endif
+	if (how & MSR_TYPE_R) {
+		if (read_kernel(&byte, 1, address))
+			return FAILED;
+		bits = byte;
+	}
+	if (how & MSR_TYPE_W) {
+		if (read_kernel(&byte, 1, address + 0x800))
+			return FAILED;
+		bits |= (u64)byte << 8;
+	}
+	return bits & 0x101 << (msr & 7);
+}
+
+/* The call of V that is open has returned, and the bitmap is as it left it: count it. */
+static __always_inline void settle(struct vcpu *v)
+{
+	u64 number = v->number;
+
+	/* Whoever makes it even counts. */
+	if (number & 1 && __sync_val_compare_and_swap(&v->number, number, number + 1) == number)
+		count_call(outcome_of(&v->counter, v), v->how, v->before, bits_at(v->address, v->msr, v->how));
+}
+
+/*
+ * For the reader, by BPF_PROG_TEST_RUN: count the call with the number args[1] of the vCPU in slot args[0], if it has
+ * returned: because args[2] says so, or if the vCPU left the guest between two looks, which no vCPU does in a call.
+ */
+int settle_call(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 index = ctx->args[0], how;
+	u64 number = ctx->args[1], exits = 0, before, after;
+	struct vcpu *v = vcpus.lookup(&index);
+	struct outcome *outcome;
+
+	if (!v || *(volatile u64 *)&v->number != number)
+		return SETTLED;
+	if (!ctx->args[2]) {
+#ifdef EXITS_OFFSET
+		if (read_kernel(&exits, sizeof(exits), v->vcpu + EXITS_OFFSET))
+			return OPEN;
+#endif
+		if (v->looked_at != number || v->exits == exits) {
+			v->looked_at = number;
+			v->exits = exits;
+			return OPEN;
+		}
+	}
+	/* All of it is read before the number is changed: then none of it is the next call's. */
+	outcome = outcome_of(&v->counter, v);
+	how = v->how;
+	before = v->before;
+	after = bits_at(v->address, v->msr, how);
+	barrier();
+	if (__sync_val_compare_and_swap(&v->number, number, number + 1) == number)
+		count_call(outcome, how, before, after);
+	return SETTLED;
+}
 #else
-	struct call call = { .pid = pid_label(), .msr = msr, .type = type, .action = action };
+static __always_inline void settle(struct vcpu *v)
+{
+}
+#endif
 
-	thread = threads.lookup(&tid);
-	call.within = thread ? thread->within : NONE;
-	/* Alone on the function, so the word on top of the stack is the caller's, not a trampoline's. */
-	bpf_probe_read_kernel(&call.caller, sizeof(call.caller), (void *)PT_REGS_SP(ctx));
-	count_call(&call, 0, 0, 1);
+/* --- vCPUs --- */
+
+static __always_inline u32 first_slot(u64 vcpu)
+{
+	return vcpu * 0x9e3779b97f4a7c15 >> 50 & (VCPUS_CAPACITY - VCPU_WAYS);
+}
+
+/* The slot of VCPU if it has one, and its INDEX. */
+static __always_inline struct vcpu *known_vcpu(u64 vcpu, u32 *index)
+{
+	u32 first = first_slot(vcpu);
+	struct vcpu *v;
+
+	*index = first;
+	v = vcpus.lookup(index);
+	if (v && v->vcpu == vcpu)
+		return v;
+#pragma clang loop unroll(disable)
+	for (u32 way = 1; way < VCPU_WAYS; way++) {
+		*index = first + way;
+		v = vcpus.lookup(index);
+		if (v && v->vcpu == vcpu)
+			return v;
+	}
+	return NULL;
+}
+
+static __always_inline void vcpu_seen(void)
+{
+	u32 pid = bpf_get_current_pid_tgid() >> 32;
+	u8 one = 1;
+
+	count(VCPUS_SEEN);
+	if (!vmms.lookup(&pid)) {
+		vmms.update(&pid, &one);
+		count(VMMS_SEEN);
+	}
+}
+
+/* The slot of VCPU, and its INDEX; NULL if its places are taken. */
+static __always_inline struct vcpu *slot_of(u64 vcpu, u32 *index)
+{
+	u32 first = first_slot(vcpu);
+	struct vcpu *v = known_vcpu(vcpu, index);
+
+	if (v)
+		return v;
+#pragma clang loop unroll(disable)
+	for (u32 way = 0; way < VCPU_WAYS; way++) {
+		*index = first + way;
+		v = vcpus.lookup(index);
+		if (v && !v->vcpu && !vcpu_owners.insert(index, &vcpu)) {
+			v->inside = INSIDE(NONE);
+			v->filter = 0;
+			barrier();
+			v->vcpu = vcpu;
+			vcpu_seen();
+			return v;
+		}
+	}
+	count(DROPPED_VCPUS);
+	return NULL;
+}
+
+/* --- the functions that change a bit each --- */
+
+static __always_inline int call_entered(context *ctx, u32 action, u64 function)
+{
+	u64 vcpu = pointer_argument(ctx), msr, what;
+	struct counter *counter = NULL;
+	struct vcpu *v;
+	u64 how;
+	u32 index;
+
+	if (!wanted())
+		return 0;
+	v = slot_of(vcpu, &index);
+	if (!v)
+		return 0;
+	settle(v);
+	v->msr = ARGUMENT(ctx, 2);
+	v->how = ARGUMENT(ctx, 3) & (MSR_TYPE_R | MSR_TYPE_W) | v->inside | action | VALID;
+	what = WHAT_OF(v);
+	v->counter = first_counter(what);
+	if (v->inside)
+		counter = counters.lookup(&v->counter);
+	if (!counter || counter->what != what) {
+		u64 id = bpf_get_current_pid_tgid();
+
+		v->caller = caller_of(ctx, function);
+		v->counter = find_counter(what, v->inside ? 0 : v->caller, v->caller);
+		v->tid = id;
+#ifdef BY_PID
+		v->pid = id >> 32;
+#endif
+	}
+	msr = v->msr;
+	how = v->how;
+#ifdef BITMAP_OFFSET
+	v->address = byte_of(v->inside ? v->bitmap : bitmap_of(vcpu), msr);
+	v->before = bits_at(v->address, msr, how);
+	barrier();
+	v->number++;
+#else
+	count_call(outcome_of(&v->counter, v), how, 0, FAILED);
 #endif
 	return 0;
 }
 
-int enable_entered(struct pt_regs *ctx)
+#ifndef SETS
+int enable_entered(context *ctx)
 {
-	return call_entered(ctx, ENABLE);
+	return call_entered(ctx, ENABLES, ENABLE_AT);
 }
 
-int disable_entered(struct pt_regs *ctx)
+int disable_entered(context *ctx)
 {
-	return call_entered(ctx, DISABLE);
+	return call_entered(ctx, 0, DISABLE_AT);
 }
 
-int set_entered(struct pt_regs *ctx)
+#else
+int set_entered(context *ctx)
 {
-	return call_entered(ctx, (u8)PT_REGS_PARM4(ctx) ? ENABLE : DISABLE);
+	return call_entered(ctx, (u8)ARGUMENT(ctx, 4) ? ENABLES : 0, SET_AT);
 }
+#endif
 
-int call_returned(struct pt_regs *ctx)
+/* vmx_update_msr_bitmap_x2apic(vcpu), and what calls it: about to write bits of MSRs 0x800-0x83f, without a call. */
+int x2apic_entered(context *ctx)
 {
-	u32 tid = bpf_get_current_pid_tgid();
-	struct thread *thread;
-	struct call call = { .pid = pid_label() };
-	u8 after, unreadable;
+	u32 index;
+	struct vcpu *v = known_vcpu(pointer_argument(ctx), &index);
 
-	if (!wanted())
-		return 0;
-	thread = threads.lookup(&tid);
-	if (!thread || !thread->in_call) {
-		count(UNPAIRED_RETURN);
-		return 0;
-	}
-	unreadable = thread->unreadable;
-	after = bits_at(thread->bitmap, thread->msr, thread->type, &unreadable);
-	call.caller = PT_REGS_IP(ctx); /* the handlers of a return probe see the real return address */
-	call.msr = thread->msr;
-	call.type = thread->type;
-	call.action = thread->action;
-	call.within = thread->within;
-	if (unreadable)
-		count(READ_FAILED);
-	count_call(&call, thread->before ^ after, call.action == DISABLE ? after : 0, unreadable);
-	thread->in_call = 0;
-	if (!thread->within)
-		threads.delete(&tid);
+	if (v)
+		settle(v);
 	return 0;
 }
+
+/* --- MSR filters --- */
 
 /* The generation of each VM's MSR filter: a number that no other filter ever had; 0 before the first. */
 #ifdef FILTER_OFFSET
@@ -286,7 +611,7 @@ static __always_inline u64 filter_of(u64 vcpu)
 {
 	u64 kvm = 0, *filter;
 
-	if (bpf_probe_read_kernel(&kvm, sizeof(kvm), (void *)(vcpu + FILTER_OFFSET)))
+	if (read_kernel(&kvm, sizeof(kvm), vcpu + FILTER_OFFSET))
 		count(READ_FAILED);
 	filter = filters.lookup(&kvm);
 	return filter ? *filter : 0;
@@ -296,10 +621,10 @@ static __always_inline u64 filter_of(u64 vcpu)
  * kvm_vm_ioctl_set_msr_filter(kvm, filter), arch/x86/kvm/x86.c: replaces the filter, then asks every vCPU to
  * recompute. The generation moves at entry, since a vCPU may have recomputed before the function returns.
  */
-int filter_set_entered(struct pt_regs *ctx)
+int filter_set_entered(context *ctx)
 {
 	u32 tid = bpf_get_current_pid_tgid();
-	u64 kvm = PT_REGS_PARM1(ctx), generation = bpf_ktime_get_ns();
+	u64 kvm = pointer_argument(ctx), generation = bpf_ktime_get_ns();
 	u64 *previous = filters.lookup(&kvm);
 	struct attempt attempt = { .kvm = kvm, .previous = previous ? *previous : 0 };
 
@@ -308,12 +633,12 @@ int filter_set_entered(struct pt_regs *ctx)
 	return 0;
 }
 
-int filter_set_returned(struct pt_regs *ctx)
+int filter_set_returned(context *ctx)
 {
 	u32 tid = bpf_get_current_pid_tgid();
 	struct attempt *attempt = attempts.lookup(&tid);
 
-	if (attempt && PT_REGS_RC(ctx)) /* refused as invalid: nobody was asked to recompute */
+	if (attempt && (int)RESULT(ctx, 2)) /* refused as invalid: nobody was asked to recompute */
 		filters.update(&attempt->kvm, &attempt->previous);
 	attempts.delete(&tid);
 	return 0;
@@ -325,100 +650,186 @@ static __always_inline u64 filter_of(u64 vcpu)
 }
 #endif
 
-static __always_inline void vcpu_seen(u64 vcpu, u64 filter)
-{
-	u32 pid = bpf_get_current_pid_tgid() >> 32;
-	struct vcpu seen = { .filter = filter, .pid = pid };
-	u8 one = 1;
-
-	vcpus.update(&vcpu, &seen);
-	count(VCPUS_SEEN);
-	if (!vmms.lookup(&pid)) {
-		vmms.update(&pid, &one);
-		count(VMMS_SEEN);
-	}
-}
-
 /* vmx_vcpu_create(vcpu): a vCPU starts out with the filter of the day, and may have the address of a dead one. */
-int vcpu_created(struct pt_regs *ctx)
+int vcpu_created(context *ctx)
 {
-	u64 vcpu = PT_REGS_PARM1(ctx);
+	u64 vcpu = pointer_argument(ctx);
+	u32 index;
+	struct vcpu *v;
 
-	if (wanted())
-		vcpu_seen(vcpu, filter_of(vcpu));
+	if (!wanted())
+		return 0;
+	v = known_vcpu(vcpu, &index);
+	if (v) { /* one whose end was not seen */
+		v->address = UNREADABLE;
+		settle(v);
+		v->inside = INSIDE(NONE);
+		vcpu_seen();
+	} else {
+		v = slot_of(vcpu, &index);
+	}
+	if (v)
+		v->filter = filter_of(vcpu);
 	return 0;
 }
 
-/* Why the update function runs; remembers that this vCPU has seen the filter. */
-static __always_inline u8 update_kind(u64 vcpu)
+/* vmx_vcpu_free(vcpu): its bitmap is still there. */
+int vcpu_freed(context *ctx)
 {
-	struct vcpu *known = vcpus.lookup(&vcpu);
-	u64 filter = filter_of(vcpu);
-	u64 applied = known ? known->filter : 0;
+	u32 index;
+	struct vcpu *v = known_vcpu(pointer_argument(ctx), &index);
 
-	if (!known)
-		vcpu_seen(vcpu, filter);
-	else
-		known->filter = filter;
-#ifdef FILTER_OFFSET
-	return filter != applied ? FILTER_CHANGE : RECALC;
+	if (v) {
+		settle(v);
+		v->vcpu = 0;
+		vcpu_owners.delete(&index);
+	}
+	return 0;
+}
+
+/* --- the function that recomputes a vCPU's bitmap --- */
+
+/* The slot of the vCPU that a thread updates: a return probe has no arguments. What threads leave there is pushed out. */
+#ifndef FENTRY
+BPF_TABLE("lru_hash", u32, u32, threads, VCPUS_CAPACITY);
+
+#ifdef BITMAP_OFFSET /* so the kernel has atomic operations that return what was there */
+BPF_ARRAY(threads_here, u64, THREADS_HERE); /* the thread's id, and the slot; without a hash table, if there is room */
+
+static __always_inline void thread_updates(u32 tid, u32 index)
+{
+	u32 place = tid & (THREADS_HERE - 1);
+	u64 *here = threads_here.lookup(&place), there = here ? *here : 0;
+
+	if (!here || (there && there >> 32 != tid) ||
+	    __sync_val_compare_and_swap(here, there, (u64)tid << 32 | index) != there)
+		threads.update(&tid, &index);
+}
+
+static __always_inline bool thread_updated(u32 tid, u32 *index)
+{
+	u32 place = tid & (THREADS_HERE - 1), *slot;
+	u64 *here = threads_here.lookup(&place);
+
+	if (here && *here >> 32 == tid) {
+		*index = *here;
+		*here = 0;
+		return true;
+	}
+	slot = threads.lookup(&tid);
+	if (slot)
+		*index = *slot;
+	return slot;
+}
 #else
-	return UPDATE_KIND;
-#endif
+static __always_inline void thread_updates(u32 tid, u32 index)
+{
+	threads.update(&tid, &index);
 }
 
-int update_entered(struct pt_regs *ctx)
+static __always_inline bool thread_updated(u32 tid, u32 *index)
 {
-	u32 tid = bpf_get_current_pid_tgid();
-	struct thread *thread;
+	u32 *slot = threads.lookup(&tid);
+
+	if (slot)
+		*index = *slot;
+	return slot;
+}
+#endif
+#else
+static __always_inline void thread_updates(u32 tid, u32 index)
+{
+}
+#endif
+
+int update_entered(context *ctx)
+{
+	u64 vcpu = pointer_argument(ctx), id = bpf_get_current_pid_tgid(), filter;
+	u32 index, tid = id;
+	struct vcpu *v;
+	u8 byte;
 
 	if (!wanted())
 		return 0;
-	thread = thread_of(tid);
-	if (!thread)
+	v = slot_of(vcpu, &index);
+	if (!v)
 		return 0;
-	if (thread->within)
+	settle(v);
+	if (v->inside)
 		count(UNPAIRED_UPDATE);
-	thread->within = update_kind(PT_REGS_PARM1(ctx));
-	thread->in_call = 0;
-	thread->started = bpf_ktime_get_ns();
+#ifdef FILTER_OFFSET
+	filter = filter_of(vcpu);
+	v->inside = filter != v->filter ? INSIDE(FILTER_CHANGE) : INSIDE(RECALC);
+	v->filter = filter;
+#else
+	v->inside = INSIDE(UPDATE_KIND);
+#endif
+#ifdef BITMAP_OFFSET
+	v->bitmap = bitmap_of(vcpu);
+#ifdef CAST_TYPE
+	if (!read_kernel(&byte, 1, v->bitmap)) /* a page: then all of it can be read */
+		v->inside |= DIRECT;
+#endif
+#endif
+	v->tid = tid;
+#ifdef BY_PID
+	v->pid = id >> 32;
+#endif
+	thread_updates(tid, index);
+	v->started = bpf_ktime_get_ns();
 	return 0;
 }
 
-int update_returned(struct pt_regs *ctx)
+int update_returned(context *ctx)
 {
-	u64 now = bpf_ktime_get_ns();
-	u32 tid = bpf_get_current_pid_tgid();
-	struct update_key key = { .pid = pid_label() };
-	struct update zero = {}, *update;
-	struct thread *thread;
-	u64 spent, started;
-	u32 bucket;
+	u64 now = bpf_ktime_get_ns(), spent;
+	u32 bucket, index = 0;
+	struct update *update;
+	struct update_key key = {};
+	struct vcpu *v;
 
 	if (!wanted())
 		return 0;
-	thread = threads.lookup(&tid);
-	if (!thread || !thread->within) {
+#ifdef FENTRY
+	v = known_vcpu(pointer_argument(ctx), &index);
+#else
+	u32 tid = bpf_get_current_pid_tgid();
+
+	v = thread_updated(tid, &index) ? vcpus.lookup(&index) : NULL;
+	if (v && v->tid != tid)
+		v = NULL;
+#endif
+	if (!v || !v->inside) {
 		count(UNPAIRED_RETURN);
 		return 0;
 	}
-	started = thread->started;
-	spent = now - started;
-	key.kind = thread->within;
-	threads.delete(&tid);
-	update = updates.lookup_or_try_init(&key, &zero);
+	settle(v);
+	key.kind = WITHIN_OF(v->inside);
+	key.pid = v->pid;
+	v->inside = INSIDE(NONE);
+	spent = now - v->started;
+#ifdef BY_PID
+	update = updates.lookup(&key);
+	if (!update) {
+		struct update zero = {};
+
+		update = updates.lookup_or_try_init(&key, &zero);
+	}
+#else
+	update = updates.lookup(&key.kind);
+#endif
 	if (!update) {
 		count(DROPPED_UPDATES);
 		return 0;
 	}
+	__sync_fetch_and_add(&update->count, 1);
+	__sync_fetch_and_add(&update->nanoseconds, spent);
 	/*
 	 * BCC's log2 is 1 + floor(log2), and 1 for 0; so at most BUCKETS - 1 here. The mask says so to the verifier,
 	 * and must not be what the compiler knows already, or it is gone when the verifier looks.
 	 */
 	spent = spent ? (spent - 1) >> 6 : 0;
 	bucket = bpf_log2l(spent < 0x7fffffff ? spent : 0x7fffffff);
-	__sync_fetch_and_add(&update->count, 1);
-	__sync_fetch_and_add(&update->nanoseconds, now - started);
 	__sync_fetch_and_add(&update->buckets[bucket & (BUCKETS - 1)], 1);
 	return 0;
 }

@@ -78,7 +78,7 @@ def row(series: int) -> dict[str, float]:
     registry, collector = CollectorRegistry(), SnapshotCollector(lambda: snapshot, "0.1.0")
     ProcessCollector(registry=registry)
     registry.register(collector)
-    server = Server(registry, ("127.0.0.1", 0))
+    server = Server(registry, ("127.0.0.1", 0)).start()
     client = subprocess.Popen([sys.executable, "-c", _CLIENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert client.stdin
     assert client.stdout

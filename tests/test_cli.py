@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -313,13 +314,15 @@ state = Path(sys.argv.pop(1))
 
 
 class Engine:
+    backend = "kprobe"
+
     def __init__(self, layout, symbols, options, machine):
         (state / "attached").touch()
         self.options, self.layout, self.warnings = options, layout, ["vmx_vcpu_create is not probed: none"]
         self.probes = [Probe(layout.update, layout.update, True, f"{layout.update} [kvm_intel]")]
         self.probes.append(Probe("vmx_vcpu_create", None, False, "none"))
 
-    def snapshot(self):
+    def snapshot(self, patience=0):
         call = Call(0x10, "read", "disable", "vcpu_create", "vmx_vcpu_create", self.options.pid or 0)
         calls = {call: Outcome(7, 0, 7, 0, 0)}
         return Snapshot(self.layout.name, calls=calls, probes=tuple(self.probes), by_vm=self.options.by_vm)
@@ -424,8 +427,15 @@ def test_run(start: Start, number: signal.Signals) -> None:
     assert running.out.read_text() == (
         "msrtrace: probing vmx_msr_filter_changed: vmx_msr_filter_changed [kvm_intel]\n"
         "msrtrace: NOT probing vmx_vcpu_create: none\n"
+        "msrtrace: backend kprobe\n"
         f"msrtrace: serving {url}\n"
     )
+    if os.geteuid() == 0:
+        status = Path(f"/proc/{running.process.pid}/status").read_text()
+        assert "NoNewPrivs:\t1\n" in status
+        bounding = int(re.findall(r"^CapBnd:\s*(\w+)", status, re.MULTILINE)[0], 16)
+        # CAP_BPF, CAP_PERFMON, CAP_SYSLOG, and where probing asks for it CAP_SYS_ADMIN
+        assert bounding & ~(1 << 21) == 1 << 39 | 1 << 38 | 1 << 34
     metrics = scrape(url)
     assert f"{SERIES}}} 7.0\n" in metrics
     assert f'kernel="{os.uname().release}",layout="filter-only"' in metrics

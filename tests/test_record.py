@@ -28,7 +28,7 @@ before = [signal.pthread_sigmask(signal.SIG_BLOCK, []), [signal.getsignal(n) for
 
 
 class Tracer:
-    def snapshot(self):
+    def snapshot(self, patience=0):
         taken.append(time.monotonic())
         return Snapshot("toggle", calls={Call(1, "read", "enable", "other", "f"): Outcome(10 * len(taken))})
 

@@ -35,7 +35,7 @@ class Engine:
         self.warnings = ["something is not as it should be"] * ("WARN" in os.environ)
         self.probes = [Probe(HOOK, HOOK, True, HOOK)]
 
-    def snapshot(self):
+    def snapshot(self, patience=0):
         self.updates += 101
         if "COUNTING" in os.environ:
             open(os.environ["COUNTING"], "w").close()

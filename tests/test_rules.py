@@ -112,7 +112,7 @@ class Host:
         ProcessCollector(registry=self.registry)
         self.registry.register(SnapshotCollector(self.snapshot, "0.1.0", "6.12" if patched else "6.1"))
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, patience: float = 0) -> Snapshot:
         self._updates += 1
         n = self._updates * (1 if self._by_vm else 2)
         pids = {100: ODD, 200: "db"} if self._by_vm else {0: ""}
@@ -180,7 +180,7 @@ def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
 def served(host: Host, certificates: Path) -> Iterator[int]:
     """HOST's metrics on 127.0.0.1, as `msrtrace run --web.tls-client-ca-file` serves them; the port."""
     cert, key, ca = (str(certificates / name) for name in ("server.pem", "server.key", "ca.pem"))
-    server = Server(host.registry, ("127.0.0.1", 0), cert=cert, key=key, ca=ca)
+    server = Server(host.registry, ("127.0.0.1", 0), cert=cert, key=key, ca=ca).start()
     try:
         yield int(server.server_address[1])
     finally:

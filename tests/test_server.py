@@ -41,7 +41,7 @@ def serve() -> Iterator[Serve]:
     def start(take: Callable[[], Snapshot] | Collector, **options: object) -> Server:
         registry = CollectorRegistry()
         registry.register(take if not callable(take) else SnapshotCollector(take, "0.1.0"))
-        started.append(Server(registry, ("127.0.0.1", 0), **options))  # type: ignore[arg-type]
+        started.append(Server(registry, ("127.0.0.1", 0), **options).start())  # type: ignore[arg-type]
         return started[-1]
 
     yield start

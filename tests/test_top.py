@@ -61,7 +61,7 @@ class Kernel:
         self.events: list[bool | MsrtraceError] = []
         self.asked = 0
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, patience: float = 0) -> Snapshot:
         reading = self.readings.pop(0)
         self.now += 0.25  # reading takes time, each time the same
         if isinstance(reading, Exception):

@@ -38,7 +38,7 @@ class Engine:
         self.options, self.layout, self.warnings, self.n = options, layout, [], 0
         self.probes = [Probe(name, name, True, name) for name in names]
 
-    def snapshot(self):
+    def snapshot(self, patience=0):
         if (state / "broken").exists():
             raise OSError("broken map")
         if (state / "crash").exists():

@@ -92,6 +92,8 @@ class Kernel:
 class Engine:
     """Stands in for tracer.engine.Engine; knows what may be asked of it when."""
 
+    backend = "kprobe"
+
     def __init__(self, kernel: Kernel, layout: Layout) -> None:
         self.kernel, self.layout = kernel, layout
         self.modules: list[int] = []  # those that it was attached to
@@ -139,7 +141,7 @@ class Engine:
         self.calls[pid] += times
         self.vcpus += times
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, patience: float = 0) -> Snapshot:
         assert self.attached
         assert self.busy.acquire(blocking=False), "two threads in one engine"
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -27,6 +28,18 @@ def version() -> str:
     from importlib import metadata
 
     return metadata.version("msrtrace")
+
+
+def backend_option(function: Callable[..., None]) -> Callable[..., None]:
+    """The option --backend of what traces."""
+    return click.option(
+        "--backend",
+        type=click.Choice(["auto", "fentry", "kprobe"]),
+        default="auto",
+        show_default=True,
+        help="How functions are probed; auto: by fentry, which is cheaper, where kernel and BCC can. While fentry is "
+        "in use kvm_intel cannot be unloaded.",
+    )(function)
 
 
 def check_pid(pid: int | None) -> None:

@@ -2,53 +2,68 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import re
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from tracer import syscalls
 from tracer.btf import Btf, BtfError
 from tracer.cause import FILTER_CHANGE, RECALC, cause_of
+from tracer.compiler import Builder, Built, Refused, Variant, refused
 from tracer.doctor import Machine, explain_eperm
 from tracer.errors import MsrtraceError
-from tracer.layout import VCPU_CREATE, Layout, Symbols
+from tracer.layout import VCPU_CREATE, VCPU_FREE, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout, Symbols
 from tracer.resources import resource
+from tracer.rights import in_force
 from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
 
 _ACCESS = {1: "read", 2: "write", 3: "read_write"}
-_ACTION = {0: "disable", 1: "enable"}
+_ENABLES = 0x100
 # enum within and enum count of bpf/msrtrace.c
 _WITHIN_FILTER_CHANGE, _WITHIN_RECALC = 1, 2
 _COUNTS = [
     "dropped_calls",
-    "dropped_threads",
+    "dropped_vcpus",
     "dropped_updates",
-    "unpaired_disable",
-    "unpaired_enable",
     "unpaired_update",
     "unpaired_return",
     "read_failed",
     "vcpus_seen",
     "vmms_seen",
 ]
+_MAPS = ["counters", "counter_owners", "calls", "vcpus", "vcpu_owners", "updates", "counts"]
+# struct outcome, counter, call, vcpu (its number and its tid), update_key and update
+_OUTCOME = struct.Struct("6Q")
+_COUNTER = struct.Struct("6Q3Q")
+_CALL = struct.Struct("3Q")
+_VCPU = struct.Struct("8xQ36xI")
+_UPDATE_KEY = struct.Struct("II")
+_UPDATE = struct.Struct("2Q32Q")
+_INDEX = struct.Struct("I")
+_VALUE = struct.Struct("Q")
+_OPEN = 1  # of enum settled
+_RDONLY_CAST = 0x7F000001  # the number by which the program calls it
+_CAST = ("bpf_rdonly_cast", "timespec64")
 
-
-_DEBUG_HINT = " (MSRTRACE_DEBUG=1 shows all)"
+BACKENDS = ("kprobe", "fentry")
+_FENTRY_BCC = (0, 28)  # the first that finds functions of modules
+_INIT_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
+_SETTLE_PAUSE_SECONDS = 0.002
+_PREEMPTION_MODEL = Path("/sys/kernel/debug/sched/preempt")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose to see: the VMs apart, or the VMM with one pid alone."""
+    """What the user chose: to see the VMs apart, the VMM with one pid alone, and by which of BACKENDS or `auto`."""
 
     by_vm: bool = False
     pid: int | None = None
+    backend: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -57,43 +72,134 @@ class _Point:
 
     function: str
     entry: str
-    returned: str | None
+    returned: str | None = None
     #: the counters of `_COUNTS` that say a return was missed
     unpaired: tuple[str, ...] = ()
 
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """The BPF functions."""
+        return (self.entry, self.returned) if self.returned else (self.entry,)
+
 
 def points(layout: Layout, symbols: Symbols, exact: bool) -> list[_Point]:
-    """What LAYOUT asks to be probed, the update function first; EXACT if calls are probed at their return too."""
-    returned = "call_returned" if exact else None
+    """What LAYOUT asks to be probed, the update function first; EXACT if the outcomes of calls are seen."""
+
+    def present(names: tuple[str, ...]) -> str:
+        return next((name for name in names if symbols.find(name)), names[0])
+
     found = [_Point(layout.update, "update_entered", "update_returned", ("unpaired_update",))]
     if layout.filter_set:
         found.append(_Point(layout.filter_set, "filter_set_entered", "filter_set_returned"))
-    create = next((name for name in VCPU_CREATE if symbols.find(name)), VCPU_CREATE[0])
-    found.append(_Point(create, "vcpu_created", None))
-    if layout.enable:
-        found.append(_Point(layout.enable, "enable_entered", returned, ("unpaired_enable",)))
-    if layout.disable:
-        found.append(_Point(layout.disable, "disable_entered", returned, ("unpaired_disable",)))
-    if layout.set_:
-        found.append(_Point(layout.set_, "set_entered", returned, ("unpaired_enable", "unpaired_disable")))
-    return found
+    found.append(_Point(present(VCPU_CREATE), "vcpu_created"))
+    found.append(_Point(present(VCPU_FREE), "vcpu_freed"))
+    if exact and layout.calls:
+        whole = symbols.find(X2APIC_WRITE) or not any(map(symbols.find, X2APIC_WRITE_CALLERS))
+        found += [_Point(name, "x2apic_entered") for name in ((X2APIC_WRITE,) if whole else X2APIC_WRITE_CALLERS)]
+    called = {"enable_entered": layout.enable, "disable_entered": layout.disable, "set_entered": layout.set_}
+    return found + [_Point(function, entry) for entry, function in called.items() if function]
 
 
-def definitions(layout: Layout, btf: Btf | None, filter_known: bool, options: Options) -> dict[str, int]:
+def definitions(layout: Layout, btf: Btf | None, symbols: Symbols, options: Options) -> dict[str, int]:
     """The -D by which bpf/msrtrace.c is configured; without BTF the outcome of calls stays unknown."""
-    result: dict[str, int] = {}
+    result = dict(symbols.trampolines)
     if btf:
         result["BITMAP_OFFSET"] = btf.bitmap_offset()
-    if layout.filter_set and filter_known:
+        with suppress(BtfError):
+            result["EXITS_OFFSET"] = btf.offset("kvm_vcpu", "stat") + btf.offset("kvm_vcpu_stat", "exits")
+    if layout.filter_set and symbols.find(layout.filter_set):
         # `kvm` is the first member of struct kvm_vcpu since 2.6; BTF confirms it where there is any.
         result["FILTER_OFFSET"] = btf.offset("kvm_vcpu", "kvm") if btf else 0
     else:
         result["UPDATE_KIND"] = _WITHIN_RECALC if layout.filter_set else _WITHIN_FILTER_CHANGE
+    if layout.set_:
+        result["SETS"] = 1
     if options.pid is not None:
         result["WANTED_PID"] = options.pid
     if options.by_vm:
         result["BY_PID"] = 1
     return result
+
+
+def preemptible(model: Path = _PREEMPTION_MODEL, version: str | None = None) -> bool:
+    """Whether kernel code, and so a BPF program at fentry, may be preempted, as far as can be known: else yes.
+
+    One that is keeps the same program from running for others on that CPU until it goes on, and their calls are missed
+    (__bpf_prog_enter_recur(), kernel/bpf/trampoline.c). Kprobes run with preemption disabled.
+    """
+    version = version or os.uname().version
+    if "PREEMPT" not in version:
+        return False
+    try:
+        chosen = re.search(r"\((\w+)\)", model.read_text())
+    except OSError:
+        return True
+    return not chosen or chosen[1] not in ("none", "voluntary")
+
+
+def variants(
+    layout: Layout, symbols: Symbols, defined: Mapping[str, int], options: Options, cast: int | None = None
+) -> list[Variant]:
+    """How the program may be built, what is preferred first. CAST: the BTF id of bpf_rdonly_cast(), if it is there.
+
+    Raises MsrtraceError if the user's choice cannot be.
+    """
+    exact = "BITMAP_OFFSET" in defined
+    # What tells filter updates apart is compiled only where its offset is defined.
+    wanted = [
+        p for p in points(layout, symbols, exact) if p.function != layout.filter_set or "FILTER_OFFSET" in defined
+    ]
+    kprobe = {name: ("kprobe", name) for point in wanted for name in point.programs}
+    reader = {"settle_call": ("raw_tracepoint", "settle_call")} if exact else {}
+    found = [Variant("kprobe", defined, kprobe | reader)]
+    problem = _no_fentry(layout, symbols, wanted, exact)
+    if not problem:
+        names: dict[str, str | int] = {}
+        for point in wanted:
+            for symbol in symbols.find(point.function)[:1]:
+                target = f"{symbol.module or 'vmlinux'}__{symbol.name}"
+                names |= {
+                    program: f"{kind}__{target}"
+                    for program, kind in zip(point.programs, ("kfunc", "kretfunc"), strict=False)
+                }
+        addresses = {
+            f"{which}_AT": symbols.find(function)[0].address
+            for which, function in (("ENABLE", layout.enable), ("DISABLE", layout.disable), ("SET", layout.set_))
+            if function and symbols.find(function)
+        }
+        tracing = {str(name): ("tracing", program) for program, name in names.items()}
+        fentry = {"FENTRY": 1, "ENABLE_AT": 0, "DISABLE_AT": 0, "SET_AT": 0, **addresses, **names}
+        found.insert(0, Variant("fentry", {**defined, **fentry}, tracing | reader, _FENTRY_BCC))
+    elif options.backend == "fentry":
+        raise MsrtraceError(f"the backend fentry cannot be used here: {problem}; --backend kprobe can")
+    if options.backend == "auto":
+        found = [v for v in found if v.backend == "kprobe" or not preemptible()]
+    else:
+        found = [v for v in found if v.backend == options.backend]
+    if cast is not None:
+        found = [
+            faster
+            for variant in found
+            for faster in (replace(variant, kfuncs={_RDONLY_CAST: cast}), _without_cast(variant))
+        ]
+    return found
+
+
+def _without_cast(variant: Variant) -> Variant:
+    return replace(variant, definitions={k: v for k, v in variant.definitions.items() if k != "CAST_TYPE"})
+
+
+def _no_fentry(layout: Layout, symbols: Symbols, wanted: list[_Point], exact: bool) -> str:
+    """Why fentry cannot be used, as far as can be known without trying."""
+    if not exact:
+        return "it needs the BTF of kvm_intel, and a layout whose calls can be counted"
+    places = [symbol for point in wanted for symbol in symbols.find(point.function)[:1]]
+    clones = [symbol.name for symbol in places if symbol.name != symbol.function]
+    if clones:
+        return f"BTF does not describe {', '.join(clones)}"
+    if len({point.entry for point in wanted}) < len(wanted):
+        return f"there is no {X2APIC_WRITE} to probe"
+    return ""
 
 
 class Engine:
@@ -102,63 +208,59 @@ class Engine:
     def __init__(self, layout: Layout, symbols: Symbols, options: Options, machine: Machine) -> None:
         """Compile, load and attach. Raises MsrtraceError when nothing can be counted."""
         self._layout, self._symbols, self._options, self._machine = layout, symbols, options, machine
-        self._defined, self._btf_problem = self._plan(layout, symbols)
-        flags = [f"-D{name}={value}" for name, value in self._defined.items()]
-        self._bpf = _compile(resource("bpf/msrtrace.c"), flags, machine)
+        builder = Builder()
+        try:
+            self._defined, self._btf_problem, cast = self._plan(layout, symbols)
+            wanted = variants(layout, symbols, self._defined, options, cast)
+        except BaseException:
+            builder.abandon()
+            raise
+        try:
+            self._built: Built = builder.build(resource("bpf/msrtrace.c"), _MAPS, wanted)
+        except Refused:
+            raise MsrtraceError(explain_eperm(machine)) from None
+        self._maps = self._built.maps
+        self._links: dict[str, list[int]] = {}
         self.probes: list[Probe] = []
         self._missed_before: dict[str, int] = {}
+        self._sees_threads = _reads_init_pids()
         try:
-            self._load_all()
             self._attach_all()
         except MsrtraceError:
             self.close()
             raise
 
-    def _plan(self, layout: Layout, symbols: Symbols) -> tuple[dict[str, int], str]:
-        """How the program must be configured for a kernel, and why it cannot see outcomes there, if so."""
-        btf, problem = None, ""
+    def _plan(self, layout: Layout, symbols: Symbols) -> tuple[dict[str, int], str, int | None]:
+        """How the program must be configured for a kernel, and why it cannot see outcomes there, if so; and CAST."""
+        btf, problem, cast = None, "", None
+        defined = None
         if layout.calls:
             try:
                 btf = Btf.of_module(symbols.module) if symbols.module else Btf.of_kernel()
-                btf.bitmap_offset()
+                defined = definitions(layout, btf, symbols, self._options)
+                with suppress(BtfError):
+                    cast, defined["CAST_TYPE"] = btf.kernel_ids(*_CAST)
             except BtfError as error:
-                btf, problem = None, str(error)
-        filter_known = bool(layout.filter_set and symbols.find(layout.filter_set))
-        return definitions(layout, btf, filter_known, self._options), problem
+                problem = str(error)
+        return defined or definitions(layout, None, symbols, self._options), problem, cast
 
     def reattach(self, layout: Layout, symbols: Symbols) -> bool:
         """Attach to a kvm_intel that was loaded anew; False if the program does not fit it.
 
         Raises MsrtraceError when nothing can be counted. `detach` went before, so counts start from 0.
         """
-        defined, problem = self._plan(layout, symbols)
-        if (layout, defined) != (self._layout, self._defined):
+        defined, problem, _ = self._plan(layout, symbols)
+        if self._built.backend != "kprobe" or (layout, defined) != (self._layout, self._defined):
             return False
         self._symbols, self._btf_problem = symbols, problem
         self._attach_all()
         return True
 
-    def _load_all(self) -> None:
-        """Pass every program through the verifier. Raises MsrtraceError with its reason."""
-        wanted = points(self._layout, self._symbols, exact="BITMAP_OFFSET" in self._defined)
-        noise: Callable[[], str] = str
-        wanted = [p for p in wanted if p.function != self._layout.filter_set or self._filter_known]
-        for name in {n for point in wanted for n in (point.entry, point.returned) if n}:
-            try:
-                with captured_output() as noise:
-                    self._bpf.load_func(name, self._bpf.KPROBE)
-            except Exception as error:
-                _show(noise())
-                # EACCES is the verifier's answer too, but then it says why.
-                if getattr(error, "errno", 0) == errno.EPERM or "privileges" in str(error):
-                    raise MsrtraceError(explain_eperm(self._machine)) from None
-                lines = [line for line in noise().splitlines() if line and not line.startswith(("processed", "HINT"))]
-                reason = lines[-1] if lines else str(error)
-                raise MsrtraceError(f"the kernel refuses the BPF program {name}: {reason}{_DEBUG_HINT}") from None
-
     def _attach_all(self) -> None:
         self._points = points(self._layout, self._symbols, exact="BITMAP_OFFSET" in self._defined)
-        self.probes = [self._attach(point) for point in self._points]
+        with in_force():
+            # Calls come last: whatever settles them is there by then.
+            self.probes = [self._attach(point) for point in self._points]
         counted = (self._layout.update, *self._layout.calls)
         if not self._attached(*counted):
             reasons = "; ".join(f"{p.function}: {p.detail}" for p in self.probes if p.function in counted)
@@ -169,18 +271,30 @@ class Engine:
     def detach(self) -> None:
         """Remove the probes and forget what they counted; the program stays loaded, for `reattach`."""
         self._remove_probes()
-        self._missed_before = {name: self._misses(name) for p in self._points for name in (p.entry, p.returned) if name}
-        for name in ("calls", "updates", "threads"):
-            self._bpf[name].clear()
+        self._missed_before = {name: self._misses(name) for name in self._built.programs}
+        for owners, array in (("counter_owners", "counters"), ("vcpu_owners", "vcpus")):
+            for index in self._maps[owners].keys():  # noqa: SIM118 (a BPF map)
+                self._maps[array].update(index, bytes(self._maps[array].value_size))
+                self._maps[owners].delete(index)
+        for key in self._maps["calls"].keys():  # noqa: SIM118
+            self._maps["calls"].delete(key)
+        for key in self._maps["updates"].keys():  # noqa: SIM118
+            if self._options.by_vm:
+                self._maps["updates"].delete(key)
+            else:
+                self._maps["updates"].update(key, bytes(self._maps["updates"].value_size))
         for count in _COUNTS:
             self._clear(count)
 
     def _remove_probes(self) -> None:
-        for point, probe in zip(self._points, self.probes, strict=True):
-            if probe.attached:
-                self._bpf.detach_kprobe(event=probe.symbol)
-                if point.returned:
-                    self._bpf.detach_kretprobe(event=probe.symbol)
+        for fd in (fd for links in self._links.values() for fd in links):
+            os.close(fd)
+        self._links = {}
+
+    @property
+    def backend(self) -> str:
+        """By which of BACKENDS functions are probed."""
+        return self._built.backend
 
     @property
     def redundancy(self) -> str:
@@ -199,6 +313,11 @@ class Engine:
             lines.append("filter updates cannot be told from other recalculations, so they are not counted")
         if self._btf_problem:
             lines.append(f"which calls are redundant is unknown: {self._btf_problem}")
+        if self.backend == "fentry" and preemptible():
+            lines.append(
+                "this kernel may preempt what runs at fentry; what is missed by that is counted as missed "
+                "(--backend kprobe misses nothing)"
+            )
         if not self._layout.calls:
             lines.append(
                 f"this kernel (layout {self._layout.name}) has no function to count MSR-intercept calls at: "
@@ -212,23 +331,24 @@ class Engine:
             return Probe(point.function, None, False, "no such function in this kernel")
         symbol = clones[0]
         where = f"{symbol.name} [{symbol.module}]" if symbol.module else symbol.name
+        links: list[int] = []
         try:
-            with captured_output() as noise:
-                # The return first: then a call is never counted half.
-                if point.returned:
-                    self._bpf.attach_kretprobe(event=symbol.name, fn_name=point.returned)
-                try:
-                    self._bpf.attach_kprobe(event=symbol.name, fn_name=point.entry)
-                except Exception:
-                    if point.returned:
-                        self._bpf.detach_kretprobe(event=symbol.name)
-                    raise
-        except Exception as error:
-            text = noise()
-            reason = explain_eperm(self._machine) if _refused(error, text) else _last_line(text) or str(error)
+            for program in reversed(point.programs):  # the return first: then nothing is seen half
+                links.append(self._link(symbol.name, program, at_return=program == point.returned))
+        except (OSError, KeyError) as error:
+            for fd in links:
+                os.close(fd)
+            reason = explain_eperm(self._machine) if refused(error, "") else str(error)
             return Probe(point.function, symbol.name, False, f"{where}: {reason}")
+        self._links[point.function] = links
         others = f", not on its clones {', '.join(s.name for s in clones[1:])}" if clones[1:] else ""
         return Probe(point.function, symbol.name, True, where + others)
+
+    def _link(self, symbol: str, program: str, *, at_return: bool) -> int:
+        fd = self._built.programs[program]
+        if self._built.backend == "fentry":
+            return syscalls.attach_tracing(fd)
+        return syscalls.attach_probe("kprobe", symbol, fd, at_return=at_return)
 
     @property
     def _updates_observable(self) -> bool:
@@ -238,23 +358,33 @@ class Engine:
     def _attached(self, *functions: str) -> bool:
         return any(p.attached for p in self.probes if p.function in functions)
 
-    def snapshot(self) -> Snapshot:
-        """The counts of now. `vms` is left empty: names are not the kernel's."""
-        counts = {name: int(self._bpf["counts"][i].value) for i, name in enumerate(_COUNTS)}
+    def snapshot(self, patience: float = 0) -> Snapshot:
+        """The counts of now. `vms` is left empty: names are not the kernel's.
+
+        A call is counted when its outcome is known; PATIENCE: how many seconds to wait for those that are open.
+        """
+        open_calls = self._settle(patience)
+        counts = {
+            _COUNTS[_INDEX.unpack(key)[0]]: _VALUE.unpack(value)[0] for key, value in self._maps["counts"].items()
+        }
         calls: dict[Call, Outcome] = {}
-        rows = list(self._bpf["calls"].items())
-        for key, value in rows:
-            call = self._call(key)
-            outcome = self._outcome(value)
+        counters = rows = 0
+        for what, caller, pid, outcome in self._outcomes():
+            rows += 1
+            counters += pid is None
+            call = self._call(what, caller, pid or 0)
             calls[call] = calls[call] + outcome if call in calls else outcome
         durations: dict[int, dict[int, Durations]] = {_WITHIN_FILTER_CHANGE: {}, _WITHIN_RECALC: {}}
-        updates = list(self._bpf["updates"].items())
+        updates = [(key, value) for key, value in self._maps["updates"].items() if _VALUE.unpack_from(value)[0]]
         for key, value in updates:
-            durations[key.kind][key.pid] = _durations(value)
-        capacity = {name: self._bpf[name].max_entries for name in ("calls", "threads", "updates")}
-        entries = {"calls": len(rows), "updates": len(updates), "threads": len(list(self._bpf["threads"].keys()))}
+            pid, kind = _UPDATE_KEY.unpack(key) if self._options.by_vm else (0, *_INDEX.unpack(key))
+            durations[kind][pid] = _durations(value)
+        entries = {"calls": rows, "vcpus": len(self._maps["vcpu_owners"].keys()), "updates": len(updates)}
+        capacity = {name: self._maps[name].max_entries for name in entries}
+        capacity["calls"] += counters
         return Snapshot(
             layout=self._layout.name,
+            backend=self.backend,
             redundancy=self.redundancy,
             calls=calls,
             updates=durations[_WITHIN_FILTER_CHANGE],
@@ -263,9 +393,10 @@ class Engine:
                 replace(probe, missed=sum(counts[c] for c in point.unpaired) + self._recursions(point))
                 for point, probe in zip(self._points, self.probes, strict=True)
             ),
-            maps=tuple(Map(n, entries[n], capacity[n], counts[f"dropped_{n}"]) for n in capacity),
+            maps=tuple(Map(n, entries[n], capacity[n], counts[f"dropped_{n}"]) for n in entries),
             unpaired_returns=counts["unpaired_return"],
             read_failures=counts["read_failed"],
+            open_calls=open_calls,
             vcpus_seen=counts["vcpus_seen"],
             vmms_seen=counts["vmms_seen"],
             calls_observable=self._attached(*self._layout.calls),
@@ -273,117 +404,116 @@ class Engine:
             by_vm=self._options.by_vm,
         )
 
-    def _call(self, key: Any) -> Call:
-        symbol = self._symbols.containing(key.caller)
+    def _settle(self, patience: float) -> int:
+        """Have the outcomes of calls read that nothing has followed on their vCPU; how many are still under way."""
+        program = self._built.programs.get("settle_call")
+        if program is None:
+            return 0
+        deadline = time.monotonic() + patience
+        indices = self._maps["vcpu_owners"].keys()
+        while True:
+            indices = [index for index in indices if self._is_open(program, index)]
+            if not indices or time.monotonic() >= deadline:
+                return len(indices)
+            time.sleep(_SETTLE_PAUSE_SECONDS)
+
+    def _is_open(self, program: int, index: bytes) -> bool:
+        value = self._maps["vcpus"].lookup(index)
+        number, tid = _VCPU.unpack_from(value or bytes(_VCPU.size))
+        if not number & 1:
+            return False
+        # The number was read before the thread is looked at: where it is now, it has left that call behind.
+        returned = self._sees_threads and _is_at_rest(tid)
+        return syscalls.run_program(program, _INDEX.unpack(index)[0], number, returned) == _OPEN
+
+    def _outcomes(self) -> Iterator[tuple[int, int, int | None, Outcome]]:
+        """What was called, by whom, the pid (None where they are not told apart), and the outcomes."""
+        for _, value in self._maps["counters"].items():
+            *numbers, caller, _, what = _COUNTER.unpack(value)
+            outcome = self._outcome(numbers)
+            if what and outcome.calls:
+                yield what, caller, None, outcome
+        for key, value in self._maps["calls"].items():
+            what, caller, pid = _CALL.unpack(key)
+            yield what, caller, pid, self._outcome(list(_OUTCOME.unpack(value)))
+
+    def _call(self, what: int, caller: int, pid: int) -> Call:
+        """WHAT: `msr` and `how` of struct vcpu."""
+        symbol = self._symbols.containing(caller)
         function = symbol.function if symbol else ""
         within = {_WITHIN_FILTER_CHANGE: FILTER_CHANGE, _WITHIN_RECALC: RECALC}
+        how = what >> 32
         return Call(
-            msr=key.msr,
-            access=_ACCESS.get(key.type, f"type_{key.type}"),
-            action=_ACTION[key.action],
-            cause=within.get(key.within) or cause_of(function),
-            caller=symbol.name if symbol else hex(key.caller),
-            pid=key.pid,
+            msr=what & 0xFFFFFFFF,
+            access=_ACCESS.get(how & 3, "none"),
+            action="enable" if how & _ENABLES else "disable",
+            cause=within.get(how >> 16 & 0xFF) or cause_of(function),
+            caller=symbol.name if symbol else hex(caller),
+            pid=pid,
         )
 
-    def _outcome(self, value: Any) -> Outcome:
+    def _outcome(self, numbers: list[int]) -> Outcome:
+        """NUMBERS: of struct outcome."""
+        changed_read, changed_write, refusals, redundant, changed, unknown = numbers
+        calls = redundant + changed + unknown
         if self.redundancy == "unknown":
-            return Outcome(value.calls)
-        return Outcome(value.calls, value.redundant, value.changed_read, value.changed_write, value.refused)
+            return Outcome(calls)
+        return Outcome(calls, redundant, changed_read, changed_write, refusals)
 
     def forget(self, pids: set[int]) -> None:
         """Make room in the maps: remove the counts of processes that have ended."""
-        for name in ("calls", "updates"):
-            table = self._bpf[name]
-            for key in [key for key in table.keys() if key.pid in pids]:  # noqa: SIM118 (a BCC table)
-                del table[key]
+        pid_of: dict[str, Callable[[bytes], int]] = {
+            "calls": lambda key: int(_CALL.unpack(key)[2]),
+            "updates": lambda key: int(_UPDATE_KEY.unpack(key)[0]),
+        }
+        for name, pid in pid_of.items() if self._options.by_vm else ():
+            for key in self._maps[name].keys():  # noqa: SIM118 (a BPF map)
+                if pid(key) in pids:
+                    self._maps[name].delete(key)
 
     def _clear(self, count: str) -> None:
-        self._bpf["counts"][ctypes.c_int(_COUNTS.index(count))] = ctypes.c_uint64(0)
+        self._maps["counts"].update(_INDEX.pack(_COUNTS.index(count)), _VALUE.pack(0))
 
     def _recursions(self, point: _Point) -> int:
-        """Runs that the kernel skipped because another BPF program ran on that CPU (bpf_prog->stats.misses).
+        """Runs of POINT's programs that the kernel skipped because another BPF program ran on that CPU.
 
         A program that sits on several functions is counted at the first of them.
         """
-        names = {point.entry, point.returned} - {None}
         earlier = self._points[: self._points.index(point)]
-        counted = {name for p in earlier for name in (p.entry, p.returned)}
-        return sum(self._misses(n) - self._missed_before.get(n, 0) for n in names - counted if n)
+        counted = {name for p in earlier for name in p.programs}
+        own = [name for name in point.programs if name not in counted]
+        return sum(self._misses(name) - self._missed_before.get(name, 0) for name in own)
 
     def _misses(self, program: str) -> int:
-        function = self._bpf.funcs.get(program.encode())
-        if function is None:
-            return 0
-        try:
-            text = Path(f"/proc/self/fdinfo/{function.fd}").read_text()
-        except OSError:
-            return 0
-        found = re.search(r"^recursion_misses:\s*(\d+)", text, re.MULTILINE)
-        return int(found[1]) if found else 0
+        fd = self._built.programs.get(program)
+        return 0 if fd is None else syscalls.misses(fd)
 
     def close(self) -> None:
         """Detach everything."""
-        self._bpf.cleanup()
+        self._remove_probes()
+        self._built.close()
 
 
-def _durations(value: Any) -> Durations:
-    buckets = tuple(value.buckets)  # the first is never used
+def _durations(value: bytes) -> Durations:
+    count, nanoseconds, *buckets = _UPDATE.unpack(value)  # the first bucket is never used
     last = len(DURATION_BOUNDS) + 1
-    buckets = (*buckets[1:last], sum(buckets[last:]))
-    return Durations(value.count, value.nanoseconds / 1e9, buckets)
+    return Durations(count, nanoseconds / 1e9, (*buckets[1:last], sum(buckets[last:])))
 
 
-def _compile(source: Path, definitions: list[str], machine: Machine) -> Any:
-    """The BPF object. Raises MsrtraceError with the compiler's or the kernel's reason."""
+def _reads_init_pids() -> bool:
+    """Whether /proc shows the thread ids that BPF programs see."""
     try:
-        from bcc import BPF
-    except ImportError as error:
-        raise MsrtraceError(f"BCC cannot be imported: {error}; install python3-bpfcc") from None
-    noise: Callable[[], str] = str
+        return os.readlink("/proc/self/ns/pid") == _INIT_PID_NAMESPACE
+    except OSError:
+        return False
+
+
+def _is_at_rest(tid: int) -> bool:
+    """Whether a thread is not on a CPU and does not wait for one, so that it is in no function that never sleeps."""
     try:
-        with captured_output() as noise:
-            return BPF(src_file=str(source), cflags=["-Wno-macro-redefined", *definitions])
-    except Exception as error:
-        text = noise()
-        _show(text)
-        if _refused(error, text):
-            raise MsrtraceError(explain_eperm(machine)) from None
-        reason = next((line for line in text.splitlines() if "error:" in line), "") or _last_line(text) or str(error)
-        raise MsrtraceError(f"the BPF program cannot be compiled or loaded: {reason}{_DEBUG_HINT}") from None
-
-
-def _refused(error: Exception, text: str) -> bool:
-    """Whether the kernel said EPERM, or EACCES as perf_event_paranoid makes it."""
-    said = ("Operation not permitted", "Permission denied", "privileges")
-    return getattr(error, "errno", 0) in (errno.EPERM, errno.EACCES) or any(s in f"{error} {text}" for s in said)
-
-
-def _show(text: str) -> None:
-    if os.environ.get("MSRTRACE_DEBUG"):
-        sys.stderr.write(text)
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else ""
-
-
-@contextmanager
-def captured_output() -> Iterator[Callable[[], str]]:
-    """Keep what C libraries write to stdout and stderr: the value gives it, also after the block."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = {fd: os.dup(fd) for fd in (1, 2)}
-    text = ""
-    with tempfile.TemporaryFile() as sink:
-        for fd in saved:
-            os.dup2(sink.fileno(), fd)
-        try:
-            yield lambda: text
-        finally:
-            for fd, copy in saved.items():
-                os.dup2(copy, fd)
-                os.close(copy)
-            sink.seek(0)
-            text = sink.read().decode(errors="replace")
+        text = Path(f"/proc/{tid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] != "R"

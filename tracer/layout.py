@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -67,12 +67,38 @@ LAYOUTS = (
 
 
 def counted_functions(layout: str) -> frozenset[str]:
-    """The functions whose probes make the counts of the layout of that name; without one of them counts are missing."""
-    return frozenset(f for known in LAYOUTS if known.name == layout for f in (known.update, *known.calls))
+    """The functions whose probes make the counts of the layout of that name; without one of them counts are missing.
+
+    Where calls are counted, those are among them that end the time in which the outcome of a call can be read.
+    """
+    settling = (VCPU_FREE[0], X2APIC_WRITE, *X2APIC_WRITE_CALLERS)
+    return frozenset(
+        f
+        for known in LAYOUTS
+        if known.name == layout
+        for f in (known.update, *known.calls, *(settling if known.calls else ()))
+    )
 
 
-#: Probed where it exists: the birth of a vCPU. The second name is that of kernels before 5.19.
+#: The birth and the end of a vCPU. The second names are those of kernels before 5.19.
 VCPU_CREATE = ("vmx_vcpu_create", "vmx_create_vcpu")
+VCPU_FREE = ("vmx_vcpu_free", "vmx_free_vcpu")
+
+#: What writes x2APIC bits of the bitmap without a call. A static function; if it was inlined, these two call it.
+X2APIC_WRITE = "vmx_update_msr_bitmap_x2apic"
+X2APIC_WRITE_CALLERS = ("vmx_set_virtual_apic_mode", "vmx_refresh_apicv_exec_ctrl")
+
+#: What a tracer of returns or of the function graph leaves on the stack in the place of a return address.
+TRAMPOLINES = {
+    "KRETPROBE_TRAMPOLINE": ("arch_rethook_trampoline", "__kretprobe_trampoline", "kretprobe_trampoline"),
+    "FGRAPH_TRAMPOLINE": ("return_to_handler",),
+}
+
+_WANTED = (
+    b"\t[kvm_intel]\n",
+    b"\t[kvm]\n",
+    *(f" {name}\n".encode() for names in TRAMPOLINES.values() for name in names),
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +108,8 @@ class Symbols:
     functions: tuple[Symbol, ...]
     #: kvm_intel, or None if the functions are part of the kernel image itself
     module: str | None = "kvm_intel"
+    #: the addresses of those of TRAMPOLINES that the kernel has
+    trampolines: Mapping[str, int] = field(default_factory=dict)
     _addresses: tuple[int, ...] = field(default=(), repr=False)
 
     @classmethod
@@ -90,7 +118,7 @@ class Symbols:
         try:
             # Line by line: all of them are 20 MB at once.
             with kallsyms.open("rb") as lines:
-                rows = [line for line in lines if line.endswith((b"\t[kvm_intel]\n", b"\t[kvm]\n"))]
+                rows = [line for line in lines if line.endswith(_WANTED)]
             module: str | None = "kvm_intel"
             if not any(line.endswith(b"[kvm_intel]\n") for line in rows):
                 # Built in (CONFIG_KVM_INTEL=y): the functions are among those of the kernel image.
@@ -100,13 +128,17 @@ class Symbols:
                     rows, module = image, None
         except OSError as error:
             raise MsrtraceError(f"cannot read {kallsyms}: {error.strerror}") from None
-        return cls.of(_functions(rows), module)
+        found = list(_functions(rows))
+        trampolines = {
+            kind: s.address for kind, names in TRAMPOLINES.items() for s in found if not s.module and s.name in names
+        }
+        return replace(cls.of((s for s in found if s.module or not module), module), trampolines=trampolines)
 
     @classmethod
     def of(cls, functions: Iterable[Symbol], module: str | None = "kvm_intel") -> Symbols:
         """Symbols from FUNCTIONS in any order."""
         ordered = tuple(sorted(functions, key=lambda s: (s.address, s.name)))
-        return cls(ordered, module, tuple(s.address for s in ordered))
+        return cls(ordered, module, _addresses=tuple(s.address for s in ordered))
 
     def find(self, function: str) -> list[Symbol]:
         """The function itself if it has a symbol, else its clones: what a probe on FUNCTION can sit on."""

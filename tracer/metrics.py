@@ -200,6 +200,11 @@ def _health(snapshot: Snapshot) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "msrtrace_read_failures", "Calls whose MSR bitmap could not be read.", value=snapshot.read_failures
     )
+    yield GaugeMetricFamily(
+        "msrtrace_open_calls",
+        "Calls that are not counted yet: a call is counted when its vCPU is known to have left it.",
+        value=snapshot.open_calls,
+    )
     yield CounterMetricFamily(
         "msrtrace_reattachments",
         "Times that kvm_intel was unloaded and its probes were lost.",

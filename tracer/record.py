@@ -18,6 +18,7 @@ from tracer.snapshot import Snapshot
 from tracer.tracer import Tracer
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
+_PATIENCE_SECONDS = 1.0  # for calls that are under way when the trace ends
 _POLL_SECONDS = 0.2  # how often a reload of kvm_intel is looked for, and VMs are named
 _SI_KERNEL = 0x80  # siginfo(7): sent by the kernel, as a terminal's Ctrl-C is to all its processes
 
@@ -90,7 +91,7 @@ def record(
             if not info:
                 _keep_up(tracer, by_vm, notes)
         spent = time.monotonic() - begin
-        counted = tracer.snapshot().since(before)
+        counted = tracer.snapshot(_PATIENCE_SECONDS).since(before)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for number in ignored:

@@ -114,6 +114,7 @@ class Loss(Shown, frozen=True, kw_only=True):
     probe_missed: Annotated[dict[Text, Count], Meta(max_length=256)] = field(default_factory=dict)
     unpaired_returns: Count = 0
     read_failures: Count = 0
+    open_calls: Count = 0
     reattachments: Count = 0
     not_probed: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
 
@@ -124,6 +125,7 @@ class Loss(Shown, frozen=True, kw_only=True):
             *(f"{count:,} runs of {name} missed" for name, count in self.probe_missed.items()),
             *[f"{self.unpaired_returns:,} unpaired returns"] * bool(self.unpaired_returns),
             *[f"{self.read_failures:,} bitmaps not read"] * bool(self.read_failures),
+            *[f"{self.open_calls:,} calls still under way"] * bool(self.open_calls),
         ]
 
 

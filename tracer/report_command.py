@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracer.console import check_pid, version, warn
+from tracer.console import backend_option, check_pid, version, warn
 from tracer.doctor import Machine, obstacle
 from tracer.errors import MsrtraceError
 from tracer.output import check_outputs, deliver, output_option
@@ -28,6 +28,7 @@ _LONGEST_SECONDS = 366 * 86400.0
 @click.option("--label", default="", help="What to call this side in comparisons, such as `patched`.")
 @click.option("--by-vm", is_flag=True, help="Tell VMs apart, too.")
 @click.option("--pid", type=click.IntRange(min=1), help="Trace the VMM with this process id alone.")
+@backend_option
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def report(  # noqa: PLR0917 (click passes them by name)
     duration: float | None,
@@ -36,6 +37,7 @@ def report(  # noqa: PLR0917 (click passes them by name)
     label: str,
     by_vm: bool,
     pid: int | None,
+    backend: str,
     command: tuple[str, ...],
 ) -> None:
     """Trace for a time, until Ctrl-C, or while COMMAND runs; then report what was counted.
@@ -63,7 +65,7 @@ def report(  # noqa: PLR0917 (click passes them by name)
     from tracer.reporting import Circumstances, make
     from tracer.tracer import Tracer
 
-    options = Options(by_vm=by_vm, pid=pid)
+    options = Options(by_vm=by_vm, pid=pid, backend=backend)
     tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, machine), keep_gone=True)
     tracer.attach(machine.symbols)
     try:

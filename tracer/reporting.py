@@ -76,7 +76,7 @@ def make(
     seen = counted.updates_observable
     loss = loss_of(counted)
     blind = counted_functions(counted.layout).intersection(loss.not_probed)
-    lower_bound = counted.lower_bound or bool(blind or loss.reattachments)
+    lower_bound = counted.lower_bound or bool(blind or loss.reattachments or loss.open_calls)
     return Report(
         msrtrace=version,
         label=label,
@@ -196,6 +196,7 @@ def loss_of(counted: Snapshot) -> Loss:
         probe_missed={p.function: p.missed for p in counted.probes if p.missed},
         unpaired_returns=counted.unpaired_returns,
         read_failures=counted.read_failures,
+        open_calls=counted.open_calls,
         reattachments=counted.reattached,
         not_probed=[p.function for p in counted.probes if not p.attached],
     )

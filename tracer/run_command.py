@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracer.console import check_pid, say, version, warn
+from tracer.console import backend_option, check_pid, say, version, warn
 from tracer.doctor import Machine, obstacle
 from tracer.errors import MsrtraceError
 
@@ -56,6 +56,7 @@ class Address(click.ParamType[tuple[str, int]]):
 )
 @click.option("--by-vm", is_flag=True, help="Label the metrics with each VM's name and the pid of its VMM.")
 @click.option("--pid", type=click.IntRange(min=1), help="Trace the VMM with this process id alone.")
+@backend_option
 @click.option("--wait-module", is_flag=True, help="Wait until kvm_intel is loaded.")
 def run(  # noqa: PLR0917 (click passes them by name)
     address: tuple[str, int],
@@ -64,6 +65,7 @@ def run(  # noqa: PLR0917 (click passes them by name)
     ca: str | None,
     by_vm: bool,
     pid: int | None,
+    backend: str,
     wait_module: bool,
 ) -> None:
     """Trace, and serve the counts to Prometheus until SIGINT or SIGTERM."""
@@ -96,12 +98,14 @@ def run(  # noqa: PLR0917 (click passes them by name)
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     server = Server(registry, address, cert=cert, key=key, ca=ca, complain=warn)
-    options = Options(by_vm=by_vm, pid=pid)
+    options = Options(by_vm=by_vm, pid=pid, backend=backend)
     tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, machine))
     tracer.attach(None if wait_module else machine.symbols)
     try:
+        _give_up_rights(attaches_again=tracer.backend == "kprobe")  # fentry holds the module
         _show_probes(tracer)
         registry.register(SnapshotCollector(tracer.snapshot, version(), complain=warn))
+        server.start()
         say(f"serving {server.url}")
         pause = _FOLLOW_SECONDS
         while not stop.wait(pause):
@@ -110,9 +114,19 @@ def run(  # noqa: PLR0917 (click passes them by name)
         tracer.close()
 
 
+def _give_up_rights(attaches_again: bool) -> None:
+    from tracer.rights import keep_needed
+
+    try:
+        keep_needed(attaches_again)
+    except OSError as error:
+        warn(f"this process keeps all its capabilities: {error.strerror}")
+
+
 def _show_probes(tracer: Tracer) -> None:
     for probe in tracer.probes:
         say(f"{'probing' if probe.attached else 'NOT probing'} {probe.function}: {probe.detail}")
+    say(f"backend {tracer.backend}")
     for warning in tracer.warnings:
         warn(warning)
 

@@ -23,7 +23,7 @@ from tracer.exposition import encoder
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a registry, each request in a thread of its own, until it is closed."""
+    """Serves a registry, each request in a thread of its own, from its start until it is closed."""
 
     def __init__(
         self,
@@ -55,7 +55,11 @@ class Server(ThreadingHTTPServer):
             # The handshake is done by the thread of the connection: here it would wait for a client that says nothing.
             self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         self._host = host
+
+    def start(self) -> Server:
+        """Answer, in threads that have the rights of the caller. Clients that came before have waited."""
         threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
 
     @property
     def url(self) -> str:

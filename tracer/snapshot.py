@@ -139,6 +139,7 @@ class Snapshot:
     maps: tuple[Map, ...] = ()
     unpaired_returns: int = 0
     read_failures: int = 0
+    open_calls: int = 0  # under way when this was taken: not counted yet
     vcpus_seen: int = 0
     vmms_seen: int = 0
     reattached: int = 0

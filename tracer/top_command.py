@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracer.console import check_pid, warn
+from tracer.console import backend_option, check_pid, warn
 from tracer.doctor import Machine, obstacle
 from tracer.errors import MsrtraceError
 
@@ -46,8 +46,11 @@ _NO_COLOR = re.compile(r"vt\d")
 @click.option("-n", "--iterations", type=click.IntRange(min=1), metavar="N", help="End after N intervals.")
 @click.option("--by-vm", is_flag=True, help="Tell VMs apart, too.")
 @click.option("--pid", type=click.IntRange(min=1), help="Trace the VMM with this process id alone.")
+@backend_option
 @click.option("--sort", type=click.Choice(_SORTS), default="calls", show_default=True, help="The order of the rows.")
-def top(delay: float, iterations: int | None, by_vm: bool, pid: int | None, sort: str) -> None:
+def top(  # noqa: PLR0917 (click passes them by name)
+    delay: float, iterations: int | None, by_vm: bool, pid: int | None, backend: str, sort: str
+) -> None:
     """Show live which MSR intercepts KVM updates, why, and how many of the calls change nothing.
 
     In a terminal `?` shows the keys, and q quits. Elsewhere, and where TERM=dumb, each interval is printed after the
@@ -74,7 +77,7 @@ def top(delay: float, iterations: int | None, by_vm: bool, pid: int | None, sort
         live = os.isatty(_KEYS) and os.isatty(_SCREEN) and term not in _NO_CURSOR
         if live:
             click.echo("msrtrace: attaching the probes", err=True)
-        options = Options(by_vm=by_vm, pid=pid)
+        options = Options(by_vm=by_vm, pid=pid, backend=backend)
         tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, machine))
         tracer.attach(machine.symbols)
         try:

@@ -14,6 +14,8 @@ from tracer.layout import LAYOUTS, Layout, Symbols, choose
 from tracer.snapshot import Probe, Snapshot
 from tracer.vms import VmNames
 
+_PATIENCE_SECONDS = 0.1  # when counts are read for the last time
+
 MODULE = Path("/sys/module/kvm_intel")
 
 
@@ -23,11 +25,15 @@ class Attachment(Protocol):
     probes: list[Probe]
 
     @property
+    def backend(self) -> str:
+        """How functions are probed."""
+
+    @property
     def warnings(self) -> list[str]:
         """What keeps the numbers from being complete."""
 
-    def snapshot(self) -> Snapshot:
-        """The counts of now."""
+    def snapshot(self, patience: float = 0) -> Snapshot:
+        """The counts of now; PATIENCE: how many seconds calls may take to come to their end."""
 
     def forget(self, pids: set[int]) -> None:
         """Drop the counts of ended processes from the maps."""
@@ -101,6 +107,11 @@ class Tracer:
         return self._engine.probes if self._engine else []
 
     @property
+    def backend(self) -> str:
+        """How the functions are probed at present."""
+        return self._engine.backend if self._engine else ""
+
+    @property
     def warnings(self) -> list[str]:
         """What keeps the numbers of the present attachment from being complete."""
         return self._engine.warnings if self._engine else []
@@ -141,7 +152,7 @@ class Tracer:
 
     def _detach(self) -> None:
         if self._engine:
-            last = self._engine.snapshot()
+            last = self._engine.snapshot(_PATIENCE_SECONDS)
             self._engine.detach()
             self._engine, self._idle = None, self._engine
             if self._earlier:
@@ -150,13 +161,14 @@ class Tracer:
             maps = tuple(replace(m, entries=0) for m in last.maps)
             self._earlier = replace(last, probes=silent, maps=maps, reattached=last.reattached + 1)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, patience: float = 0) -> Snapshot:
         """All counts since the start. VMs that are gone are in the totals, but no longer apart (but see KEEP_GONE).
 
-        The name of one that was gone before any snapshot saw it is "".
+        The name of one that was gone before any snapshot saw it is "". PATIENCE: how many seconds to wait for calls
+        that are under way.
         """
         with self._lock:
-            total = self._total()
+            total = self._total(patience)
             pids = total.pids - {0}
             # A pid that another process has by now is as good as gone.
             names = {pid: name for pid in pids if self._names.alive(pid) and (name := self._names.name(pid))}
@@ -169,8 +181,8 @@ class Tracer:
                 total = self._total()
             return replace(total, vms=names)
 
-    def _total(self) -> Snapshot:
-        now = self._engine.snapshot() if self._engine else None
+    def _total(self, patience: float = 0) -> Snapshot:
+        now = self._engine.snapshot(patience) if self._engine else None
         if now and self._earlier:
             return now.after(self._earlier)
         result = now or self._earlier

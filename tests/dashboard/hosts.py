@@ -101,7 +101,7 @@ def _besides(snapshot: Snapshot, t: float, per_second: float, pid: int = 0) -> S
 
 def _maps(snapshot: Snapshot, used: int = 0, dropped: int = 0) -> tuple[Map, ...]:
     calls = Map("calls", len(snapshot.calls) + used, 8192, dropped)
-    return (calls, Map("threads", 2, 16384), Map("updates", len(snapshot.updates), 4096))
+    return (calls, Map("vcpus", 2, 16384), Map("updates", len(snapshot.updates), 4096))
 
 
 def _one(

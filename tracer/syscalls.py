@@ -1,0 +1,196 @@
+"""bpf(2) and perf_event_open(2): what is done with BPF programs and maps once they are loaded.
+
+BCC can do it too, but brings a compiler along that stays in memory. Numbers and structures are those of
+include/uapi/linux/bpf.h and perf_event.h, on x86-64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_SYS_PERF_EVENT_OPEN, _SYS_BPF = 298, 321
+
+# enum bpf_cmd
+_MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY = 1, 2, 3, 4
+_PROG_TEST_RUN, _RAW_TRACEPOINT_OPEN, _MAP_LOOKUP_BATCH = 10, 17, 24
+
+_BATCH = 1024  # entries a call
+_PMUS = Path("/sys/bus/event_source/devices")
+_ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5
+_PERF_FLAG_FD_CLOEXEC = 8
+_PERF_EVENT_IOC_ENABLE, _PERF_EVENT_IOC_SET_BPF = 0x2400, 0x40042408
+
+
+def _bpf(command: int, attributes: bytes) -> tuple[int, bytes]:
+    """The result, and the attributes as the kernel left them. Raises OSError."""
+    buffer = ctypes.create_string_buffer(attributes, len(attributes))
+    result = _libc.syscall(_SYS_BPF, command, buffer, len(attributes))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return int(result), buffer.raw
+
+
+@dataclass(frozen=True)
+class BpfMap:
+    """A BPF map by its descriptor; sizes in bytes, of an array's value too."""
+
+    fd: int
+    key_size: int
+    value_size: int
+    max_entries: int
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every key and value, as they were when the kernel came by. Raises OSError."""
+        try:
+            yield from self._batches()
+        except OSError as error:
+            # Before 5.6 the command is not known, and some types of maps have it not.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, 524):
+                raise
+            yield from self._one_by_one()
+
+    def _batches(self) -> Iterator[tuple[bytes, bytes]]:
+        """By BPF_MAP_LOOKUP_BATCH: whole buckets of a hash, so that no entry is missed or given twice."""
+        wanted = min(_BATCH, self.max_entries)
+        position, at_end = bytearray(), False
+        while not at_end:
+            keys, values = bytearray(wanted * self.key_size), bytearray(wanted * self.value_size)
+            after = bytearray(max(self.key_size, 4))
+            attributes = struct.pack(
+                "QQQQIIQQ",
+                _address(position) if position else 0,
+                _address(after),
+                _address(keys),
+                _address(values),
+                wanted,
+                self.fd,
+                0,
+                0,
+            )
+            buffer = ctypes.create_string_buffer(attributes, len(attributes))
+            if _libc.syscall(_SYS_BPF, _MAP_LOOKUP_BATCH, buffer, len(attributes)) < 0:
+                number = ctypes.get_errno()
+                if number == errno.ENOSPC and wanted < self.max_entries:  # a bucket that is larger
+                    wanted = min(2 * wanted, self.max_entries)
+                    continue
+                if number != errno.ENOENT:
+                    raise OSError(number, os.strerror(number))
+                at_end = True
+            found = struct.unpack_from("I", buffer.raw, 32)[0]
+            for n in range(found):
+                key = bytes(keys[n * self.key_size : (n + 1) * self.key_size])
+                yield key, bytes(values[n * self.value_size : (n + 1) * self.value_size])
+            position = after
+
+    def _one_by_one(self) -> Iterator[tuple[bytes, bytes]]:
+        for key in self.keys():
+            value = self.lookup(key)
+            if value is not None:
+                yield key, value
+
+    def keys(self) -> list[bytes]:
+        """Every key. Raises OSError."""
+        found: list[bytes] = []
+        key, following = bytearray(), bytearray(self.key_size)
+        while True:
+            attributes = struct.pack("IxxxxQQQ", self.fd, _address(key) if key else 0, _address(following), 0)
+            try:
+                _bpf(_MAP_GET_NEXT_KEY, attributes)
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    return found
+                raise
+            key = bytearray(following)
+            found.append(bytes(key))
+
+    def lookup(self, key: bytes) -> bytes | None:
+        """The value at KEY, if there is one. Raises OSError."""
+        name, value = bytearray(key), bytearray(self.value_size)
+        try:
+            _bpf(_MAP_LOOKUP_ELEM, struct.pack("IxxxxQQQ", self.fd, _address(name), _address(value), 0))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        return bytes(value)
+
+    def update(self, key: bytes, value: bytes) -> None:
+        """Set the value at KEY. Raises OSError."""
+        name, content = bytearray(key), bytearray(value)
+        _bpf(_MAP_UPDATE_ELEM, struct.pack("IxxxxQQQ", self.fd, _address(name), _address(content), 0))
+
+    def delete(self, key: bytes) -> None:
+        """Remove KEY, if it is there. Raises OSError."""
+        name = bytearray(key)
+        try:
+            _bpf(_MAP_DELETE_ELEM, struct.pack("IxxxxQQQ", self.fd, _address(name), 0, 0))
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+
+
+def _address(buffer: bytearray) -> int:
+    return ctypes.addressof((ctypes.c_char * len(buffer)).from_buffer(buffer))
+
+
+def attach_probe(pmu: str, where: str, program: int, *, at_return: bool, offset: int = 0, pid: int = -1) -> int:
+    """Run PROGRAM (of type kprobe) at the entry or the return of a function, as long as the descriptor is open: it.
+
+    PMU is `kprobe`, and WHERE a symbol; or `uprobe`, and WHERE a file, the function's OFFSET in it, and the PID of who
+    runs it. The probe hangs on a perf event of its own (perf_kprobe and perf_uprobe, kernel/events/core.c), so nothing
+    is left in tracefs. Raises OSError.
+    """
+    kind = int((_PMUS / pmu / "type").read_text())
+    bit = int((_PMUS / pmu / "format/retprobe").read_text().partition(":")[2])
+    name = ctypes.create_string_buffer(where.encode())
+    # struct perf_event_attr: type, size, config, sample_period, ... kprobe_func or uprobe_path, probe_offset
+    fields = (kind, _ATTR_SIZE, int(at_return) << bit, 1, 0, 0, 0, 0, 0, ctypes.addressof(name), offset)
+    attributes = struct.pack("IIQQQQQIIQQ", *fields).ljust(_ATTR_SIZE, b"\0")
+    cpu = 0 if pid < 0 else -1
+    fd = _libc.syscall(_SYS_PERF_EVENT_OPEN, attributes, pid, cpu, -1, _PERF_FLAG_FD_CLOEXEC)
+    if fd < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    try:
+        fcntl.ioctl(fd, _PERF_EVENT_IOC_SET_BPF, program)
+        fcntl.ioctl(fd, _PERF_EVENT_IOC_ENABLE, 0)
+    except OSError:
+        os.close(fd)
+        raise
+    return int(fd)
+
+
+def attach_tracing(program: int) -> int:
+    """Run PROGRAM (of type tracing) at the function it was loaded for, as long as the descriptor is open: it.
+
+    Raises OSError.
+    """
+    return _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("QIxxxx", 0, program))[0]
+
+
+def run_program(program: int, *arguments: int) -> int:
+    """Run PROGRAM (of type raw tracepoint) once, here and now; what it returns. Raises OSError."""
+    context = bytearray(struct.pack(f"{len(arguments)}Q", *arguments))
+    fields = (program, 0, 0, 0, 0, 0, 0, 0, len(context), 0, _address(context), 0, 0, 0)
+    _, left = _bpf(_PROG_TEST_RUN, struct.pack("IIIIQQIIIIQQII", *fields))
+    return int(struct.unpack_from("I", left, 4)[0])
+
+
+def misses(program: int) -> int:
+    """Runs of PROGRAM that the kernel skipped since another ran on that CPU (bpf_prog->stats.misses), if it says so."""
+    try:
+        text = Path(f"/proc/self/fdinfo/{program}").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^recursion_misses:\s*(\d+)", text, re.MULTILINE)
+    return int(found[1]) if found else 0
