@@ -32,8 +32,15 @@ FIXTURES = {
     "superseded": ["sid"],
     "filter_only": ["filter-only"],
 }
+#: Hosts on which fentry cannot be had, and what msrtrace says there.
+NO_FENTRY = {
+    "bookworm": r"needs BCC 0\.28, this is 0\.26",
+    "filter-only": "the backend fentry cannot be used here: .*; --backend kprobe can",
+}
+#: Hosts whose kernel may preempt a program at fentry, which then misses calls: there `auto` takes kprobes.
+PREEMPTIBLE = ["sid"]
 STATUS = 37  # what the scenarios end with, to see that it comes through
-TIMEOUT_SECONDS = 2400
+TIMEOUT_SECONDS = 3600
 
 
 @dataclass(frozen=True)

@@ -128,24 +128,16 @@ def test_an_unloaded_module_shows_as_probes_that_are_not_attached(collected: Col
 def test_every_function_of_the_layout_is_probed(collected: Collected) -> None:
     found = dict(scrapes(collected))[f"{collected.variants[0]} before"]
     functions = {labels["function"]: value for labels, value in found.named("msrtrace_probe_attached")}
-    toggle = {"vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_msr_filter_changed"}
-    assert (
-        functions
-        == {
-            "bookworm": dict.fromkeys([*toggle, "vmx_vcpu_create"], 1.0),
-            "trixie": dict.fromkeys([*toggle, "vmx_vcpu_create"], 1.0),
-            "sid": dict.fromkeys(
-                [
-                    "vmx_set_intercept_for_msr",
-                    "vmx_recalc_intercepts",
-                    "vmx_vcpu_create",
-                    "kvm_vm_ioctl_set_msr_filter",
-                ],
-                1.0,
-            ),
-            "filter-only": {"vmx_msr_filter_changed": 1.0, "vmx_create_vcpu": 1.0},
-        }[collected.host]
-    )
+    toggle = ["vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_msr_filter_changed"]
+    recalc = ["vmx_set_intercept_for_msr", "vmx_recalc_intercepts", "kvm_vm_ioctl_set_msr_filter"]
+    lives = ["vmx_vcpu_create", "vmx_vcpu_free"]
+    wanted = {
+        "bookworm": [*toggle, *lives, "vmx_update_msr_bitmap_x2apic"],
+        "trixie": [*toggle, *lives, "vmx_update_msr_bitmap_x2apic"],
+        "sid": [*recalc, *lives, "vmx_update_msr_bitmap_x2apic"],
+        "filter-only": ["vmx_msr_filter_changed", "vmx_create_vcpu", "vmx_free_vcpu"],
+    }
+    assert functions == dict.fromkeys(wanted[collected.host], 1.0)
     layouts = {"sid": "recalc", "filter-only": "filter-only"}
     [(info, one)] = found.named("msrtrace_build_info")
     assert (info["layout"], info["redundancy"], one) == (layouts.get(collected.host, "toggle"), "exact", 1.0)

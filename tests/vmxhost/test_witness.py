@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from conftest import Collected
+import re
+
+import pytest
+from conftest import NO_FENTRY, PREEMPTIBLE, Collected
 from metrics_text import Metrics, nonzero
 from witness import Counts, recorded
 
+#: By backend: the scenario, and how what the witness left is called.
+BACKENDS = {"kprobe": ("counts", "witness-"), "fentry": ("fentry", "witness-fentry-")}
 
-def both(collected: Collected, variant: str) -> tuple[Counts, Metrics, Metrics]:
+
+def both(collected: Collected, variant: str, backend: str = "kprobe") -> tuple[Counts, Metrics, Metrics]:
     """The witness's counts, and msrtrace's scrapes before and after."""
-    scrapes = collected.scenario("counts")["scrapes"]
-    counts = recorded(collected.folder / f"witness-{variant}", updates_are_filters=collected.host != "sid")
+    scenario, prefix = BACKENDS[backend]
+    scrapes = collected.scenario(scenario)["scrapes"]
+    counts = recorded(collected.folder / f"{prefix}{variant}", updates_are_filters=collected.host != "sid")
     return counts, Metrics.of(scrapes[f"{variant} after"]), Metrics.of(scrapes[f"{variant} witnessed"])
 
 
-def test_every_count_equals_the_kernels_own(collected: Collected) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_count_equals_the_kernels_own(collected: Collected, backend: str) -> None:
+    if backend == "fentry" and collected.host in NO_FENTRY:
+        assert re.search(NO_FENTRY[collected.host], collected.scenario("fentry")["refused"])
+        return
     for variant in collected.variants:
-        counts, before, after = both(collected, variant)
+        counts, before, after = both(collected, variant, backend)
+        [(info, _)] = after.named("msrtrace_build_info")
+        assert info["backend"] == backend
+        if backend == "fentry" and collected.host in PREEMPTIBLE and after.lost():
+            assert not nonzero(after.calls() - before.calls() - counts.calls)  # a lower bound, and it says so
+            assert after.updates() - before.updates() <= counts.updates
+            continue
         assert nonzero(after.calls() - before.calls()) == nonzero(counts.calls)
         assert nonzero(after.redundant() - before.redundant()) == nonzero(counts.redundant)
         assert after.updates() - before.updates() == counts.updates

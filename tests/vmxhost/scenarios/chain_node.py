@@ -20,7 +20,7 @@ def main() -> None:
     """Run it, and say on standard output how far it is."""
     address, updates, *modules = sys.argv[1:]
     load(modules[0])
-    msrtrace = Msrtrace("--web.listen-address", address)
+    msrtrace = Msrtrace("--web.listen-address", address, "--backend", "kprobe")
     print("chain: serving", flush=True)
     for number, module in enumerate(modules):
         if number:

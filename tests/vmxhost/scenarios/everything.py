@@ -73,7 +73,8 @@ def counts() -> Any:
         load(variant)
         found["ticks"]["untraced"][variant] = filter_update_ticks()
     idle = kernel_state()
-    msrtrace = Msrtrace()
+    msrtrace = Msrtrace("--backend", "kprobe")  # under which kvm_intel can be loaded anew
+    found["process"] = msrtrace.process_state()
     for number, variant in enumerate(VARIANTS):
         if number:
             load(variant)
@@ -96,13 +97,40 @@ def counts() -> Any:
     return found | msrtrace.end() | {"idle": idle, "left": kernel_state()}
 
 
-def witnessed(variant: str) -> Any:
+def fentry() -> Any:
+    """The same under the other backend, where there is one; else what msrtrace says when it is asked for."""
+    load(STOCK)
+    asked_for = ("--backend", "fentry")
+    try:
+        msrtrace = Msrtrace(*asked_for)
+    except RuntimeError as error:
+        return {"refused": str(error)}
+    found: dict[str, Any] = {"scrapes": {}, "witnessed": {}, "traced": {}, "ended": {}}
+    for number, variant in enumerate(VARIANTS):
+        if number:
+            load(variant)
+            msrtrace = Msrtrace(*asked_for)
+        found["scrapes"][f"{variant} after"] = scrape()
+        found["witnessed"][variant] = witnessed(f"fentry-{variant}")
+        found["scrapes"][f"{variant} witnessed"] = scrape()
+        found["traced"][variant] = filter_update_ticks()
+        found["scrapes"][f"{variant} measured"] = scrape()
+        found["process"] = msrtrace.process_state()
+        found["unloading"] = output_of("rmmod", "kvm_intel")
+        found["ended"][variant] = msrtrace.end()
+    load(STOCK)
+    chosen = Msrtrace()
+    text = scrape()
+    return found | {"auto": text} | chosen.end() | {"left": kernel_state()}
+
+
+def witnessed(name: str) -> Any:
     """Everything that the workload can do, under the eyes of the kernel's own tracer: what it did."""
     try:
         offset = Btf.of_module("kvm_intel").bitmap_offset()
     except BtfError:
         offset = None
-    with KernelTracer(offset, OUT / f"witness-{variant}"):
+    with KernelTracer(offset, OUT / f"witness-{name}"):
         return [
             workload(*options.split())
             for options in (
@@ -273,7 +301,7 @@ def bound(source: Path, target: str, *command: str) -> Any:
 
 def main() -> None:
     """Run every scenario; what they return goes to /out/NAME.json. Ends with a status that pytest looks for."""
-    of_the_kernel = [host, counts, reports, unknown_redundancy, killed]
+    of_the_kernel = [host, counts, fentry, reports, unknown_redundancy, killed]
     of_the_program = [by_vm, one_pid, waits, misuse, report_command]
     scenarios: list[Callable[[], Any]] = of_the_kernel if KERNEL_ALONE else [*of_the_kernel, *of_the_program]
     only = os.environ.get("ONLY", "").split()

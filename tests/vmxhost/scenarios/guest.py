@@ -108,6 +108,17 @@ class Msrtrace:
         if self.process.poll() is not None:
             raise RuntimeError(f"msrtrace ended with {self.process.returncode}: {self.log.read_text()}")
 
+    def process_state(self) -> dict[str, str]:
+        """What /proc says of its rights and of its memory in kB, of its threads, and of its children."""
+        proc = Path(f"/proc/{self.process.pid}")
+        text = (proc / "status").read_text() + (proc / "smaps_rollup").read_text()
+        found = dict(re.findall(r"^(Cap\w+|NoNewPrivs|VmHWM|Rss|Pss):\s+(\w+)", text, re.M))
+        found["threads"] = " ".join(
+            re.findall(r"^CapEff:\s+(\w+)", (thread / "status").read_text(), re.M)[0]
+            for thread in (proc / "task").iterdir()
+        )
+        return found | {"children": (proc / f"task/{self.process.pid}/children").read_text()}
+
     def wait_for(self, line: str, times: int = 1) -> None:
         """Wait until it printed LINE that often. Raises with what it printed instead."""
         try:

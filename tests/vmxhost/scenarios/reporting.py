@@ -31,7 +31,7 @@ CASES = {
 def make_reports(variants: Sequence[str]) -> dict[str, list[str]]:
     """/out/reports/VARIANT-CASE.json for each of VARIANTS and CASES."""
     machine = Machine.here()
-    options = Options(by_vm=True)
+    options = Options(by_vm=True, backend="kprobe")  # under which kvm_intel can be loaded anew
     load(variants[0])
     tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, machine), keep_gone=True)
     tracer.attach()
