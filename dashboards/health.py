@@ -59,6 +59,15 @@ def health() -> list[Json]:
             thresholds=BAD,
         ),
         stat(
+            "Calls under way",
+            "Calls that are not counted yet. A call is counted when its vCPU is known to have left it: that a few are "
+            "open is as it should be.",
+            f"sum({metric('open_calls')})",
+            unit="none",
+            absent="no hosts",
+            decimals=0,
+        ),
+        stat(
             "Reloads of kvm_intel",
             "Within the last minutes. msrtrace attaches again and keeps its counters; whether the patch is missing is "
             "then not told any more, as the counts may be of two modules.",

@@ -379,7 +379,9 @@ class Engine:
         for key, value in updates:
             pid, kind = _UPDATE_KEY.unpack(key) if self._options.by_vm else (0, *_INDEX.unpack(key))
             durations[kind][pid] = _durations(value)
-        entries = {"calls": rows, "vcpus": len(self._maps["vcpu_owners"].keys()), "updates": len(updates)}
+        entries = {"calls": rows, "vcpus": len(self._maps["vcpu_owners"].keys())}
+        if self._options.by_vm:  # otherwise it has a place for each kind
+            entries["updates"] = len(updates)
         capacity = {name: self._maps[name].max_entries for name in entries}
         capacity["calls"] += counters
         return Snapshot(
