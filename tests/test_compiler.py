@@ -117,6 +117,8 @@ import re, sys
 from pathlib import Path
 import tracer.rights as rights
 rights._PARANOID = Path(sys.argv[1])
+rights._MOUNTS = Path(sys.argv[3])
+assert rights.sees_processes()
 def state():
     return [hex(rights._state(which)) for which in ("CapEff", "CapPrm", "CapBnd")]
 before = state()
@@ -127,23 +129,29 @@ print(*state())
 with rights.in_force():
     print(*state())
 print(*state())
+assert rights.sees_processes()
 """
-BPF, PERFMON, SYSLOG, SYS_ADMIN = 1 << 39, 1 << 38, 1 << 34, 1 << 21
+BPF, PERFMON, SYSLOG, SYS_ADMIN, SYS_PTRACE = 1 << 39, 1 << 38, 1 << 34, 1 << 21, 1 << 19
 
 
 @as_root
 @pytest.mark.parametrize(
-    ("paranoid", "again", "effective", "permitted"),
+    ("paranoid", "again", "mounted", "effective", "permitted"),
     [
-        ("2", "again", BPF | PERFMON | SYSLOG, BPF | PERFMON | SYSLOG),
-        ("3", "again", BPF | PERFMON | SYSLOG, BPF | PERFMON | SYSLOG | SYS_ADMIN),
-        ("3", "never", BPF, BPF),
+        ("2", "again", "rw,hidepid=0", BPF | PERFMON | SYSLOG, BPF | PERFMON | SYSLOG),
+        ("3", "again", "rw", BPF | PERFMON | SYSLOG, BPF | PERFMON | SYSLOG | SYS_ADMIN),
+        ("3", "never", "rw", BPF, BPF),
+        ("3", "never", "rw,gid=7,hidepid=invisible", BPF | SYS_PTRACE, BPF | SYS_PTRACE),
+        ("3", "never", "rw,hidepid=2", BPF | SYS_PTRACE, BPF | SYS_PTRACE),
     ],
 )
-def test_rights_that_are_kept(paranoid: str, again: str, effective: int, permitted: int, tmp_path: Path) -> None:
+def test_rights_that_are_kept(  # noqa: PLR0917 (pytest passes them by name)
+    paranoid: str, again: str, mounted: str, effective: int, permitted: int, tmp_path: Path
+) -> None:
     (tmp_path / "paranoid").write_text(f"{paranoid}\n")
+    (tmp_path / "mounts").write_text(f"sysfs /sys sysfs rw 0 0\nproc /proc proc {mounted} 0 0\n")
     done = subprocess.run(
-        [sys.executable, "-c", RIGHTS, tmp_path / "paranoid", again],
+        [sys.executable, "-c", RIGHTS, tmp_path / "paranoid", again, tmp_path / "mounts"],
         cwd=ROOT,
         capture_output=True,
         text=True,

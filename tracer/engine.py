@@ -19,7 +19,7 @@ from tracer.doctor import Machine, explain_eperm
 from tracer.errors import MsrtraceError
 from tracer.layout import VCPU_CREATE, VCPU_FREE, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout, Symbols
 from tracer.resources import resource
-from tracer.rights import in_force
+from tracer.rights import in_force, sees_processes
 from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
 
 _ACCESS = {1: "read", 2: "write", 3: "read_write"}
@@ -503,9 +503,9 @@ def _durations(value: bytes) -> Durations:
 
 
 def _reads_init_pids() -> bool:
-    """Whether /proc shows the thread ids that BPF programs see."""
+    """Whether /proc shows the thread ids that BPF programs see, and all of them."""
     try:
-        return os.readlink("/proc/self/ns/pid") == _INIT_PID_NAMESPACE
+        return os.readlink("/proc/self/ns/pid") == _INIT_PID_NAMESPACE and sees_processes()
     except OSError:
         return False
 
