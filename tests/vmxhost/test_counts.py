@@ -120,7 +120,7 @@ def test_an_unloaded_module_shows_as_probes_that_are_not_attached(collected: Col
     attached = {name: {v for _, v in m.named("msrtrace_probe_attached")} for name, m in found.items()}
     assert attached["unloaded"] == {0.0}
     assert attached["back"] == attached[f"{collected.variants[0]} before"]
-    assert found["unloaded"].calls() == found[f"{collected.variants[-1]} measured"].calls()
+    assert found["unloaded"].calls() == found[f"{collected.variants[-1]} witnessed"].calls()
     reloads = len(collected.variants)
     assert found["back"].value("msrtrace_reattachments_total") == reloads
 

@@ -18,7 +18,7 @@ def both(collected: Collected, variant: str, backend: str = "kprobe") -> tuple[C
     scenario, prefix = BACKENDS[backend]
     scrapes = collected.scenario(scenario)["scrapes"]
     counts = recorded(collected.folder / f"{prefix}{variant}", updates_are_filters=collected.host != "sid")
-    return counts, Metrics.of(scrapes[f"{variant} after"]), Metrics.of(scrapes[f"{variant} witnessed"])
+    return counts, Metrics.of(scrapes[f"{variant} measured"]), Metrics.of(scrapes[f"{variant} witnessed"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
