@@ -352,6 +352,7 @@ def test_engine() -> None:
             ),
             (IN_HOOK, 200, what(0x48, WRITE, 1, FILTER_CHANGE), outcome(redundant=2, unknown=1)),
             (OUTSIDE, 200, what(0x48, WRITE, 1, NO_UPDATE), outcome(redundant=1)),
+            (OUTSIDE, 200, what(0x49, WRITE, 1, NO_UPDATE), outcome()),  # a place alone
         ):
             engine._maps["calls"].update(struct.pack("QQQ", made, caller, pid), counted)
         # A counter is the same without a pid; one without calls is not there yet.

@@ -436,8 +436,9 @@ class Engine:
             if what and outcome.calls:
                 yield what, caller, None, outcome
         for key, value in self._maps["calls"].items():
-            what, caller, pid = _CALL.unpack(key)
-            yield what, caller, pid, self._outcome(list(_OUTCOME.unpack(value)))
+            outcome = self._outcome(list(_OUTCOME.unpack(value)))
+            if outcome.calls:  # a place may have been made for a call that settle_call() then left to another
+                yield *_CALL.unpack(key), outcome
 
     def _call(self, what: int, caller: int, pid: int) -> Call:
         """WHAT: `msr` and `how` of struct vcpu."""
