@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
+from threading import Semaphore
 from urllib.request import Request, urlopen
 
 import pytest
@@ -129,24 +130,74 @@ def test_an_address_without_a_name_is_not_looked_up(serve: Serve, monkeypatch: p
 
 def test_scrapes_at_once_are_each_of_one_moment(serve: Serve) -> None:
     """All counts of a text are those of one snapshot, and all of them are there."""
-    moments = count(1)
+    taken = 0
 
     def take() -> Snapshot:
-        moment = next(moments)
+        nonlocal taken
+        taken += 1
+        moment = taken
         one = crowd(20)
         return replace(one, calls=dict.fromkeys(one.calls, Outcome(moment, moment)), unpaired_returns=moment)
 
     server = serve(take)
+
+    def asked(_: int) -> tuple[int, str]:
+        before = taken
+        return before, scrape(server)[0].decode()
+
     with ThreadPoolExecutor(8) as pool:
-        texts = [text.decode() for text, _ in pool.map(lambda _: scrape(server), range(40))]
-    seen = set()
-    for text in texts:
+        texts = list(pool.map(asked, range(40)))
+    for before, text in texts:
         counts = set(re.findall(r"^msrtrace_(?:intercept_\w+_total\{.*\}|unpaired_returns_total) (.*)$", text, re.M))
         assert len(counts) == 1
         assert text.count("\nmsrtrace_intercept_calls_total{") == len(crowd(20).calls)
         assert text.endswith("\n")
-        seen |= counts
-    assert len(seen) == len(texts)
+        assert float(counts.pop()) > before  # none is older than its request
+
+
+def test_who_asks_while_an_answer_is_made_shares_the_next(serve: Serve) -> None:
+    """Otherwise each client that lost its patience, and comes again, makes all of them wait longer."""
+    taken, go_on = Semaphore(0), Semaphore(0)
+
+    def take() -> Snapshot:
+        taken.release()
+        assert go_on.acquire(timeout=20)
+        return toggle()
+
+    server = serve(take)
+    with ThreadPoolExecutor(12) as pool:
+        first = pool.submit(scrape, server)
+        assert taken.acquire(timeout=20)
+        others = [pool.submit(scrape, server) for _ in range(10)]
+        end = time.monotonic() + 20
+        while sum(thread.name.count("process_request") for thread in threading.enumerate()) < 11:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.2)  # for the last of them to ask
+        go_on.release(2)
+        assert all(one.result() for one in (first, *others))
+    assert taken.acquire(timeout=20)
+    assert not taken.acquire(blocking=False)
+
+
+def test_before_the_start_clients_are_refused(serve: Serve) -> None:
+    server = Server(CollectorRegistry(), ("127.0.0.1", 0))
+    with closing(server.socket), pytest.raises(OSError, match="refused"):
+        scrape(server)
+
+
+def test_an_address_that_is_taken(serve: Serve) -> None:
+    """At the start, or by one that was as quick until then."""
+    address = ("127.0.0.1", serve(toggle).server_address[1])
+    said = f"cannot listen on 127.0.0.1:{address[1]}: Address already in use; choose another .*"
+    with pytest.raises(MsrtraceError, match=said):
+        Server(CollectorRegistry(), address)
+    free = Server(CollectorRegistry(), ("127.0.0.1", 0))
+    other = Server(CollectorRegistry(), ("127.0.0.1", free.server_address[1]))
+    with closing(free.socket), closing(other.socket):
+        free.server_activate()
+        with pytest.raises(MsrtraceError, match="Address already in use"):
+            other.start()
 
 
 def connected(server: Server, said: bytes) -> socket.socket:

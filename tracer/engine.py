@@ -430,8 +430,9 @@ class Engine:
 
     def _outcomes(self) -> Iterator[tuple[int, int, int | None, Outcome]]:
         """What was called, by whom, the pid (None where they are not told apart), and the outcomes."""
-        for _, value in self._maps["counters"].items():
-            *numbers, caller, _, what = _COUNTER.unpack(value)
+        for index, _ in self._maps["counter_owners"].items():  # few, where `counters` has place for many
+            value = self._maps["counters"].lookup(index)
+            *numbers, caller, _, what = _COUNTER.unpack(value or bytes(_COUNTER.size))
             outcome = self._outcome(numbers)
             if what and outcome.calls:
                 yield what, caller, None, outcome

@@ -8,6 +8,7 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
@@ -23,7 +24,11 @@ from tracer.exposition import encoder
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a registry, each request in a thread of its own, from its start until it is closed."""
+    """Serves a registry, each request in a thread of its own, from its start until it is closed.
+
+    Clients that ask while an answer is being made share the next one. So a server that is asked faster than it can
+    answer, as by many or by impatient ones that come again, falls behind by one answer and no more.
+    """
 
     def __init__(
         self,
@@ -35,7 +40,9 @@ class Server(ThreadingHTTPServer):
         ca: str | None = None,
         complain: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Listen on ADDRESS, with TLS if there are a CERT and its KEY; with a CA clients need its certificate.
+        """Take ADDRESS, with TLS if there are a CERT and its KEY; with a CA clients need its certificate.
+
+        Before the start clients are refused: they know better what to do than to wait.
 
         COMPLAIN gets a line for each answer that could not be made. Raises MsrtraceError.
         """
@@ -45,26 +52,50 @@ class Server(ThreadingHTTPServer):
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             self.address_family, where = found[0][0], found[0][4]
-            super().__init__((str(where[0]), port), _Handler)
+            super().__init__((str(where[0]), port), _Handler, bind_and_activate=False)
+            try:
+                self.server_bind()
+            except OSError:
+                self.server_close()
+                raise
         except OSError as error:
-            raise MsrtraceError(
-                f"cannot listen on {_shown(host)}:{port}: {error.strerror}; "
-                "choose another address with --web.listen-address"
-            ) from None
+            raise _cannot_listen(address, error) from None
         if context:
             # The handshake is done by the thread of the connection: here it would wait for a client that says nothing.
             self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
-        self._host = host
+        self._address = address
+        self._asking = threading.Lock()
+        self._reading = threading.Lock()
+        self._next: dict[Callable[[Collector], bytes], Future[bytes]] = {}
 
     def start(self) -> Server:
-        """Answer, in threads that have the rights of the caller. Clients that came before have waited."""
+        """Listen and answer, in threads that have the rights of the caller. Raises MsrtraceError."""
+        try:
+            self.server_activate()
+        except OSError as error:  # another that took the address at the same time
+            raise _cannot_listen(self._address, error) from None
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
 
     @property
     def url(self) -> str:
         """Where the metrics are."""
-        return f"{'https' if self.tls else 'http'}://{_shown(self._host)}:{self.server_address[1]}/metrics"
+        return f"{'https' if self.tls else 'http'}://{_shown(self._address[0])}:{self.server_address[1]}/metrics"
+
+    def text(self, encode: Callable[[Collector], bytes]) -> bytes:
+        """What ENCODE makes of the registry as it is at a moment that is yet to come."""
+        with self._asking:
+            first = encode not in self._next
+            text = self._next.setdefault(encode, Future())
+        if first:
+            with self._reading:
+                with self._asking:
+                    del self._next[encode]  # who comes from here on needs one that is newer
+                try:
+                    text.set_result(encode(self.registry))
+                except Exception as error:
+                    text.set_exception(error)
+        return text.result()
 
     def server_bind(self) -> None:
         """Bind the address, and do not look up what it is called, which may take seconds and is not needed."""
@@ -88,7 +119,7 @@ class _Handler(MetricsHandler):
             super().do_GET()
             return
         encode, content_type = encoder(self.headers.get("Accept"))
-        text = encode(self.server.registry)
+        text = self.server.text(encode)
         self.send_response(200)
         self.send_header("Content-Type", content_type)
         if gzip_accepted(self.headers.get("Accept-Encoding", "")):
@@ -113,6 +144,13 @@ def _context(cert: str, key: str | None, ca: str | None) -> ssl.SSLContext:
     if ca:
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def _cannot_listen(address: tuple[str, int], error: OSError) -> MsrtraceError:
+    return MsrtraceError(
+        f"cannot listen on {_shown(address[0])}:{address[1]}: {error.strerror}; "
+        "choose another address with --web.listen-address"
+    )
 
 
 def _shown(host: str) -> str:
