@@ -111,6 +111,13 @@ def test_hidden_addresses(tmp_path: Path) -> None:
     assert choose(symbols) == choose(read(tmp_path, KALLSYMS))
 
 
+@pytest.mark.parametrize("size", [*range(1, 90), 1000])
+def test_read_in_pieces(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = read(tmp_path, KALLSYMS)
+    monkeypatch.setattr("tracer.layout._CHUNK", size)
+    assert read(tmp_path, KALLSYMS) == whole
+
+
 def test_built_in(tmp_path: Path) -> None:
     image = "ffffffff81064f30 t vmx_vcpu_run\nffffffff81065f30 T vmx_msr_filter_changed\nffffffff82000000 D vmx_x\n"
     symbols = read(tmp_path, image + "ffffffffc0a00000 t nf_hook\t[nf_tables]\nffffffffc0d00000 t x\t[kvm]\n")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 from tracer.errors import MsrtraceError
 
@@ -90,15 +91,33 @@ X2APIC_WRITE_CALLERS = ("vmx_set_virtual_apic_mode", "vmx_refresh_apicv_exec_ctr
 
 #: What a tracer of returns or of the function graph leaves on the stack in the place of a return address.
 TRAMPOLINES = {
-    "KRETPROBE_TRAMPOLINE": ("arch_rethook_trampoline", "__kretprobe_trampoline", "kretprobe_trampoline"),
-    "FGRAPH_TRAMPOLINE": ("return_to_handler",),
+    "kretprobe_trampoline": ("arch_rethook_trampoline", "__kretprobe_trampoline", "kretprobe_trampoline"),
+    "fgraph_trampoline": ("return_to_handler",),
 }
 
+_IMAGE_FUNCTION = b" vmx_vcpu_run\n"
 _WANTED = (
     b"\t[kvm_intel]\n",
     b"\t[kvm]\n",
     *(f" {name}\n".encode() for names in TRAMPOLINES.values() for name in names),
+    _IMAGE_FUNCTION,
 )
+_CHUNK = 1 << 20  # bytes; all of them are 20 MB
+
+
+def _lines_with(ends: Iterable[bytes], file: BinaryIO) -> list[bytes]:
+    """The lines of a file that end so. There are 200,000, so none is looked at for itself."""
+    found: list[bytes] = []
+    rest = b""
+    while chunk := file.read(_CHUNK):
+        whole, newline, following = (rest + chunk).rpartition(b"\n")
+        lines, rest = whole + newline, following
+        for end in ends:
+            at = lines.find(end)
+            while at >= 0:
+                found.append(lines[lines.rfind(b"\n", 0, at) + 1 : at + len(end)])
+                at = lines.find(end, at + 1)
+    return found
 
 
 @dataclass(frozen=True)
@@ -116,16 +135,14 @@ class Symbols:
     def read(cls, kallsyms: Path = KALLSYMS) -> Symbols:
         """Read /proc/kallsyms. Raises MsrtraceError if it cannot be read."""
         try:
-            # Line by line: all of them are 20 MB at once.
-            with kallsyms.open("rb") as lines:
-                rows = [line for line in lines if line.endswith(_WANTED)]
+            with kallsyms.open("rb") as file:
+                rows = _lines_with(_WANTED, file)
             module: str | None = "kvm_intel"
-            if not any(line.endswith(b"[kvm_intel]\n") for line in rows):
+            modular = any(row.endswith(b"[kvm_intel]\n") for row in rows)
+            if not modular and any(row.endswith(_IMAGE_FUNCTION) for row in rows):
                 # Built in (CONFIG_KVM_INTEL=y): the functions are among those of the kernel image.
-                with kallsyms.open("rb") as lines:
-                    image = [line for line in lines if b"\t[" not in line]
-                if any(line.endswith(b" vmx_vcpu_run\n") for line in image):
-                    rows, module = image, None
+                with kallsyms.open("rb") as image:
+                    rows, module = [line for line in image if b"\t[" not in line], None
         except OSError as error:
             raise MsrtraceError(f"cannot read {kallsyms}: {error.strerror}") from None
         found = list(_functions(rows))
