@@ -2,9 +2,9 @@
 /*
  * Counts the calls that change a vCPU's MSR bitmap, and what each of them changed.
  *
- * Compiled by BCC at run time and configured by -D alone:
+ * Compiled by BCC and configured by -D, which says all that there is to say of a kernel, but for enum value:
  *
- *   FENTRY         the programs run at fentry and fexit, else at kprobes. -D also names each after its function then.
+ *   FENTRY         the programs run at fentry and fexit, else at kprobes.
  *   BITMAP_OFFSET  struct vcpu_vmx -> vmcs01.msr_bitmap, from the running module's BTF. Not defined: calls are
  *                  counted, their outcome is not known.
  *   EXITS_OFFSET   struct kvm_vcpu -> stat.exits, likewise.
@@ -14,8 +14,6 @@
  *   SETS           one function enables and disables, and has a fourth argument that says which.
  *   WANTED_PID     trace the threads of this process alone.
  *   BY_PID         count per process, for per-VM metrics.
- *   ENABLE_AT, DISABLE_AT, SET_AT                 addresses of the functions that are called (FENTRY alone)
- *   KRETPROBE_TRAMPOLINE, FGRAPH_TRAMPOLINE       what another tracer may have put in a return address' place
  *
  * The functions are those of arch/x86/kvm/vmx/vmx.c: vmx_{enable,disable,set}_intercept_for_msr() run on a thread
  * that has the vCPU to itself (vcpu->mutex, or its creation), never nested and never from an interrupt. So there is a
@@ -170,10 +168,17 @@ typedef struct pt_regs context;
 #define ARGUMENT(ctx, n) PT_REGS_PARM##n(ctx)
 #define RESULT(ctx, arguments) PT_REGS_RC(ctx)
 #define pointer_argument(ctx) PT_REGS_PARM1(ctx)
-#define ENABLE_AT 0
-#define DISABLE_AT 0
-#define SET_AT 0
 #endif
+
+/* Addresses, which differ with every boot: whoever loads the program puts them in (tracer/program.py). Or else 0. */
+enum value {
+	ENABLE_AT, /* the functions that are called; for FENTRY */
+	DISABLE_AT,
+	SET_AT,
+	KRETPROBE_TRAMPOLINE, /* what another tracer may have put in a return address' place */
+	FGRAPH_TRAMPOLINE,
+};
+#define VALUE(which) ({ u64 value; asm("%0 = %1 ll" : "=r"(value) : "i"(0x6d73727400000000 + (which))); value; })
 
 #define barrier() asm volatile("" ::: "memory")
 
@@ -200,7 +205,7 @@ static __always_inline bool wanted(void)
 #ifdef CAST_TYPE
 /*
  * bpf_rdonly_cast(), kernel/bpf/helpers.c: with a type for which reading is allowed, a load is an instruction instead of
- * 80. The number is a placeholder: BCC can call helpers alone, so tracer/compiler.py puts that of the kernel's in.
+ * 80. The number is a placeholder: BCC can call helpers alone, so tracer/program.py puts that of the kernel's in.
  */
 static void *(*rdonly_cast)(u64 address, u32 type) = (void *)0x7f000001;
 
@@ -211,13 +216,6 @@ static __always_inline u64 byte_at(u64 address)
 #endif
 
 /* --- who called --- */
-
-#ifndef KRETPROBE_TRAMPOLINE
-#define KRETPROBE_TRAMPOLINE 0
-#endif
-#ifndef FGRAPH_TRAMPOLINE
-#define FGRAPH_TRAMPOLINE 0
-#endif
 
 /* The kernel's unwinder knows what was there before a trampoline, and takes its time: thousands of instructions. */
 static __always_inline u64 caller_on_stack(context *ctx, u64 function)
@@ -237,10 +235,10 @@ static __always_inline u64 caller_on_stack(context *ctx, u64 function)
 	return caller;
 }
 
-/* The return address; FUNCTION is the address of the function that was called. */
-static __always_inline u64 caller_of(context *ctx, u64 function)
+/* The return address; CALLED is of enum value. */
+static __always_inline u64 caller_of(context *ctx, enum value called)
 {
-	u64 caller = 0;
+	u64 caller = 0, function;
 
 #ifdef FENTRY
 	/*
@@ -249,6 +247,7 @@ static __always_inline u64 caller_of(context *ctx, u64 function)
 	 */
 	u64 words[8] = {};
 
+	function = VALUE(called);
 	read_kernel(words, sizeof(words), (u64)(ctx + 3));
 #pragma clang loop unroll(disable)
 	for (int i = 1; i < 7; i++) {
@@ -259,7 +258,7 @@ static __always_inline u64 caller_of(context *ctx, u64 function)
 	function = PT_REGS_IP(ctx);
 	read_kernel(&caller, sizeof(caller), PT_REGS_SP(ctx));
 #endif
-	if (!caller || caller == KRETPROBE_TRAMPOLINE || caller == FGRAPH_TRAMPOLINE)
+	if (!caller || caller == VALUE(KRETPROBE_TRAMPOLINE) || caller == VALUE(FGRAPH_TRAMPOLINE))
 		caller = caller_on_stack(ctx, function);
 	return caller;
 }
@@ -523,7 +522,7 @@ static __always_inline struct vcpu *slot_of(u64 vcpu, u32 *index)
 
 /* --- the functions that change a bit each --- */
 
-static __always_inline int call_entered(context *ctx, u32 action, u64 function)
+static __always_inline int call_entered(context *ctx, u32 action, enum value called)
 {
 	u64 vcpu = pointer_argument(ctx), msr, what;
 	struct counter *counter = NULL;
@@ -546,7 +545,7 @@ static __always_inline int call_entered(context *ctx, u32 action, u64 function)
 	if (!counter || counter->what != what) {
 		u64 id = bpf_get_current_pid_tgid();
 
-		v->caller = caller_of(ctx, function);
+		v->caller = caller_of(ctx, called);
 		v->counter = find_counter(what, v->inside ? 0 : v->caller, v->caller);
 		v->tid = id;
 #ifdef BY_PID

@@ -25,14 +25,16 @@ import pytest
 from hosts import HOSTS, kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from known import KnownBtf, one_tree, symbols
 
 from tracer import syscalls
 from tracer.btf import Btf, BtfError
-from tracer.compiler import Builder, Built, Variant
+from tracer.compiler import build, compiled
 from tracer.doctor import Machine
-from tracer.engine import _COUNTS, _MAPS, BACKENDS, Engine, Options, definitions, preemptible, variants
+from tracer.engine import _COUNTS, _VALUES, BACKENDS, Engine, Options, definitions, preemptible, variants
 from tracer.errors import MsrtraceError
 from tracer.layout import LAYOUTS, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout, Symbol, Symbols
+from tracer.program import Loaded, Target, Variant
 from tracer.resources import resource
 from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Snapshot
 
@@ -48,25 +50,7 @@ NOTHING = Symbols.of([])
 MACHINE = Machine.here()
 
 
-class KnownBtf(Btf):
-    """As kvm_intel's in 6.1.192."""
-
-    def __init__(self) -> None:
-        super().__init__(b"\x9f\xeb\x01\x00" + (24).to_bytes(4, "little") + bytes(16))
-
-    def offset(self, structure: str, member: str) -> int:
-        return {"vmcs01": 6792, "msr_bitmap": 48, "kvm": 0, "stat": 5000, "exits": 8}[member]
-
-
 Configuration = tuple[str, ...]  # the -D
-
-
-def symbols(layout: Layout, *without: str) -> Symbols:
-    """Each function is 0x100 long, the first begins at 0x1000."""
-    names = [layout.update, *layout.calls, "vmx_vcpu_create", "vmx_vcpu_free", X2APIC_WRITE]
-    names += [layout.filter_set] if layout.filter_set else []
-    there = [name for name in names if name not in without]
-    return Symbols.of(Symbol(0x1000 + 0x100 * n, name, "kvm_intel") for n, name in enumerate(there))
 
 
 def configurations() -> dict[Configuration, Variant]:
@@ -84,13 +68,12 @@ def configurations() -> dict[Configuration, Variant]:
                             variant
                             for backend in BACKENDS
                             if backend == "kprobe" or (btf and layout.calls)
-                            for variant in variants(layout, there, defined, replace(options, backend=backend))
+                            for variant in variants(layout, there, defined, replace(options, backend=backend), btf)
                         ]
                         for variant in both_ways:
-                            plain = {k: v for k, v in variant.definitions.items() if not k.endswith(("ed", "_AT"))}
-                            key = tuple(f"{k}={v}" for k, v in sorted(plain.items()))
-                            both = {**found[key].programs, **variant.programs} if key in found else variant.programs
-                            found[key] = replace(variant, programs=both) if variant.backend == "kprobe" else variant
+                            key = tuple(f"{k}={v}" for k, v in sorted(variant.definitions.items()))
+                            both = {**found[key].functions, **variant.functions} if key in found else variant.functions
+                            found[key] = replace(variant, functions=both)
     return found
 
 
@@ -98,51 +81,42 @@ CONFIGURATIONS = configurations()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "headers" in metafunc.fixturenames:
+    if "host" in metafunc.fixturenames:
         names = [name for name in str(metafunc.config.getoption("--hosts")).split(",") if name in HOSTS]
-        ids = [f"against-{name}" for name in names]
-        metafunc.parametrize("headers", names, ids=ids, indirect=True, scope="module")
+        metafunc.parametrize("host", names)
 
 
-def one_tree(packages: Path, tree: Path) -> None:
-    """Join Debian's two header packages: of BCC_KERNEL_SOURCE, BCC takes all from one tree (loader.cc)."""
-    for part in ("common", "amd64"):
-        [headers] = packages.glob(f"linux-headers-*-{part}")
-        for folder in ("include", "arch/x86/include"):
-            (tree / folder).mkdir(parents=True, exist_ok=True)
-            for entry in (headers / folder).iterdir():  # the two have none in common
-                (tree / folder / entry.name).symlink_to(entry)
-
-
-def build(source: Path | str, folder: Path, *functions: str, **definitions: str | int) -> Built:
+def loaded(source: Path | str, folder: Path, *functions: str, **definitions: int) -> Loaded:
     """Compile, and pass functions through the verifier."""
     if isinstance(source, str):
         (folder / "program.c").write_text(source)
         source = folder / "program.c"
-    return built(source, Variant("kprobe", definitions, {name: ("kprobe", name) for name in functions}))
+    return build(source, [Variant("kprobe", definitions, dict.fromkeys(functions, Target("kprobe")))]).loaded
 
 
-def built(source: Path, variant: Variant) -> Built:
-    return Builder().build(source, _MAPS, [variant])
+@contextmanager
+def headers_of(host: str, tree: Path) -> Iterator[None]:
+    """Makes BCC use the headers of one host's kernel, by TREE, which also has what is compiled meanwhile."""
+    if os.geteuid():
+        pytest.skip("only root may load BPF programs: sudo build/venv/bin/pytest tests/test_bpf.py")
+    one_tree(kernel(HOSTS[host]) / "usr/src", tree)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BCC_KERNEL_SOURCE", str(tree))
+        patch.setenv("CACHE_DIRECTORY", str(tree / "compiled"))
+        try:
+            loaded(TRIVIAL, tree, "trivial").close()
+        except MsrtraceError as error:
+            if host in MUST_COMPILE:
+                raise
+            pytest.skip(f"this machine's BCC cannot compile even an empty program against {host}'s headers: {error}")
+        yield
 
 
 @pytest.fixture(scope="module")
-def headers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Makes BCC use the headers of one host's kernel."""
-    if os.geteuid():
-        pytest.skip("only root may load BPF programs: sudo build/venv/bin/pytest tests/test_bpf.py")
-    name = str(request.param)
-    tree = tmp_path_factory.mktemp("headers")
-    one_tree(kernel(HOSTS[name]) / "usr/src", tree)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BCC_KERNEL_SOURCE", str(tree))
-        try:
-            build(TRIVIAL, tree, "trivial").close()
-        except MsrtraceError as error:
-            if name in MUST_COMPILE:
-                raise
-            pytest.skip(f"this machine's BCC cannot compile even an empty program against {name}'s headers: {error}")
-        yield name
+def headers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Makes BCC use the headers of a kernel; it makes no difference which."""
+    with headers_of("bookworm", tmp_path_factory.mktemp("headers")):
+        yield
 
 
 KPROBE = {name: variant for name, variant in CONFIGURATIONS.items() if variant.backend == "kprobe"}
@@ -152,9 +126,9 @@ FENTRY = {name: variant for name, variant in CONFIGURATIONS.items() if variant.b
 @pytest.mark.parametrize("configuration", KPROBE, ids="-".join)
 @pytest.mark.usefixtures("headers")
 def test_program(configuration: Configuration) -> None:
-    made = built(SOURCE, KPROBE[configuration])
+    made = build(SOURCE, [KPROBE[configuration]]).loaded
     try:
-        assert set(made.programs) == {name for _, name in KPROBE[configuration].programs.values()}
+        assert set(made.functions) == set(KPROBE[configuration].functions)
     finally:
         made.close()
 
@@ -163,9 +137,19 @@ def test_program(configuration: Configuration) -> None:
 @pytest.mark.usefixtures("headers")
 def test_program_for_fentry(configuration: Configuration) -> None:
     """It is loaded for functions that this machine has not; the emulated hosts do that. Here the compiler judges."""
-    variant = replace(FENTRY[configuration], bcc=())
-    with pytest.raises(MsrtraceError, match="the kernel refuses the BPF program update_entered"):
-        built(SOURCE, variant)
+    variant = FENTRY[configuration]
+    assert set(compiled(SOURCE, variant.definitions).functions) >= set(variant.functions)
+
+
+@pytest.mark.parametrize("which", [KPROBE, FENTRY], ids=BACKENDS)
+def test_the_headers_make_no_difference(
+    host: str, which: dict[Configuration, Variant], headers: None, tmp_path: Path
+) -> None:
+    """The program that has all there is. So it may be kept by what was said of the kernel by -D."""
+    variant = max(which.values(), key=lambda variant: len(variant.definitions))
+    made = compiled(SOURCE, variant.definitions)
+    with headers_of(host, tmp_path):
+        assert compiled(SOURCE, variant.definitions) == made
 
 
 def test_what_is_verified() -> None:
@@ -173,7 +157,7 @@ def test_what_is_verified() -> None:
     whole = KPROBE[
         "BITMAP_OFFSET=6840", "BY_PID=1", "EXITS_OFFSET=5008", "FILTER_OFFSET=0", "SETS=1", "WANTED_PID=4711"
     ]
-    assert set(whole.programs) == {
+    assert set(whole.functions) == {
         "update_entered",
         "update_returned",
         "filter_set_entered",
@@ -184,7 +168,7 @@ def test_what_is_verified() -> None:
         "set_entered",
         "settle_call",
     }
-    assert set(KPROBE[("UPDATE_KIND=1",)].programs) == {
+    assert set(KPROBE[("UPDATE_KIND=1",)].functions) == {
         "update_entered",
         "update_returned",
         "vcpu_created",
@@ -194,8 +178,8 @@ def test_what_is_verified() -> None:
     }
     functions = set(re.findall(r"^int (\w+)\(.* \*ctx\)$", SOURCE.read_text(), re.MULTILINE))
     for backend in BACKENDS:
-        loaded = (v.programs.values() for v in CONFIGURATIONS.values() if v.backend == backend)
-        assert {name for programs in loaded for _, name in programs} == functions
+        used = (v.functions for v in CONFIGURATIONS.values() if v.backend == backend)
+        assert {name for one in used for name in one} == functions
 
 
 @pytest.mark.usefixtures("headers")
@@ -211,16 +195,16 @@ def test_the_verifier_refuses(tmp_path: Path) -> None:
         "\treturn value && CONDITION ? value[index] : 0;\n"
         "}\n"
     )
-    build(source, tmp_path, "reads", CONDITION="index<1").close()
+    loaded(source.replace("CONDITION", "index < 1"), tmp_path, "reads").close()
     reason = "the kernel refuses the BPF program reads: .*math between map_value pointer and register with unbounded"
     with pytest.raises(MsrtraceError, match=reason):
-        build(source, tmp_path, "reads", CONDITION=1)
+        loaded(source, tmp_path, "reads", CONDITION=1)
 
 
 @pytest.mark.usefixtures("headers")
 def test_what_the_compiler_says_is_passed_on(tmp_path: Path) -> None:
     with pytest.raises(MsrtraceError) as failure:
-        build(TRIVIAL.replace("return 0", "return UPDATE_KIND"), tmp_path, "trivial")
+        loaded(TRIVIAL.replace("return 0", "return UPDATE_KIND"), tmp_path, "trivial")
     message = str(failure.value)
     assert "error: use of undeclared identifier 'UPDATE_KIND'" in message
     assert "\n" not in message
@@ -237,6 +221,10 @@ def enumeration(name: str) -> list[str]:
 
 def test_counts() -> None:
     assert [*map(str.upper, _COUNTS), "COUNTS"] == enumeration("count")
+
+
+def test_values() -> None:
+    assert [*map(str.upper, _VALUES)] == enumeration("value")
 
 
 def test_buckets() -> None:
@@ -400,7 +388,7 @@ def test_engine() -> None:
         assert {call.pid for call in left.calls} == {0, 200}
         assert (left.updates, list(left.recalcs), left.vcpus_seen) == ({}, [200], 9)
 
-        programs = engine._built.programs
+        functions = engine._functions
         engine.detach()
         assert engine.reattach(TOGGLE, symbols(TOGGLE, X2APIC_WRITE))
         fresh_snapshot = engine.snapshot()
@@ -408,7 +396,7 @@ def test_engine() -> None:
         assert (fresh_snapshot.vcpus_seen, fresh_snapshot.lower_bound) == (0, False)
         assert fresh_snapshot.maps == (Map("calls", 0, 8192), Map("vcpus", 0, 16384), Map("updates", 0, 4096))
         assert not engine.reattach(RECALC, symbols(RECALC))
-        assert engine._built.programs is programs
+        assert engine._functions is functions
     finally:
         engine.close()
 
@@ -505,16 +493,15 @@ def test_where_programs_at_fentry_may_be_preempted(version: str, model: str | No
 
 @pytest.mark.usefixtures("headers", "no_probes")
 def test_where_fentry_is_refused_kprobes_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine has no kvm_intel, and its BCC may be too old for functions of modules; either way."""
+    """This machine has no kvm_intel, so the kernel has no BTF of it."""
     monkeypatch.setattr("tracer.engine.preemptible", lambda: False)
     engine = Engine(TOGGLE, symbols(TOGGLE), Options(backend="auto"), MACHINE)
     try:
         assert engine.snapshot().backend == "kprobe"
-        [reason] = engine._built.passed_over
-        assert "needs BCC 0.28" in reason or "the kernel refuses" in reason
+        assert engine._built.passed_over == ("the kernel gives no BTF of kvm_intel: No such file or directory",)
     finally:
         engine.close()
-    with pytest.raises(MsrtraceError, match=r"needs BCC 0\.28|the kernel refuses"):
+    with pytest.raises(MsrtraceError, match="the kernel gives no BTF of kvm_intel"):
         Engine(TOGGLE, symbols(TOGGLE), Options(backend="fentry"), MACHINE)
     callers = symbols(TOGGLE, X2APIC_WRITE).functions
     inlined = Symbols.of([*callers, *(Symbol(0x9000, name, "kvm_intel") for name in X2APIC_WRITE_CALLERS)])
@@ -655,7 +642,7 @@ def running(library: Path, layout: Layout, btf: Btf | None, options: Options) ->
         return btf
 
     def link(engine: Engine, symbol: str, program: str, at_return: bool) -> int:
-        return stand_in.link(symbol, engine._built.programs[program], at_return)
+        return stand_in.link(symbol, engine._functions[program], at_return)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tracer.engine.resource", lambda _: source)
@@ -675,19 +662,19 @@ class StandInBtf(KnownBtf):
 
 
 @pytest.fixture(scope="module")
-def toggle(headers: str, library: Path) -> Iterator[StandIn]:
+def toggle(headers: None, library: Path) -> Iterator[StandIn]:
     with running(library, TOGGLE, StandInBtf(), Options(backend="kprobe")) as stand_in:
         yield stand_in
 
 
 @pytest.fixture(scope="module")
-def recalc(headers: str, library: Path) -> Iterator[StandIn]:
+def recalc(headers: None, library: Path) -> Iterator[StandIn]:
     with running(library, RECALC, StandInBtf(), Options(by_vm=True, backend="kprobe")) as stand_in:
         yield stand_in
 
 
 @pytest.fixture
-def blind(headers: str, library: Path) -> Iterator[StandIn]:
+def blind(headers: None, library: Path) -> Iterator[StandIn]:
     with running(library, RECALC, None, Options()) as stand_in:
         yield stand_in
 

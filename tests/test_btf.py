@@ -56,7 +56,7 @@ class Blob:
 
 
 def btf(blob: Blob) -> Btf:
-    return Btf(bytes(blob), bytes(blob.base) if blob.base else None)
+    return Btf(bytes(blob), Btf(bytes(blob.base)) if blob.base else None)
 
 
 def kvm_intel() -> Blob:
@@ -167,7 +167,7 @@ def test_not_btf(blob: bytes, message: str) -> None:
     with pytest.raises(BtfError, match=f"^{message}"):
         Btf(blob)
     with pytest.raises(BtfError, match=f"^{message}"):
-        Btf(bytes(Blob()), blob)
+        Btf(bytes(Blob()), Btf(blob))
 
 
 def test_cut_off_anywhere() -> None:
@@ -176,12 +176,12 @@ def test_cut_off_anywhere() -> None:
     whole, base = bytes(module), bytes(module.base)
     for length in range(len(whole)):
         with pytest.raises(BtfError):
-            Btf(whole[:length], base).bitmap_offset()
+            Btf(whole[:length], Btf(base)).bitmap_offset()
 
 
 def attempt(blob: bytes, base: bytes | None) -> None:
     with suppress(BtfError):
-        assert Btf(blob, base).offset("vcpu_vmx", "vmcs01") >= 0
+        assert Btf(blob, None if base is None else Btf(base)).offset("vcpu_vmx", "vmcs01") >= 0
 
 
 sizes_of_sections = st.tuples(*[st.integers(0, 99)] * 4)

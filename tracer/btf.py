@@ -1,7 +1,7 @@
 """Offsets of structure members, from the BTF that a running kernel publishes of itself and of its modules.
 
-The format is Documentation/bpf/btf.rst. A module's BTF is split: its string offsets continue those of vmlinux,
-and so do its type ids, which nothing here needs, since members are looked up by the names of their structures.
+And ids of functions. The format is Documentation/bpf/btf.rst. A module's BTF is split: its string offsets and its
+type ids continue those of vmlinux.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ _HEADER = struct.Struct("<HBBIIIII")  # struct btf_header
 _TYPE = struct.Struct("<III")  # struct btf_type: name_off, info, size or type
 _MEMBER = struct.Struct("<III")  # struct btf_member: name_off, type, offset in bits
 _KIND_STRUCT, _KIND_FUNC = 4, 12
-# Bytes that follow a struct btf_type, by kind: fixed, and per element counted in the low 16 bits of info.
-_FIXED = {1: 4, 3: 12, 14: 4, 17: 4}
-_PER_ELEMENT = {4: 12, 5: 12, 6: 8, 13: 8, 15: 12, 19: 12}
-_KNOWN_KINDS = 20
+# The words of a type (a struct btf_type and what follows it) by the high byte of its info, whose low 5 bits are the
+# kind: fixed, and for each element counted in the low 16 bits of info.
+_UNKNOWN = 1 << 40  # longer than any section: no such kind
+_FIXED = [_UNKNOWN, 4, 3, 6, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 3, 3, 4, 3, 3, *[_UNKNOWN] * 12] * 8
+_PER_ELEMENT = [3 if kind in (4, 5, 15, 19) else 2 if kind in (6, 13) else 0 for kind in range(32)] * 8
+_WORD = 4  # bytes
 
 
 class BtfError(Exception):
@@ -29,21 +31,20 @@ class BtfError(Exception):
 
 
 class Btf:
-    """The types of one BTF blob; `base` is the blob that a split one continues."""
+    """The types of one BTF blob; `base` is the BTF that a split one continues."""
 
-    def __init__(self, blob: bytes, base: bytes | None = None) -> None:
+    def __init__(self, blob: bytes, base: Btf | None = None) -> None:
         try:
             types, self._strings = _sections(blob)
-            base_types, self._base_strings = _sections(base) if base is not None else (b"", b"")
         except struct.error as error:
             raise BtfError(f"truncated BTF: {error}") from None
-        self._own, self._kernel = _Types(types), _Types(base_types) if base is not None else None
+        self._types, self.base = _Types(types), base
 
     @classmethod
-    def of_module(cls, module: str, sys_btf: Path = SYS_BTF) -> Btf:
-        """The BTF of a loaded MODULE. Raises BtfError without one (CONFIG_DEBUG_INFO_BTF_MODULES)."""
+    def of_module(cls, module: str, sys_btf: Path = SYS_BTF, base: Btf | None = None) -> Btf:
+        """The BTF of a loaded MODULE; BASE: the kernel's, if it was read. Raises BtfError without one of the two."""
         try:
-            return cls((sys_btf / module).read_bytes(), (sys_btf / "vmlinux").read_bytes())
+            return cls((sys_btf / module).read_bytes(), base or cls.of_kernel(sys_btf))
         except OSError as error:
             raise BtfError(f"{error.filename}: {error.strerror}") from None
 
@@ -78,17 +79,24 @@ class Btf:
 
     def kernel_ids(self, function: str, structure: str) -> tuple[int, int]:
         """The ids of FUNCTION and of `struct STRUCTURE` of the kernel itself. Raises BtfError unless it has both."""
-        kernel = self._kernel or self._own
+        kernel = self.base or self
         ids = []
         for kind, name in ((_KIND_FUNC, function), (_KIND_STRUCT, structure)):
-            found = [number for number, _ in kernel.of(kind, self._name_offset(name))]
+            found = [number for number, _ in kernel._types.of(kind, kernel._name_offset(name))]
             if not found:
                 raise BtfError(f"the BTF has no {name}")
             ids.append(found[0])
         return ids[0], ids[1]
 
+    def function_id(self, name: str) -> int:
+        """The id of the function NAME of the module, if this is a module's BTF. Raises BtfError."""
+        found = self._types.of(_KIND_FUNC, self._name_offset(name))
+        if not found:
+            raise BtfError(f"the BTF has no function {name}")
+        return found[0][0] + (len(self.base._types) if self.base else 0)
+
     def _string(self, offset: int) -> bytes:
-        strings = self._base_strings
+        strings = self.base._strings if self.base else self._strings
         if offset >= len(strings):
             strings, offset = self._strings, offset - len(strings)
         return strings[offset : strings.index(b"\0", offset)]
@@ -97,13 +105,15 @@ class Btf:
         """Every string offset that spells NAME as a whole string; cheaper than reading the name of every type."""
         wanted = b"\0" + name.encode() + b"\0"
         offsets: set[int] = set()
-        for strings, start in ((self._base_strings, 0), (self._strings, len(self._base_strings))):
+        start = 0
+        for strings in (*((self.base._strings,) if self.base else ()), self._strings):
             at = strings.find(wanted)
             while at >= 0:
                 offsets.add(start + at + 1)
                 at = strings.find(wanted, at + 1)
             if strings.startswith(wanted[1:]):
                 offsets.add(start)
+            start += len(strings)
         return offsets
 
     def _structures(self, wanted: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
@@ -112,7 +122,7 @@ class Btf:
         A type that both know is in the kernel's BTF alone: struct kvm_vcpu is, where KVM is a module too.
         """
         names = self._name_offset(wanted)
-        for types in filter(None, (self._own, self._kernel)):
+        for types in (self._types, *((self.base._types,) if self.base else ())):
             try:
                 for members, kind_flag in types.structures(names):
                     # With kind_flag the high byte of an offset is the size of a bit field.
@@ -125,24 +135,31 @@ class Btf:
 
 
 class _Types:
-    """A type section, with the name and the place of each type: searching those takes no time."""
+    """A type section, with the name and the place (in words) of each type: searching those takes no time."""
 
     def __init__(self, section: bytes) -> None:
         self._section = section
 
     @cached_property
     def _found(self) -> tuple[array[int], array[int]]:
-        names, places = array("I"), array("I")
-        section, at, end = self._section, 0, len(self._section)
-        while at < end:
-            name, info, _ = _TYPE.unpack_from(section, at)
-            kind = info >> 24 & 0x1F
-            if kind == 0 or kind >= _KNOWN_KINDS:
-                raise BtfError(f"unknown kind {kind} in the BTF")
-            names.append(name)
-            places.append(at)
-            at += _TYPE.size + _FIXED.get(kind, 0) + _PER_ELEMENT.get(kind, 0) * (info & 0xFFFF)
+        whole = len(self._section) // _WORD * _WORD
+        words = memoryview(self._section)[:whole].cast("I")
+        places, at, last = array("I"), 0, len(words) - 1
+        place, fixed, per_element = places.append, _FIXED, _PER_ELEMENT
+        while at < last:  # some 100,000 times, at each start
+            place(at)
+            info = words[at + 1]
+            at += fixed[info >> 24] + per_element[info >> 24] * (info & 0xFFFF)
+        if at >= _UNKNOWN:
+            raise BtfError(f"unknown kind {info >> 24 & 0x1F} in the BTF")
+        if at * _WORD != len(self._section):
+            raise BtfError("truncated BTF: its last type is not whole")
+        names = array("I", map(words.__getitem__, places))
         return names, places
+
+    def __len__(self) -> int:
+        """How many types there are."""
+        return len(self._found[0])
 
     def of(self, kind: int, wanted: set[int]) -> list[tuple[int, int]]:
         """The id and the place of each type of KIND with a WANTED name; the first id is 1, but for a split section."""
@@ -156,7 +173,7 @@ class _Types:
         return [
             (number, at)
             for number in sorted(numbers)
-            for at in (places[number - 1],)
+            for at in (places[number - 1] * _WORD,)
             if _TYPE.unpack_from(self._section, at)[1] >> 24 & 0x1F == kind
         ]
 
@@ -164,7 +181,7 @@ class _Types:
         """The members, still packed, of each structure with a WANTED name; and its kind_flag."""
         for _, at in self.of(_KIND_STRUCT, wanted):
             info, start = _TYPE.unpack_from(self._section, at)[1], at + _TYPE.size
-            yield self._section[start : start + _PER_ELEMENT[_KIND_STRUCT] * (info & 0xFFFF)], bool(info >> 31)
+            yield self._section[start : start + _MEMBER.size * (info & 0xFFFF)], bool(info >> 31)
 
 
 def _sections(blob: bytes) -> tuple[bytes, bytes]:

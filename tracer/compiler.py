@@ -1,144 +1,141 @@
-"""Compiling and loading the BPF program in a process of its own, which ends: the compiler takes 100 MB of memory.
+"""Compiling the BPF program by BCC, in a process of its own, which ends: the compiler takes 100 MB of memory.
 
-What stays of it are descriptors of maps and programs. They come over a socket, to whoever called `build`.
+And a second, so what it made is kept. The program asks for nothing of the kernel's headers but the registers that a
+kprobe sees, which never change; all else comes by -D. So it is kept by that, and by the compiler's and the kernel's
+versions for good measure.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
+import importlib.util
 import json
 import os
-import re
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from tracer.errors import MsrtraceError
-from tracer.syscalls import BpfMap
+from tracer.program import (
+    Loaded,
+    MapDefinition,
+    Program,
+    Refused,
+    Unfit,
+    Variant,
+    keep,
+    kept,
+    load,
+    without_descriptors,
+)
 
 _DEBUG_HINT = " (MSRTRACE_DEBUG=1 shows all)"
-_LONGEST_REPLY = 100_000  # bytes; net.core.wmem_default is twice that
-_MOST_DESCRIPTORS = 253  # SCM_MAX_FD of the kernel
-# struct bpf_insn
-_INSTRUCTION = struct.Struct("<BBhi")
-_CALL, _PSEUDO_KFUNC = 0x85, 2
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to build the program; `programs` gives each BPF function's type and its name for the caller.
-
-    `bcc`: the oldest version of BCC that can. `kfuncs`: the BTF ids of functions of the kernel that the program
-    calls, by the numbers that it calls them by.
-    """
-
-    backend: str
-    definitions: Mapping[str, str | int]
-    programs: Mapping[str, tuple[str, str]]
-    bcc: tuple[int, ...] = ()
-    kfuncs: Mapping[int, int] = field(default_factory=dict)
+#: What tells BCC where to find headers (src/cc/frontends/clang/loader.cc).
+_BCC_SETTINGS = ("BCC_KERNEL_SOURCE", "BCC_KERNEL_MODULES_SUFFIX", "BCC_LINUX_VERSION_CODE", "BCC_PROBEREAD_KERNEL")
 
 
 @dataclass(frozen=True)
 class Built:
-    """Descriptors of what was loaded, by name; `passed_over` says why an earlier variant was not."""
+    """What was loaded, by which backend; `passed_over` says why no earlier variant was."""
 
     backend: str
-    maps: dict[str, BpfMap]
-    programs: dict[str, int]
+    loaded: Loaded
     passed_over: tuple[str, ...] = ()
 
-    def close(self) -> None:
-        """Let go of all of it."""
-        for fd in (*(m.fd for m in self.maps.values()), *self.programs.values()):
-            os.close(fd)
 
-
-class Refused(Exception):
-    """The kernel refuses BPF to this process."""
-
-
-class Builder:
-    """A child that is there at once, and waits to be told what to build: it imports BCC in the meantime."""
-
-    def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # -P: nothing is imported from the directory that we happen to be in
-        command = [sys.executable, "-P", "-m", "tracer.compiler", str(theirs.fileno()), str(os.getpid())]
-        with theirs:
-            self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-
-    def build(self, source: Path, maps: Sequence[str], variants: Sequence[Variant]) -> Built:
-        """Build SOURCE, as the first of VARIANTS that the machine takes. Raises MsrtraceError, or Refused."""
-        request = {"source": str(source), "maps": list(maps), "variants": [asdict(v) for v in variants]}
+def build(source: Path, variants: Sequence[Variant]) -> Built:
+    """Compile and load SOURCE, as the first of VARIANTS that the machine takes. Raises MsrtraceError, or Refused."""
+    passed_over: list[str] = []
+    for variant in variants:
         try:
-            self._socket.send(json.dumps(request).encode())
-            text, fds, _, _ = socket.recv_fds(self._socket, _LONGEST_REPLY, _MOST_DESCRIPTORS)
-        except OSError as error:
-            text, fds = b"", []
-            problem = f": {error.strerror}"
-        else:
-            problem = ""
-        finally:
-            self._socket.close()
-        status = self._child.wait()
-        if not text:
-            raise MsrtraceError(f"the process that compiles the BPF program ended with status {status}{problem}")
-        reply = json.loads(text)
-        if os.environ.get("MSRTRACE_DEBUG"):
-            sys.stderr.write("".join(f"msrtrace: passed over: {why}\n" for why in reply.get("passed_over", ())))
-            sys.stderr.write(reply["output"])
-        if "error" in reply:
-            raise Refused if reply["refused"] else MsrtraceError(reply["error"])
-        for fd in fds:
-            os.set_inheritable(fd, False)
-        sizes: dict[str, list[int]] = reply["maps"]
-        return Built(
-            reply["backend"],
-            {name: BpfMap(fd, *sizes[name]) for name, fd in zip(sizes, fds, strict=False)},
-            dict(zip(reply["programs"], fds[len(sizes) :], strict=True)),
-            tuple(reply["passed_over"]),
-        )
+            return Built(variant.backend, load(compiled(source, variant.definitions), variant), tuple(passed_over))
+        except Unfit as error:
+            passed_over.append(str(error))
+            _show(f"msrtrace: passed over: {error}\n{error.said}")
+        except Refused:
+            passed_over.append("")
+            _show("msrtrace: passed over: the kernel does not permit it\n")
+    if not passed_over[-1]:
+        raise Refused
+    raise MsrtraceError(passed_over[-1] + _DEBUG_HINT)
 
-    def abandon(self) -> None:
-        """End the child, which is not needed."""
-        self._socket.close()
-        self._child.kill()
-        self._child.wait()
+
+def compiled(source: Path, definitions: Mapping[str, int]) -> Program:
+    """SOURCE compiled with DEFINITIONS for -D, now or earlier. Raises Unfit, Refused, or MsrtraceError."""
+    key = _key(source, definitions)
+    program = kept(key)
+    if program is None:
+        program = _compile(source, definitions)
+        keep(key, program)
+    return program
+
+
+def _key(source: Path, definitions: Mapping[str, int]) -> str:
+    found = importlib.util.find_spec("bcc")
+    bcc = [path / "version.py" for path in map(Path, (found and found.submodule_search_locations) or ())]
+    made_from = [
+        *(_content(path) for path in (source, Path(__file__), *bcc)),
+        json.dumps([sorted(definitions.items()), *os.uname()[2:], *map(os.environ.get, _BCC_SETTINGS)]).encode(),
+    ]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in made_from)).hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _show(text: str) -> None:
+    if os.environ.get("MSRTRACE_DEBUG"):
+        sys.stderr.write(text)
+
+
+def _compile(source: Path, definitions: Mapping[str, int]) -> Program:
+    # -P: nothing is imported from the directory that we happen to be in
+    command = [sys.executable, "-P", "-m", "tracer.compiler", str(os.getpid()), str(source)]
+    command += [f"-D{name}={value}" for name, value in definitions.items()]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
+    except OSError as error:
+        raise MsrtraceError(f"the process that compiles the BPF program cannot be started: {error.strerror}") from None
+    try:
+        reply = msgspec.msgpack.decode(done.stdout, type=_Reply)
+    except msgspec.DecodeError:
+        status = done.returncode
+        raise MsrtraceError(f"the process that compiles the BPF program ended with status {status}") from None
+    if reply.program:
+        _show(reply.said)
+        return reply.program
+    if reply.missing:
+        raise MsrtraceError(reply.missing)
+    if reply.refused:
+        raise Refused
+    lines = reply.said.splitlines()
+    reason = next((line for line in lines if "error:" in line), "") or (lines or [reply.error])[-1]
+    raise Unfit(f"the BPF program cannot be compiled: {reason}", reply.said)
+
+
+class _Reply(msgspec.Struct):
+    """Of the child: what it made, or why it did not, and all that was SAID."""
+
+    program: Program | None = None
+    missing: str = ""
+    error: str = ""
+    refused: bool = False
+    said: str = ""
 
 
 # --- in the child ---
-
-
-@dataclass
-class _Output:
-    """What C libraries write to stdout and stderr."""
-
-    file: Any = field(default_factory=tempfile.TemporaryFile)
-    read: int = 0
-
-    def __post_init__(self) -> None:
-        for fd in (1, 2):
-            os.dup2(self.file.fileno(), fd)
-
-    def new(self) -> str:
-        """What was written since this was last asked."""
-        text = os.pread(self.file.fileno(), 1 << 26, self.read)
-        self.read += len(text)
-        return text.decode(errors="replace")
-
-
-class _Failed(Exception):
-    """A variant cannot be built; the reason."""
 
 
 def refused(error: Exception, text: str) -> bool:
@@ -147,124 +144,75 @@ def refused(error: Exception, text: str) -> bool:
     return getattr(error, "errno", 0) in (errno.EPERM, errno.EACCES) or any(s in f"{error} {text}" for s in said)
 
 
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line and not line.startswith(("processed", "HINT"))]
-    return lines[-1] if lines else ""
+_OF_A_TABLE = {
+    "bpf_table_name": ctypes.c_char_p,
+    "bpf_table_type_id": ctypes.c_int,
+    "bpf_table_key_size_id": ctypes.c_size_t,
+    "bpf_table_leaf_size_id": ctypes.c_size_t,
+    "bpf_table_max_entries_id": ctypes.c_size_t,
+    "bpf_table_flags_id": ctypes.c_int,
+    "bpf_table_fd_id": ctypes.c_int,
+}
 
 
-def _compile(source: str, variant: Mapping[str, Any], output: _Output, seen: list[str]) -> Any:
+def _compile_here(source: str, flags: list[str]) -> Program:
     from bcc import BPF
+    from bcc.libbcc import lib
 
     class Quiet(BPF):  # type: ignore[misc] # BCC has no types
-        """BCC would attach functions by their names; here the reader does, when all are loaded."""
+        """BCC would load and attach functions by their names."""
 
         def _trace_autoload(self) -> None:
             pass
 
-    flags = [f"-D{name}={value}" for name, value in variant["definitions"].items()]
-    try:
-        return Quiet(src_file=source, cflags=["-Wno-macro-redefined", *flags])
-    except Exception as error:
-        seen.append(output.new())
-        if refused(error, seen[-1]):
-            raise Refused from None
-        lines = seen[-1].splitlines()
-        reason = next((line for line in lines if "error:" in line), "") or _last_line(seen[-1]) or str(error)
-        raise _Failed(f"the BPF program cannot be compiled or loaded: {reason}{_DEBUG_HINT}") from None
-
-
-def _resolve(bpf: Any, function: str, kfuncs: Mapping[str, int]) -> None:
-    """Make calls of placeholders calls of the kernel's functions: BPF_PSEUDO_KFUNC_CALL, include/uapi/linux/bpf.h."""
-    from bcc.libbcc import lib
-
-    start = lib.bpf_function_start(bpf.module, function.encode())
-    size = lib.bpf_function_size(bpf.module, function.encode())
-    if not start or not kfuncs:
-        return
-    code = (ctypes.c_char * size).from_address(start)
-    for at in range(0, size, _INSTRUCTION.size):
-        operation, registers, offset, number = _INSTRUCTION.unpack_from(code, at)
-        if operation == _CALL and registers == 0 and str(number) in kfuncs:
-            _INSTRUCTION.pack_into(code, at, _CALL, _PSEUDO_KFUNC << 4, offset, kfuncs[str(number)])
-
-
-def _load(bpf: Any, variant: Mapping[str, Any], output: _Output, seen: list[str]) -> dict[str, int]:
-    loaded: dict[str, int] = {}
-    for function, (kind, name) in variant["programs"].items():
-        _resolve(bpf, function, variant["kfuncs"])
-        try:
-            loaded[name] = bpf.load_func(function, getattr(bpf, kind.upper())).fd
-        except Exception as error:
-            seen.append(output.new())
-            # EACCES is the verifier's answer too, but then it says why.
-            if getattr(error, "errno", 0) == errno.EPERM or "privileges" in str(error):
-                raise Refused from None
-            reason = _last_line(seen[-1]) or str(error)
-            raise _Failed(f"the kernel refuses the BPF program {name}: {reason}{_DEBUG_HINT}") from None
-    return loaded
-
-
-def _answer(request: Mapping[str, Any], output: _Output) -> tuple[dict[str, Any], list[int], list[Any]]:
-    """The reply, the descriptors that go with it, and what must live until they are sent."""
-    seen: list[str] = []
-    passed_over: list[str] = []
-    denied = False
-    try:
-        import bcc
-    except ImportError as error:
-        reason = f"BCC cannot be imported: {error}; install python3-bpfcc"
-        return {"error": reason, "refused": False, "output": ""}, [], []
-    version = tuple(map(int, re.findall(r"\d+", bcc.__version__)[:2]))
-    for variant in request["variants"]:
-        denied = False
-        oldest = tuple(variant["bcc"])
-        try:
-            if oldest and version and version < oldest:
-                raise _Failed(f"needs BCC {'.'.join(map(str, oldest))}, this is {bcc.__version__}")
-            bpf = _compile(request["source"], variant, output, seen)
-            programs = _load(bpf, variant, output, seen)
-        except _Failed as error:
-            passed_over.append(str(error))
-            continue
-        except Refused:
-            denied = True
-            passed_over.append("the kernel does not permit it")
-            continue
-        maps, fds = {}, []
-        for name in request["maps"]:
-            try:
-                table = bpf[name]
-            except KeyError:
-                continue
-            maps[name] = (ctypes.sizeof(table.Key), ctypes.sizeof(table.Leaf), table.max_entries)
-            fds.append(table.map_fd)
-        seen.append(output.new())
-        reply = {"backend": variant["backend"], "maps": maps, "programs": list(programs)}
-        reply |= {"passed_over": passed_over, "output": "".join(seen)}
-        return reply, [*fds, *programs.values()], [bpf]
-    return {"error": passed_over[-1], "refused": denied, "output": "".join(seen)}, [], []
+    bpf = Quiet(src_file=source, cflags=["-Wno-macro-redefined", *flags])
+    # Of bcc_common.h; BCC's Python declares some of it.
+    for name, result in _OF_A_TABLE.items():
+        getattr(lib, name).argtypes, getattr(lib, name).restype = [ctypes.c_void_p, ctypes.c_size_t], result
+    tables = range(lib.bpf_num_tables(bpf.module))
+    maps = [
+        MapDefinition(
+            lib.bpf_table_name(bpf.module, n).decode(),
+            lib.bpf_table_type_id(bpf.module, n),
+            lib.bpf_table_key_size_id(bpf.module, n),
+            lib.bpf_table_leaf_size_id(bpf.module, n),
+            lib.bpf_table_max_entries_id(bpf.module, n),
+            lib.bpf_table_flags_id(bpf.module, n),
+        )
+        for n in tables
+    ]
+    indices = {lib.bpf_table_fd_id(bpf.module, n): n for n in tables}
+    functions = {}
+    for n in range(lib.bpf_num_functions(bpf.module)):
+        name = lib.bpf_function_name(bpf.module, n)
+        code = ctypes.string_at(lib.bpf_function_start(bpf.module, name), lib.bpf_function_size(bpf.module, name))
+        functions[name.decode()] = without_descriptors(code, indices)
+    return Program(maps, functions)
 
 
 def main() -> None:
-    """Be the child: `python -m tracer.compiler SOCKET PARENT`."""
-    own, parent = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    """Be the child: `python -m tracer.compiler PARENT SOURCE [-D...]`; the reply goes to standard output."""
+    parent, source, *flags = sys.argv[1:]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the parent ends in order, and takes this process along
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
+    if os.getppid() != int(parent):
         return
-    output = _Output()
-    with suppress(ImportError):
-        import bcc  # noqa: F401 (while the parent still finds out what to build)
-    text = own.recv(_LONGEST_REPLY)
-    if not text:
-        return
-    reply, fds, _alive = _answer(json.loads(text), output)
-    encoded = json.dumps(reply).encode()
-    if len(encoded) > _LONGEST_REPLY:
-        encoded = json.dumps(reply | {"output": reply["output"][-_LONGEST_REPLY // 8 :]}).encode()
-    socket.send_fds(own, [encoded], fds)
-    os._exit(0)  # without BCC's clean-up: the descriptors live on
+    with os.fdopen(os.dup(1), "wb") as out, tempfile.TemporaryFile() as said:
+        for fd in (1, 2):  # C libraries write there
+            os.dup2(said.fileno(), fd)
+        reply = _Reply()
+        try:
+            reply.program = _compile_here(source, flags)
+        except ImportError as error:
+            reply.missing = f"BCC cannot be imported: {error}; install python3-bpfcc"
+        except Exception as error:
+            reply.error = str(error)
+            reply.refused = refused(error, os.pread(said.fileno(), 1 << 26, 0).decode(errors="replace"))
+        reply.said = os.pread(said.fileno(), 1 << 26, 0).decode(errors="replace")
+        out.write(msgspec.msgpack.encode(reply))
+        out.flush()
+        os._exit(0)  # without BCC's clean-up, which takes its time
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def backend_option(function: Callable[..., None]) -> Callable[..., None]:
         type=click.Choice(["auto", "fentry", "kprobe"]),
         default="auto",
         show_default=True,
-        help="How functions are probed; auto: by fentry, which is cheaper, where kernel and BCC can. While fentry is "
+        help="How functions are probed; auto: by fentry, which is cheaper, where the kernel can. While fentry is "
         "in use kvm_intel cannot be unloaded.",
     )(function)
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from tracer import syscalls
 from tracer.btf import Btf, BtfError
 from tracer.cause import FILTER_CHANGE, RECALC, cause_of
-from tracer.compiler import Builder, Built, Refused, Variant, refused
+from tracer.compiler import Built, build, refused
 from tracer.doctor import Machine, explain_eperm
 from tracer.errors import MsrtraceError
 from tracer.layout import VCPU_CREATE, VCPU_FREE, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout, Symbols
+from tracer.program import Refused, Target, Variant
 from tracer.resources import resource
 from tracer.rights import in_force, sees_processes
 from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
@@ -36,7 +37,8 @@ _COUNTS = [
     "vcpus_seen",
     "vmms_seen",
 ]
-_MAPS = ["counters", "counter_owners", "calls", "vcpus", "vcpu_owners", "updates", "counts"]
+# enum value
+_VALUES = ["enable_at", "disable_at", "set_at", "kretprobe_trampoline", "fgraph_trampoline"]
 # struct outcome, counter, call, vcpu (its number and its tid), update_key and update
 _OUTCOME = struct.Struct("6Q")
 _COUNTER = struct.Struct("6Q3Q")
@@ -51,7 +53,6 @@ _RDONLY_CAST = 0x7F000001  # the number by which the program calls it
 _CAST = ("bpf_rdonly_cast", "timespec64")
 
 BACKENDS = ("kprobe", "fentry")
-_FENTRY_BCC = (0, 28)  # the first that finds functions of modules
 _INIT_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _SETTLE_PAUSE_SECONDS = 0.002
 _PREEMPTION_MODEL = Path("/sys/kernel/debug/sched/preempt")
@@ -102,11 +103,13 @@ def points(layout: Layout, symbols: Symbols, exact: bool) -> list[_Point]:
 
 def definitions(layout: Layout, btf: Btf | None, symbols: Symbols, options: Options) -> dict[str, int]:
     """The -D by which bpf/msrtrace.c is configured; without BTF the outcome of calls stays unknown."""
-    result = dict(symbols.trampolines)
+    result = {}
     if btf:
         result["BITMAP_OFFSET"] = btf.bitmap_offset()
         with suppress(BtfError):
             result["EXITS_OFFSET"] = btf.offset("kvm_vcpu", "stat") + btf.offset("kvm_vcpu_stat", "exits")
+        with suppress(BtfError):
+            result["CAST_TYPE"] = btf.kernel_ids(*_CAST)[1]
     if layout.filter_set and symbols.find(layout.filter_set):
         # `kvm` is the first member of struct kvm_vcpu since 2.6; BTF confirms it where there is any.
         result["FILTER_OFFSET"] = btf.offset("kvm_vcpu", "kvm") if btf else 0
@@ -138,50 +141,57 @@ def preemptible(model: Path = _PREEMPTION_MODEL, version: str | None = None) -> 
 
 
 def variants(
-    layout: Layout, symbols: Symbols, defined: Mapping[str, int], options: Options, cast: int | None = None
+    layout: Layout, symbols: Symbols, defined: Mapping[str, int], options: Options, btf: Btf | None = None
 ) -> list[Variant]:
-    """How the program may be built, what is preferred first. CAST: the BTF id of bpf_rdonly_cast(), if it is there.
+    """How the program may be built, what is preferred first.
 
-    Raises MsrtraceError if the user's choice cannot be.
+    BTF gives the ids of functions; it must be there if outcomes are seen. Raises MsrtraceError if the user's choice
+    cannot be.
     """
     exact = "BITMAP_OFFSET" in defined
     # What tells filter updates apart is compiled only where its offset is defined.
     wanted = [
         p for p in points(layout, symbols, exact) if p.function != layout.filter_set or "FILTER_OFFSET" in defined
     ]
-    kprobe = {name: ("kprobe", name) for point in wanted for name in point.programs}
-    reader = {"settle_call": ("raw_tracepoint", "settle_call")} if exact else {}
-    found = [Variant("kprobe", defined, kprobe | reader)]
+    reader = {"settle_call": Target("raw_tracepoint")} if exact else {}
+    values = {_VALUES.index(name): address for name, address in symbols.trampolines.items()}
+    kprobe = {name: Target("kprobe") for point in wanted for name in point.programs}
+    found = [Variant("kprobe", defined, kprobe | reader, values)]
     problem = _no_fentry(layout, symbols, wanted, exact)
-    if not problem:
-        names: dict[str, str | int] = {}
-        for point in wanted:
-            for symbol in symbols.find(point.function)[:1]:
-                target = f"{symbol.module or 'vmlinux'}__{symbol.name}"
-                names |= {
-                    program: f"{kind}__{target}"
-                    for program, kind in zip(point.programs, ("kfunc", "kretfunc"), strict=False)
-                }
-        addresses = {
-            f"{which}_AT": symbols.find(function)[0].address
-            for which, function in (("ENABLE", layout.enable), ("DISABLE", layout.disable), ("SET", layout.set_))
-            if function and symbols.find(function)
-        }
-        tracing = {str(name): ("tracing", program) for program, name in names.items()}
-        fentry = {"FENTRY": 1, "ENABLE_AT": 0, "DISABLE_AT": 0, "SET_AT": 0, **addresses, **names}
-        found.insert(0, Variant("fentry", {**defined, **fentry}, tracing | reader, _FENTRY_BCC))
-    elif options.backend == "fentry":
+    if btf and not problem:
+        try:
+            tracing = _tracing(symbols, wanted, btf)
+        except BtfError as error:
+            problem = str(error)
+        else:
+            called = (("enable_at", layout.enable), ("disable_at", layout.disable), ("set_at", layout.set_))
+            values |= {
+                _VALUES.index(name): symbols.find(function)[0].address
+                for name, function in called
+                if function and symbols.find(function)
+            }
+            found.insert(0, Variant("fentry", {**defined, "FENTRY": 1}, tracing | reader, values))
+    if problem and options.backend == "fentry":
         raise MsrtraceError(f"the backend fentry cannot be used here: {problem}; --backend kprobe can")
     if options.backend == "auto":
         found = [v for v in found if v.backend == "kprobe" or not preemptible()]
     else:
         found = [v for v in found if v.backend == options.backend]
-    if cast is not None:
-        found = [
-            faster
-            for variant in found
-            for faster in (replace(variant, kfuncs={_RDONLY_CAST: cast}), _without_cast(variant))
-        ]
+    if not btf or "CAST_TYPE" not in defined:
+        return found
+    kfuncs = {_RDONLY_CAST: btf.kernel_ids(*_CAST)[0]}
+    return [faster for variant in found for faster in (replace(variant, kfuncs=kfuncs), _without_cast(variant))]
+
+
+def _tracing(symbols: Symbols, wanted: list[_Point], btf: Btf) -> dict[str, Target]:
+    """What fentry and fexit programs are loaded for. Raises BtfError."""
+    found = {}
+    for point in wanted:
+        for symbol in symbols.find(point.function)[:1]:
+            origin = btf if symbol.module == symbols.module else Btf.of_module(str(symbol.module), base=btf.base)
+            function = origin.function_id(symbol.name)
+            for kind, program in zip(("fentry", "fexit"), point.programs, strict=False):
+                found[program] = Target(kind, function, symbol.module)
     return found
 
 
@@ -208,18 +218,13 @@ class Engine:
     def __init__(self, layout: Layout, symbols: Symbols, options: Options, machine: Machine) -> None:
         """Compile, load and attach. Raises MsrtraceError when nothing can be counted."""
         self._layout, self._symbols, self._options, self._machine = layout, symbols, options, machine
-        builder = Builder()
+        self._defined, self._btf_problem, btf = self._plan(layout, symbols)
+        wanted = variants(layout, symbols, self._defined, options, btf)
         try:
-            self._defined, self._btf_problem, cast = self._plan(layout, symbols)
-            wanted = variants(layout, symbols, self._defined, options, cast)
-        except BaseException:
-            builder.abandon()
-            raise
-        try:
-            self._built: Built = builder.build(resource("bpf/msrtrace.c"), _MAPS, wanted)
+            self._built: Built = build(resource("bpf/msrtrace.c"), wanted)
         except Refused:
             raise MsrtraceError(explain_eperm(machine)) from None
-        self._maps = self._built.maps
+        self._maps, self._functions = self._built.loaded.maps, self._built.loaded.functions
         self._links: dict[str, list[int]] = {}
         self.probes: list[Probe] = []
         self._missed_before: dict[str, int] = {}
@@ -230,19 +235,15 @@ class Engine:
             self.close()
             raise
 
-    def _plan(self, layout: Layout, symbols: Symbols) -> tuple[dict[str, int], str, int | None]:
-        """How the program must be configured for a kernel, and why it cannot see outcomes there, if so; and CAST."""
-        btf, problem, cast = None, "", None
-        defined = None
-        if layout.calls:
-            try:
-                btf = Btf.of_module(symbols.module) if symbols.module else Btf.of_kernel()
-                defined = definitions(layout, btf, symbols, self._options)
-                with suppress(BtfError):
-                    cast, defined["CAST_TYPE"] = btf.kernel_ids(*_CAST)
-            except BtfError as error:
-                problem = str(error)
-        return defined or definitions(layout, None, symbols, self._options), problem, cast
+    def _plan(self, layout: Layout, symbols: Symbols) -> tuple[dict[str, int], str, Btf | None]:
+        """How the program must be configured for a kernel; why it cannot see outcomes there, if so; the BTF if not."""
+        if not layout.calls:
+            return definitions(layout, None, symbols, self._options), "", None
+        try:
+            btf = Btf.of_module(symbols.module) if symbols.module else Btf.of_kernel()
+            return definitions(layout, btf, symbols, self._options), "", btf
+        except BtfError as error:
+            return definitions(layout, None, symbols, self._options), str(error), None
 
     def reattach(self, layout: Layout, symbols: Symbols) -> bool:
         """Attach to a kvm_intel that was loaded anew; False if the program does not fit it.
@@ -271,7 +272,7 @@ class Engine:
     def detach(self) -> None:
         """Remove the probes and forget what they counted; the program stays loaded, for `reattach`."""
         self._remove_probes()
-        self._missed_before = {name: self._misses(name) for name in self._built.programs}
+        self._missed_before = {name: self._misses(name) for name in self._functions}
         for owners, array in (("counter_owners", "counters"), ("vcpu_owners", "vcpus")):
             for index in self._maps[owners].keys():  # noqa: SIM118 (a BPF map)
                 self._maps[array].update(index, bytes(self._maps[array].value_size))
@@ -345,7 +346,7 @@ class Engine:
         return Probe(point.function, symbol.name, True, where + others)
 
     def _link(self, symbol: str, program: str, *, at_return: bool) -> int:
-        fd = self._built.programs[program]
+        fd = self._functions[program]
         if self._built.backend == "fentry":
             return syscalls.attach_tracing(fd)
         return syscalls.attach_probe("kprobe", symbol, fd, at_return=at_return)
@@ -408,7 +409,7 @@ class Engine:
 
     def _settle(self, patience: float) -> int:
         """Have the outcomes of calls read that nothing has followed on their vCPU; how many are still under way."""
-        program = self._built.programs.get("settle_call")
+        program = self._functions.get("settle_call")
         if program is None:
             return 0
         deadline = time.monotonic() + patience
@@ -489,13 +490,13 @@ class Engine:
         return sum(self._misses(name) - self._missed_before.get(name, 0) for name in own)
 
     def _misses(self, program: str) -> int:
-        fd = self._built.programs.get(program)
+        fd = self._functions.get(program)
         return 0 if fd is None else syscalls.misses(fd)
 
     def close(self) -> None:
         """Detach everything."""
         self._remove_probes()
-        self._built.close()
+        self._built.loaded.close()
 
 
 def _durations(value: bytes) -> Durations:

@@ -1,7 +1,7 @@
-"""bpf(2) and perf_event_open(2): what is done with BPF programs and maps once they are loaded.
+"""bpf(2) and perf_event_open(2): BPF programs and maps, from their loading to their end.
 
-BCC can do it too, but brings a compiler along that stays in memory. Numbers and structures are those of
-include/uapi/linux/bpf.h and perf_event.h, on x86-64.
+BCC can do it too, but brings a compiler along, which stays in memory and runs at each start. Numbers and structures
+are those of include/uapi/linux/bpf.h and perf_event.h, on x86-64.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_PERF_EVENT_OPEN, _SYS_BPF = 298, 321
 
 # enum bpf_cmd
-_MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY = 1, 2, 3, 4
-_PROG_TEST_RUN, _RAW_TRACEPOINT_OPEN, _MAP_LOOKUP_BATCH = 10, 17, 24
+_MAP_CREATE, _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY, _PROG_LOAD = range(6)
+_PROG_TEST_RUN, _OBJ_GET_INFO_BY_FD, _RAW_TRACEPOINT_OPEN = 10, 15, 17
+_BTF_GET_FD_BY_ID, _BTF_GET_NEXT_ID, _MAP_LOOKUP_BATCH = 19, 23, 24
 
 _BATCH = 1024  # entries a call
 _PMUS = Path("/sys/bus/event_source/devices")
@@ -38,6 +39,57 @@ def _bpf(command: int, attributes: bytes) -> tuple[int, bytes]:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return int(result), buffer.raw
+
+
+def create_map(name: str, kind: int, *, key_size: int, value_size: int, max_entries: int, flags: int) -> int:
+    """A new map's descriptor; KIND is of enum bpf_map_type, sizes are in bytes. Raises OSError."""
+    fields = (kind, key_size, value_size, max_entries, flags, 0, 0, _object_name(name), 0)
+    return _bpf(_MAP_CREATE, struct.pack("IIIIIII16sI", *fields))[0]
+
+
+def load_program(
+    name: str, kind: int, code: bytes, *, attach_type: int, function: int, btf: int, log: bytearray | None
+) -> int:
+    """The descriptor of a program of the instructions CODE; KIND and ATTACH_TYPE are of enums of bpf.h.
+
+    FUNCTION: the BTF id of what a tracing program is for; BTF: a descriptor of the module's BTF that has it, or 0.
+    LOG gets what the verifier says, ended by a 0. Raises OSError.
+    """
+    instructions, license_ = bytearray(code), bytearray(b"GPL\0")
+    text = (1, len(log), _address(log)) if log else (0, 0, 0)
+    attributes = struct.pack(
+        "IIQQIIQII16sIIIIQIIQIIII",
+        *(kind, len(code) // 8, _address(instructions), _address(license_), *text),
+        *(0, 0, _object_name(name), 0, attach_type),
+        *(0, 0, 0, 0, 0, 0, 0),  # BTF of the program's own
+        *(function, btf, 0),
+    )
+    return _bpf(_PROG_LOAD, attributes)[0]
+
+
+def _object_name(name: str) -> bytes:
+    return name.encode()[:15]  # BPF_OBJ_NAME_LEN, with a 0 at the end
+
+
+def btf_of_module(module: str) -> int:
+    """A descriptor of the BTF of a loaded MODULE. Raises OSError, without CAP_SYS_ADMIN too."""
+    number = 0
+    while True:
+        _, left = _bpf(_BTF_GET_NEXT_ID, struct.pack("II", number, 0))  # ENOENT after the last
+        number = struct.unpack_from("I", left, 4)[0]
+        try:
+            fd, _ = _bpf(_BTF_GET_FD_BY_ID, struct.pack("I", number))
+        except OSError as error:
+            if error.errno == errno.ENOENT:  # its module went in the meantime
+                continue
+            raise
+        name = bytearray(64)
+        # struct bpf_btf_info: the types and their size are not wanted
+        info = bytearray(struct.pack("QIIQII", 0, 0, 0, _address(name), len(name), 0))
+        _bpf(_OBJ_GET_INFO_BY_FD, struct.pack("IIQ", fd, len(info), _address(info)))
+        if name[: name.index(0)].decode() == module:
+            return fd
+        os.close(fd)
 
 
 @dataclass(frozen=True)

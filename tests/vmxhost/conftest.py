@@ -34,7 +34,6 @@ FIXTURES = {
 }
 #: Hosts on which fentry cannot be had, and what msrtrace says there.
 NO_FENTRY = {
-    "bookworm": r"needs BCC 0\.28, this is 0\.26",
     "filter-only": "the backend fentry cannot be used here: .*; --backend kprobe can",
 }
 #: Hosts whose kernel may preempt a program at fentry, which then misses calls: there `auto` takes kprobes.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import NO_FENTRY, Collected
-from cost import PER_UPDATE, PER_VCPU, per_call
+from cost import INSTRUCTIONS_PER_SECOND, PER_UPDATE, PER_VCPU, per_call
 from guest import MEASURED_UPDATES
 from metrics_text import Metrics
 
@@ -16,6 +16,7 @@ CEILINGS_FILE = Path(__file__).with_name("ceilings.json")
 #: By host, backend and variant: what was measured, and MARGIN.
 CEILINGS: dict[str, dict[str, dict[str, int]]] = json.loads(CEILINGS_FILE.read_text())
 MARGIN = 1.02  # a kernel update moves the kernel's part of the cost; on one kernel it repeats to the tick
+START_CEILING = 2_000_000_000  # instructions: a second of a slow core
 RSS_KB = 45_000  # DESIGN.md, "Cost"
 SLACK = 0.9  # a ceiling that is further above than this holds nothing
 
@@ -53,6 +54,12 @@ def test_what_was_measured_was_counted(both: Collected, scenario: str) -> None:
         assert (after.redundant() - before.redundant()).total() == redundant
         assert after.updates() - before.updates() == MEASURED_UPDATES
         assert not after.lost()
+
+
+def test_a_start_that_needs_no_compiler_is_quick(collected: Collected) -> None:
+    """Until it serves; an earlier scenario has compiled. DESIGN.md, "Cost", wants a second natively."""
+    instructions = collected.scenario("killed")["started_in"] * INSTRUCTIONS_PER_SECOND
+    assert instructions < START_CEILING
 
 
 def test_the_process_that_stays_is_small_and_has_few_rights(collected: Collected) -> None:

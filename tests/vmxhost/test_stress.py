@@ -12,7 +12,7 @@ from conftest import HERE, RUN, WHOLE
 from metrics_text import Metrics, nonzero
 from witness import recorded
 
-BACKENDS = ["kprobe"]
+BACKENDS = ["kprobe", "fentry"]
 CPUS = 2
 
 

@@ -227,7 +227,8 @@ def killed() -> Any:
     time.sleep(0.5)
     left = kernel_state()
     vm.terminate()
-    return {"idle": idle, "running": running, "left": left, "workload": vm.wait()} | ended
+    found = {"idle": idle, "running": running, "left": left, "workload": vm.wait()}
+    return found | {"started_in": msrtrace.started_in} | ended
 
 
 def waits() -> Any:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,10 @@ def kernel_state() -> dict[str, Any]:
 
 
 class Msrtrace:
-    """`msrtrace run OPTIONS` in the background."""
+    """`msrtrace run OPTIONS` in the background; `started_in` so many seconds of the guest's."""
 
     def __init__(self, *options: str, ready: str = "serving") -> None:
+        begun = time.monotonic()
         self.log = Path(f"/tmp/msrtrace-{time.monotonic_ns()}.log")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -107,16 +109,18 @@ class Msrtrace:
         until(lambda: ready in self.log.read_text() or self.process.poll() is not None)
         if self.process.poll() is not None:
             raise RuntimeError(f"msrtrace ended with {self.process.returncode}: {self.log.read_text()}")
+        self.started_in = time.monotonic() - begun
 
     def process_state(self) -> dict[str, str]:
         """What /proc says of its rights and of its memory in kB, of its threads, and of its children."""
         proc = Path(f"/proc/{self.process.pid}")
         text = (proc / "status").read_text() + (proc / "smaps_rollup").read_text()
         found = dict(re.findall(r"^(Cap\w+|NoNewPrivs|VmHWM|Rss|Pss):\s+(\w+)", text, re.M))
-        found["threads"] = " ".join(
-            re.findall(r"^CapEff:\s+(\w+)", (thread / "status").read_text(), re.M)[0]
-            for thread in (proc / "task").iterdir()
-        )
+        rights = []
+        for thread in (proc / "task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # one that answered a scrape has ended
+                rights += re.findall(r"^CapEff:\s+(\w+)", (thread / "status").read_text(), re.M)
+        found["threads"] = " ".join(rights)
         return found | {"children": (proc / f"task/{self.process.pid}/children").read_text()}
 
     def wait_for(self, line: str, times: int = 1) -> None:

@@ -1,0 +1,39 @@
+"""A kernel as the BPF program needs to know it: its functions, its BTF, and its headers as BCC wants them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tracer.btf import Btf
+from tracer.layout import X2APIC_WRITE, Layout, Symbol, Symbols
+
+
+class KnownBtf(Btf):
+    """As kvm_intel's in 6.1.192."""
+
+    def __init__(self) -> None:
+        super().__init__(b"\x9f\xeb\x01\x00" + (24).to_bytes(4, "little") + bytes(16))
+
+    def offset(self, structure: str, member: str) -> int:
+        return {"vmcs01": 6792, "msr_bitmap": 48, "kvm": 0, "stat": 5000, "exits": 8}[member]
+
+    def function_id(self, name: str) -> int:
+        return 1
+
+
+def symbols(layout: Layout, *without: str) -> Symbols:
+    """Each function is 0x100 long, the first begins at 0x1000."""
+    names = [layout.update, *layout.calls, "vmx_vcpu_create", "vmx_vcpu_free", X2APIC_WRITE]
+    names += [layout.filter_set] if layout.filter_set else []
+    there = [name for name in names if name not in without]
+    return Symbols.of(Symbol(0x1000 + 0x100 * n, name, "kvm_intel") for n, name in enumerate(there))
+
+
+def one_tree(packages: Path, tree: Path) -> None:
+    """Join Debian's two header packages: of BCC_KERNEL_SOURCE, BCC takes all from one tree (loader.cc)."""
+    for part in ("common", "amd64"):
+        [headers] = packages.glob(f"linux-headers-*-{part}")
+        for folder in ("include", "arch/x86/include"):
+            (tree / folder).mkdir(parents=True, exist_ok=True)
+            for entry in (headers / folder).iterdir():  # the two have none in common
+                (tree / folder / entry.name).symlink_to(entry)
