@@ -7,14 +7,16 @@
 # make compare-demo  the kernel without the patch against the one with it, on an emulated host; leaves build/compare/
 # make saving     what the patch saves, in instructions, with no tracer attached
 # make scrape-cost  what a scrape costs here, by the number of series
+# make start-cost  what a start costs here, by step
 # make bench      what tracing costs, in instructions: msrtrace, its peers and empty probes, on the emulated hosts
+# make bench-parts  what each thing that a BPF program may do costs there
 SHELL := /bin/bash
 VENV := build/venv
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 -qq
 PORT := 9753
 
-.PHONY: run test test-all lint format clean compare-demo saving scrape-cost bench test-dashboard
+.PHONY: run test test-all lint format clean compare-demo saving scrape-cost start-cost bench bench-parts test-dashboard
 
 # What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
 build/packages: Makefile
@@ -67,8 +69,14 @@ saving: $(VENV)/ready
 scrape-cost: $(VENV)/ready
 	@$(VENV)/bin/python tests/scrape_cost.py
 
+start-cost: $(VENV)/ready
+	@$(SUDO) $(VENV)/bin/python tests/start_cost.py
+
 bench: $(VENV)/ready
 	@$(SUDO) $(VENV)/bin/python tests/vmxhost/bench.py
+
+bench-parts: $(VENV)/ready
+	@$(SUDO) $(VENV)/bin/python tests/vmxhost/bench.py --parts
 
 build/npm: Makefile build/packages
 	command -v npm >/dev/null || $(APT) install -y --no-install-recommends npm

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from cache import BUILD, HERE, cached, sh
-from cost import PER_UPDATE, PER_VCPU, per_call
+from cost import INSTRUCTIONS_PER_SECOND, PER_UPDATE, PER_VCPU, per_call
 from hosts import HOSTS, Host, userland
 from tabulate import tabulate
 
-#: The backends of msrtrace that a host can run.
-BACKENDS = {"bookworm": ["kprobe"], "trixie": ["kprobe", "fentry"]}
 VARIANTS = ["patched", "unpatched"]
 TOOLS = {"bpftrace": "bpftrace", "linux-perf": "perf"}
 TIMEOUT_SECONDS = 2400
@@ -50,7 +48,7 @@ def tools(host: Host) -> Path:
     return cached(f"tools-{host.userland.name}", inputs, make)
 
 
-def measure(host: str, only: str) -> dict[str, Any]:
+def measure(host: str, only: str, variants: list[str]) -> dict[str, Any]:
     """What scenarios/bench_guest.py found on HOST, of the tracers with ONLY in their names. Exits if it broke."""
     kit = tools(HOSTS[host])
     with tempfile.TemporaryDirectory(prefix="bench-", dir=BUILD) as folder:
@@ -59,7 +57,7 @@ def measure(host: str, only: str) -> dict[str, Any]:
         shutil.copy(HERE / "metrics_text.py", into)
         sh(["cp", "-al", kit, into / "tools"])
         command = [sys.executable, f"{HERE}/run", "--host", host, "--in", str(into), "--out", str(out)]
-        what = ["python3", "/in/bench_guest.py", f"--only={only}", ",".join(BACKENDS[host]), *VARIANTS]
+        what = ["python3", "/in/bench_guest.py", f"--only={only}", *variants]
         status = subprocess.call([*command, "--timeout", str(TIMEOUT_SECONDS), "--", *what], stdout=sys.stderr)
         if status:
             sys.exit(f"bench: the run on {host} ended with {status}")
@@ -104,6 +102,29 @@ def table(host: str, measured: dict[str, Any]) -> str:
         f"{measured['updates']}, in Bochs, whose TSC ticks once an emulated instruction",
         "",
         tabulate(rows, headers, tablefmt="github", colalign=["left", "left", *["right"] * 3 * len(results)]),
+        "",
+        "A start of msrtrace, until it serves, in millions of instructions: "
+        + "; ".join(
+            f"{which}: {seconds * INSTRUCTIONS_PER_SECOND / 1e6:,.0f}" for which, seconds in measured["starts"].items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def parts_table(host: str, measured: dict[str, Any]) -> str:
+    """What each thing that a program may do adds to a call, as Markdown."""
+    [(variant, results)] = measured["results"].items()
+    costs = {
+        name.removeprefix("part: "): per_call(host, variant, found["ticks"], results["none"]["ticks"])
+        for name, found in results.items()
+        if name != "none"
+    }
+    rows = [[name, f"{cost - costs['nothing']:,.0f}"] for name, cost in costs.items() if name != "nothing"]
+    lines = [
+        f"{host}, Linux {measured['release']}: instructions that a program at a kprobe takes more than one that does "
+        f"nothing, which takes {costs['nothing']:,.0f}",
+        "",
+        tabulate(rows, ["it does", "instructions"], tablefmt="github", colalign=["left", "right"]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -111,19 +132,20 @@ def table(host: str, measured: dict[str, Any]) -> str:
 def main() -> None:
     """Print a table for each host."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("hosts", nargs="*", default=[*BACKENDS], help="bookworm and trixie have both modules")
+    parser.add_argument("hosts", nargs="*", default=[*PER_UPDATE], help="bookworm and trixie have both modules")
     parser.add_argument("--out", type=Path, metavar="DIR", help="gets HOST.json, as measured, and HOST.md")
     parser.add_argument("--only", default="", metavar="WORD", help="the tracers that have WORD in their names")
+    parser.add_argument("--parts", action="store_true", help="instead: what the parts of a BPF program take")
     args = parser.parse_args()
     for host in args.hosts:
-        found = measure(host, args.only)
+        found = measure(host, "part" if args.parts else args.only, VARIANTS[: 1 if args.parts else None])
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / f"{host}.json").write_text(json.dumps(found, indent=1) + "\n")
         wrong = miscounted(host, found)
         if wrong:
             sys.exit("bench: " + "\n".join(wrong))
-        text = table(host, found)
+        text = (parts_table if args.parts else table)(host, found)
         print(text, flush=True)
         if args.out:
             (args.out / f"{host}.md").write_text(text)

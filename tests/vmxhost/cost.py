@@ -17,6 +17,10 @@ PER_UPDATE = {
 PER_VCPU = 7
 
 
+#: Of the guest's seconds, by tsc_early_khz (guest/isolinux.cfg).
+INSTRUCTIONS_PER_SECOND = 250_000_000
+
+
 def per_call(host: str, variant: str, ticks: int, untraced: int) -> float:
     """The cost per call of a tracer under which an update takes TICKS instead of UNTRACED."""
     calls, _ = PER_UPDATE[host][variant]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import miscounted, table
+from bench import miscounted, parts_table, table
 
 
 def measured(**changed: int | None) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def measured(**changed: int | None) -> dict[str, Any]:
         }
         for variant, counted in counts.items()
     }
-    return {"release": "6.1.0", "updates": 10, "results": results}
+    return {"release": "6.1.0", "updates": 10, "results": results, "starts": {"first": 12.0, "later": 1.5}}
 
 
 def test_the_table_has_what_is_added_to_an_update_and_to_each_of_its_calls() -> None:
@@ -32,6 +32,7 @@ def test_the_table_has_what_is_added_to_an_update_and_to_each_of_its_calls() -> 
     assert cells["counter"] == ["yes", "18,000", "13,000", "1,000", "18,000", "13,000", "433"]
     assert cells["empty probe"] == ["", "6,300", "1,300", "100", "6,300", "1,300", "43"]
     assert cells["none"] == ["", "5,000", "", "", "5,000", "", ""]
+    assert lines[-1].endswith(": first: 3,000; later: 375")
 
 
 def test_a_tracer_must_have_counted_what_the_workload_did() -> None:
@@ -39,3 +40,10 @@ def test_a_tracer_must_have_counted_what_the_workload_did() -> None:
     assert not miscounted("bookworm", measured(redundant=None))  # it does not claim to know
     for wrong in ({"updates": 9}, {"calls": 136}, {"redundant": 0}):
         assert len(miscounted("bookworm", measured(**wrong))) == 2
+
+
+def test_the_table_of_parts_has_what_each_adds_to_a_program_that_does_nothing() -> None:
+    results = {"none": {"ticks": 5000}, "part: nothing": {"ticks": 5130}, "part: read a byte": {"ticks": 6430}}
+    text = parts_table("bookworm", {"release": "6.1.0", "updates": 10, "results": {"patched": results}})
+    assert "which takes 10\n" in text
+    assert [c.strip() for c in text.splitlines()[-1].strip("|").split("|")] == ["read a byte", "100"]

@@ -1,10 +1,10 @@
-"""What each tracer adds to a filter update: `bench_guest.py --only=WORD BACKENDS VARIANT...`, judged by bench.py.
+"""What each tracer adds to a filter update: `bench_guest.py --only=WORD VARIANT...`, judged by bench.py.
 
-WORD: in the names of the tracers; BACKENDS of msrtrace, with commas between them; VARIANT: of kvm_intel.
+WORD: in the names of the tracers; VARIANT: of kvm_intel. Names that begin with `part` are of PARTS.
 
 Every tracer looks at the same three functions while the workload runs, alone, and says afterwards what it counted.
-/out/bench.json has for each variant and tracer `ticks` and, if it counts, `calls`, `redundant` (null: it cannot know)
-and `updates`.
+/out/bench.json says how long a start takes, and has for each variant and tracer `ticks` and, if it counts, `calls`,
+`redundant` (null: it cannot know) and `updates`.
 """
 
 from __future__ import annotations
@@ -13,27 +13,33 @@ import argparse
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from bcc import BPF
 from guest import (
     MEASURED_UPDATES,
     Msrtrace,
     filter_update_ticks,
-    load,
     output_of,
     record,
     scrape,
     ticks_in,
     ticks_workload,
 )
+from guest import (
+    load as load_module,
+)
 from kerneltracer import TRACING, define
 from metrics_text import Metrics
 
 from tracer.btf import Btf
+from tracer.compiler import compiled
+from tracer.engine import BACKENDS
+from tracer.program import Program, Target, Variant, folder, load
+from tracer.syscalls import attach_probe, attach_tracing
 
 ENABLE, DISABLE, UPDATE = FUNCTIONS = (
     "vmx_enable_intercept_for_msr",
@@ -68,12 +74,43 @@ kretprobe:{ENABLE},kretprobe:{DISABLE} {{
 }}
 kprobe:{UPDATE} {{ @updates = count(); }}"""
 
-EMPTY = "int empty(void *ctx) { return 0; }\n"
-EMPTY_FENTRY = "".join(
-    f"MODULE_{kind}_PROBE(kvm_intel, {function}, u64 vcpu) {{ return 0; }}\n"
-    for kind in ("KFUNC", "KRETFUNC")
-    for function in FUNCTIONS
-)
+#: What a program may do, each in a program of its own that does nothing else. A key of 0 is in every map.
+PARTS = {
+    "nothing": "",
+    "read a byte": "bpf_probe_read_kernel(&value, 1, (void *)PT_REGS_SP(ctx));",
+    "read 8 bytes": "bpf_probe_read_kernel(&value, 8, (void *)PT_REGS_SP(ctx));",
+    "read 8 bytes twice": "bpf_probe_read_kernel(&value, 8, (void *)PT_REGS_SP(ctx));" * 2,
+    "read 64 bytes": "bpf_probe_read_kernel(wide, 64, (void *)PT_REGS_SP(ctx));",
+    "find in an array": "array.lookup(&zero);",
+    "find in a per-CPU array": "per_cpu_array.lookup(&zero);",
+    "find in a hash, key of 8 bytes": "hash.lookup(&key);",
+    "find in a hash, key of 24 bytes": "wide_hash.lookup((struct wide *)wide);",
+    "find in a per-CPU hash": "per_cpu_hash.lookup(&key);",
+    "find in an LRU hash": "lru_hash.lookup(&key);",
+    "add to a hash, and delete": "key = 1; hash.update(&key, &value); hash.delete(&key);",
+    "pid and tid": "bpf_get_current_pid_tgid();",
+    "time": "bpf_ktime_get_ns();",
+    "stack of 3 frames": "bpf_get_stack(ctx, wide, 24, 0);",
+    "add 1 atomically": "__sync_fetch_and_add(&value, 1);",
+}
+EMPTY = """#include <uapi/linux/ptrace.h>
+struct wide { u64 words[3]; };
+BPF_ARRAY(array, u64, 1);
+BPF_PERCPU_ARRAY(per_cpu_array, u64, 1);
+BPF_HASH(hash, u64, u64, 1024);
+BPF_HASH(wide_hash, struct wide, u64, 1024);
+BPF_TABLE("percpu_hash", u64, u64, per_cpu_hash, 1024);
+BPF_TABLE("lru_hash", u64, u64, lru_hash, 1024);
+int empty(void *ctx) { return 0; }
+"""
+PART = """int part_{number}(struct pt_regs *ctx)
+{{
+	u64 key = 0, value = 0, wide[8] = {{}};
+	int zero = 0;
+	{what}
+	return 0;
+}}
+"""
 
 
 def untraced() -> Any:
@@ -90,13 +127,27 @@ def msrtrace(*options: str) -> Any:
     if ended["status"] or metrics.lost():
         raise RuntimeError(f"{metrics.lost()} {ended}")
     [(info, _)] = metrics.named("msrtrace_build_info")
+    # With --by-vm the VM's own series went with it.
+    prefix = "msrtrace_host_" if "--by-vm" in options else "msrtrace_"
     return {
         "ticks": ticks,
         "backend": info["backend"],
-        "calls": metrics.calls().total(),
-        "redundant": metrics.redundant().total(),
-        "updates": metrics.updates(),
+        "calls": metrics.calls(f"{prefix}intercept_calls_total").total(),
+        "redundant": metrics.calls(f"{prefix}intercept_redundant_calls_total").total(),
+        "updates": int(metrics.value(f"{prefix}filter_updates_total") or 0),
     }
+
+
+def starts() -> dict[str, float]:
+    """How many seconds of the guest's it takes msrtrace to serve: the first time, and when its program is kept."""
+    shutil.rmtree(folder(), ignore_errors=True)
+    found = {}
+    for which in ("first", "later"):
+        tracer = Msrtrace()
+        scrape()
+        found[which] = tracer.started_in
+        tracer.end()
+    return found
 
 
 def tool(*command: str) -> str:
@@ -160,87 +211,65 @@ def histogram() -> Any:
     folders = {function: TRACING / "events" / GROUP / function for function in FUNCTIONS}
     trigger = "hist:keys=msr,type"
     try:
-        for folder in folders.values():
-            (folder / "trigger").write_text(trigger)
+        for event in folders.values():
+            (event / "trigger").write_text(trigger)
         ticks = filter_update_ticks()
-        found = {f: re.search(r"Hits: (\d+)", (folder / "hist").read_text()) for f, folder in folders.items()}
-        for folder in folders.values():
-            (folder / "trigger").write_text(f"!{trigger}")
+        found = {f: re.search(r"Hits: (\d+)", (event / "hist").read_text()) for f, event in folders.items()}
+        for event in folders.values():
+            (event / "trigger").write_text(f"!{trigger}")
     finally:
         (TRACING / "kprobe_events").write_text("")
     return {"ticks": ticks, **counted({function: int(hits[1]) for function, hits in found.items() if hits})}
 
 
-class Empty(BPF):  # type: ignore[misc]
-    """Programs that do nothing: compiled at once, attached when told. They count nothing either."""
-
-    def _trace_autoload(self) -> None:
-        """Attach nothing yet."""
-
-    def kprobe(self) -> Any:
-        """At the entry of every function."""
-        for function in FUNCTIONS:
-            self.attach_kprobe(event=function.encode(), fn_name=b"empty")
-        return self._measured()
-
-    def kprobe_pair(self) -> Any:
-        """At the entry and at the return."""
-        for function in FUNCTIONS:
-            self.attach_kretprobe(event=function.encode(), fn_name=b"empty")
-        return self.kprobe()
-
-    def fentry(self) -> Any:
-        """At the entry, without a breakpoint."""
-        for function in FUNCTIONS:
-            self.attach_kfunc(fn_name=f"kfunc__kvm_intel__{function}".encode())
-        return self._measured()
-
-    def fentry_pair(self) -> Any:
-        """At the entry and at the return, without breakpoints."""
-        for function in FUNCTIONS:
-            self.attach_kretfunc(fn_name=f"kretfunc__kvm_intel__{function}".encode())
-        return self.fentry()
-
-    def _measured(self) -> Any:
-        ticks = filter_update_ticks()
-        for detach, attached in (
-            (self.detach_kprobe_event, self.kprobe_fds),
-            (self.detach_kfunc, self.kfunc_entry_fds),
-            (self.detach_kretfunc, self.kfunc_exit_fds),
-        ):
-            for name in list(attached):
-                detach(name)
-        for program in self.funcs.values():  # a loaded fentry program holds kvm_intel
-            os.close(program.fd)
-        self.funcs.clear()
-        return {"ticks": ticks}
-
-
 @cache
-def empty(fentry: bool) -> Empty:
-    """The programs that do nothing, those for FENTRY among them or not."""
-    return Empty(text=EMPTY + (EMPTY_FENTRY if fentry else ""))
+def programs() -> Program:
+    """Those of EMPTY and of PARTS, compiled at once."""
+    source = Path("/tmp/programs.c")
+    source.write_text(EMPTY + "".join(PART.format(number=n, what=what) for n, what in enumerate(PARTS.values())))
+    return compiled(source, {})
 
 
-def tracers(backends: list[str]) -> dict[str, Callable[[], Any]]:
+def attached(*kinds: str, function: str = "empty") -> Any:
+    """A program at every function, by KINDS: `kprobe`, `kretprobe`, `fentry`, `fexit`. It counts nothing."""
+    btf = Btf.of_module("kvm_intel")
+    links, everything = [], []
+    for kind in kinds:
+        for traced in FUNCTIONS:
+            tracing = kind.startswith("f")
+            target = Target(kind, btf.function_id(traced), "kvm_intel") if tracing else Target("kprobe")
+            loaded = load(programs(), Variant(kind, {}, {function: target}))
+            everything.append(loaded)
+            for one in loaded.maps.values():
+                one.update(bytes(one.key_size), bytes(one.value_size * (os.cpu_count() or 1)))
+            fd = loaded.functions[function]
+            returns = kind == "kretprobe"
+            links.append(attach_tracing(fd) if tracing else attach_probe("kprobe", traced, fd, at_return=returns))
+    ticks = filter_update_ticks()
+    for link in links:
+        os.close(link)
+    for loaded in everything:  # a loaded fentry program holds kvm_intel
+        loaded.close()
+    return {"ticks": ticks}
+
+
+def tracers() -> dict[str, Callable[[], Any]]:
     """All there is on this host, in the order of the table."""
-    fentry = "fentry" in backends
     found: dict[str, Callable[[], Any]] = {"none": untraced}
-    if "--backend" in output_of("msrtrace", "run", "--help")["stdout"]:
-        for backend in backends:
-            found[f"msrtrace, {backend}"] = partial(msrtrace, "--backend", backend)
-    else:
-        found["msrtrace"] = msrtrace
+    for backend in BACKENDS:
+        found[f"msrtrace, {backend}"] = partial(msrtrace, "--backend", backend)
+        found[f"msrtrace --by-vm, {backend}"] = partial(msrtrace, "--by-vm", "--backend", backend)
     found["bpftrace, the same by kprobe and kretprobe"] = classify
     found["bpftrace, counts by kprobe"] = partial(bpftrace, COUNT)
     found["bpftrace, counts by fentry"] = partial(bpftrace, COUNT_BY_FENTRY)
     found["perf stat on kprobe events"] = perf
     found["ftrace hist on kprobe events"] = histogram
-    found["empty kprobe"] = lambda: empty(fentry).kprobe()
-    found["empty kprobe and kretprobe"] = lambda: empty(fentry).kprobe_pair()
-    if fentry:
-        found["empty fentry"] = lambda: empty(fentry).fentry()
-        found["empty fentry and fexit"] = lambda: empty(fentry).fentry_pair()
+    found["empty kprobe"] = partial(attached, "kprobe")
+    found["empty kprobe and kretprobe"] = partial(attached, "kretprobe", "kprobe")
+    found["empty fentry"] = partial(attached, "fentry")
+    found["empty fentry and fexit"] = partial(attached, "fexit", "fentry")
+    for number, part in enumerate(PARTS):
+        found[f"part: {part}"] = partial(attached, "kprobe", function=f"part_{number}")
     return found
 
 
@@ -248,19 +277,23 @@ def main() -> None:
     """Measure, saying on standard output how far it is."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="")
-    parser.add_argument("backends")
     parser.add_argument("variants", nargs="+")
     args = parser.parse_args()
-    every = tracers(args.backends.split(","))
-    measures = {name: measure for name, measure in every.items() if args.only in name or name == "none"}
+    every = tracers()
+    measures = {
+        name: measure
+        for name, measure in every.items()
+        if name == "none" or (args.only in name and name.startswith("part") == args.only.startswith("part"))
+    }
     results: dict[str, dict[str, Any]] = {}
     for variant in args.variants:
-        load(variant)
+        load_module(variant)
         results[variant] = {}
         for name, measure in measures.items():
             found = results[variant][name] = measure()
             print(f"{variant}: {name}: {found}", flush=True)
-    record("bench", {"release": os.uname().release, "updates": MEASURED_UPDATES, "results": results})
+    found = {"release": os.uname().release, "updates": MEASURED_UPDATES, "results": results, "starts": starts()}
+    record("bench", found)
 
 
 main()

@@ -1,0 +1,119 @@
+"""What a start of msrtrace takes, natively, up to its first scrape: milliseconds of CPU (user and system), by step.
+
+`make start-cost` prints the table that the README shows. Each start is a process of its own, the compiler's included;
+the best of several, since what is more is other people's work. This machine may have no kvm_intel, so the program is
+compiled for bookworm's kernel, the BTF is that of the kernel here, and the probes are attached nowhere: `make bench`
+has a whole start, on an emulated host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE / "support"), str(HERE / "vmxhost")]
+
+_REPEATS = 5
+
+
+def spent() -> float:
+    """Milliseconds of CPU that this process and its children have taken."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages) * 1000
+
+
+def start() -> dict[str, float]:
+    """One start: what each step takes."""
+    seen = {"Python": spent()}
+
+    def step(name: str) -> None:
+        seen[name] = spent() - sum(seen.values())
+
+    from prometheus_client import CollectorRegistry, ProcessCollector
+
+    import tracer.run_command  # noqa: F401
+    from tracer.btf import Btf, BtfError
+    from tracer.compiler import compiled
+    from tracer.engine import Options, definitions, variants
+    from tracer.exposition import exposed
+    from tracer.layout import LAYOUTS, Symbols
+    from tracer.metrics import SnapshotCollector
+    from tracer.program import load
+    from tracer.resources import resource as file
+    from tracer.server import Server
+
+    step("imports")
+    Symbols.read()
+    step("/proc/kallsyms")
+    try:
+        Btf.of_kernel().kernel_ids("schedule", "task_struct")
+        step("BTF")
+    except BtfError:
+        pass  # this kernel has none
+    from known import KnownBtf, symbols
+    from made import crowd
+
+    layout = next(layout for layout in LAYOUTS if layout.name == "toggle")
+    there, options = symbols(layout), Options(backend="kprobe")
+    btf = KnownBtf()
+    [variant] = variants(layout, there, definitions(layout, btf, there, options), options, btf)
+    step("of this measurement")
+    program = compiled(file("bpf/msrtrace.c"), variant.definitions)
+    step("BCC and LLVM, or what was kept of them")
+    loaded = load(program, variant)
+    step("loading it into the kernel")
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    registry.register(SnapshotCollector(lambda: crowd(1), "0.1.0"))
+    server = Server(registry, ("127.0.0.1", 0)).start()
+    exposed(registry)
+    server.shutdown()
+    server.server_close()
+    step("server and first text")
+    loaded.close()
+    del seen["of this measurement"]
+    return seen
+
+
+def best(headers: Path, cold: bool) -> dict[str, float]:
+    """Of several starts, what each step takes at least; COLD: with nothing kept."""
+    runs = []
+    with tempfile.TemporaryDirectory() as kept:
+        for number in range(_REPEATS + (not cold)):
+            cache = f"{kept}/{number if cold else 'same'}"
+            environment = {**os.environ, "BCC_KERNEL_SOURCE": str(headers), "CACHE_DIRECTORY": cache}
+            command = [sys.executable, __file__, "--once"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(done.stderr)
+            runs.append(json.loads(done.stdout))
+    del runs[: not cold]  # the one that filled it
+    return {name: min(run[name] for run in runs) for name in runs[0]}
+
+
+def main() -> None:
+    """Print the table."""
+    if "--once" in sys.argv:
+        print(json.dumps(start()))
+        return
+    from hosts import HOSTS, kernel
+    from known import one_tree
+    from tabulate import tabulate
+
+    with tempfile.TemporaryDirectory() as folder:
+        one_tree(kernel(HOSTS["bookworm"]) / "usr/src", Path(folder))
+        columns = [best(Path(folder), cold) for cold in (True, False)]
+    rows = [[name, *(f"{column[name]:,.0f}" for column in columns)] for name in columns[0]]
+    rows.append(["all", *(f"{sum(column.values()):,.0f}" for column in columns)])
+    headers = ["ms of CPU", "first start", "later ones"]
+    print(tabulate(rows, headers, tablefmt="github", colalign=["left", "right", "right"], disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()
