@@ -12,7 +12,7 @@
  *   FILTER_OFFSET  struct kvm_vcpu -> kvm. Defined where the update function also runs for other reasons than a
  *                  new MSR filter (6.17 and newer), to tell those apart; else UPDATE_KIND says what it runs for.
  *   SETS           one function enables and disables, and has a fourth argument that says which.
- *   WANTED_PID     trace the threads of this process alone.
+ *   ONE_PID        trace the threads of one process alone.
  *   BY_PID         count per process, for per-VM metrics.
  *
  * The functions are those of arch/x86/kvm/vmx/vmx.c: vmx_{enable,disable,set}_intercept_for_msr() run on a thread
@@ -170,13 +170,14 @@ typedef struct pt_regs context;
 #define pointer_argument(ctx) PT_REGS_PARM1(ctx)
 #endif
 
-/* Addresses, which differ with every boot: whoever loads the program puts them in (tracer/program.py). Or else 0. */
+/* What differs with every boot or start: whoever loads the program puts it in (tracer/program.py). Or else 0. */
 enum value {
 	ENABLE_AT, /* the functions that are called; for FENTRY */
 	DISABLE_AT,
 	SET_AT,
 	KRETPROBE_TRAMPOLINE, /* what another tracer may have put in a return address' place */
 	FGRAPH_TRAMPOLINE,
+	WANTED_PID, /* for ONE_PID */
 };
 #define VALUE(which) ({ u64 value; asm("%0 = %1 ll" : "=r"(value) : "i"(0x6d73727400000000 + (which))); value; })
 
@@ -195,8 +196,8 @@ static __always_inline void count(int which)
 
 static __always_inline bool wanted(void)
 {
-#ifdef WANTED_PID
-	return bpf_get_current_pid_tgid() >> 32 == WANTED_PID;
+#ifdef ONE_PID
+	return bpf_get_current_pid_tgid() >> 32 == VALUE(WANTED_PID);
 #else
 	return true;
 #endif

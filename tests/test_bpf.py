@@ -154,9 +154,7 @@ def test_the_headers_make_no_difference(
 
 def test_what_is_verified() -> None:
     assert (len(KPROBE), len(FENTRY)) == (24, 12)
-    whole = KPROBE[
-        "BITMAP_OFFSET=6840", "BY_PID=1", "EXITS_OFFSET=5008", "FILTER_OFFSET=0", "SETS=1", "WANTED_PID=4711"
-    ]
+    whole = KPROBE["BITMAP_OFFSET=6840", "BY_PID=1", "EXITS_OFFSET=5008", "FILTER_OFFSET=0", "ONE_PID=1", "SETS=1"]
     assert set(whole.functions) == {
         "update_entered",
         "update_returned",

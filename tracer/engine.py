@@ -38,7 +38,7 @@ _COUNTS = [
     "vmms_seen",
 ]
 # enum value
-_VALUES = ["enable_at", "disable_at", "set_at", "kretprobe_trampoline", "fgraph_trampoline"]
+_VALUES = ["enable_at", "disable_at", "set_at", "kretprobe_trampoline", "fgraph_trampoline", "wanted_pid"]
 # struct outcome, counter, call, vcpu (its number and its tid), update_key and update
 _OUTCOME = struct.Struct("6Q")
 _COUNTER = struct.Struct("6Q3Q")
@@ -118,7 +118,7 @@ def definitions(layout: Layout, btf: Btf | None, symbols: Symbols, options: Opti
     if layout.set_:
         result["SETS"] = 1
     if options.pid is not None:
-        result["WANTED_PID"] = options.pid
+        result["ONE_PID"] = 1
     if options.by_vm:
         result["BY_PID"] = 1
     return result
@@ -154,7 +154,9 @@ def variants(
         p for p in points(layout, symbols, exact) if p.function != layout.filter_set or "FILTER_OFFSET" in defined
     ]
     reader = {"settle_call": Target("raw_tracepoint")} if exact else {}
-    values = {_VALUES.index(name): address for name, address in symbols.trampolines.items()}
+    values = {
+        _VALUES.index(name): value for name, value in (*symbols.trampolines.items(), ("wanted_pid", options.pid or 0))
+    }
     kprobe = {name: Target("kprobe") for point in wanted for name in point.programs}
     found = [Variant("kprobe", defined, kprobe | reader, values)]
     problem = _no_fentry(layout, symbols, wanted, exact)
