@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tracer.syscalls import last_error
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 24, 38  # include/uapi/linux/prctl.h
@@ -81,5 +82,4 @@ def _set(effective: int, permitted: int) -> None:
 
 def _check(result: int) -> None:
     if result:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        raise last_error()

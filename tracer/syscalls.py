@@ -36,9 +36,14 @@ def _bpf(command: int, attributes: bytes) -> tuple[int, bytes]:
     buffer = ctypes.create_string_buffer(attributes, len(attributes))
     result = _libc.syscall(_SYS_BPF, command, buffer, len(attributes))
     if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        raise last_error()
     return int(result), buffer.raw
+
+
+def last_error() -> OSError:
+    """What a function of the C library that was loaded with `use_errno` has failed by, in this thread."""
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
 
 
 def create_map(name: str, kind: int, *, key_size: int, value_size: int, max_entries: int, flags: int) -> int:
@@ -131,12 +136,12 @@ class BpfMap:
             )
             buffer = ctypes.create_string_buffer(attributes, len(attributes))
             if _libc.syscall(_SYS_BPF, _MAP_LOOKUP_BATCH, buffer, len(attributes)) < 0:
-                number = ctypes.get_errno()
-                if number == errno.ENOSPC and wanted < self.max_entries:  # a bucket that is larger
+                error = last_error()
+                if error.errno == errno.ENOSPC and wanted < self.max_entries:  # a bucket that is larger
                     wanted = min(2 * wanted, self.max_entries)
                     continue
-                if number != errno.ENOENT:
-                    raise OSError(number, os.strerror(number))
+                if error.errno != errno.ENOENT:
+                    raise error
                 at_end = True
             found = struct.unpack_from("I", buffer.raw, 32)[0]
             for n in range(found):
@@ -211,8 +216,7 @@ def attach_probe(pmu: str, where: str, program: int, *, at_return: bool, offset:
     cpu = 0 if pid < 0 else -1
     fd = _libc.syscall(_SYS_PERF_EVENT_OPEN, attributes, pid, cpu, -1, _PERF_FLAG_FD_CLOEXEC)
     if fd < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        raise last_error()
     try:
         fcntl.ioctl(fd, _PERF_EVENT_IOC_SET_BPF, program)
         fcntl.ioctl(fd, _PERF_EVENT_IOC_ENABLE, 0)

@@ -1,6 +1,6 @@
 """What tracers add to a filter update, in emulated instructions: msrtrace, its peers, and what an empty probe costs.
 
-One boot per host, of some ten minutes; in it each tracer runs alone on both kvm_intel. A tracer that counts must have
+One boot per host, twenty minutes or so; in it each tracer runs alone on both kvm_intel. A tracer that counts must have
 counted exactly what the workload did, else there is no table. How the numbers are made is said in cost.py.
 """
 
