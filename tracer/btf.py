@@ -80,19 +80,16 @@ class Btf:
     def kernel_ids(self, function: str, structure: str) -> tuple[int, int]:
         """The ids of FUNCTION and of `struct STRUCTURE` of the kernel itself. Raises BtfError unless it has both."""
         kernel = self.base or self
-        ids = []
-        for kind, name in ((_KIND_FUNC, function), (_KIND_STRUCT, structure)):
-            found = [number for number, _ in kernel._types.of(kind, kernel._name_offset(name))]
-            if not found:
-                raise BtfError(f"the BTF has no {name}")
-            ids.append(found[0])
-        return ids[0], ids[1]
+        return kernel._id(_KIND_FUNC, function), kernel._id(_KIND_STRUCT, structure)
 
     def function_id(self, name: str) -> int:
         """The id of the function NAME of the module, if this is a module's BTF. Raises BtfError."""
-        found = self._types.of(_KIND_FUNC, self._name_offset(name))
+        return self._id(_KIND_FUNC, name)
+
+    def _id(self, kind: int, name: str) -> int:
+        found = self._types.of(kind, self._name_offset(name))
         if not found:
-            raise BtfError(f"the BTF has no function {name}")
+            raise BtfError(f"the BTF has no {name}")
         return found[0][0] + (len(self.base._types) if self.base else 0)
 
     def _string(self, offset: int) -> bytes:

@@ -201,15 +201,16 @@ def main() -> None:
     with os.fdopen(os.dup(1), "wb") as out, tempfile.TemporaryFile() as said:
         for fd in (1, 2):  # C libraries write there
             os.dup2(said.fileno(), fd)
-        reply = _Reply()
+        reply, problem = _Reply(), None
         try:
             reply.program = _compile_here(source, flags)
         except ImportError as error:
             reply.missing = f"BCC cannot be imported: {error}; install python3-bpfcc"
         except Exception as error:
-            reply.error = str(error)
-            reply.refused = refused(error, os.pread(said.fileno(), 1 << 26, 0).decode(errors="replace"))
+            problem = error
         reply.said = os.pread(said.fileno(), 1 << 26, 0).decode(errors="replace")
+        if problem:
+            reply.error, reply.refused = str(problem), refused(problem, reply.said)
         out.write(msgspec.msgpack.encode(reply))
         out.flush()
         os._exit(0)  # without BCC's clean-up, which takes its time

@@ -102,12 +102,10 @@ def table(host: str, measured: dict[str, Any]) -> str:
         f"{measured['updates']}, in Bochs, whose TSC ticks once an emulated instruction",
         "",
         tabulate(rows, headers, tablefmt="github", colalign=["left", "left", *["right"] * 3 * len(results)]),
-        "",
-        "A start of msrtrace, until it serves, in millions of instructions: "
-        + "; ".join(
-            f"{which}: {seconds * INSTRUCTIONS_PER_SECOND / 1e6:,.0f}" for which, seconds in measured["starts"].items()
-        ),
     ]
+    starts = [f"{which}: {s * INSTRUCTIONS_PER_SECOND / 1e6:,.0f}" for which, s in measured["starts"].items()]
+    if starts:
+        lines += ["", f"A start of msrtrace, until it serves, in millions of instructions: {'; '.join(starts)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,9 @@ per call* is what is added to the whole update divided by its calls: a tracer pa
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 #: With how many calls a filter update is made, patched and unpatched, and how many change nothing (KERNEL.md 3).
 PER_UPDATE = {
     "bookworm": {"patched": (13, 11), "unpatched": (30, 28)},
@@ -17,8 +20,9 @@ PER_UPDATE = {
 PER_VCPU = 7
 
 
-#: Of the guest's seconds, by tsc_early_khz (guest/isolinux.cfg).
-INSTRUCTIONS_PER_SECOND = 250_000_000
+_BOOT_OPTIONS = (Path(__file__).parent / "guest/isolinux.cfg").read_text()
+#: Of the guest's seconds: what its kernel is told of the TSC.
+INSTRUCTIONS_PER_SECOND = 1000 * int(re.findall(r"tsc_early_khz=(\d+)", _BOOT_OPTIONS)[0])
 
 
 def per_call(host: str, variant: str, ticks: int, untraced: int) -> float:
