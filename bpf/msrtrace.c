@@ -15,6 +15,10 @@
  *   ONE_PID        trace the threads of one process alone.
  *   BY_PID         count per process, for per-VM metrics.
  *
+ * What a reader wants is in arrays that it has mapped into its memory. A system call on a map would keep the kernel
+ * from running kprobe programs on that CPU until it is done, and it may be preempted in the middle of it
+ * (bpf_disable_instrumentation(), include/linux/bpf.h; trace_call_bpf(), kernel/trace/bpf_trace.c).
+ *
  * The functions are those of arch/x86/kvm/vmx/vmx.c: vmx_{enable,disable,set}_intercept_for_msr() run on a thread
  * that has the vCPU to itself (vcpu->mutex, or its creation), never nested and never from an interrupt. So there is a
  * slot for each vCPU and nothing else to lock.
@@ -29,17 +33,25 @@
 #define MSR_TYPE_R 1
 #define MSR_TYPE_W 2
 
-/* Sizes and numbers that tracer/engine.py knows too. */
-#define CALLS_CAPACITY 8192
-#define COUNTERS_CAPACITY 2048 /* twice a power of two: one half for calls inside updates, one for the others */
-#define VCPUS_CAPACITY 16384 /* a power of two */
+/* Sizes and numbers that tracer/engine.py knows too. Capacities are powers of two. */
+#ifdef BY_PID
+#define COUNTERS_CAPACITY 32768 /* one half for calls inside updates, one for the others */
 #define UPDATES_CAPACITY 4096
-#define THREADS_HERE 4096 /* a power of two */
+#else
+#define COUNTERS_CAPACITY 2048
+#define UPDATES_CAPACITY 16
+#endif
+#define VCPUS_CAPACITY 16384
+#define VMMS_CAPACITY 4096
+#define THREADS_HERE 4096
 #define BUCKETS 32 /* a power of two, so that masking bounds an index for every verifier */
 
-#define COUNTER_WAYS 2
+/* In how many places of its array something may be. */
+#define COUNTER_WAYS 16
+#define UPDATE_WAYS 16
 #define VCPU_WAYS 8
-#define NO_COUNTER (~0u)
+#define VMM_WAYS 4
+#define NOWHERE (~0u)
 #define UNREADABLE 0xdead000000000000 /* no address */
 #define READ_BITS 0x00ff
 #define WRITE_BITS 0xff00
@@ -64,13 +76,6 @@ struct outcome {
 	u64 unknown; /* the bitmap could not be read */
 };
 
-/* What is counted apart: WHAT_OF() a vCPU, its caller, and 0 unless BY_PID. */
-struct call {
-	u64 what;
-	u64 caller;
-	u64 pid;
-};
-
 /* How an MSR is called for: MSR_TYPE_*, and these. Never 0. */
 #define ENABLES 0x100
 #define DIRECT 0x200 /* the bitmap is known to be readable, and may be read without asking */
@@ -80,14 +85,15 @@ struct call {
 #define WHAT_OF(v) (*(volatile u64 *)&(v)->msr)
 
 /*
- * The outcomes of the few kinds of calls there are, found without a hash table. Inside an update `site` is 0 and
- * `caller` that of the first such call.
+ * The outcomes of a kind of call, found without a hash table. Inside an update `site` is 0 and `caller` that of the
+ * first such call.
  */
 struct counter {
 	struct outcome outcome;
 	u64 caller;
 	u64 site;
-	u64 what; /* 0: free */
+	u64 pid; /* 0 unless BY_PID; of processes that have ended, too */
+	u64 what; /* WHAT_OF() a vCPU; 0: free */
 };
 
 struct vcpu {
@@ -95,7 +101,6 @@ struct vcpu {
 	u64 number; /* of the last call: odd while it is open, one more when it was counted */
 	/* the call that is open */
 	u64 address; /* of the byte with its read bits; its write bits are 0x800 further on. 0: it has none */
-	u64 caller;
 	u32 msr; /* this and the next, together: what is called */
 	u32 how;
 	u32 before; /* bits_at() its entry */
@@ -116,11 +121,16 @@ struct update {
 	u64 count;
 	u64 nanoseconds;
 	u64 buckets[BUCKETS]; /* [i], i > 0: up to 64 << i ns, and more than 64 << (i - 1) unless i is 1; the last: any more */
+	u32 pid; /* as in struct counter */
+	u32 kind; /* of enum within; NONE: free */
 };
+#define UPDATE_WORDS (2 + BUCKETS)
 
-struct update_key {
-	u32 pid;
-	u32 kind;
+/* A process that made a vCPU, and what it was called then. */
+struct vmm {
+	u32 pid; /* 0: free */
+	u32 unused;
+	char command[16];
 };
 
 enum count {
@@ -132,21 +142,21 @@ enum count {
 	READ_FAILED,
 	VCPUS_SEEN,
 	VMMS_SEEN,
+	PLACES_TAKEN, /* in counters and in updates */
 	COUNTS,
 };
 
-BPF_ARRAY(counters, struct counter, COUNTERS_CAPACITY);
-BPF_HASH(counter_owners, u32, u8, COUNTERS_CAPACITY);
-BPF_HASH(calls, struct call, struct outcome, CALLS_CAPACITY); /* those that found no counter */
-BPF_ARRAY(vcpus, struct vcpu, VCPUS_CAPACITY);
-BPF_HASH(vcpu_owners, u32, u64, VCPUS_CAPACITY);
-#ifdef BY_PID
-BPF_HASH(updates, struct update_key, struct update, UPDATES_CAPACITY);
-#else
-BPF_ARRAY(updates, struct update, RECALC + 1);
-#endif
-BPF_TABLE("lru_hash", u32, u8, vmms, UPDATES_CAPACITY);
-BPF_ARRAY(counts, u64, COUNTS);
+#define MAPPED_ARRAY(name, type, capacity) BPF_F_TABLE("array", u32, type, name, capacity, BPF_F_MMAPABLE)
+
+MAPPED_ARRAY(counters, struct counter, COUNTERS_CAPACITY);
+MAPPED_ARRAY(updates, struct update, UPDATES_CAPACITY);
+MAPPED_ARRAY(vcpus, struct vcpu, VCPUS_CAPACITY);
+MAPPED_ARRAY(vmms, struct vmm, VMMS_CAPACITY);
+MAPPED_ARRAY(counts, u64, COUNTS);
+
+/* Which places of those arrays are taken: of two that want the same, one gets it. */
+enum table { COUNTERS, UPDATES, VCPUS };
+BPF_HASH(taken, u64, u8, COUNTERS_CAPACITY + UPDATES_CAPACITY + VCPUS_CAPACITY);
 
 #ifdef FENTRY
 typedef u64 context;
@@ -178,6 +188,8 @@ enum value {
 	KRETPROBE_TRAMPOLINE, /* what another tracer may have put in a return address' place */
 	FGRAPH_TRAMPOLINE,
 	WANTED_PID, /* for ONE_PID */
+	LEADER_OFFSET, /* struct task_struct -> group_leader and comm */
+	COMMAND_OFFSET,
 };
 #define VALUE(which) ({ u64 value; asm("%0 = %1 ll" : "=r"(value) : "i"(0x6d73727400000000 + (which))); value; })
 
@@ -192,6 +204,21 @@ static __always_inline void count(int which)
 
 	if (value)
 		__sync_fetch_and_add(value, 1);
+}
+
+static __always_inline bool take(enum table table, u32 index)
+{
+	u64 place = (u64)table << 32 | index;
+	u8 one = 1;
+
+	return !taken.insert(&place, &one);
+}
+
+static __always_inline void give_back(enum table table, u32 index)
+{
+	u64 place = (u64)table << 32 | index;
+
+	taken.delete(&place);
 }
 
 static __always_inline bool wanted(void)
@@ -270,68 +297,70 @@ static __always_inline u64 caller_of(context *ctx, enum value called)
 #define COUNTER_FACTOR 0xdbeef77adcd69029
 #define COUNTER_SHIFT 54 /* what is left is less than half of the capacity */
 
-static __always_inline u32 first_counter(u64 what)
+#define PID_FACTOR 0x9e3779b1
+
+/* Each process has the same counters in another order. */
+static __always_inline u32 first_counter(u64 what, u32 pid)
 {
-	return what * COUNTER_FACTOR >> COUNTER_SHIFT;
+	return (what * COUNTER_FACTOR >> COUNTER_SHIFT) ^ (pid * PID_FACTOR >> 18 & (COUNTERS_CAPACITY / 2 - 1));
 }
 
-/* The counter of such calls, which may be a new one; NO_COUNTER if its places are taken. */
-static __always_inline u32 find_counter(u64 what, u64 site, u64 caller)
+/* Where such calls are counted; NOWHERE if none was yet. */
+static __always_inline u32 known_counter(u64 what, u64 site, u32 pid)
 {
-#ifndef BY_PID /* the counts of processes that have ended are taken out of `calls` */
-	u32 first = first_counter(what + site) + (site ? COUNTERS_CAPACITY / 2 : 0);
+	u32 first = first_counter(what + site, pid) + (site ? COUNTERS_CAPACITY / 2 : 0);
 	struct counter *counter;
-	u8 taken = 1;
 
 #pragma clang loop unroll(disable)
 	for (u32 way = 0; way < COUNTER_WAYS; way++) {
 		u32 index = first ^ way;
 
 		counter = counters.lookup(&index);
-		if (counter && counter->what == what && counter->site == site)
+		if (counter && counter->what == what && counter->site == site && counter->pid == pid)
 			return index;
 	}
+	return NOWHERE;
+}
+
+/* The same, or a new counter; NOWHERE if its places are taken. */
+static __always_inline u32 find_counter(u64 what, u64 site, u64 caller, u32 pid)
+{
+	u32 first = first_counter(what + site, pid) + (site ? COUNTERS_CAPACITY / 2 : 0);
+	u32 known = known_counter(what, site, pid);
+	struct counter *counter;
+
+	if (known != NOWHERE)
+		return known;
 #pragma clang loop unroll(disable)
 	for (u32 way = 0; way < COUNTER_WAYS; way++) {
 		u32 index = first ^ way;
 
 		counter = counters.lookup(&index);
-		if (counter && !counter->what && !counter_owners.insert(&index, &taken)) {
+		if (counter && !counter->what && take(COUNTERS, index)) {
 			counter->caller = caller;
 			counter->site = site;
+			counter->pid = pid;
 			barrier();
 			counter->what = what;
+			count(PLACES_TAKEN);
 			return index;
 		}
 	}
-#endif
-	return NO_COUNTER;
-}
-
-/* Where the call of V is counted. */
-static __always_inline struct outcome *outcome_of(u32 *counter, struct vcpu *v)
-{
-	struct counter *known = counters.lookup(counter);
-
-	if (known) {
-		return &known->outcome;
-	} else {
-		struct call call = { .what = WHAT_OF(v), .caller = v->caller, .pid = v->pid };
-		struct outcome zero = {};
-
-		return calls.lookup_or_try_init(&call, &zero);
-	}
+	return NOWHERE;
 }
 
 /* BEFORE and AFTER are of bits_at(). */
-static __always_inline void count_call(struct outcome *outcome, u32 how, u64 before, u64 after)
+static __always_inline void count_call(u32 *index, u32 how, u64 before, u64 after)
 {
+	struct counter *counter = counters.lookup(index);
 	u64 changed = before ^ after;
+	struct outcome *outcome;
 
-	if (!outcome) {
+	if (!counter) {
 		count(DROPPED_CALLS);
 		return;
 	}
+	outcome = &counter->outcome;
 	if ((before | after) & FAILED) {
 #ifdef BITMAP_OFFSET
 		count(READ_FAILED);
@@ -414,7 +443,7 @@ static __always_inline void settle(struct vcpu *v)
 
 	/* Whoever makes it even counts. */
 	if (number & 1 && __sync_val_compare_and_swap(&v->number, number, number + 1) == number)
-		count_call(outcome_of(&v->counter, v), v->how, v->before, bits_at(v->address, v->msr, v->how));
+		count_call(&v->counter, v->how, v->before, bits_at(v->address, v->msr, v->how));
 }
 
 /*
@@ -423,10 +452,9 @@ static __always_inline void settle(struct vcpu *v)
  */
 int settle_call(struct bpf_raw_tracepoint_args *ctx)
 {
-	u32 index = ctx->args[0], how;
+	u32 index = ctx->args[0], how, counter;
 	u64 number = ctx->args[1], exits = 0, before, after;
 	struct vcpu *v = vcpus.lookup(&index);
-	struct outcome *outcome;
 
 	if (!v || *(volatile u64 *)&v->number != number)
 		return SETTLED;
@@ -442,13 +470,13 @@ int settle_call(struct bpf_raw_tracepoint_args *ctx)
 		}
 	}
 	/* All of it is read before the number is changed: then none of it is the next call's. */
-	outcome = outcome_of(&v->counter, v);
+	counter = v->counter;
 	how = v->how;
 	before = v->before;
 	after = bits_at(v->address, v->msr, how);
 	barrier();
 	if (__sync_val_compare_and_swap(&v->number, number, number + 1) == number)
-		count_call(outcome, how, before, after);
+		count_call(&counter, how, before, after);
 	return SETTLED;
 }
 #else
@@ -484,16 +512,51 @@ static __always_inline struct vcpu *known_vcpu(u64 vcpu, u32 *index)
 	return NULL;
 }
 
+/* The command of the process that makes a vCPU: not of its thread, whose name QEMU says to be `CPU 0/KVM`. */
+static __always_inline void read_command(char *command, u32 size)
+{
+	u64 leader_offset = VALUE(LEADER_OFFSET), leader = 0;
+
+	if (leader_offset && !read_kernel(&leader, sizeof(leader), bpf_get_current_task() + leader_offset) &&
+	    !read_kernel(command, size, leader + VALUE(COMMAND_OFFSET)))
+		return;
+	bpf_get_current_comm(command, size);
+}
+
 static __always_inline void vcpu_seen(void)
 {
-	u32 pid = bpf_get_current_pid_tgid() >> 32;
-	u8 one = 1;
+	u32 pid = bpf_get_current_pid_tgid() >> 32, first = pid * PID_FACTOR >> 20 & (VMMS_CAPACITY - 1), index;
+	char command[16] = {};
+	struct vmm *vmm;
 
 	count(VCPUS_SEEN);
-	if (!vmms.lookup(&pid)) {
-		vmms.update(&pid, &one);
-		count(VMMS_SEEN);
+#pragma clang loop unroll(disable)
+	for (u32 way = 0; way < VMM_WAYS; way++) {
+		index = first ^ way;
+		vmm = vmms.lookup(&index);
+		if (vmm && vmm->pid == pid)
+			return;
 	}
+	count(VMMS_SEEN);
+	read_command(command, sizeof(command));
+	/* A free place; or else that of any other, which has been there for long. */
+	index = first ^ (bpf_ktime_get_ns() >> 10 & (VMM_WAYS - 1));
+#pragma clang loop unroll(disable)
+	for (u32 way = 0; way < VMM_WAYS; way++) {
+		u32 place = first ^ way;
+
+		vmm = vmms.lookup(&place);
+		if (vmm && !vmm->pid)
+			index = place;
+	}
+	vmm = vmms.lookup(&index);
+	if (!vmm)
+		return;
+	vmm->pid = 0;
+	barrier();
+	__builtin_memcpy(vmm->command, command, sizeof(command));
+	barrier();
+	vmm->pid = pid;
 }
 
 /* The slot of VCPU, and its INDEX; NULL if its places are taken. */
@@ -508,7 +571,7 @@ static __always_inline struct vcpu *slot_of(u64 vcpu, u32 *index)
 	for (u32 way = 0; way < VCPU_WAYS; way++) {
 		*index = first + way;
 		v = vcpus.lookup(index);
-		if (v && !v->vcpu && !vcpu_owners.insert(index, &vcpu)) {
+		if (v && !v->vcpu && take(VCPUS, *index)) {
 			v->inside = INSIDE(NONE);
 			v->filter = 0;
 			barrier();
@@ -540,18 +603,21 @@ static __always_inline int call_entered(context *ctx, u32 action, enum value cal
 	v->msr = ARGUMENT(ctx, 2);
 	v->how = ARGUMENT(ctx, 3) & (MSR_TYPE_R | MSR_TYPE_W) | v->inside | action | VALID;
 	what = WHAT_OF(v);
-	v->counter = first_counter(what);
+	v->counter = first_counter(what, v->pid);
 	if (v->inside)
 		counter = counters.lookup(&v->counter);
-	if (!counter || counter->what != what) {
-		u64 id = bpf_get_current_pid_tgid();
+	if (!counter || counter->what != what || counter->pid != v->pid) {
+		u64 id = bpf_get_current_pid_tgid(), caller;
 
-		v->caller = caller_of(ctx, called);
-		v->counter = find_counter(what, v->inside ? 0 : v->caller, v->caller);
 		v->tid = id;
 #ifdef BY_PID
 		v->pid = id >> 32;
 #endif
+		v->counter = v->inside ? known_counter(what, 0, v->pid) : NOWHERE;
+		if (v->counter == NOWHERE) {
+			caller = caller_of(ctx, called);
+			v->counter = find_counter(what, v->inside ? 0 : caller, caller, v->pid);
+		}
 	}
 	msr = v->msr;
 	how = v->how;
@@ -561,7 +627,7 @@ static __always_inline int call_entered(context *ctx, u32 action, enum value cal
 	barrier();
 	v->number++;
 #else
-	count_call(outcome_of(&v->counter, v), how, 0, FAILED);
+	count_call(&v->counter, how, 0, FAILED);
 #endif
 	return 0;
 }
@@ -650,7 +716,7 @@ static __always_inline u64 filter_of(u64 vcpu)
 }
 #endif
 
-/* vmx_vcpu_create(vcpu): a vCPU starts out with the filter of the day, and may have the address of a dead one. */
+/* vmx_vcpu_create(vcpu): a vCPU starts out with the VM's current filter, and may have the address of a dead one. */
 int vcpu_created(context *ctx)
 {
 	u64 vcpu = pointer_argument(ctx);
@@ -682,7 +748,7 @@ int vcpu_freed(context *ctx)
 	if (v) {
 		settle(v);
 		v->vcpu = 0;
-		vcpu_owners.delete(&index);
+		give_back(VCPUS, index);
 	}
 	return 0;
 }
@@ -780,12 +846,41 @@ int update_entered(context *ctx)
 	return 0;
 }
 
+/* Where updates of a process and a KIND are counted, which may be a new place; NULL if its places are taken. */
+static __always_inline struct update *find_update(u32 pid, u32 kind)
+{
+	u32 first = (pid * PID_FACTOR >> 20 & (UPDATES_CAPACITY - 1)) ^ kind;
+	struct update *update;
+
+#pragma clang loop unroll(disable)
+	for (u32 way = 0; way < UPDATE_WAYS; way++) {
+		u32 index = first ^ way;
+
+		update = updates.lookup(&index);
+		if (update && update->kind == kind && update->pid == pid)
+			return update;
+	}
+#pragma clang loop unroll(disable)
+	for (u32 way = 0; way < UPDATE_WAYS; way++) {
+		u32 index = first ^ way;
+
+		update = updates.lookup(&index);
+		if (update && update->kind == NONE && take(UPDATES, index)) {
+			update->pid = pid;
+			barrier();
+			update->kind = kind;
+			count(PLACES_TAKEN);
+			return update;
+		}
+	}
+	return NULL;
+}
+
 int update_returned(context *ctx)
 {
 	u64 now = bpf_ktime_get_ns(), spent;
 	u32 bucket, index = 0;
 	struct update *update;
-	struct update_key key = {};
 	struct vcpu *v;
 
 	if (!wanted())
@@ -804,20 +899,9 @@ int update_returned(context *ctx)
 		return 0;
 	}
 	settle(v);
-	key.kind = WITHIN_OF(v->inside);
-	key.pid = v->pid;
+	update = find_update(v->pid, WITHIN_OF(v->inside) & 0xff);
 	v->inside = INSIDE(NONE);
 	spent = now - v->started;
-#ifdef BY_PID
-	update = updates.lookup(&key);
-	if (!update) {
-		struct update zero = {};
-
-		update = updates.lookup_or_try_init(&key, &zero);
-	}
-#else
-	update = updates.lookup(&key.kind);
-#endif
 	if (!update) {
 		count(DROPPED_UPDATES);
 		return 0;
@@ -831,5 +915,61 @@ int update_returned(context *ctx)
 	spent = spent ? (spent - 1) >> 6 : 0;
 	bucket = bpf_log2l(spent < 0x7fffffff ? spent : 0x7fffffff);
 	__sync_fetch_and_add(&update->buckets[bucket & (BUCKETS - 1)], 1);
+	return 0;
+}
+
+/* --- processes that have ended, by BPF_PROG_TEST_RUN --- */
+
+/* Nothing that is added to FROM meanwhile is lost. */
+static __always_inline void move(u64 *to, u64 *from)
+{
+	u64 value = *(volatile u64 *)from;
+
+	__sync_fetch_and_add(to, value);
+	__sync_fetch_and_add(from, -value);
+}
+
+/* The counter in place args[0] is of a process that has ended: add it to that of all those, and free its place. */
+int counter_ended(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 index = ctx->args[0], other;
+	struct counter *from = counters.lookup(&index), *to;
+
+	if (!from || !from->what || !from->pid)
+		return 0;
+	other = find_counter(from->what, from->site, from->caller, 0);
+	to = counters.lookup(&other);
+	if (!to) /* no room: it stays where it is */
+		return 0;
+	/* The reverse of the order in which they are added to: see struct outcome. */
+	move(&to->outcome.unknown, &from->outcome.unknown);
+	move(&to->outcome.changed, &from->outcome.changed);
+	move(&to->outcome.redundant, &from->outcome.redundant);
+	move(&to->outcome.refused, &from->outcome.refused);
+	move(&to->outcome.changed_write, &from->outcome.changed_write);
+	move(&to->outcome.changed_read, &from->outcome.changed_read);
+	from->what = 0;
+	barrier();
+	give_back(COUNTERS, index);
+	return 0;
+}
+
+/* The same of updates. */
+int update_ended(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 index = ctx->args[0];
+	struct update *from = updates.lookup(&index), *to;
+
+	if (!from || from->kind == NONE || !from->pid)
+		return 0;
+	to = find_update(0, from->kind);
+	if (!to)
+		return 0;
+#pragma clang loop unroll(disable)
+	for (u32 word = 0; word < UPDATE_WORDS; word++)
+		move((u64 *)to + word, (u64 *)from + word);
+	from->kind = NONE;
+	barrier();
+	give_back(UPDATES, index);
 	return 0;
 }

@@ -31,12 +31,13 @@ from tracer import syscalls
 from tracer.btf import Btf, BtfError
 from tracer.compiler import build, compiled
 from tracer.doctor import Machine
-from tracer.engine import _COUNTS, _VALUES, BACKENDS, Engine, Options, definitions, preemptible, variants
+from tracer.engine import _COUNTS, _VALUES, _WORDS, BACKENDS, Engine, Options, definitions, preemptible, variants
 from tracer.errors import MsrtraceError
 from tracer.layout import LAYOUTS, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout, Symbol, Symbols
 from tracer.program import Loaded, Target, Variant
 from tracer.resources import resource
 from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Snapshot
+from tracer.syscalls import MMAPABLE
 
 SOURCE = resource("bpf/msrtrace.c")
 TRIVIAL = "#include <uapi/linux/ptrace.h>\nint trivial(struct pt_regs *ctx)\n{\n\treturn 0;\n}\n"
@@ -165,6 +166,8 @@ def test_what_is_verified() -> None:
         "x2apic_entered",
         "set_entered",
         "settle_call",
+        "counter_ended",
+        "update_ended",
     }
     assert set(KPROBE[("UPDATE_KIND=1",)].functions) == {
         "update_entered",
@@ -219,6 +222,25 @@ def enumeration(name: str) -> list[str]:
 
 def test_counts() -> None:
     assert [*map(str.upper, _COUNTS), "COUNTS"] == enumeration("count")
+
+
+TABLES = [name.lower() for name in enumeration("table")]
+
+
+def test_words(headers: None) -> None:
+    """The engine reads structs by the names of their words: as many as there are, in their order."""
+    program = compiled(SOURCE, {"BY_PID": 1, "UPDATE_KIND": 1})
+    sizes = {one.name: one.value_size for one in program.maps if one.flags & MMAPABLE}
+    assert sizes == {name: 8 * len(words) for name, words in _WORDS.items()}
+    source = re.sub(r"/\*.*?\*/", "", SOURCE.read_text(), flags=re.DOTALL)
+    for struct_, words in (
+        ("vcpu", _WORDS["vcpus"]),
+        ("counter", _WORDS["counters"][len(OUTCOMES) :]),
+        ("outcome", OUTCOMES),
+    ):
+        found = re.search(rf"^struct {struct_} {{(.*?)}};", source, re.MULTILINE | re.DOTALL)
+        assert found
+        assert re.findall(r"u(?:32|64) (\w+)", found[1]) == ", ".join(words).split(", ")
 
 
 def test_values() -> None:
@@ -296,10 +318,16 @@ def no_probes(monkeypatch: pytest.MonkeyPatch) -> Probing:
     return Probing(monkeypatch)
 
 
-def outcome(**values: int) -> bytes:
-    """A struct outcome."""
-    names = ("changed_read", "changed_write", "refused", "redundant", "changed", "unknown")
-    return struct.pack("6Q", *(values.get(name, 0) for name in names))
+OUTCOMES = ("changed_read", "changed_write", "refused", "redundant", "changed", "unknown")
+
+
+def write(engine: Engine, array: str, index: int, **words: int) -> None:
+    """Fill a place of ARRAY, and say that it is taken."""
+    for word, value in words.items():
+        engine._arrays[array].set_word(index, _WORDS[array].index(word), value)
+    if array in TABLES:
+        engine._built.loaded.maps["taken"].update(struct.pack("II", index, TABLES.index(array)), b"\1")
+        engine._in_use = {}
 
 
 def what(msr: int, type_: int, action: int, within: int) -> int:
@@ -309,7 +337,7 @@ def what(msr: int, type_: int, action: int, within: int) -> int:
 
 def put(engine: Engine, **counts: int) -> None:
     for name, value in counts.items():
-        engine._maps["counts"].update(struct.pack("I", _COUNTS.index(name)), struct.pack("Q", value))
+        engine._arrays["counts"].set_word(_COUNTS.index(name), 0, value)
 
 
 IN_HOOK, IN_CREATE, OUTSIDE = 0x1010, 0x13FF, 0x0FFF
@@ -317,43 +345,42 @@ NO_UPDATE, FILTER_CHANGE, RECOMPUTED = 0, 1, 2
 READ, WRITE, BOTH = 1, 2, 3
 
 
-def update_value(**values: int) -> bytes:
-    """A struct update; bN is the Nth bucket."""
-    return struct.pack("34Q", values["count"], values["nanoseconds"], *(values.get(f"b{n}", 0) for n in range(32)))
+def by_pid(kind: int, pid: int) -> int:
+    """The last word of a struct update."""
+    return pid | kind << 32
 
 
 @pytest.mark.usefixtures("headers", "no_probes")
-def test_engine() -> None:
+def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(TOGGLE, symbols(TOGGLE), Options(by_vm=True, backend="kprobe"), MACHINE)
     try:
         assert engine.warnings == []
-        for caller, pid, made, counted in (
-            (IN_CREATE, 100, what(0x10, READ, 0, NO_UPDATE), outcome(changed=6, changed_read=6, redundant=1)),
-            (IN_CREATE - 16, 100, what(0x10, READ, 0, NO_UPDATE), outcome(redundant=2)),
+        for index, (caller, pid, made, counted) in enumerate(
             (
-                IN_HOOK,
-                100,
-                what(0xC0000100, BOTH, 0, FILTER_CHANGE),
-                outcome(changed=3, redundant=2, changed_write=3, refused=4),
-            ),
-            (IN_HOOK, 200, what(0x48, WRITE, 1, FILTER_CHANGE), outcome(redundant=2, unknown=1)),
-            (OUTSIDE, 200, what(0x48, WRITE, 1, NO_UPDATE), outcome(redundant=1)),
-            (OUTSIDE, 200, what(0x49, WRITE, 1, NO_UPDATE), outcome()),  # a place alone
+                (IN_CREATE, 100, what(0x10, READ, 0, NO_UPDATE), {"changed": 6, "changed_read": 6, "redundant": 1}),
+                (IN_CREATE - 16, 100, what(0x10, READ, 0, NO_UPDATE), {"redundant": 2}),
+                (
+                    IN_HOOK,
+                    100,
+                    what(0xC0000100, BOTH, 0, FILTER_CHANGE),
+                    {"changed": 3, "redundant": 2, "changed_write": 3, "refused": 4},
+                ),
+                (IN_HOOK, 200, what(0x48, WRITE, 1, FILTER_CHANGE), {"redundant": 2, "unknown": 1}),
+                (OUTSIDE, 200, what(0x48, WRITE, 1, NO_UPDATE), {"redundant": 1}),
+                (OUTSIDE, 200, what(0x49, WRITE, 1, NO_UPDATE), {}),  # a place alone
+                (IN_HOOK, 0, what(0x48, READ, 0, FILTER_CHANGE), {"redundant": 4}),  # of those that ended
+            )
         ):
-            engine._maps["calls"].update(struct.pack("QQQ", made, caller, pid), counted)
-        # A counter is the same without a pid; one without calls is not there yet.
-        counter = outcome(redundant=4) + struct.pack("QQQ", IN_HOOK, 0, what(0x48, READ, 0, FILTER_CHANGE))
-        fresh = outcome() + struct.pack("QQQ", IN_HOOK, 0, what(0x49, READ, 0, FILTER_CHANGE))
-        for index, value in ((5, counter), (6, fresh)):
-            engine._maps["counters"].update(struct.pack("I", index), value)
-            engine._maps["counter_owners"].update(struct.pack("I", index), b"\1")
-        updates = engine._maps["updates"]
-        updates.update(
-            struct.pack("II", 100, FILTER_CHANGE),
-            update_value(count=5, nanoseconds=2_500_000_000, b1=2, b2=1, b25=1, b31=1),
-        )
-        updates.update(struct.pack("II", 200, RECOMPUTED), update_value(count=1, nanoseconds=500_000_000))
-        engine._maps["vcpu_owners"].update(struct.pack("I", 3), struct.pack("Q", 0xFFFF))
+            words = {"caller": caller, "site": caller if caller != IN_HOOK else 0, "pid": pid, "what": made}
+            write(engine, "counters", 5 + index, **words, **counted)
+        seconds = {"bucket_1": 2, "bucket_2": 1, "bucket_25": 1, "bucket_31": 1}
+        changes, recomputed = {"pid, kind": by_pid(FILTER_CHANGE, 100)}, {"pid, kind": by_pid(RECOMPUTED, 200)}
+        write(engine, "updates", 7, count=5, nanoseconds=2_500_000_000, **seconds, **changes)
+        write(engine, "updates", 9, count=1, nanoseconds=500_000_000, **recomputed)
+        write(engine, "updates", 10, **{"pid, kind": by_pid(NO_UPDATE, 300)})  # free again
+        write(engine, "vcpus", 3, vcpu=0xFFFF)
+        name, rest = (int.from_bytes(part, "little") for part in (b"qemu-sys", b"tem-x86\0"))
+        write(engine, "vmms", 17, pid=200, command=name, **{"command's second half": rest})
         losses = {"dropped_calls": 1, "dropped_vcpus": 2, "dropped_updates": 3}
         losses |= {"unpaired_update": 6, "unpaired_return": 7, "read_failed": 8}
         put(engine, **losses, vcpus_seen=9, vmms_seen=4)
@@ -375,7 +402,8 @@ def test_engine() -> None:
             (ENABLE, 0),
             (DISABLE, 0),
         ]
-        assert taken.maps == (Map("calls", 6, 8193, 1), Map("vcpus", 1, 16384, 2), Map("updates", 2, 4096, 3))
+        assert taken.maps == (Map("calls", 7, 32768, 1), Map("vcpus", 1, 16384, 2), Map("updates", 2, 4096, 3))
+        assert taken.commands == {200: "qemu-system-x86"}
         assert (taken.unpaired_returns, taken.read_failures) == (7, 8)
         assert (taken.vcpus_seen, taken.vmms_seen, taken.open_calls) == (9, 4, 0)
         assert (taken.layout, taken.redundancy, taken.by_vm, taken.lower_bound) == ("toggle", "exact", True, True)
@@ -383,8 +411,22 @@ def test_engine() -> None:
 
         engine.forget({100})
         left = engine.snapshot()
-        assert {call.pid for call in left.calls} == {0, 200}
-        assert (left.updates, list(left.recalcs), left.vcpus_seen) == ({}, [200], 9)
+        assert left.calls == taken.without_vms({100}).calls
+        assert (left.updates, list(left.recalcs), left.vcpus_seen) == ({0: taken.updates[100]}, [200], 9)
+        assert left.commands == {200: "qemu-system-x86"}
+        # The one with an open call stays as it is until that is counted.
+        write(engine, "vcpus", 3, number=1, **{"pid, tid": 200})
+        monkeypatch.setattr(Engine, "_is_open", lambda *_: True)
+        engine.forget({200})
+        assert engine.snapshot().calls == left.calls
+        write(engine, "vcpus", 3, number=2)
+        engine.forget({200})
+        gone = engine.snapshot()
+        assert gone.calls == taken.without_vms({100, 200}).calls
+        assert ({0}, {}) == (gone.recalcs.keys() | gone.updates.keys() | {c.pid for c in gone.calls}, gone.commands)
+        assert (
+            gone.maps[0].entries == 7
+        )  # six kinds of ended processes, and one that was put where it is not looked for
 
         functions = engine._functions
         engine.detach()
@@ -392,7 +434,8 @@ def test_engine() -> None:
         fresh_snapshot = engine.snapshot()
         assert (fresh_snapshot.calls, fresh_snapshot.updates, fresh_snapshot.recalcs) == ({}, {}, {})
         assert (fresh_snapshot.vcpus_seen, fresh_snapshot.lower_bound) == (0, False)
-        assert fresh_snapshot.maps == (Map("calls", 0, 8192), Map("vcpus", 0, 16384), Map("updates", 0, 4096))
+        assert fresh_snapshot.maps == (Map("calls", 0, 32768), Map("vcpus", 0, 16384), Map("updates", 0, 4096))
+        assert engine._built.loaded.maps["taken"].keys() == []
         assert not engine.reattach(RECALC, symbols(RECALC))
         assert engine._functions is functions
     finally:
@@ -413,8 +456,7 @@ def test_engine_without_btf(monkeypatch: pytest.MonkeyPatch) -> None:
             "filter updates cannot be told from other recalculations, so they are not counted",
             "which calls are redundant is unknown: /sys/kernel/btf/kvm_intel: No such file or directory",
         ]
-        key = struct.pack("QQQ", what(0x10, READ, 0, RECOMPUTED), 0x1010, 0)
-        engine._maps["calls"].update(key, outcome(unknown=7))
+        write(engine, "counters", 3, caller=0x1010, what=what(0x10, READ, 0, RECOMPUTED), unknown=7)
         taken = engine.snapshot()
         assert taken.calls == {Call(0x10, "read", "disable", "recalc", RECALC.update): Outcome(7)}
         assert (taken.redundancy, taken.calls_observable, taken.updates_observable) == ("unknown", True, False)
@@ -655,6 +697,8 @@ def running(library: Path, layout: Layout, btf: Btf | None, options: Options) ->
 
 class StandInBtf(KnownBtf):
     def offset(self, structure: str, member: str) -> int:
+        if structure == "task_struct":
+            return 0  # as if it were not known: the command is that of the thread
         places = {"vmcs01": Vcpu.BITMAP_OFFSET, "kvm": Vcpu.FILTER_OFFSET, "stat": Vcpu.EXITS_OFFSET}
         return places.get(member, 0)
 
@@ -740,7 +784,7 @@ def check_calls(stand_in: StandIn, made: list[tuple[str, int, int, bool, bool, b
         else:
             call()
         action, cause = "enable" if enable else "disable", within if in_update else CALLERS[caller]
-        if in_update and not pid:  # an update makes each call in one place: who made the first makes all of them
+        if in_update:  # an update makes each call in one place: who made the first makes all of them
             caller = stand_in.callers.setdefault((msr, type_, enable), caller)
         key = Call(msr, ACCESS[type_], action, cause, caller, pid)
         outcome = expected(before, after, msr, type_, enable)

@@ -100,6 +100,7 @@ class Engine:
         self.attached = self.closed = False
         self.calls: Counter[int] = Counter()
         self.lost = self.vcpus = 0
+        self.commands: dict[int, str] = {}
         self.forgotten: list[set[int]] = []
         self.busy = threading.Lock()
         self.probes: list[Probe] = []
@@ -161,6 +162,7 @@ class Engine:
             unpaired_returns=n,
             read_failures=n,
             vcpus_seen=self.vcpus,
+            commands=dict(self.commands),
             by_vm=self.kernel.by_vm,
         )
 
@@ -168,7 +170,7 @@ class Engine:
         assert self.attached
         self.forgotten.append(set(pids))
         for pid in pids:
-            del self.calls[pid]
+            self.calls[0] += self.calls.pop(pid, 0)
 
 
 @pytest.fixture
@@ -438,6 +440,27 @@ def test_the_end_of_a_vm_loses_no_other_count(by_vm: Kernel) -> None:
     assert (losses(after), after.reattached, counts(after)) == ((3,) * 5, 1, {0: 8})
 
 
+def test_what_a_vm_did_while_its_end_was_being_noticed_is_not_lost(
+    by_vm: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the reading that saw that it is gone, and before its places are freed."""
+    by_vm.call(100, 7)
+    by_vm.tracer.snapshot()
+    by_vm.end(100)
+    [engine] = by_vm.engines
+    forget = engine.forget
+
+    def late(pids: set[int]) -> None:
+        by_vm.call(100, 5)
+        forget(pids)
+        by_vm.call(100, 3)
+
+    monkeypatch.setattr(engine, "forget", late)
+    assert sum(counts(by_vm.tracer.snapshot()).values()) == 15
+    monkeypatch.undo()
+    assert counts(by_vm.tracer.snapshot()) == {0: 15}
+
+
 def test_a_pid_that_is_used_again(by_vm: Kernel) -> None:
     by_vm.call(100, 7)
     by_vm.tracer.snapshot()
@@ -489,8 +512,13 @@ def test_a_vm_that_ended_before_it_was_named(kept: Kernel) -> None:
     kept.call(100, 7)
     kept.call(300, 5)
     kept.end(100)
+    kept.call(400, 1)
+    kept.engines[0].commands = {100: "qemu", 300: "q\x1b[2Jemu"}
     snapshot = kept.tracer.snapshot()
-    assert (counts(snapshot), snapshot.vms) == ({100: 7, 300: 5}, {100: "", 300: ""})
+    assert (counts(snapshot), snapshot.vms) == (
+        {100: 7, 300: 5, 400: 1},
+        {100: "qemu", 300: "q\N{REPLACEMENT CHARACTER}[2Jemu", 400: ""},
+    )
 
 
 def test_what_is_kept_outlives_a_reload_and_the_end(kept: Kernel) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,18 +35,55 @@ _COUNTS = [
     "read_failed",
     "vcpus_seen",
     "vmms_seen",
+    "places_taken",
 ]
 # enum value
-_VALUES = ["enable_at", "disable_at", "set_at", "kretprobe_trampoline", "fgraph_trampoline", "wanted_pid"]
-# struct outcome, counter, call, vcpu (its number and its tid), update_key and update
-_OUTCOME = struct.Struct("6Q")
-_COUNTER = struct.Struct("6Q3Q")
-_CALL = struct.Struct("3Q")
-_VCPU = struct.Struct("8xQ36xI")
-_UPDATE_KEY = struct.Struct("II")
-_UPDATE = struct.Struct("2Q32Q")
-_INDEX = struct.Struct("I")
-_VALUE = struct.Struct("Q")
+_VALUES = [
+    "enable_at",
+    "disable_at",
+    "set_at",
+    "kretprobe_trampoline",
+    "fgraph_trampoline",
+    "wanted_pid",
+    "leader_offset",
+    "command_offset",
+]
+# The 64-bit words of struct counter, update, vcpu and vmm; of two members in one the first is the low half.
+_COUNTER = [
+    "changed_read",
+    "changed_write",
+    "refused",
+    "redundant",
+    "changed",
+    "unknown",
+    "caller",
+    "site",
+    "pid",
+    "what",
+]
+_UPDATE = ["count", "nanoseconds", *(f"bucket_{n}" for n in range(32)), "pid, kind"]
+_VCPU = [
+    "vcpu",
+    "number",
+    "address",
+    "msr, how",
+    "before, counter",
+    "pid, tid",
+    "inside",
+    "started",
+    "bitmap",
+    "filter",
+]
+_VCPU += ["looked_at", "exits"]
+_VMM = ["pid", "command", "command's second half"]
+_WORDS = {"counters": _COUNTER, "updates": _UPDATE, "vcpus": _VCPU, "vmms": _VMM, "counts": ["count"]}
+#: The word that is not 0 where a value is in use, and the count that grows when another comes into use.
+_PLACES = {
+    "counters": (_COUNTER.index("what"), "places_taken"),
+    "updates": (_UPDATE.index("pid, kind"), "places_taken"),
+    "vcpus": (_VCPU.index("vcpu"), "vcpus_seen"),
+    "vmms": (_VMM.index("pid"), "vmms_seen"),
+}
 _OPEN = 1  # of enum settled
 _RDONLY_CAST = 0x7F000001  # the number by which the program calls it
 _CAST = ("bpf_rdonly_cast", "timespec64")
@@ -153,10 +189,10 @@ def variants(
     wanted = [
         p for p in points(layout, symbols, exact) if p.function != layout.filter_set or "FILTER_OFFSET" in defined
     ]
-    reader = {"settle_call": Target("raw_tracepoint")} if exact else {}
-    values = {
-        _VALUES.index(name): value for name, value in (*symbols.trampolines.items(), ("wanted_pid", options.pid or 0))
-    }
+    read_by = (["settle_call"] if exact else []) + (["counter_ended", "update_ended"] if options.by_vm else [])
+    reader = {name: Target("raw_tracepoint") for name in read_by}
+    named = {**symbols.trampolines, "wanted_pid": options.pid or 0, **(_command_offsets(btf) if options.by_vm else {})}
+    values = {_VALUES.index(name): value for name, value in named.items()}
     kprobe = {name: Target("kprobe") for point in wanted for name in point.programs}
     found = [Variant("kprobe", defined, kprobe | reader, values)]
     problem = _no_fentry(layout, symbols, wanted, exact)
@@ -183,6 +219,18 @@ def variants(
         return found
     kfuncs = {_RDONLY_CAST: btf.kernel_ids(*_CAST)[0]}
     return [faster for variant in found for faster in (replace(variant, kfuncs=kfuncs), _without_cast(variant))]
+
+
+def _command_offsets(btf: Btf | None) -> dict[str, int]:
+    """Where the command of a process is, if BTF tells; without it the thread's is taken."""
+    try:
+        kernel = btf or Btf.of_kernel()
+        return {
+            "leader_offset": kernel.offset("task_struct", "group_leader"),
+            "command_offset": kernel.offset("task_struct", "comm"),
+        }
+    except BtfError:
+        return {}
 
 
 def _tracing(symbols: Symbols, wanted: list[_Point], btf: Btf) -> dict[str, Target]:
@@ -226,10 +274,11 @@ class Engine:
             self._built: Built = build(resource("bpf/msrtrace.c"), wanted)
         except Refused:
             raise MsrtraceError(explain_eperm(machine)) from None
-        self._maps, self._functions = self._built.loaded.maps, self._built.loaded.functions
+        self._arrays, self._functions = self._built.loaded.arrays, self._built.loaded.functions
         self._links: dict[str, list[int]] = {}
         self.probes: list[Probe] = []
         self._missed_before: dict[str, int] = {}
+        self._in_use: dict[str, tuple[int, list[int]]] = {}
         self._sees_threads = _reads_init_pids()
         try:
             self._attach_all()
@@ -275,19 +324,12 @@ class Engine:
         """Remove the probes and forget what they counted; the program stays loaded, for `reattach`."""
         self._remove_probes()
         self._missed_before = {name: self._misses(name) for name in self._functions}
-        for owners, array in (("counter_owners", "counters"), ("vcpu_owners", "vcpus")):
-            for index in self._maps[owners].keys():  # noqa: SIM118 (a BPF map)
-                self._maps[array].update(index, bytes(self._maps[array].value_size))
-                self._maps[owners].delete(index)
-        for key in self._maps["calls"].keys():  # noqa: SIM118
-            self._maps["calls"].delete(key)
-        for key in self._maps["updates"].keys():  # noqa: SIM118
-            if self._options.by_vm:
-                self._maps["updates"].delete(key)
-            else:
-                self._maps["updates"].update(key, bytes(self._maps["updates"].value_size))
-        for count in _COUNTS:
-            self._clear(count)
+        self._in_use = {}
+        for array in self._arrays.values():
+            array.clear()
+        taken = self._built.loaded.maps["taken"]
+        for place in taken.keys():  # noqa: SIM118 (a BPF map)
+            taken.delete(place)
 
     def _remove_probes(self) -> None:
         for fd in (fd for links in self._links.values() for fd in links):
@@ -367,26 +409,24 @@ class Engine:
         A call is counted when its outcome is known; PATIENCE: how many seconds to wait for those that are open.
         """
         open_calls = self._settle(patience)
-        counts = {
-            _COUNTS[_INDEX.unpack(key)[0]]: _VALUE.unpack(value)[0] for key, value in self._maps["counts"].items()
-        }
+        counts = {name: self._arrays["counts"].word(index, 0) for index, name in enumerate(_COUNTS)}
         calls: dict[Call, Outcome] = {}
-        counters = rows = 0
-        for what, caller, pid, outcome in self._outcomes():
-            rows += 1
-            counters += pid is None
-            call = self._call(what, caller, pid or 0)
-            calls[call] = calls[call] + outcome if call in calls else outcome
+        counters = self._arrays["counters"]
+        taken = self._places("counters")
+        for index in taken:
+            *numbers, caller, _, pid, what = counters.value(index)
+            outcome = self._outcome(numbers)
+            if what and outcome.calls:  # a place may have been taken for a call that is not counted yet
+                call = self._call(what, caller, pid)
+                calls[call] = calls[call] + outcome if call in calls else outcome
         durations: dict[int, dict[int, Durations]] = {_WITHIN_FILTER_CHANGE: {}, _WITHIN_RECALC: {}}
-        updates = [(key, value) for key, value in self._maps["updates"].items() if _VALUE.unpack_from(value)[0]]
-        for key, value in updates:
-            pid, kind = _UPDATE_KEY.unpack(key) if self._options.by_vm else (0, *_INDEX.unpack(key))
-            durations[kind][pid] = _durations(value)
-        entries = {"calls": rows, "vcpus": len(self._maps["vcpu_owners"].keys())}
+        for kind, pid, value in self._updates():
+            if value[0]:
+                durations[kind][pid] = _durations(value)
+        entries = {"calls": len(taken), "vcpus": len(self._places("vcpus"))}
+        capacity = {"calls": counters.entries, "vcpus": self._arrays["vcpus"].entries}
         if self._options.by_vm:  # otherwise it has a place for each kind
-            entries["updates"] = len(updates)
-        capacity = {name: self._maps[name].max_entries for name in entries}
-        capacity["calls"] += counters
+            entries["updates"], capacity["updates"] = len([*self._updates()]), self._arrays["updates"].entries
         return Snapshot(
             layout=self._layout.name,
             backend=self.backend,
@@ -404,6 +444,7 @@ class Engine:
             open_calls=open_calls,
             vcpus_seen=counts["vcpus_seen"],
             vmms_seen=counts["vmms_seen"],
+            commands=self._commands() if self._options.by_vm else {},
             calls_observable=self._attached(*self._layout.calls),
             updates_observable=self._updates_observable,
             by_vm=self._options.by_vm,
@@ -415,34 +456,37 @@ class Engine:
         if program is None:
             return 0
         deadline = time.monotonic() + patience
-        indices = self._maps["vcpu_owners"].keys()
+        indices = self._places("vcpus")
         while True:
             indices = [index for index in indices if self._is_open(program, index)]
             if not indices or time.monotonic() >= deadline:
                 return len(indices)
             time.sleep(_SETTLE_PAUSE_SECONDS)
 
-    def _is_open(self, program: int, index: bytes) -> bool:
-        value = self._maps["vcpus"].lookup(index)
-        number, tid = _VCPU.unpack_from(value or bytes(_VCPU.size))
+    def _is_open(self, program: int, index: int) -> bool:
+        vcpus = self._arrays["vcpus"]
+        number, tid = vcpus.word(index, _VCPU.index("number")), vcpus.word(index, _VCPU.index("pid, tid")) >> 32
         if not number & 1:
             return False
         # The number was read before the thread is looked at: where it is now, it has left that call behind.
         returned = self._sees_threads and _is_at_rest(tid)
-        return syscalls.run_program(program, _INDEX.unpack(index)[0], number, returned) == _OPEN
+        return syscalls.run_program(program, index, number, returned) == _OPEN
 
-    def _outcomes(self) -> Iterator[tuple[int, int, int | None, Outcome]]:
-        """What was called, by whom, the pid (None where they are not told apart), and the outcomes."""
-        for index, _ in self._maps["counter_owners"].items():  # few, where `counters` has place for many
-            value = self._maps["counters"].lookup(index)
-            *numbers, caller, _, what = _COUNTER.unpack(value or bytes(_COUNTER.size))
-            outcome = self._outcome(numbers)
-            if what and outcome.calls:
-                yield what, caller, None, outcome
-        for key, value in self._maps["calls"].items():
-            outcome = self._outcome(list(_OUTCOME.unpack(value)))
-            if outcome.calls:  # a place may have been made for a call that settle_call() then left to another
-                yield *_CALL.unpack(key), outcome
+    def _places(self, array: str) -> list[int]:
+        """Which values of ARRAY are in use. It is looked through only if another came into use since the last time."""
+        word, count = _PLACES[array]
+        taken = self._arrays["counts"].word(_COUNTS.index(count), 0)
+        if self._in_use.get(array, (-1, []))[0] != taken:  # a place is counted once it can be seen
+            self._in_use[array] = taken, self._arrays[array].used(word)
+        return [index for index in self._in_use[array][1] if self._arrays[array].word(index, word)]
+
+    def _updates(self) -> Iterator[tuple[int, int, list[int]]]:
+        """The kind, the pid, and the words of all updates that were counted."""
+        updates = self._arrays["updates"]
+        for index in self._places("updates"):
+            value = updates.value(index)
+            if value[-1] >> 32:
+                yield value[-1] >> 32, value[-1] & 0xFFFFFFFF, value
 
     def _call(self, what: int, caller: int, pid: int) -> Call:
         """WHAT: `msr` and `how` of struct vcpu."""
@@ -467,19 +511,39 @@ class Engine:
             return Outcome(calls)
         return Outcome(calls, redundant, changed_read, changed_write, refusals)
 
+    def _commands(self) -> dict[int, str]:
+        """By pid, what processes were called when they made their first vCPU."""
+        vmms = self._arrays["vmms"]
+        found = {}
+        for index in self._places("vmms"):
+            pid, *command = vmms.value(index)
+            if pid == vmms.word(index, 0):  # or it was being written
+                found[pid] = b"".join(word.to_bytes(8, "little") for word in command)
+        return {pid: command.partition(b"\0")[0].decode(errors="replace") for pid, command in found.items()}
+
     def forget(self, pids: set[int]) -> None:
-        """Make room in the maps: remove the counts of processes that have ended."""
-        pid_of: dict[str, Callable[[bytes], int]] = {
-            "calls": lambda key: int(_CALL.unpack(key)[2]),
-            "updates": lambda key: int(_UPDATE_KEY.unpack(key)[0]),
-        }
-        for name, pid in pid_of.items() if self._options.by_vm else ():
-            for key in self._maps[name].keys():  # noqa: SIM118 (a BPF map)
-                if pid(key) in pids:
-                    self._maps[name].delete(key)
+        """Make room: the counts of processes that have ended become those of pid 0, in the kernel, where none is lost.
+
+        Those of a process with a call that is not counted yet stay, to be asked for again.
+        """
+        if not self._options.by_vm:
+            return
+        counters, vcpus, vmms = self._arrays["counters"], self._arrays["vcpus"], self._arrays["vmms"]
+        open_ = [index for index in self._places("vcpus") if vcpus.word(index, _VCPU.index("number")) & 1]
+        ended = pids - {vcpus.word(index, _VCPU.index("pid, tid")) & 0xFFFFFFFF for index in open_}
+        for index in self._places("counters"):
+            if counters.word(index, _COUNTER.index("pid")) in ended:
+                syscalls.run_program(self._functions["counter_ended"], index)
+        updates = self._arrays["updates"]
+        for index in self._places("updates"):
+            if updates.word(index, _UPDATE.index("pid, kind")) & 0xFFFFFFFF in ended:
+                syscalls.run_program(self._functions["update_ended"], index)
+        for index in self._places("vmms"):
+            if vmms.word(index, _VMM.index("pid")) in ended:
+                vmms.set_word(index, _VMM.index("pid"), 0)
 
     def _clear(self, count: str) -> None:
-        self._maps["counts"].update(_INDEX.pack(_COUNTS.index(count)), _VALUE.pack(0))
+        self._arrays["counts"].set_word(_COUNTS.index(count), 0, 0)
 
     def _recursions(self, point: _Point) -> int:
         """Runs of POINT's programs that the kernel skipped because another BPF program ran on that CPU.
@@ -501,8 +565,9 @@ class Engine:
         self._built.loaded.close()
 
 
-def _durations(value: bytes) -> Durations:
-    count, nanoseconds, *buckets = _UPDATE.unpack(value)  # the first bucket is never used
+def _durations(value: list[int]) -> Durations:
+    """VALUE: the words of a struct update."""
+    count, nanoseconds, *buckets, _ = value  # the first bucket is never used
     last = len(DURATION_BOUNDS) + 1
     return Durations(count, nanoseconds / 1e9, (*buckets[1:last], sum(buckets[last:])))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from tracer import syscalls
-from tracer.syscalls import BpfMap
+from tracer.syscalls import MMAPABLE, BpfMap, MappedArray
 
 _CACHE = Path("/var/cache/msrtrace")
 _KEPT = 16  # programs
@@ -84,13 +84,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What is in the kernel as long as these descriptors are open."""
+    """What is in the kernel as long as these descriptors are open; `arrays`: of `maps`, those in our memory."""
 
     maps: dict[str, BpfMap]
     functions: dict[str, int]
+    arrays: dict[str, MappedArray] = field(default_factory=dict)
 
     def close(self) -> None:
         """Let go of all of it."""
+        for array in self.arrays.values():
+            array.close()
         for fd in (*(m.fd for m in self.maps.values()), *self.functions.values()):
             os.close(fd)
 
@@ -209,7 +212,10 @@ def load(program: Program, variant: Variant) -> Loaded:
                     max_entries=one.max_entries,
                     flags=one.flags,
                 )
-            loaded.maps[one.name] = BpfMap(fd, one.key_size, one.value_size, one.max_entries)
+            loaded.maps[one.name] = BpfMap(fd, one.key_size, one.value_size)
+            if one.flags & MMAPABLE:
+                with _said(f"does not let the BPF map {one.name} be mapped"):
+                    loaded.arrays[one.name] = MappedArray(fd, one.value_size, one.max_entries)
         descriptors = [one.fd for one in loaded.maps.values()]
         for name, target in variant.functions.items():
             if target.module not in modules:

@@ -147,6 +147,7 @@ class Snapshot:
     updates_observable: bool = True
     by_vm: bool = False
     vms: Mapping[int, str] = field(default_factory=dict)
+    commands: Mapping[int, str] = field(default_factory=dict)  # by pid, of VMMs when they made their first vCPU
 
     @property
     def lower_bound(self) -> bool:
@@ -178,6 +179,7 @@ class Snapshot:
             read_failures=self.read_failures + earlier.read_failures,
             vcpus_seen=self.vcpus_seen + earlier.vcpus_seen,
             vmms_seen=self.vmms_seen + earlier.vmms_seen,
+            commands={**earlier.commands, **self.commands},
             reattached=self.reattached + earlier.reattached,
         )
 

@@ -9,22 +9,23 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_PERF_EVENT_OPEN, _SYS_BPF = 298, 321
 
 # enum bpf_cmd
-_MAP_CREATE, _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY, _PROG_LOAD = range(6)
+_MAP_CREATE, _, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY, _PROG_LOAD = range(6)
 _PROG_TEST_RUN, _OBJ_GET_INFO_BY_FD, _RAW_TRACEPOINT_OPEN = 10, 15, 17
-_BTF_GET_FD_BY_ID, _BTF_GET_NEXT_ID, _MAP_LOOKUP_BATCH = 19, 23, 24
+_BTF_GET_FD_BY_ID, _BTF_GET_NEXT_ID = 19, 23
 
-_BATCH = 1024  # entries a call
+MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
 _PMUS = Path("/sys/bus/event_source/devices")
 _ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5
 _PERF_FLAG_FD_CLOEXEC = 8
@@ -99,61 +100,11 @@ def btf_of_module(module: str) -> int:
 
 @dataclass(frozen=True)
 class BpfMap:
-    """A BPF map by its descriptor; sizes in bytes, of an array's value too."""
+    """A BPF map by its descriptor, to be filled and emptied; sizes in bytes."""
 
     fd: int
     key_size: int
     value_size: int
-    max_entries: int
-
-    def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """Every key and value, as they were when the kernel came by. Raises OSError."""
-        try:
-            yield from self._batches()
-        except OSError as error:
-            # Before 5.6 the command is not known, and some types of maps have it not.
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, 524):
-                raise
-            yield from self._one_by_one()
-
-    def _batches(self) -> Iterator[tuple[bytes, bytes]]:
-        """By BPF_MAP_LOOKUP_BATCH: whole buckets of a hash, so that no entry is missed or given twice."""
-        wanted = min(_BATCH, self.max_entries)
-        position, at_end = bytearray(), False
-        while not at_end:
-            keys, values = bytearray(wanted * self.key_size), bytearray(wanted * self.value_size)
-            after = bytearray(max(self.key_size, 4))
-            attributes = struct.pack(
-                "QQQQIIQQ",
-                _address(position) if position else 0,
-                _address(after),
-                _address(keys),
-                _address(values),
-                wanted,
-                self.fd,
-                0,
-                0,
-            )
-            buffer = ctypes.create_string_buffer(attributes, len(attributes))
-            if _libc.syscall(_SYS_BPF, _MAP_LOOKUP_BATCH, buffer, len(attributes)) < 0:
-                error = last_error()
-                if error.errno == errno.ENOSPC and wanted < self.max_entries:  # a bucket that is larger
-                    wanted = min(2 * wanted, self.max_entries)
-                    continue
-                if error.errno != errno.ENOENT:
-                    raise error
-                at_end = True
-            found = struct.unpack_from("I", buffer.raw, 32)[0]
-            for n in range(found):
-                key = bytes(keys[n * self.key_size : (n + 1) * self.key_size])
-                yield key, bytes(values[n * self.value_size : (n + 1) * self.value_size])
-            position = after
-
-    def _one_by_one(self) -> Iterator[tuple[bytes, bytes]]:
-        for key in self.keys():
-            value = self.lookup(key)
-            if value is not None:
-                yield key, value
 
     def keys(self) -> list[bytes]:
         """Every key. Raises OSError."""
@@ -169,17 +120,6 @@ class BpfMap:
                 raise
             key = bytearray(following)
             found.append(bytes(key))
-
-    def lookup(self, key: bytes) -> bytes | None:
-        """The value at KEY, if there is one. Raises OSError."""
-        name, value = bytearray(key), bytearray(self.value_size)
-        try:
-            _bpf(_MAP_LOOKUP_ELEM, struct.pack("IxxxxQQQ", self.fd, _address(name), _address(value), 0))
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return None
-            raise
-        return bytes(value)
 
     def update(self, key: bytes, value: bytes) -> None:
         """Set the value at KEY. Raises OSError."""
@@ -198,6 +138,47 @@ class BpfMap:
 
 def _address(buffer: bytearray) -> int:
     return ctypes.addressof((ctypes.c_char * len(buffer)).from_buffer(buffer))
+
+
+class MappedArray:
+    """An array (BPF_F_MMAPABLE) in the memory of this process: reading it asks nothing of the kernel.
+
+    So it keeps no probe from running, as other ways to read a map do: bpf(2) raises bpf_prog_active on its CPU
+    (bpf_disable_instrumentation(), kernel/bpf/syscall.c), may be preempted then, and meanwhile trace_call_bpf() runs
+    no program at a kprobe. Values are of 64-bit words, each of which is read at once, in the order of their addresses.
+    """
+
+    def __init__(self, fd: int, value_size: int, entries: int) -> None:
+        """FD: of the map; VALUE_SIZE in bytes, a multiple of 8. Raises OSError."""
+        self.entries, self._stride = entries, value_size // 8
+        self._memory = mmap.mmap(fd, value_size * entries, flags=mmap.MAP_SHARED)
+        self._words = memoryview(self._memory).cast("Q")
+
+    def word(self, index: int, word: int) -> int:
+        """The WORD of the value at INDEX."""
+        return int(self._words[index * self._stride + word])
+
+    def set_word(self, index: int, word: int, value: int) -> None:
+        """Write the WORD of the value at INDEX."""
+        self._words[index * self._stride + word] = value
+
+    def value(self, index: int) -> list[int]:
+        """All words of the value at INDEX."""
+        start = index * self._stride
+        return self._words[start : start + self._stride].tolist()
+
+    def used(self, word: int) -> list[int]:
+        """The indices of the values whose WORD is not 0."""
+        return list(compress(range(self.entries), self._words[word :: self._stride].tolist()))
+
+    def clear(self) -> None:
+        """Make all of it 0."""
+        self._memory[:] = bytes(len(self._memory))
+
+    def close(self) -> None:
+        """Give the memory back; the map stays as long as it has a descriptor or a program."""
+        self._words.release()
+        self._memory.close()
 
 
 def attach_probe(pmu: str, where: str, program: int, *, at_return: bool, offset: int = 0, pid: int = -1) -> int:

@@ -12,7 +12,7 @@ from typing import Protocol
 from tracer.errors import MsrtraceError
 from tracer.layout import LAYOUTS, Layout, Symbols, choose
 from tracer.snapshot import Probe, Snapshot
-from tracer.vms import VmNames
+from tracer.vms import VmNames, safe_name
 
 _PATIENCE_SECONDS = 0.1  # when counts are read for the last time
 
@@ -36,7 +36,7 @@ class Attachment(Protocol):
         """The counts of now; PATIENCE: how many seconds calls may take to come to their end."""
 
     def forget(self, pids: set[int]) -> None:
-        """Drop the counts of ended processes from the maps."""
+        """Count what ended processes did as of pid 0 from now on, where that can be done; none of it is lost."""
 
     def detach(self) -> None:
         """Remove the probes and forget the counts."""
@@ -164,8 +164,8 @@ class Tracer:
     def snapshot(self, patience: float = 0) -> Snapshot:
         """All counts since the start. VMs that are gone are in the totals, but no longer apart (but see KEEP_GONE).
 
-        The name of one that was gone before any snapshot saw it is "". PATIENCE: how many seconds to wait for calls
-        that are under way.
+        One that was gone before any snapshot saw it has the name of the command that made its first vCPU, or "".
+        PATIENCE: how many seconds to wait for calls that are under way.
         """
         with self._lock:
             total = self._total(patience)
@@ -174,7 +174,9 @@ class Tracer:
             names = {pid: name for pid in pids if self._names.alive(pid) and (name := self._names.name(pid))}
             if self._kept is not None:
                 self._kept |= names
-                return replace(total, vms={pid: self._kept.get(pid, "") for pid in pids})
+                return replace(
+                    total, vms={pid: self._kept.get(pid) or safe_name(total.commands.get(pid, "")) for pid in pids}
+                )
             gone = pids - names.keys()
             if gone:
                 self._forget(gone)
@@ -193,16 +195,7 @@ class Tracer:
     def _forget(self, gone: set[int]) -> None:
         """Tell the counts of ended processes apart no longer, and free their places in the engine's maps."""
         if self._engine:
-            live = self._engine.snapshot()
             self._engine.forget(gone)
-            moved = Snapshot(
-                layout=live.layout,
-                redundancy=live.redundancy,
-                calls={call: outcome for call, outcome in live.calls.items() if call.pid in gone},
-                updates={pid: value for pid, value in live.updates.items() if pid in gone},
-                recalcs={pid: value for pid, value in live.recalcs.items() if pid in gone},
-            )
-            self._earlier = self._earlier.after(moved) if self._earlier else moved
         if self._earlier:
             self._earlier = self._earlier.without_vms(gone)
         for pid in gone:

@@ -113,7 +113,7 @@ def _given_name(pid: int, proc: Path) -> str | None:
         *(_file_name(value) for value in _values(arguments, "--api-socket", "--api-sock")),
         *(_file_name(value) for value in _values(arguments, "--event-monitor")),
     ]
-    return next((safe for name in found if name and (safe := _safe(name))), None)
+    return next((safe for name in found if name and (safe := safe_name(name))), None)
 
 
 def _command(pid: int, proc: Path) -> str | None:
@@ -121,7 +121,7 @@ def _command(pid: int, proc: Path) -> str | None:
     content = _read(proc / str(pid) / "comm")
     if content is None:
         return None
-    return _safe(content.decode(errors="replace").removesuffix("\n")) or "?"
+    return safe_name(content.decode(errors="replace").removesuffix("\n")) or "?"
 
 
 def _values(arguments: list[str], *options: str) -> Iterator[str]:
@@ -163,8 +163,8 @@ def _file_name(value: str) -> str | None:
     return None
 
 
-def _safe(name: str) -> str:
-    """A name as a terminal or a label may have it; empty if nothing is to be seen in it."""
+def safe_name(name: str) -> str:
+    """NAME as a terminal or a label may have it; empty if nothing is to be seen in it."""
     shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name).strip()
     if len(shown) > NAME_LIMIT:
         return shown[: NAME_LIMIT - 1] + "\N{HORIZONTAL ELLIPSIS}"

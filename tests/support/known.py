@@ -15,7 +15,8 @@ class KnownBtf(Btf):
         super().__init__(b"\x9f\xeb\x01\x00" + (24).to_bytes(4, "little") + bytes(16))
 
     def offset(self, structure: str, member: str) -> int:
-        return {"vmcs01": 6792, "msr_bitmap": 48, "kvm": 0, "stat": 5000, "exits": 8}[member]
+        offsets = {"vmcs01": 6792, "msr_bitmap": 48, "kvm": 0, "stat": 5000, "exits": 8}
+        return (offsets | {"group_leader": 1416, "comm": 1896})[member]
 
     def function_id(self, name: str) -> int:
         return 1
