@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -26,6 +26,7 @@ PACKED = ["trixie"]
 WHOLE = ["bookworm"]
 #: Fixtures that give what the scenarios found, and on which hosts; `collected` is every host.
 FIXTURES = {
+    "several_cpus": ["bookworm", "sid"],  # scenarios/stress.py alone, on CPUS of them
     "whole": WHOLE,
     "both": [*VARIANTS],  # with both modules
     "other": ["sid", "filter-only"],  # the patch is no question there
@@ -40,6 +41,19 @@ NO_FENTRY = {
 PREEMPTIBLE = ["sid"]
 STATUS = 37  # what the scenarios end with, to see that it comes through
 TIMEOUT_SECONDS = 3600
+CPUS = 2
+
+
+class Boot(NamedTuple):
+    """Which host is booted, with how many CPUs."""
+
+    host: str
+    cpus: int = 1
+
+    @property
+    def name(self) -> str:
+        """Of the folder that gets what it leaves."""
+        return self.host if self.cpus == 1 else f"{self.host}-{self.cpus}-cpus"
 
 
 @dataclass(frozen=True)
@@ -66,12 +80,17 @@ class Collected:
         return found
 
 
-def _boot(host: str, folder: Path) -> Collected:
+def _boot(boot: Boot, folder: Path) -> Collected:
+    host, cpus = boot
     command = [str(RUN), "--host", host, "--in", str(HERE / "scenarios"), "--out", str(folder)]
     options = ["--timeout", str(TIMEOUT_SECONDS), "--keep-log", str(folder / "log"), "--"]
-    if host in PACKED:
+    if cpus > 1:
+        options[:0] = ["--cpus", str(cpus)]
+    elif host in PACKED:
         options.insert(0, "--packed")
     what = ["python3", "/in/everything.py", *([] if host in WHOLE else ["--kernel"]), *VARIANTS.get(host, ["patched"])]
+    if cpus > 1:
+        what = ["python3", "/in/stress.py"]
     done = subprocess.run(
         [sys.executable, *command, *options, *what],
         stdin=subprocess.DEVNULL,
@@ -99,17 +118,17 @@ def _emptied(folder: Path) -> Path:
 class Boots:
     """The boots of a session: under way from its start, so that the unit tests pass the time."""
 
-    def __init__(self, hosts: list[str], beside: list[Beside], folder: Path) -> None:
+    def __init__(self, boots: list[Boot], beside: list[Beside], folder: Path) -> None:
         self._executor = ThreadPoolExecutor(max_workers=2)  # one per core
-        self._results: dict[str, Future[Collected]] = {
-            host: self._executor.submit(_boot, host, _emptied(folder / host)) for host in hosts
+        self._results: dict[Boot, Future[Collected]] = {
+            boot: self._executor.submit(_boot, boot, _emptied(folder / boot.name)) for boot in boots
         }
         self._beside: dict[Beside, Future[Any]] = {
             function: self._executor.submit(function, _emptied(folder / function.__name__)) for function in beside
         }
 
-    def __getitem__(self, host: str) -> Collected:
-        return self._results[host].result()
+    def __getitem__(self, boot: Boot) -> Collected:
+        return self._results[boot].result()
 
     def beside(self, function: Beside) -> Any:
         """What FUNCTION returned; raises what it raised."""
@@ -150,8 +169,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Power on the hosts that any collected test will look at, and no others."""
     if session.config.option.collectonly:
         return
-    looked_at = {host for item in session.items for host in _looks_at(item)}
-    hosts = [host for host in _hosts(session.config) if host in looked_at]
+    looked_at = {boot for item in session.items for boot in _looks_at(item)}
+    hosts = [boot for cpus in (1, CPUS) for host in _hosts(session.config) if (boot := Boot(host, cpus)) in looked_at]
     marked = [_beside(item) for item in session.items if not item.get_closest_marker("skip")]
     beside = list(dict.fromkeys(function for function in marked if function))
     if hosts or beside:
@@ -159,10 +178,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         session.config.stash[_boots_key] = Boots(hosts, beside, folder)
 
 
-def _looks_at(item: pytest.Item) -> list[str]:
-    """The hosts whose scenarios ITEM judges."""
+def _looks_at(item: pytest.Item) -> list[Boot]:
+    """The boots whose scenarios ITEM judges."""
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    return [str(parameters[name]) for name in ("collected", *FIXTURES) if name in parameters]
+    return [_boot_of(name, str(parameters[name])) for name in ("collected", *FIXTURES) if name in parameters]
+
+
+def _boot_of(fixture: str, host: str) -> Boot:
+    return Boot(host, CPUS if fixture == "several_cpus" else 1)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -181,10 +204,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _collected(request: pytest.FixtureRequest) -> Collected:
     """What the scenarios found on one host."""
-    return request.config.stash[_boots_key][request.param]
+    return request.config.stash[_boots_key][_boot_of(str(request.fixturename), request.param)]
 
 
 collected = pytest.fixture(_collected)
+several_cpus = pytest.fixture(_collected)
 whole = pytest.fixture(_collected)
 both = pytest.fixture(_collected)
 other = pytest.fixture(_collected)

@@ -11,7 +11,7 @@ from pathlib import Path
 from conftest import Collected
 from cost import PER_UPDATE
 from jsonschema import Draft202012Validator
-from reporting import REPEATS, UPDATES, VCPUS
+from reporting import BRIEF, REPEATS, UPDATES, VCPUS
 
 from tracer.compare import compare
 from tracer.report import Report
@@ -112,6 +112,13 @@ def test_vms_are_told_apart_though_they_are_gone(collected: Collected) -> None:
     assert sum(vm.filter_updates or 0 for vm in several.vms) == several.totals.filter_updates
     assert sum(vm.calls or 0 for vm in several.vms) == (several.totals.calls or 0)
     assert several.host.vmms_seen == 3
+
+
+def test_vms_that_end_at_once_have_the_name_of_their_command(collected: Collected) -> None:
+    brief = report(collected, collected.variants[0], "brief")
+    assert brief.vms
+    assert [vm.name for vm in brief.vms if vm.pid] == ["workload"] * BRIEF
+    assert brief.host.vmms_seen == BRIEF
 
 
 def test_a_host_whose_calls_cannot_be_observed_is_refused_with_the_reason(filter_only: Collected) -> None:

@@ -1,57 +1,90 @@
-"""On several CPUs, with everything at once, every count still equals the kernel's own tracer's."""
+"""With everything at once, and read without a pause, every count still equals the kernel's own tracer's."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+import re
+from typing import Any
 
 import pytest
-from conftest import HERE, RUN, WHOLE
+from conftest import CPUS, NO_FENTRY, PREEMPTIBLE, Collected
 from metrics_text import Metrics, nonzero
-from witness import recorded
-
-BACKENDS = ["kprobe", "fentry"]
-CPUS = 2
+from stress import RUNS
+from witness import Counts, recorded
 
 
-def stress(folder: Path) -> Path:
-    """Boot a host with several CPUs; what the scenario left is in FOLDER."""
-    options = ["--host", WHOLE[0], "--cpus", str(CPUS), "--in", str(HERE / "scenarios"), "--out", str(folder)]
-    command = [sys.executable, str(RUN), *options, "--timeout", "3600", "--", "python3", "/in/stress.py", *BACKENDS]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    (folder / "output").write_text(done.stdout)
-    assert done.returncode == 0, done.stdout[-6000:]
-    return folder
+def judged(collected: Collected, run: str) -> tuple[dict[str, Any], Counts] | None:
+    """What a run found, and the witness's counts; None where the backend cannot be had, and msrtrace said so."""
+    found: dict[str, Any] = collected.scenario("stress")[run]
+    if "refused" in found:
+        assert run == "fentry"
+        assert re.search(NO_FENTRY[collected.host], found["refused"])
+        return None
+    return found, recorded(collected.folder / f"witness-stress-{run}", updates_are_filters=collected.host != "sid")
 
 
-@pytest.mark.beside(boot=stress)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_count_equals_the_kernels_own(beside: Path, backend: str) -> None:
-    found = json.loads((beside / f"{backend}.json").read_text())
-    counts = recorded(beside / f"witness-{backend}", updates_are_filters=True)
+def check_counts(collected: Collected, run: str) -> None:
+    """Every count equals; but what runs at fentry may be preempted, and misses calls then: as many as it says."""
+    result = judged(collected, run)
+    if not result:
+        return
+    found, counts = result
     before, after = Metrics.of(found["before"]), Metrics.of(found["after"])
-    assert nonzero(after.calls() - before.calls()) == nonzero(counts.calls)
-    assert nonzero(after.redundant() - before.redundant()) == nonzero(counts.redundant)
-    assert after.updates() - before.updates() == counts.updates
-    assert not after.lost()
-    assert after.value("msrtrace_open_calls") == 0
+    together = "msrtrace_host_" if "--by-vm" in RUNS[run] else "msrtrace_"
+    calls, redundant = (
+        after.calls(f"{together}intercept_{kind}_total") - before.calls(f"{together}intercept_{kind}_total")
+        for kind in ("calls", "redundant_calls")
+    )
+    updates = (after.value(f"{together}filter_updates_total") or 0) - (
+        before.value(f"{together}filter_updates_total") or 0
+    )
     [(info, _)] = after.named("msrtrace_build_info")
-    assert info["backend"] == backend
+    assert info["backend"] == RUNS[run].split()[1]
+    assert after.value("msrtrace_open_calls") == 0
+    if run == "fentry" and after.lost():
+        assert re.search(r"\((full|lazy)\)", found["model"])
+        assert not nonzero(calls - counts.calls)  # a lower bound, and it says so
+        assert updates <= counts.updates
+        return
+    assert nonzero(calls) == nonzero(counts.calls)
+    assert nonzero(redundant) == nonzero(counts.redundant)
+    assert updates == counts.updates
+    assert not after.lost()
 
 
-@pytest.mark.beside(boot=stress)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_there_was_stress(beside: Path, backend: str) -> None:
-    found = json.loads((beside / f"{backend}.json").read_text())
-    assert found["cpus"] == CPUS
+def check_stress(collected: Collected, run: str, cpus: int) -> None:
+    """All that should run did, again and again, on all CPUs, and could be preempted."""
+    result = judged(collected, run)
+    if not result:
+        return
+    found, counts = result
+    assert (found["cpus"], found["status"]) == (cpus, 0)
     assert found["statuses"] == [0] * len(found["statuses"])
-    assert found["status"] == 0
     assert min(found["scrapes"]) > 2
-    trace = (beside / f"witness-{backend}" / "trace").read_text()
-    busy = [line for line in trace.splitlines() if " in_vmx_" in line]
-    assert {line.split("[", 1)[1][:3] for line in busy} == {f"{cpu:03}" for cpu in range(CPUS)}
-    counts = recorded(beside / f"witness-{backend}", updates_are_filters=True)
-    assert {key[3] for key in counts.calls} >= {"filter_change", "vcpu_create", "msr_write"}
-    assert counts.refused
+    assert re.search(r"\((full|lazy)\)", found["model"]) or collected.host == "filter-only"  # 5.10 cannot be told to
+    trace = (collected.folder / f"witness-stress-{run}" / "trace").read_text()
+    busy = [line for line in trace.splitlines() if " update_in: " in line]
+    assert {line.split("[", 1)[1][:3] for line in busy} == {f"{cpu:03}" for cpu in range(cpus)}
+    if collected.host != "filter-only":
+        created = "recalc" if collected.host in PREEMPTIBLE else "vcpu_create"
+        assert {key[3] for key in counts.calls} >= {"filter_change", created, "msr_write"}
+        assert counts.refused
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_count_equals_the_kernels_own(collected: Collected, run: str) -> None:
+    check_counts(collected, run)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_there_was_stress(collected: Collected, run: str) -> None:
+    check_stress(collected, run, 1)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_on_several_cpus_every_count_equals_the_kernels_own(several_cpus: Collected, run: str) -> None:
+    check_counts(several_cpus, run)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_on_several_cpus_there_was_stress(several_cpus: Collected, run: str) -> None:
+    check_stress(several_cpus, run, CPUS)

@@ -22,6 +22,7 @@ from typing import Any
 from guest import (
     OUT,
     Msrtrace,
+    bitmap_offset,
     filter_update_ticks,
     kernel_state,
     load,
@@ -34,8 +35,7 @@ from guest import (
 )
 from kerneltracer import KernelTracer
 from reporting import make_reports, report_command
-
-from tracer.btf import Btf, BtfError
+from stress import stress
 
 KERNEL_ALONE = "--kernel" in sys.argv
 VARIANTS = [word for word in sys.argv[1:] if not word.startswith("--")]
@@ -127,11 +127,7 @@ def fentry() -> Any:
 
 def witnessed(name: str) -> Any:
     """Everything that the workload can do, under the eyes of the kernel's own tracer: what it did."""
-    try:
-        offset = Btf.of_module("kvm_intel").bitmap_offset()
-    except BtfError:
-        offset = None
-    with KernelTracer(offset, OUT / f"witness-{name}"):
+    with KernelTracer(bitmap_offset(), OUT / f"witness-{name}"):
         return [
             workload(*options.split())
             for options in (
@@ -303,7 +299,7 @@ def bound(source: Path, target: str, *command: str) -> Any:
 
 def main() -> None:
     """Run every scenario; what they return goes to /out/NAME.json. Ends with a status that pytest looks for."""
-    of_the_kernel = [host, counts, fentry, reports, unknown_redundancy, killed]
+    of_the_kernel = [host, counts, fentry, stress, reports, unknown_redundancy, killed]
     of_the_program = [by_vm, one_pid, waits, misuse, report_command]
     scenarios: list[Callable[[], Any]] = of_the_kernel if KERNEL_ALONE else [*of_the_kernel, *of_the_program]
     only = os.environ.get("ONLY", "").split()

@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tracer.btf import Btf, BtfError
+
 OUT = Path("/out")
 ADDRESS = "127.0.0.1:9753"
 MEASURED_UPDATES = 101
@@ -56,6 +58,14 @@ def filter_update_ticks() -> int:
     if done["status"]:
         raise RuntimeError(done)
     return ticks_in(done["stdout"])
+
+
+def bitmap_offset() -> int | None:
+    """Where a vCPU has the address of its MSR bitmap; None where the kernel does not say."""
+    try:
+        return Btf.of_module("kvm_intel").bitmap_offset()
+    except BtfError:
+        return None
 
 
 def load(module: str) -> None:

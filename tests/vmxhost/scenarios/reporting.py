@@ -16,6 +16,7 @@ from tracer.reporting import Circumstances, make
 from tracer.tracer import Tracer
 
 UPDATES, VCPUS, REPEATS = 101, 2 * 3, 3
+BRIEF = 7  # VMs that end at once
 INTERRUPTED_SECONDS = 20  # of guest time: attaching the probes takes 12
 #: By the name of the report: what the workload is told.
 CASES = {
@@ -24,6 +25,7 @@ CASES = {
     "idle": "--vcpus 2 --updates 0",
     "deny-all": "--vcpus 2 --updates 7 --deny-all --initial-run",
     "several": "--processes --vms 3 --updates 20 --interval 50 --msr 0x10 --msr 0x48 --msr 0x174 --initial-run",
+    "brief": f"--processes --vms {BRIEF} --updates 1 --initial-run",
     "spec-ctrl": "--updates 3 --msr 0x48 --spec-ctrl 2 --initial-run",
 }
 

@@ -1,7 +1,7 @@
-"""Everything at once, under the eyes of the kernel's own tracer: `stress.py BACKEND...`, on a host with several CPUs.
+"""Everything at once, under the eyes of the kernel's own tracer: `stress.py [BACKEND...]`.
 
 VMs in threads and VMs in processes, vCPUs that are born and end, filter changes, x2APIC modes, CPUID updates and MSR
-writes, while two clients scrape without a pause.
+writes, while two clients scrape without a pause, in a kernel that may preempt them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
-from guest import OUT, Msrtrace, load, record, scrape
+from guest import OUT, Msrtrace, bitmap_offset, load, record, scrape, until
 from kerneltracer import KernelTracer
-
-from tracer.btf import Btf
 
 WORKLOADS = (
     "--threads --vms 3 --vcpus 4 --updates 23 --interval 5 --initial-run --cpuid 2",
@@ -24,12 +25,32 @@ WORKLOADS = (
     "--updates 11 --spec-ctrl 7 --msr 0x48 --msr 0x10 --msr 0x174",
     "--threads --vcpus 6 --updates 19 --deny-all",
 )
+#: By name, what msrtrace is told.
+RUNS = {"kprobe": "--backend kprobe", "fentry": "--backend fentry", "by-vm": "--backend kprobe --by-vm"}
+_MODEL = Path("/sys/kernel/debug/sched/preempt")
 
 
-def stressed(backend: str) -> dict[str, Any]:
-    """What was scraped before and after, and how often in between."""
-    load("patched")
-    msrtrace = Msrtrace("--backend", backend)
+@contextmanager
+def preemptible() -> Iterator[str]:
+    """A kernel that may preempt itself, if it can be told to (CONFIG_PREEMPT_DYNAMIC); its models, one marked."""
+    before = ""
+    with suppress(OSError):
+        before = _MODEL.read_text().partition("(")[2].partition(")")[0]
+        if before in ("none", "voluntary"):
+            _MODEL.write_text("full")
+    try:
+        yield _MODEL.read_text().strip() if before else ""
+    finally:
+        if before:
+            _MODEL.write_text(before)
+
+
+def stressed(name: str) -> dict[str, Any]:
+    """What was scraped before and after, and how often in between; or why msrtrace refuses."""
+    try:
+        msrtrace = Msrtrace(*RUNS[name].split())
+    except RuntimeError as error:
+        return {"refused": str(error)}
     before, scrapes, done = scrape(), [0, 0], threading.Event()
 
     def client(number: int) -> None:
@@ -37,23 +58,27 @@ def stressed(backend: str) -> dict[str, Any]:
             scrape()
             scrapes[number] += 1
 
-    with KernelTracer(Btf.of_module("kvm_intel").bitmap_offset(), OUT / f"witness-{backend}"):
+    with preemptible() as model, KernelTracer(bitmap_offset(), OUT / f"witness-stress-{name}"):
         clients = [threading.Thread(target=client, args=(number,)) for number in range(2)]
         for thread in clients:
             thread.start()
+        until(lambda: min(scrapes) > 0)
         running = [subprocess.Popen(["workload", *options.split()]) for options in WORKLOADS]
         statuses = [process.wait() for process in running]
         done.set()
         for thread in clients:
             thread.join()
         after = scrape()
-    return {"before": before, "after": after, "scrapes": scrapes, "statuses": statuses} | msrtrace.end()
+    found = {"before": before, "after": after, "scrapes": scrapes, "statuses": statuses, "model": model}
+    return found | {"cpus": os.cpu_count()} | msrtrace.end()
 
 
-def main() -> None:
-    """Leave what was found in /out/BACKEND.json."""
-    for backend in sys.argv[1:]:
-        record(backend, stressed(backend) | {"cpus": os.cpu_count()})
+def stress() -> dict[str, Any]:
+    """Each of RUNS."""
+    load("patched")
+    return {name: stressed(name) for name in RUNS}
 
 
-main()
+if __name__ == "__main__":
+    record("stress", stress())
+    sys.exit(0)
