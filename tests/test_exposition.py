@@ -11,7 +11,7 @@ from types import FrameType
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made import crowd, toggle
+from made import crowd, recalc, toggle
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -61,6 +61,7 @@ SNAPSHOTS = {
     "of unknown redundancy": toggle(exact=False),
     "of a filter-only kernel": toggle(calls_observable=False),
     "without updates": toggle(updates_observable=False),
+    "with recalculations": recalc(recalcs=toggle(7).updates),
     "empty": Snapshot("toggle"),
 }
 
