@@ -11,7 +11,7 @@ from types import FrameType
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made import crowd, toggle
+from made import crowd, recalc, toggle
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -61,6 +61,7 @@ SNAPSHOTS = {
     "of unknown redundancy": toggle(exact=False),
     "of a filter-only kernel": toggle(calls_observable=False),
     "without updates": toggle(updates_observable=False),
+    "with recalculations": recalc(recalcs=toggle(7).updates),
     "empty": Snapshot("toggle"),
 }
 
@@ -125,14 +126,24 @@ VERSIONS = ("", ";version=0.0.1", ";version=0.0.4", ";version=1.0.0", ";version=
 ESCAPINGS = ("", ";escaping=underscores", ";escaping=allow-utf-8", ";escaping=dots", ";escaping=values", ";escaping=?")
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/openmetrics-text", "*/*"])
+KINDS = ("text/plain", "application/openmetrics-text", "*/*")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_client_gets_what_it_would(kind: str) -> None:
     made = of(crowd(1))
     for accept in (None, "", *(f"{kind}{version}{escaping}" for version in VERSIONS for escaping in ESCAPINGS)):
         (ours, content_type), (theirs, expected) = encoder(accept), choose_encoder(accept or "")
         assert content_type == expected
         assert ours(made) == theirs(made)
+        assert ours == encoder(accept)[0]  # clients of one format share a text
     assert encoder(f"{kind};version=1.0.0")[0] is not theirs
+
+
+def test_clients_of_either_format_have_one_encoder_whatever_else_they_ask_for() -> None:
+    accepted = [f"{kind}{version}{escaping}" for kind in KINDS for version in VERSIONS for escaping in ESCAPINGS]
+    encoders = [encoder(accept)[0] for accept in accepted]
+    assert {one for one in encoders if one.function is exposed} == {encoder(None)[0], encoder(KINDS[1])[0]}
 
 
 # --- cost ---

@@ -232,6 +232,17 @@ def test_times_are_a_histogram_of_the_buckets_in_use() -> None:
     assert (whole[0][0], whole[-1][0]) == ("up to 128 ns", "over 1.07 s")
 
 
+def test_times_of_recalculations_are_a_histogram_too() -> None:
+    found = bars(chart(REPORTS["recalculated"], "Recalculation times"))
+    assert [(name, text) for name, _, text in found] == [
+        ("4.1 µs to 8.19 µs", "0"),
+        ("8.19 µs to 16.4 µs", "7"),
+        ("16.4 µs to 32.8 µs", "0"),
+    ]
+    for name in ("patched", "recalc"):
+        assert chart(REPORTS[name], "Recalculation times") is None
+
+
 def test_a_comparison_draws_the_sums_and_what_is_redundant_of_them() -> None:
     found = bars(chart(COMPARISONS["comparison"], "Calls per filter update (of them redundant)"))
     assert [(name, text) for name, _, text in found] == [("unpatched", "30 (28)"), ("patched", "13 (11)")]

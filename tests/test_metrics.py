@@ -229,6 +229,50 @@ def test_by_vm_the_host_keeps_what_its_vms_take_with_them() -> None:
     assert not [name for name in families(SNAPSHOT) if name.startswith("msrtrace_host_")]
 
 
+RECALCS, RECALC_DURATION = "msrtrace_recalculations_total", "msrtrace_recalculation_duration_seconds"
+OF_RECALCS = {"msrtrace_recalculations": "counter", "msrtrace_recalculation_duration_seconds": "histogram"}
+#: As of 6.17 and newer.
+RECALC = replace(SNAPSHOT, layout="recalc")
+RECALC_BY_VM = replace(
+    BY_VM,
+    layout="recalc",
+    recalcs={
+        0: Durations(9, 0.5, (9, *[0] * 24)),
+        100: Durations(2, 0.25, (0, 2, *[0] * 23)),
+        300: Durations(1, 2.0, (*[0] * 24, 1)),
+    },
+)
+
+
+@pytest.mark.parametrize("layout", ["recalc", "set"])
+def test_recalculations_are_shown_where_they_can_be_observed(layout: str) -> None:
+    samples = samples_of(replace(RECALC, layout=layout))
+    assert of(samples, RECALCS) == {"": 9}
+    assert of(samples, f"{RECALC_DURATION}_bucket") == {f"{{le={bound}}}": 9 for bound in BOUNDS}
+    assert (samples[f"{RECALC_DURATION}_count"], samples[f"{RECALC_DURATION}_sum"]) == (9, 0.5)
+    assert families(RECALC) == families(SNAPSHOT) | OF_RECALCS
+    before = samples_of(Snapshot(layout))
+    assert (of(before, RECALCS), of(before, f"{RECALC_DURATION}_sum")) == ({"": 0}, {"": 0})
+
+
+@pytest.mark.parametrize("layout", ["toggle", "filter-only", "?"])
+def test_recalculations_are_absent_where_the_kernel_makes_none_or_hides_them(layout: str) -> None:
+    assert not families(replace(RECALC, layout=layout)).keys() & OF_RECALCS.keys()
+    blind = replace(RECALC, updates={}, updates_observable=False)  # without a probe that tells them from updates
+    assert not families(blind).keys() & OF_RECALCS.keys()
+    assert not families(replace(RECALC_BY_VM, layout=layout)).keys() & OF_RECALCS.keys()
+
+
+def test_recalculations_are_those_of_the_host_by_vm_too() -> None:
+    for vms in (RECALC_BY_VM.vms, {}):
+        samples = samples_of(replace(RECALC_BY_VM, vms=vms))
+        assert of(samples, RECALCS) == {"": 12}
+        assert of(samples, f"{RECALC_DURATION}_sum") == {"": 2.75}
+        buckets = {f"{{le={bound}}}": 11 for bound in BOUNDS} | {"{le=1.28e-07}": 9, "{le=+Inf}": 12}
+        assert of(samples, f"{RECALC_DURATION}_bucket") == buckets
+        assert not [name for name in samples if name.startswith("msrtrace_host_recalc")]
+
+
 def test_a_read_that_fails_shows_what_was_known() -> None:
     answers: list[Snapshot | Exception] = [OSError("no"), SNAPSHOT, OSError("no"), ValueError("no"), BY_VM]
 
@@ -258,7 +302,10 @@ def test_the_kernel_is_this_one() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is missing: apt-get install prometheus")
-@pytest.mark.parametrize("snapshot", [SNAPSHOT, BY_VM, replace(SNAPSHOT, redundancy="unknown"), Snapshot("toggle")])
+@pytest.mark.parametrize(
+    "snapshot",
+    [SNAPSHOT, BY_VM, replace(SNAPSHOT, redundancy="unknown"), Snapshot("toggle"), RECALC, RECALC_BY_VM],
+)
 def test_promtool_is_silent(snapshot: Snapshot) -> None:
     def check(exposition: str) -> tuple[int, str]:
         command = ["promtool", "check", "metrics"]

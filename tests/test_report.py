@@ -76,13 +76,44 @@ def test_there_is_no_per_filter_update_without_both(change: dict[str, Any]) -> N
 
 def test_totals() -> None:
     totals = as_json(toggle(patched=False, vcpus=2))["totals"]
-    assert totals == {"calls": 30 * 101 + 14, "redundant": 28 * 101, "filter_updates": 101, "vcpus_seen": 2}
+    counts = {"calls": 30 * 101 + 14, "redundant": 28 * 101, "filter_updates": 101, "recalculations": None}
+    assert totals == counts | {"vcpus_seen": 2}
     assert as_json(toggle(exact=False))["totals"]["redundant"] is None
     unseen = as_json(Snapshot("filter-only", updates={0: times(7)}, calls_observable=False))
-    assert unseen["totals"] == {"calls": None, "redundant": None, "filter_updates": 7, "vcpus_seen": 0}
+    counts = {"calls": None, "redundant": None, "filter_updates": 7, "recalculations": None}
+    assert unseen["totals"] == counts | {"vcpus_seen": 0}
     assert (unseen["calls"], unseen["per_filter_update"]) == ([], None)
     no_updates = as_json(replace(toggle(), updates={}, updates_observable=False))
     assert (no_updates["totals"]["filter_updates"], no_updates["filter_update_seconds"]) == (None, None)
+
+
+@pytest.mark.parametrize("layout", ["recalc", "set"])
+def test_recalculations(layout: str) -> None:
+    made = as_json(recalc(3, layout=layout, recalcs={0: times(7), 300: times(4)}))
+    assert made["schema"] == "msrtrace-report/1"
+    assert (made["totals"]["recalculations"], made["totals"]["filter_updates"]) == (11, 3)
+    seconds = made["recalculation_seconds"]
+    assert (seconds["count"], seconds["sum"]) == (11, pytest.approx(11 * 6e-6))
+    assert [bucket["count"] for bucket in seconds["buckets"]] == [2, *[0] * 5, 7, *[0] * 17, 2]
+    assert [bucket["le"] for bucket in seconds["buckets"]] == [
+        bucket["le"] for bucket in made["filter_update_seconds"]["buckets"]
+    ]
+    none = as_json(recalc(layout=layout))
+    assert (none["totals"]["recalculations"], none["recalculation_seconds"]["count"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "counted",
+    [
+        toggle(recalcs={0: times(7)}),
+        toggle(layout="filter-only", calls={}, calls_observable=False),
+        replace(recalc(), updates={}, recalcs={0: times(7)}, updates_observable=False),
+    ],
+    ids=["toggle", "filter-only", "told apart from nothing"],
+)
+def test_recalculations_that_cannot_be_observed_are_null(counted: Snapshot) -> None:
+    made = as_json(counted)
+    assert (made["totals"]["recalculations"], made["recalculation_seconds"]) == (None, None)
 
 
 def test_rows() -> None:
@@ -169,6 +200,12 @@ def test_vms() -> None:
     expected = Vm(pid=100, name="web", calls=72, redundant=55, filter_updates=5, filter_update_seconds_sum=5 * 6e-6)
     assert web == expected
     assert (db.pid, db.name, db.calls, db.redundant, db.filter_updates) == (200, "", 217, 196, 7)
+
+
+def test_recalculations_of_vms() -> None:
+    counted = replace(recalc(), updates={100: times(3)}, recalcs={0: times(1), 200: times(2)}, by_vm=True)
+    assert [(vm.pid, vm.recalculations) for vm in report(counted).vms or []] == [(0, 1), (100, 0), (200, 2)]
+    assert [vm.recalculations for vm in report(toggle(5, pid=100)).vms or []] == [None]
 
 
 def test_vms_whose_counts_are_unknown() -> None:

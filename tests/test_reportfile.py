@@ -18,13 +18,14 @@ from typing import Any
 import jsonschema
 import pytest
 from hypothesis import given
-from made import any_reports, patched, recalc, report, toggle, unpatched
+from made import any_reports, patched, recalc, recalculated, report, toggle, unpatched
 
 from tracer import reportfile
 from tracer.errors import MsrtraceError
 from tracer.report import Report
 from tracer.reportfile import SIZE_LIMIT, check_writable, decode, encode, read, write
 from tracer.snapshot import Map, Snapshot
+from tracer.views import report_document
 
 SCHEMA = Path(reportfile.__file__).with_name("report.schema.json")
 EXAMPLES = {
@@ -32,6 +33,8 @@ EXAMPLES = {
     "unpatched": unpatched(),
     "unknown": report(toggle(exact=False)),
     "recalc": report(recalc()),
+    "recalculated": report(recalculated()),
+    "recalculated, by vm": report(recalculated(by_vm=True, vms={})),
     "by vm": report(toggle(pid=100)),
     "nothing": report(Snapshot("toggle")),
     "filter-only": report(Snapshot("filter-only", updates=toggle().updates, calls_observable=False)),
@@ -161,6 +164,16 @@ def test_fields_that_have_defaults_may_be_missing() -> None:
     for name in ("msrtrace", "label", "command", "exit_status", "vms", "notes"):
         del content[name]
     assert decode(json.dumps(content).encode()).title == "6.1.0-53-amd64"
+
+
+def test_files_of_before_recalculations_were_reported_can_be_read() -> None:
+    made = EXAMPLES["recalculated, by vm"]
+    content = json.loads(encode(made))
+    del content["totals"]["recalculations"], content["recalculation_seconds"], content["vms"][0]["recalculations"]
+    old = decode(json.dumps(content).encode())
+    assert (old.totals.recalculations, old.recalculation_seconds) == (None, None)
+    assert "recalculation" not in report_document(old).text()
+    assert (old.totals.calls, old.filter_update_seconds) == (made.totals.calls, made.filter_update_seconds)
 
 
 def test_the_last_of_fields_with_one_name_counts() -> None:

@@ -10,17 +10,18 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from threading import Semaphore
 from urllib.request import Request, urlopen
 
 import pytest
 from made import crowd, toggle
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
@@ -31,6 +32,21 @@ from tracer.server import Server
 from tracer.snapshot import Outcome, Snapshot
 
 Serve = Callable[..., Server]
+
+
+class Made(Collector):
+    """Families that do not change."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self.families = list(families)
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
+
+
 DURATION = re.compile(rb"msrtrace_scrape_duration_seconds .*")
 
 
@@ -39,9 +55,12 @@ def serve() -> Iterator[Serve]:
     """Serves the snapshots that a function takes."""
     started: list[Server] = []
 
-    def start(take: Callable[[], Snapshot] | Collector, **options: object) -> Server:
+    def start(take: Callable[[], Snapshot] | Snapshot | Collector, **options: object) -> Server:
         registry = CollectorRegistry()
-        registry.register(take if not callable(take) else SnapshotCollector(take, "0.1.0"))
+        if isinstance(take, Snapshot):
+            registry.register(SnapshotCollector(lambda: take, "0.1.0"))
+        else:
+            registry.register(SnapshotCollector(take, "0.1.0") if callable(take) else take)
         started.append(Server(registry, ("127.0.0.1", 0), **options).start())  # type: ignore[arg-type]
         return started[-1]
 
@@ -94,16 +113,78 @@ def test_openmetrics(serve: Serve) -> None:
     assert text.endswith(b"\n# EOF\n")
 
 
-def test_a_part_of_the_metrics(serve: Serve) -> None:
-    class Two(Collector):
-        def describe(self) -> list[Metric]:
-            return list(self.collect())
+OPENMETRICS = "application/openmetrics-text;version=1.0.0"
+#: What a client may accept, each of which gives other bytes.
+ACCEPTED = ("*/*", OPENMETRICS, f"{OPENMETRICS};escaping=dots", "text/plain;version=1.0.0;escaping=values")
 
-        def collect(self) -> list[Metric]:
-            return [Metric(name, "", "gauge") for name in ("one", "other")]
 
-    text, _ = scrape(serve(Two()), query="?name[]=one")
-    assert b"other" not in text
+def lines_of(text: bytes) -> dict[str, list[bytes]]:
+    """The lines of an exposition by the name of their family in it, each with its HELP line first."""
+    found: dict[str, list[bytes]] = {}
+    for line in text.splitlines():
+        if line.startswith(b"# HELP "):
+            found[name := line.split()[2].decode()] = []
+        if line != b"# EOF":
+            found[name].append(line)
+    return found
+
+
+@pytest.mark.parametrize("accept", ACCEPTED)
+def test_each_family_alone(serve: Serve, accept: str) -> None:
+    """By its name in either format: its lines of the whole text, those of the process too."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    registry.register(SnapshotCollector(lambda: crowd(2), "0.1.0"))
+    made = Made(registry.collect())
+    server = serve(made)
+    whole = lines_of(scrape(server, Accept=accept)[0])
+    assert len(whole) == len(made.families) > 20
+    for family, (shown, lines) in zip(made.families, whole.items(), strict=True):
+        in_text = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+        for name in (family.name, in_text):
+            for query in (f"?name[]={name}", f"?x=1&name%5B%5D={name}&name="):
+                text, headers = scrape(server, query, Accept=accept, Accept_Encoding="gzip")
+                assert lines_of(gzip.decompress(text)) == {shown: lines}
+                assert headers["Content-Type"] == scrape(server, Accept=accept)[1]["Content-Type"]
+
+
+def test_the_version_alone(serve: Serve) -> None:
+    text, _ = scrape(serve(toggle), "?name[]=msrtrace_build_info")
+    assert re.fullmatch(
+        rb"# HELP msrtrace_build_info .*\n# TYPE msrtrace_build_info gauge\nmsrtrace_build_info\{.*\} 1.0\n", text
+    )
+
+
+def test_a_sample_s_name_selects_those_samples_alone(serve: Serve) -> None:
+    server, family = serve(crowd(2)), "msrtrace_filter_update_duration_seconds"
+    lines = lines_of(scrape(server)[0])[family]
+    for suffix, count in {"_bucket": 2 * 25, "_count": 2, "_sum": 2}.items():
+        found = lines_of(scrape(server, f"?name[]={family}{suffix}")[0])
+        assert found == {family: [line for line in lines if line.startswith((b"#", f"{family}{suffix}".encode()))]}
+        assert len(found[family]) == 2 + count
+
+
+def test_several_names(serve: Serve) -> None:
+    """In the order of the whole text; what is unknown among them is ignored."""
+    server = serve(toggle)
+    names = ["msrtrace_open_calls", "no_such_metric", "msrtrace_intercept_calls", "msrtrace_build_info"]
+    found = lines_of(scrape(server, "?" + "&".join(f"name[]={name}" for name in names))[0])
+    assert list(found) == ["msrtrace_build_info", "msrtrace_intercept_calls_total", "msrtrace_open_calls"]
+    assert all(lines_of(scrape(server)[0])[name] == lines for name, lines in found.items())
+
+
+def test_a_name_that_nothing_has(serve: Serve) -> None:
+    server = serve(toggle)
+    for name in ("msrtrace", "msrtrace_intercept_calls_tota", "msrtrace_build_info{}", ".*", "%00%ff"):
+        assert scrape(server, f"?name[]={name}")[0] == b""
+        assert scrape(server, f"?name[]={name}", Accept=OPENMETRICS)[0] == b"# EOF\n"
+
+
+def test_other_parameters_are_ignored(serve: Serve) -> None:
+    server = serve(toggle)
+    whole = DURATION.sub(b"", scrape(server)[0])
+    for query in ("?", "?name=msrtrace_open_calls", "?names[]=msrtrace_open_calls", "?target=a&b"):
+        assert DURATION.sub(b"", scrape(server, query)[0]) == whole
 
 
 def test_an_answer_that_cannot_be_made(serve: Serve) -> None:
@@ -141,9 +222,10 @@ def test_scrapes_at_once_are_each_of_one_moment(serve: Serve) -> None:
 
     server = serve(take)
 
-    def asked(_: int) -> tuple[int, str]:
-        before = taken
-        return before, scrape(server)[0].decode()
+    def asked(number: int) -> tuple[int, str]:
+        accept, before = ACCEPTED[number % len(ACCEPTED)], taken
+        text = scrape(server, Accept=accept)[0].decode().removesuffix("# EOF\n")
+        return before, text.replace("__", "_")  # as names are escaped with dots
 
     with ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(asked, range(40)))
@@ -155,7 +237,18 @@ def test_scrapes_at_once_are_each_of_one_moment(serve: Serve) -> None:
         assert float(counts.pop()) > before  # none is older than its request
 
 
-def test_who_asks_while_an_answer_is_made_shares_the_next(serve: Serve) -> None:
+Asked = tuple[str, str]  # the query and what is accepted
+ALIKE: dict[str, list[Asked]] = {accept: [("", accept)] for accept in ACCEPTED}
+ALIKE |= {
+    "as Prometheus asks": [("", f"{OPENMETRICS};escaping=allow-utf-8;q=0.5,text/plain;version=0.0.4;q=0.2")],
+    "a part": [("?name[]=msrtrace_open_calls&name[]=up", OPENMETRICS), ("?name[]=up&name[]=msrtrace_open_calls&x", "")],
+    "all formats": [("", accept) for accept in ACCEPTED],
+    "all different": [(f"?name[]=name_{number}", accept) for number in range(2) for accept in ACCEPTED],
+}
+
+
+@pytest.mark.parametrize("requests", ALIKE.values(), ids=ALIKE)
+def test_who_asks_while_an_answer_is_made_shares_the_next(serve: Serve, requests: list[Asked]) -> None:
     """Otherwise each client that lost its patience, and comes again, makes all of them wait longer."""
     taken, go_on = Semaphore(0), Semaphore(0)
 
@@ -168,14 +261,16 @@ def test_who_asks_while_an_answer_is_made_shares_the_next(serve: Serve) -> None:
     with ThreadPoolExecutor(12) as pool:
         first = pool.submit(scrape, server)
         assert taken.acquire(timeout=20)
-        others = [pool.submit(scrape, server) for _ in range(10)]
+        others = [pool.submit(scrape, server, query, Accept=accept) for query, accept in islice(cycle(requests), 10)]
         end = time.monotonic() + 20
         while sum(thread.name.count("process_request") for thread in threading.enumerate()) < 11:
             assert time.monotonic() < end
             time.sleep(0.01)
         time.sleep(0.2)  # for the last of them to ask
-        go_on.release(2)
-        assert all(one.result() for one in (first, *others))
+        go_on.release(11)  # more than should be needed
+        assert first.result()
+        answers = {one.result()[1]["Content-Type"] for one in others}
+    assert len(answers) == len({accept for _, accept in requests})
     assert taken.acquire(timeout=20)
     assert not taken.acquire(blocking=False)
 

@@ -273,6 +273,55 @@ def test_all_since_the_start() -> None:
     assert found[5].endswith("  filter_change       4,000     100.0%")
 
 
+RECALC = replace(snapshot(), layout="recalc", recalcs={0: times(2, 2e-4), 7: times(1, 5e-4)})
+
+
+@pytest.mark.parametrize("layout", ["recalc", "set"])
+def test_recalculations(layout: str) -> None:
+    made = frame(replace(RECALC, layout=layout), 2.0)
+    assert made.all_recalcs == Durations(3, 9e-4, (3, *[0] * 24))
+    found = shown(made)
+    assert found[1:4] == [
+        "filter updates 5.0/s, 100 µs each; calls 15.5/s, 48.4% redundant",
+        "about 3.0 calls per filter update, 1.5 of them redundant",
+        "recalculations for other reasons than a new filter 1.5/s, 300 µs each",
+    ]
+    assert shown(frame(RECALC, 4000.0, whole=True), View(whole=True))[3] == (
+        "recalculations for other reasons than a new filter 3, 300 µs each"
+    )
+    calls_unseen = replace(RECALC, calls={}, calls_observable=False)
+    assert shown(frame(calls_unseen, 2.0))[2] == found[3]
+    quiet = replace(RECALC, layout=layout, recalcs={})
+    assert shown(frame(quiet, 2.0))[3] == "recalculations for other reasons than a new filter 0.0/s"
+
+
+def test_recalculations_of_an_interval() -> None:
+    """That of a VM which ended since is under pid 0."""
+    later = replace(RECALC, by_vm=True, recalcs={0: times(5, 3e-4), 8: times(4, 3e-4)}, vms={8: "b"})
+    kernel = Kernel(replace(RECALC, by_vm=True, vms={7: "a"}), later)
+    sampler = kernel.sampler()
+    sampler.take()
+    interval, whole = sampler.sample.interval, sampler.sample.whole
+    assert interval
+    assert whole
+    assert interval.all_recalcs == Durations(6, 0.0018, (6, *[0] * 24))
+    assert whole.all_recalcs == Durations(9, 0.0027, (9, *[0] * 24))
+
+
+def test_recalculations_that_cannot_be_observed_are_not_shown() -> None:
+    for counted in (replace(RECALC, layout="toggle"), replace(RECALC, updates={}, updates_observable=False)):
+        assert frame(counted, 2.0).all_recalcs is None
+        assert "ecalculation" not in "".join(shown(frame(counted, 2.0)))
+
+
+def test_many_recalculations_fit_80_columns() -> None:
+    many = replace(RECALC, recalcs={0: times(999_999_999, 0.0999)})
+    for whole in (True, False):
+        [line] = [line for line in shown(frame(many, 1.0, whole=whole)) if line.startswith("recalculations ")]
+        assert line.endswith(" 99.9 ms each")
+        assert len(line) <= 80
+
+
 @pytest.mark.parametrize("width", [1, 5, 20, 40, 60, 79, 80, 81, 100, 132, 250])
 @pytest.mark.parametrize("height", [None, 1, 2, 5, 24])
 @pytest.mark.parametrize("level", [0, 1, 2])

@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import HOST, HOSTILE, any_reports, patched, report, times, toggle, unpatched, views
+from made import HOST, HOSTILE, any_reports, patched, recalc, recalculated, report, times, toggle, unpatched, views
 from tabulate import tabulate
 
 from tracer.compare import compare
@@ -104,6 +104,35 @@ def test_what_cannot_be_observed_is_said_and_is_not_0() -> None:
     text = report_document(report(Snapshot("toggle"))).text()
     assert "calls per filter update: unknown, as there was no filter update" in text
     assert "Calls per MSR\n  none were made\n" in text
+
+
+def test_recalculations() -> None:
+    text = report_document(report(recalculated())).text()
+    assert text.splitlines()[3] == (
+        "7 recalculations for other reasons than a new filter, 8 calls each, 1 of them redundant"
+    )
+    assert "Recalculation times\n  9 µs on average; half took at most 16.4 µs, 99% at most 16.4 µs, " in text
+    text = report_document(report(recalculated(1, exact=False))).text()
+    assert "\n1 recalculation for other reasons than a new filter, 8 calls each, ? of them redundant\n" in text
+    text = report_document(report(recalculated(7, calls={}, calls_observable=False))).text()
+    assert "\n7 recalculations for other reasons than a new filter\n" in text
+    assert "\n0 recalculations for other reasons than a new filter\n" in report_document(report(recalc())).text()
+    assert "Recalculation times" not in report_document(report(recalc())).text()
+    markdown = report_document(report(recalculated())).markdown()
+    assert "\n7 recalculations for other reasons than a new filter, 8 calls each, 1 of them redundant\n" in markdown
+    assert "### Recalculation times\n" in markdown
+
+
+def test_recalculations_that_cannot_be_observed_are_not_spoken_of() -> None:
+    for counted in (toggle(), recalculated(updates={}, updates_observable=False)):
+        assert "ecalculation" not in report_document(report(counted)).text()
+
+
+def test_recalculations_of_vms() -> None:
+    counted = recalculated(updates={100: times(3)}, recalcs={0: times(1), 100: times(2)}, by_vm=True, vms={100: "web"})
+    cells = [re.split(r"  +", line.strip()) for line in report_document(report(counted)).text().splitlines()]
+    assert ["VM", "pid", "filter updates", "mean", "recalculations", "calls", "redundant"] in cells
+    assert ["web", "100", "3", "6 µs", "2", "0", "0"] in cells
 
 
 def test_vms() -> None:

@@ -7,8 +7,10 @@ Here the labels of a series are made into text once, when it is new.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 from prometheus_client import generate_latest
 from prometheus_client.core import Metric
@@ -24,15 +26,28 @@ _TEXT_TYPES, _TEXT_SUFFIXES = {"info": "gauge", "unknown": "untyped"}, {"counter
 _NAMES_AS_THEY_ARE = ("underscores", "allow-utf-8")
 
 
-def encoder(accept: str | None) -> tuple[Callable[[Collector], bytes], str]:
+@dataclass(frozen=True)
+class Encoder:
+    """Makes the text of a registry: `function` with `options`. Equal ones make equal bytes."""
+
+    function: Callable[..., bytes]
+    options: tuple[tuple[str, object], ...] = ()
+
+    def __call__(self, registry: Collector) -> bytes:
+        """The text of REGISTRY, in UTF-8."""
+        return self.function(registry, **dict(self.options))
+
+
+def encoder(accept: str | None) -> tuple[Encoder, str]:
     """What makes the text for a client that ACCEPTs this, and its content type."""
     theirs, content_type = choose_encoder(accept or "")
     function, options = getattr(theirs, "func", theirs), getattr(theirs, "keywords", {})
-    if options.get("escaping", _NAMES_AS_THEY_ARE[0]) not in _NAMES_AS_THEY_ARE:
-        return theirs, content_type
-    if function is openmetrics.generate_latest:
-        return partial(exposed, as_openmetrics=True), content_type
-    return exposed if function is generate_latest else theirs, content_type
+    if options.get("escaping", _NAMES_AS_THEY_ARE[0]) in _NAMES_AS_THEY_ARE:
+        if function is openmetrics.generate_latest:
+            return Encoder(exposed, (("as_openmetrics", True),)), content_type
+        if function is generate_latest:
+            return Encoder(exposed), content_type
+    return Encoder(function, tuple(sorted(options.items()))), content_type
 
 
 class Labels(dict[str, str]):
@@ -62,6 +77,38 @@ class LabelSets:
         return labels
 
 
+class Families(Collector):
+    """Families that were collected at one moment."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> Iterable[Metric]:
+        """They as they are."""
+        return self._families
+
+
+class Selection(Collector):
+    """What NAMES name of a REGISTRY: families, with all their samples, and samples, of which each has its family.
+
+    A family goes by its name in either format: `msrtrace_intercept_calls` or `msrtrace_intercept_calls_total`.
+    """
+
+    def __init__(self, registry: Collector, names: frozenset[str]) -> None:
+        self._registry, self._names = registry, names
+
+    def collect(self) -> Iterator[Metric]:
+        """They in the order of the registry, each as it is there; nothing for names that nothing has."""
+        for family in self._registry.collect():
+            if self._names.isdisjoint((family.name, _name_in_text(family))):
+                samples = [sample for sample in family.samples if sample.name in self._names]
+                if not samples:
+                    continue
+                family = copy.copy(family)
+                family.samples = samples
+            yield family
+
+
 def exposed(registry: Collector, as_openmetrics: bool = False) -> bytes:
     """The metrics of REGISTRY.
 
@@ -84,8 +131,13 @@ def _head(family: Metric, as_openmetrics: bool) -> Iterable[str]:
         text = _escaped(text)
         unit = [f"# UNIT {name} {family.unit}"] if family.unit else []
         return (f"# HELP {name} {text}", f"# TYPE {name} {kind}", *unit)
-    name, text = name + _TEXT_SUFFIXES.get(kind, ""), text.replace("\\", r"\\").replace("\n", r"\n")
+    name, text = _name_in_text(family), text.replace("\\", r"\\").replace("\n", r"\n")
     return (f"# HELP {name} {text}", f"# TYPE {name} {_TEXT_TYPES.get(kind, kind)}")
+
+
+def _name_in_text(family: Metric) -> str:
+    """How the text format calls FAMILY, whose own name is that of OpenMetrics."""
+    return family.name + _TEXT_SUFFIXES.get(family.type, "")
 
 
 @lru_cache(100)

@@ -111,7 +111,12 @@ class _Part:
 
 def report_html(report: Report) -> str:
     """REPORT as a page."""
-    charts = [_msr_chart(report), _cause_chart(report), _time_chart(report.filter_update_seconds)]
+    charts = [
+        _msr_chart(report),
+        _cause_chart(report),
+        _time_chart("Filter update times", report.filter_update_seconds, "filter updates"),
+        _time_chart("Recalculation times", report.recalculation_seconds, "recalculations"),
+    ]
     return _page(report_document(report), _update_chart(report), charts, _VERDICT[report.verdict.patched])
 
 
@@ -232,8 +237,8 @@ def _cause_chart(report: Report) -> Chart | None:
     return _sums_chart(report, "Calls per cause", ((Row(cause), found) for cause, found in sorted(groups.items())))
 
 
-def _time_chart(times: UpdateSeconds | None) -> Chart | None:
-    """The histogram: the buckets in use and one on either side, time running downwards."""
+def _time_chart(title: str, times: UpdateSeconds | None, what: str) -> Chart | None:
+    """The histogram of WHAT: the buckets in use and one on either side, time running downwards."""
     used = [place for place, bucket in enumerate(times.buckets) if bucket.count] if times else []
     if times is None or not used:
         return None
@@ -241,11 +246,11 @@ def _time_chart(times: UpdateSeconds | None) -> Chart | None:
     for place in range(max(0, used[0] - 1), min(len(times.buckets), used[-1] + 2)):
         bucket = times.buckets[place]
         span = _span(times.buckets[place - 1].le if place else None, bucket.le)
-        spoken = f"{span}: {number(bucket.count)} filter updates"
+        spoken = f"{span}: {number(bucket.count)} {what}"
         rows.append(Row(span, bars=(Bar(((_CALLS, bucket.count),), number(bucket.count), spoken),)))
     more = f"and {len(rows) - MOST_ROWS:,} longer times" if len(rows) > MOST_ROWS else ""
-    legend = ((_CALLS, "filter updates that took so long"),)
-    return Chart("Filter update times", tuple(rows[:MOST_ROWS]), legend, more=more)
+    legend = ((_CALLS, f"{what} that took so long"),)
+    return Chart(title, tuple(rows[:MOST_ROWS]), legend, more=more)
 
 
 def _span(low: float | None, high: float | None) -> str:

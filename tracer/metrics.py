@@ -61,6 +61,7 @@ class SnapshotCollector(Collector):
             for together in (False, True) if snapshot.by_vm else (False,):
                 yield from _calls(snapshot, sets, together)
                 yield from _updates(snapshot, sets, together)
+            yield from _recalculations(snapshot, sets)
             self._known = sets.now
             yield from _health(snapshot)
         yield CounterMetricFamily(
@@ -154,6 +155,30 @@ def _updates(snapshot: Snapshot, sets: LabelSets, together: bool) -> Iterator[Me
         updates = {vms[pid]: durations for pid, durations in sorted(snapshot.updates.items()) if pid in vms}
     else:
         updates = {(): sum(snapshot.updates.values(), Durations())}
+    yield from _timed(total, duration, updates, sets)
+
+
+def _recalculations(snapshot: Snapshot, sets: LabelSets) -> Iterator[Metric]:
+    """Recomputations for another reason than a filter, and their time, of the host; nothing where they do not show."""
+    if not snapshot.recalcs_observable:
+        return
+    total = CounterMetricFamily(
+        "msrtrace_recalculations",
+        "Times that a vCPU recomputed its bitmap for another reason than a changed MSR filter.",
+        labels=(),
+    )
+    duration = HistogramMetricFamily(
+        "msrtrace_recalculation_duration_seconds",
+        "Time that a vCPU took to recompute its bitmap for another reason than a changed MSR filter, probes included.",
+        labels=(),
+    )
+    yield from _timed(total, duration, {(): sum(snapshot.recalcs.values(), Durations())}, sets)
+
+
+def _timed(
+    total: Metric, duration: Metric, updates: Mapping[tuple[str, ...], Durations], sets: LabelSets
+) -> tuple[Metric, Metric]:
+    """The counter TOTAL and the histogram DURATION with the samples of UPDATES, by the values of their VM labels."""
     bucket_name = f"{duration.name}_bucket"
     for vm, durations in updates.items():
         names = _VM_LABELS[: len(vm)]
@@ -164,8 +189,7 @@ def _updates(snapshot: Snapshot, sets: LabelSets, together: bool) -> Iterator[Me
             duration.samples.append(Sample(bucket_name, sets.of(bucket_names, (*vm, bound)), count))
         duration.samples.append(Sample(f"{duration.name}_count", labels, counts[-1]))
         duration.samples.append(Sample(f"{duration.name}_sum", labels, durations.seconds))
-    yield total
-    yield duration
+    return total, duration
 
 
 def _health(snapshot: Snapshot) -> Iterator[Metric]:

@@ -42,11 +42,15 @@ class Host(Shown, frozen=True, kw_only=True):
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
-    """Sums over everything; null where it cannot be observed on that kernel."""
+    """Sums over everything; null where it cannot be observed on that kernel.
+
+    `recalculations` are recomputations of a bitmap for another reason than a new filter, which 6.17 and newer make.
+    """
 
     calls: Count | None
     redundant: Count | None
     filter_updates: Count | None
+    recalculations: Count | None = None
     vcpus_seen: Count = 0
 
 
@@ -100,7 +104,7 @@ class Bucket(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UpdateSeconds(msgspec.Struct, frozen=True, kw_only=True):
-    """How long filter updates took, probes included: a histogram, the sum in seconds, their number."""
+    """How long updates (or recalculations) took, probes included: a histogram, the sum in seconds, their number."""
 
     buckets: Annotated[list[Bucket], Meta(max_length=1000)]
     sum: Seconds
@@ -137,6 +141,7 @@ class Vm(Shown, frozen=True, kw_only=True):
     calls: Count | None
     redundant: Count | None
     filter_updates: Count | None
+    recalculations: Count | None = None
     filter_update_seconds_sum: Seconds = 0.0
 
 
@@ -155,6 +160,7 @@ class Report(Shown, frozen=True, kw_only=True):
     per_filter_update: PerUpdate | None
     calls: Annotated[list[CallRow], Meta(max_length=ROWS)]
     filter_update_seconds: UpdateSeconds | None
+    recalculation_seconds: UpdateSeconds | None = None
     vms: Annotated[list[Vm], Meta(max_length=ROWS)] | None = None
     loss: Loss
     lower_bound: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -72,8 +72,8 @@ def make(
 ) -> Report:
     """The report on what was COUNTED in DURATION seconds from STARTED on."""
     rows = call_rows(counted.calls.items())
-    updates = sum(counted.updates.values(), Durations())
-    seen = counted.updates_observable
+    updates = _host_sum(counted.updates) if counted.updates_observable else None
+    recalcs = _host_sum(counted.recalcs) if counted.recalcs_observable else None
     loss = loss_of(counted)
     blind = counted_functions(counted.layout).intersection(loss.not_probed)
     lower_bound = counted.lower_bound or bool(blind or loss.reattachments or loss.open_calls)
@@ -98,12 +98,14 @@ def make(
         totals=Totals(
             calls=sum(row.calls for row in rows) if counted.calls_observable else None,
             redundant=_redundant(counted, rows),
-            filter_updates=updates.count if seen else None,
+            filter_updates=updates.count if updates else None,
+            recalculations=recalcs.count if recalcs else None,
             vcpus_seen=counted.vcpus_seen,
         ),
-        per_filter_update=_per_update(counted, rows, updates.count),
+        per_filter_update=_per_update(counted, rows, updates.count if updates else 0),
         calls=rows,
-        filter_update_seconds=_seconds(updates) if seen else None,
+        filter_update_seconds=_seconds(updates) if updates else None,
+        recalculation_seconds=_seconds(recalcs) if recalcs else None,
         vms=_vms(counted) if counted.by_vm else None,
         loss=loss,
         lower_bound=lower_bound,
@@ -112,7 +114,7 @@ def make(
             calls_observable=counted.calls_observable,
             incomplete=lower_bound,
             reloaded=bool(loss.reattachments),
-            updates=updates.count if seen else None,
+            updates=updates.count if updates else None,
             rows=rows,
         ),
         notes=list(notes[:NOTES]),
@@ -143,12 +145,16 @@ def call_rows(calls: Iterable[tuple[Call, Outcome]]) -> list[CallRow]:
     ]
 
 
+def _host_sum(by_pid: Mapping[int, Durations]) -> Durations:
+    return sum(by_pid.values(), Durations())
+
+
 def _redundant(counted: Snapshot, rows: list[CallRow]) -> int | None:
     return redundant_sum(rows) if counted.calls_observable and counted.redundancy == "exact" else None
 
 
 def _per_update(counted: Snapshot, rows: list[CallRow], updates: int) -> PerUpdate | None:
-    if not (updates and counted.calls_observable and counted.updates_observable):
+    if not (updates and counted.calls_observable):
         return None
     inside = [row for row in rows if row.cause == FILTER_CHANGE]
 
@@ -213,6 +219,7 @@ def _vms(counted: Snapshot) -> list[Vm]:
             calls=sum(outcome.calls for outcome in outcomes) if counted.calls_observable else None,
             redundant=sum(outcome.redundant or 0 for outcome in outcomes) if exact else None,
             filter_updates=updates.count if counted.updates_observable else None,
+            recalculations=counted.recalcs.get(pid, Durations()).count if counted.recalcs_observable else None,
             filter_update_seconds_sum=updates.seconds,
         )
 

@@ -9,25 +9,39 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs
 
 from prometheus_client import MetricsHandler
 from prometheus_client.exposition import gzip_accepted
 from prometheus_client.registry import Collector
 
 from tracer.errors import MsrtraceError
-from tracer.exposition import encoder
+from tracer.exposition import Encoder, Families, Selection, encoder
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request asks for, and what so makes its text: the encoder, and the names of metrics, None for all."""
+
+    encode: Encoder
+    names: frozenset[str] | None
+
+    def of(self, registry: Collector) -> bytes:
+        """The text of REGISTRY, or of what is named of it."""
+        return self.encode(registry if self.names is None else Selection(registry, self.names))
 
 
 class Server(ThreadingHTTPServer):
     """Serves a registry, each request in a thread of its own, from its start until it is closed.
 
-    Clients that ask while an answer is being made share the next one. So a server that is asked faster than it can
-    answer, as by many or by impatient ones that come again, falls behind by one answer and no more.
+    Clients that ask while answers are being made share what is collected next, and those that ask for the same share
+    its text. So a server that is asked faster than it can answer, as by many or by impatient ones that come again,
+    falls behind by one collection and no more.
     """
 
     def __init__(
@@ -66,7 +80,7 @@ class Server(ThreadingHTTPServer):
         self._address = address
         self._asking = threading.Lock()
         self._reading = threading.Lock()
-        self._next: dict[Callable[[Collector], bytes], Future[bytes]] = {}
+        self._next: dict[Wanted, Future[bytes]] = {}
 
     def start(self) -> Server:
         """Listen and answer, in threads that have the rights of the caller. Raises MsrtraceError."""
@@ -82,20 +96,32 @@ class Server(ThreadingHTTPServer):
         """Where the metrics are."""
         return f"{'https' if self.tls else 'http'}://{_shown(self._address[0])}:{self.server_address[1]}/metrics"
 
-    def text(self, encode: Callable[[Collector], bytes]) -> bytes:
-        """What ENCODE makes of the registry as it is at a moment that is yet to come."""
+    def text(self, wanted: Wanted) -> bytes:
+        """What is WANTED of the registry as it is at a moment that is yet to come."""
         with self._asking:
-            first = encode not in self._next
-            text = self._next.setdefault(encode, Future())
+            first = not self._next
+            text = self._next.setdefault(wanted, Future())
         if first:
             with self._reading:
                 with self._asking:
-                    del self._next[encode]  # who comes from here on needs one that is newer
-                try:
-                    text.set_result(encode(self.registry))
-                except Exception as error:
-                    text.set_exception(error)
+                    texts, self._next = self._next, {}  # who comes from here on needs one that is newer
+                self._make(texts)
         return text.result()
+
+    def _make(self, texts: dict[Wanted, Future[bytes]]) -> None:
+        """Make TEXTS, all of one moment."""
+        try:
+            # For one text alone, as there is mostly, families need not be held until all of them are there.
+            registry = self.registry if len(texts) == 1 else Families(self.registry.collect())
+        except Exception as error:
+            for text in texts.values():
+                text.set_exception(error)
+            return
+        for wanted, text in texts.items():
+            try:
+                text.set_result(wanted.of(registry))
+            except Exception as error:
+                text.set_exception(error)
 
     def server_bind(self) -> None:
         """Bind the address, and do not look up what it is called, which may take seconds and is not needed."""
@@ -114,12 +140,9 @@ class _Handler(MetricsHandler):
     def do_GET(self) -> None:
         """Answer a scrape."""
         assert isinstance(self.server, Server)
-        if urlsplit(self.path).query:  # name[]=..., a part of the metrics
-            self.registry = self.server.registry
-            super().do_GET()
-            return
         encode, content_type = encoder(self.headers.get("Accept"))
-        text = self.server.text(encode)
+        names = parse_qs(self.path.partition("?")[2]).get("name[]")
+        text = self.server.text(Wanted(encode, frozenset(names) if names else None))
         self.send_response(200)
         self.send_header("Content-Type", content_type)
         if gzip_accepted(self.headers.get("Accept-Encoding", "")):

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from typing import TypeVar
 
-#: Upper bounds of the buckets of a filter update's duration, in seconds; bpf/msrtrace.c counts in powers of two.
+from tracer.layout import LAYOUTS
+
+#: Upper bounds of the buckets of an update's duration, in seconds; bpf/msrtrace.c counts in powers of two.
 DURATION_BOUNDS = tuple((64 << i) * 1e-9 for i in range(1, 25))
 
 
@@ -154,6 +156,11 @@ class Snapshot:
         """Whether something was lost, so that the true counts may be higher."""
         lost = self.unpaired_returns + self.read_failures
         return bool(lost + sum(m.dropped for m in self.maps) + sum(p.missed for p in self.probes))
+
+    @property
+    def recalcs_observable(self) -> bool:
+        """Whether `recalcs` has them all: the kernel recomputes for other reasons, and they can be told apart."""
+        return self.updates_observable and any(known.filter_set for known in LAYOUTS if known.name == self.layout)
 
     @property
     def pids(self) -> set[int]:

@@ -42,7 +42,8 @@ class Row:
 class Frame:
     """What was counted in `seconds`; `whole` if that is all the time since the start. None: not observable.
 
-    `rows` are told apart as far as they can be; `updates` and `vms` are keyed by the pid of the VMM, as in Snapshot.
+    `rows` are told apart as far as they can be; `updates`, `recalcs` and `vms` are keyed by the pid of the VMM, as in
+    Snapshot.
     """
 
     seconds: float
@@ -51,6 +52,7 @@ class Frame:
     redundancy: str
     rows: tuple[Row, ...] | None
     updates: Mapping[int, Durations] | None
+    recalcs: Mapping[int, Durations] | None = None
     vms: Mapping[int, str] = field(default_factory=dict)
     by_vm: bool = False
     traced: bool = True  # whether any probe is in place at the end
@@ -66,6 +68,11 @@ class Frame:
     def all_updates(self) -> Durations | None:
         """The filter updates of all VMs."""
         return None if self.updates is None else sum(self.updates.values(), Durations())
+
+    @property
+    def all_recalcs(self) -> Durations | None:
+        """The recalculations of all VMs for other reasons than a new filter."""
+        return None if self.recalcs is None else sum(self.recalcs.values(), Durations())
 
     @property
     def per_update(self) -> tuple[Fraction, Fraction | None] | None:
@@ -132,6 +139,7 @@ def frame(counted: Snapshot, seconds: float, *, whole: bool = False) -> Frame:
         redundancy=counted.redundancy,
         rows=tuple(Row(outcome, *key) for key, outcome in sums.items()) if counted.calls_observable else None,
         updates=dict(counted.updates) if counted.updates_observable else None,
+        recalcs=dict(counted.recalcs) if counted.recalcs_observable else None,
         vms=dict(counted.vms),
         by_vm=counted.by_vm,
         traced=traced,

@@ -132,22 +132,29 @@ def _seconds(seconds: float) -> str:
 def _figures(shown: Frame) -> list[str]:
     if not shown.whole and not shown.traced and not shown.rows:
         return ["nothing is traced now"]
-    updates, calls, each = shown.all_updates, shown.calls, shown.per_update
+    updates, recalcs, calls, each = shown.all_updates, shown.all_recalcs, shown.calls, shown.per_update
     found = "filter updates not observable on this kernel"
     if updates is not None:
-        found = f"filter updates {_figure(shown, updates.count)}"
-        found += f", {duration(updates.seconds / updates.count)} each" if updates.count else ""
-    if calls is None:
-        return [f"{found}; calls not observable on this kernel"]
-    made = f"calls {_figure(shown, calls.calls)}"
-    if calls.calls:
-        made += f", {'?' if calls.redundant is None else share(calls.redundant, calls.calls)} redundant"
+        found = f"filter updates {_timed(shown, updates)}"
+    made = "calls not observable on this kernel"
+    if calls is not None:
+        made = f"calls {_figure(shown, calls.calls)}"
+        if calls.calls:
+            made += f", {'?' if calls.redundant is None else share(calls.redundant, calls.calls)} redundant"
     result = [f"{found}; {made}"]
     if each:
         result.append(_per_update(*each))
-    elif updates is not None and not updates.count:
+    elif calls is not None and updates is not None and not updates.count:
         result.append("no filter update")
+    if recalcs is not None:
+        result.append(f"recalculations for other reasons than a new filter {_timed(shown, recalcs)}")
     return result
+
+
+def _timed(shown: Frame, durations: Durations) -> str:
+    """How many, and how long each took."""
+    each = f", {duration(durations.seconds / durations.count)} each" if durations.count else ""
+    return f"{_figure(shown, durations.count)}{each}"
 
 
 def _per_update(calls: Fraction, redundant: Fraction | None) -> str:

@@ -11,6 +11,7 @@ from fractions import Fraction
 import msgspec
 
 from tracer import msr
+from tracer.cause import RECALC
 from tracer.compare import SCHEMA, Comparison, PerUpdate, Side, Time, lost, said
 from tracer.document import Document, Section, Table, duration, number, rate, share
 from tracer.report import Bit, CallRow, Report, UpdateSeconds, redundant_sum, whole
@@ -27,6 +28,8 @@ def report_document(report: Report) -> Document:
     if report.lower_bound:
         lines.append(f"LOWER BOUND, the true counts may be higher: {lost(report)}")
     lines += [_per_update_line(report), _totals_line(report)]
+    if report.totals.recalculations is not None:
+        lines.append(_recalculations_line(report, report.totals.recalculations))
     sections = [
         Section("Calls per MSR", table=_msr_table(report))
         if report.calls
@@ -34,6 +37,8 @@ def report_document(report: Report) -> Document:
         Section("Calls per cause", table=_cause_table(report)),
         Section("Filter update times", tuple(_time_lines(report.filter_update_seconds))),
     ]
+    if report.recalculation_seconds and report.recalculation_seconds.count:
+        sections.append(Section("Recalculation times", tuple(_time_lines(report.recalculation_seconds))))
     if report.vms is not None:
         sections.append(Section("VMs", table=_vm_table(report)))
     sections += [
@@ -78,6 +83,18 @@ def _totals_line(report: Report) -> str:
     return f"{updates}, {calls}, {seen}, in {duration(report.duration_seconds)}"
 
 
+def _recalculations_line(report: Report, count: int) -> str:
+    """COUNT is how often a bitmap was recomputed for another reason than a new filter."""
+    plural = "" if count == 1 else "s"
+    found = f"{count:,} recalculation{plural} for other reasons than a new filter"
+    if not count or report.totals.calls is None:
+        return found
+    rows = report.rows(RECALC)
+    calls, redundant = Fraction(sum(row.calls for row in rows), count), redundant_sum(rows)
+    useless = None if redundant is None else Fraction(redundant, count)
+    return f"{found}, {rate(calls)} calls each, {rate(useless)} of them redundant"
+
+
 def _msr_table(report: Report) -> Table:
     sums: dict[tuple[int, str, str, str, str], list[CallRow]] = defaultdict(list)
     for row in report.calls:
@@ -107,12 +124,16 @@ def _cause_table(report: Report) -> Table:
 
 def _vm_table(report: Report) -> Table:
     rows = []
+    recalculations = any(vm.recalculations is not None for vm in report.vms or [])
     for vm in report.vms or []:
         name = vm.name or ("(ended before it could be named)" if vm.pid else "(not told apart)")
         mean = vm.filter_update_seconds_sum / vm.filter_updates if vm.filter_updates else None
-        cells = (number(vm.filter_updates), duration(mean) if mean else "", number(vm.calls), number(vm.redundant))
-        rows.append((name, str(vm.pid), *cells))
-    return Table(("VM", "pid", "filter updates", "mean", "calls", "redundant"), tuple(rows))
+        cells = [name, str(vm.pid), number(vm.filter_updates), duration(mean) if mean else ""]
+        if recalculations:
+            cells.append(number(vm.recalculations))
+        rows.append((*cells, number(vm.calls), number(vm.redundant)))
+    more = ("recalculations",) if recalculations else ()
+    return Table(("VM", "pid", "filter updates", "mean", *more, "calls", "redundant"), tuple(rows))
 
 
 def quantile(times: UpdateSeconds, part: float) -> float | None:

@@ -88,6 +88,24 @@ def recalc(updates: int = 101, **changes: Any) -> Snapshot:
     return replace(made, **changes)
 
 
+def recalculated(recalculations: int = 7, *, exact: bool = True, **changes: Any) -> Snapshot:
+    """RECALC, and RECALCULATIONS for other reasons, as after the creation of so many vCPUs: each makes eight calls."""
+    made, caller = recalc(), "vmx_recalc_intercepts"
+    calls = dict(made.calls)
+    for index, access, action in (
+        (TSC, "read", "disable"),
+        *((index, "read_write", "disable") for index in BOTH_PASSED),
+        (SPEC_CTRL, "read_write", "enable"),  # for nothing
+    ):
+        changed = recalculations * (action == "disable")
+        calls[Call(index, access, action, "recalc", caller)] = outcome(recalculations, changed, access, exact)
+    if not exact:
+        calls = {call: Outcome(made.calls) for call, made in calls.items()}
+    recalcs = {0: Durations(recalculations, recalculations * 9e-6, (*[0] * 7, recalculations, *[0] * 17))}
+    redundancy = "exact" if exact else "unknown"
+    return replace(replace(made, calls=calls, recalcs=recalcs, redundancy=redundancy), **changes)
+
+
 def report(counted: Snapshot | None = None, host: Circumstances = HOST, **circumstances: Any) -> Report:
     """The report on what was COUNTED, in 2.5 seconds."""
     given: dict[str, Any] = {
@@ -157,7 +175,7 @@ def rows(draw: st.DrawFn) -> CallRow:
         name=draw(names),
         access=draw(st.sampled_from(["read", "write", "read_write"])),
         action=draw(st.sampled_from(["enable", "disable"])),
-        cause=draw(st.one_of(st.just("filter_change"), names)),
+        cause=draw(st.one_of(st.sampled_from(["filter_change", "recalc"]), names)),
         caller=draw(names),
         calls=calls,
         redundant=draw(parts),
@@ -206,6 +224,7 @@ vms = st.builds(
     calls=maybe_counts,
     redundant=maybe_counts,
     filter_updates=maybe_counts,
+    recalculations=maybe_counts,
     filter_update_seconds_sum=seconds,
 )
 any_reports = st.builds(
@@ -222,11 +241,13 @@ any_reports = st.builds(
         calls=maybe_counts,
         redundant=maybe_counts,
         filter_updates=maybe_counts,
+        recalculations=maybe_counts,
         vcpus_seen=counts,
     ),
     per_filter_update=st.one_of(st.none(), per_update),
     calls=st.lists(rows(), max_size=4),
     filter_update_seconds=st.one_of(st.none(), update_seconds),
+    recalculation_seconds=st.one_of(st.none(), update_seconds),
     vms=st.one_of(st.none(), st.lists(vms, max_size=3)),
     loss=losses,
     lower_bound=st.booleans(),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 
-from made import patched, recalc, report, toggle, unpatched
+from made import patched, recalc, recalculated, report, toggle, unpatched
 
 from tracer.compare import Comparison, compare
 from tracer.html import comparison_html, report_html
@@ -21,6 +21,7 @@ REPORTS = {
     "patched": patched(),
     "unpatched": unpatched(),
     "recalc": report(recalc(), label="6.18"),
+    "recalculated": report(recalculated(), label="recalculated"),
     "by-vm": report(toggle(pid=4711), label="by VM"),
     "lower-bound": report(DROPPED),
     "unknown": report(UNKNOWN, label="unknown"),

@@ -49,6 +49,12 @@ class Metrics:
         """Filter updates."""
         return int(sum(value for _, value in self.named("msrtrace_filter_updates_total")))
 
+    def recalculations(self) -> int | None:
+        """Recalculations for another reason than a filter; None where neither they nor their times are shown."""
+        found = self.value("msrtrace_recalculations_total")
+        assert self.value("msrtrace_recalculation_duration_seconds_count") == found
+        return None if found is None else int(found)
+
     def lost(self) -> list[tuple[str, dict[str, str], float]]:
         """Every sign of a loss."""
         names = (

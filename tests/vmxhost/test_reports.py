@@ -52,6 +52,19 @@ def test_what_was_seen_is_what_the_workload_did(collected: Collected) -> None:
         assert main.exit_status == 0
 
 
+def test_recalculations_are_reported_where_there_are_any(collected: Collected) -> None:
+    for variant in collected.variants:
+        main = report(collected, variant, "main")
+        seconds = main.recalculation_seconds
+        if collected.host != "sid":
+            assert (main.totals.recalculations, seconds) == (None, None)
+            continue
+        assert main.totals.recalculations
+        assert seconds
+        assert sum(bucket.count for bucket in seconds.buckets) == seconds.count == main.totals.recalculations
+        assert sum(row.calls for row in main.rows("recalc")) == 8 * main.totals.recalculations  # test_counts.py
+
+
 def test_calls_per_filter_update_are_whole_and_right(both: Collected) -> None:
     for variant, figures in PER_UPDATE[both.host].items():
         each = report(both, variant, "main").per_filter_update
@@ -111,6 +124,7 @@ def test_vms_are_told_apart_though_they_are_gone(collected: Collected) -> None:
     assert len({vm.pid for vm in several.vms if vm.name == "workload"}) == 3
     assert sum(vm.filter_updates or 0 for vm in several.vms) == several.totals.filter_updates
     assert sum(vm.calls or 0 for vm in several.vms) == (several.totals.calls or 0)
+    assert sum(vm.recalculations or 0 for vm in several.vms) == (several.totals.recalculations or 0)
     assert several.host.vmms_seen == 3
 
 

@@ -11,13 +11,21 @@ from witness import Counts, recorded
 
 #: By backend: the scenario, and how what the witness left is called.
 BACKENDS = {"kprobe": ("counts", "witness-"), "fentry": ("fentry", "witness-fentry-")}
+#: Hosts whose update function also runs for other reasons than a new filter: 6.17 and newer.
+RECALCULATING = ["sid"]
+
+
+def recalculated(before: Metrics, after: Metrics) -> int | None:
+    """How many recalculations there were between two scrapes; None where they are not shown."""
+    earlier, later = before.recalculations(), after.recalculations()
+    return None if earlier is None or later is None else later - earlier
 
 
 def both(collected: Collected, variant: str, backend: str = "kprobe") -> tuple[Counts, Metrics, Metrics]:
     """The witness's counts, and msrtrace's scrapes before and after."""
     scenario, prefix = BACKENDS[backend]
     scrapes = collected.scenario(scenario)["scrapes"]
-    counts = recorded(collected.folder / f"{prefix}{variant}", updates_are_filters=collected.host != "sid")
+    counts = recorded(collected.folder / f"{prefix}{variant}", updates_are_filters=collected.host not in RECALCULATING)
     return counts, Metrics.of(scrapes[f"{variant} measured"]), Metrics.of(scrapes[f"{variant} witnessed"])
 
 
@@ -33,11 +41,24 @@ def test_every_count_equals_the_kernels_own(collected: Collected, backend: str) 
         if backend == "fentry" and collected.host in PREEMPTIBLE and after.lost():
             assert not nonzero(after.calls() - before.calls() - counts.calls)  # a lower bound, and it says so
             assert after.updates() - before.updates() <= counts.updates
+            assert (recalculated(before, after) or 0) <= counts.recalcs
             continue
         assert nonzero(after.calls() - before.calls()) == nonzero(counts.calls)
         assert nonzero(after.redundant() - before.redundant()) == nonzero(counts.redundant)
         assert after.updates() - before.updates() == counts.updates
+        if collected.host in RECALCULATING:
+            assert recalculated(before, after) == counts.recalcs
         assert not after.lost()
+
+
+def test_recalculations_are_absent_where_the_update_function_runs_for_a_new_filter_alone(collected: Collected) -> None:
+    for variant in collected.variants:
+        counts, before, after = both(collected, variant)
+        shown = [name for name, _ in after.samples if name.startswith("msrtrace_recalculation")]
+        # One of each of the 25 buckets, and the counter, the histogram's count and its sum.
+        assert len(shown) == (25 + 3 if collected.host in RECALCULATING else 0)
+        assert (recalculated(before, after) is None) == (not shown)
+        assert bool(counts.recalcs) == bool(shown)
 
 
 def test_the_witness_saw_all_that_the_workload_did(collected: Collected) -> None:
