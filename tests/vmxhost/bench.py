@@ -22,6 +22,8 @@ from tabulate import tabulate
 
 VARIANTS = ["patched", "unpatched"]
 TOOLS = {"bpftrace": "bpftrace", "linux-perf": "perf"}
+#: How it is called, and with how many digits after the point it is shown.
+TIMED = {"starts": ("A start of msrtrace, until it serves", 0), "scrapes": ("A scrape, with five VMs of two vCPUs", 1)}
 TIMEOUT_SECONDS = 2400
 
 
@@ -103,9 +105,10 @@ def table(host: str, measured: dict[str, Any]) -> str:
         "",
         tabulate(rows, headers, tablefmt="github", colalign=["left", "left", *["right"] * 3 * len(results)]),
     ]
-    starts = [f"{which}: {s * INSTRUCTIONS_PER_SECOND / 1e6:,.0f}" for which, s in measured["starts"].items()]
-    if starts:
-        lines += ["", f"A start of msrtrace, until it serves, in millions of instructions: {'; '.join(starts)}"]
+    for what, (words, digits) in TIMED.items():
+        found = [f"{which}: {s * INSTRUCTIONS_PER_SECOND / 1e6:,.{digits}f}" for which, s in measured[what].items()]
+        if found:
+            lines += ["", f"{words}, in millions of instructions: {'; '.join(found)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -21,7 +21,8 @@ def measured(**changed: int | None) -> dict[str, Any]:
         }
         for variant, counted in counts.items()
     }
-    return {"release": "6.1.0", "updates": 10, "results": results, "starts": {"first": 12.0, "later": 1.5}}
+    timed = {"starts": {"first": 12.0, "later": 1.5}, "scrapes": {"plain": 0.02, "--by-vm": 0.0602}}
+    return {"release": "6.1.0", "updates": 10, "results": results} | timed
 
 
 def test_the_table_has_what_is_added_to_an_update_and_to_each_of_its_calls() -> None:
@@ -32,7 +33,8 @@ def test_the_table_has_what_is_added_to_an_update_and_to_each_of_its_calls() -> 
     assert cells["counter"] == ["yes", "18,000", "13,000", "1,000", "18,000", "13,000", "433"]
     assert cells["empty probe"] == ["", "6,300", "1,300", "100", "6,300", "1,300", "43"]
     assert cells["none"] == ["", "5,000", "", "", "5,000", "", ""]
-    assert lines[-1].endswith(": first: 3,000; later: 375")
+    assert lines[-3].endswith(": first: 3,000; later: 375")
+    assert lines[-1].endswith(": plain: 5.0; --by-vm: 15.1")
 
 
 def test_a_tracer_must_have_counted_what_the_workload_did() -> None:

@@ -3,8 +3,8 @@
 WORD: in the names of the tracers; VARIANT: of kvm_intel. Names that begin with `part` are of PARTS.
 
 Every tracer looks at the same three functions while the workload runs, alone, and says afterwards what it counted.
-/out/bench.json says how long a start takes (not with --only), and has for each variant and tracer `ticks` and, if it
-counts, `calls`, `redundant` (null: it cannot know) and `updates`.
+/out/bench.json says how long a start and a scrape take (not with --only), and has for each variant and tracer `ticks`
+and, if it counts, `calls`, `redundant` (null: it cannot know) and `updates`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from guest import (
     scrape,
     ticks_in,
     ticks_workload,
+    until,
 )
 from guest import (
     load as load_module,
@@ -50,6 +53,7 @@ CALLS = (ENABLE, DISABLE)
 #: bpftrace and perf, which the image has not (bench.py).
 TOOLS = Path("/in/tools")
 GROUP = "bench"
+VMS, SCRAPES = 5, 12
 
 COUNT = f"kprobe:{ENABLE},kprobe:{DISABLE},kprobe:{UPDATE} {{ @[probe, arg1, arg2] = count(); }}"
 COUNT_BY_FENTRY = f"""
@@ -146,6 +150,27 @@ def starts() -> dict[str, float]:
         tracer = Msrtrace()
         scrape()
         found[which] = tracer.started_in
+        tracer.end()
+    return found
+
+
+def scrapes() -> dict[str, float]:
+    """How many seconds of the guest's a scrape takes, with VMS of two vCPUs each that have been updated: the least."""
+    found = {}
+    for options in ((), ("--by-vm",)):
+        tracer = Msrtrace("--backend", "kprobe", *options)
+        command = f"workload --processes --vms {VMS} --vcpus 2 --updates 3 --initial-run --hold 600"
+        vms = subprocess.Popen(command.split(), stdout=subprocess.DEVNULL)
+        prefix = "msrtrace_host_" if options else "msrtrace_"
+        until(lambda: f"{prefix}filter_updates_total {VMS * 2 * 3}.0" in scrape())  # noqa: B023 (called in this round)
+        seconds = []
+        for _ in range(SCRAPES):
+            began = time.monotonic()
+            scrape()
+            seconds.append(time.monotonic() - began)
+        found[" ".join(options) or "plain"] = min(seconds)
+        vms.terminate()
+        vms.wait()
         tracer.end()
     return found
 
@@ -293,7 +318,9 @@ def main() -> None:
             found = results[variant][name] = measure()
             print(f"{variant}: {name}: {found}", flush=True)
     found = {"release": os.uname().release, "updates": MEASURED_UPDATES, "results": results}
-    record("bench", found | {"starts": {} if args.only else starts()})
+    record(
+        "bench", found | ({"starts": {}, "scrapes": {}} if args.only else {"starts": starts(), "scrapes": scrapes()})
+    )
 
 
 main()
