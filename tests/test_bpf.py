@@ -929,6 +929,51 @@ def test_a_cpu_without_msr_bitmaps(toggle: StandIn) -> None:
     assert list(toggle.counted().calls.values()) == [Outcome(1, 1, 0, 0, 0)]
 
 
+@pytest.mark.parametrize("array", ["counters", "updates"])
+def test_what_finds_its_map_full_is_counted_as_dropped(recalc: StandIn, array: str) -> None:
+    vcpu = recalc.vcpu()
+    mapped, word = (
+        recalc.engine._arrays[array],
+        _WORDS[array].index({"counters": "what", "updates": "pid, kind"}[array]),
+    )
+    before = [mapped.word(index, word) for index in range(mapped.entries)]
+    recalc.inside(lambda: recalc.call("vmx_set_msr", vcpu, 0x1234, READ, True))
+    recalc.counted()
+    for index in range(mapped.entries):
+        mapped.set_word(index, word, 1 << 56)
+    try:
+        for _ in range(3):
+            recalc.update(vcpu)
+    finally:
+        for index, value in enumerate(before):
+            mapped.set_word(index, word, value)
+    counted = recalc.counted()
+    dropped = {one.name: one.dropped for one in counted.maps}
+    calls, updates = (sum(one.calls for one in counted.calls.values()), sum(d.count for d in counted.recalcs.values()))
+    full = array == "counters"
+    assert (calls, updates, counted.lower_bound) == ((0, 3, True) if full else (3, 0, True))
+    assert dropped == {"calls": 3 * full, "vcpus": 0, "updates": 3 * (not full)}
+
+
+def test_a_reading_makes_no_system_call_on_a_map(toggle: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a call keeps kprobe programs from running. What runs a program does not."""
+    vcpu = toggle.vcpu()
+    toggle.inside(lambda: None)
+    toggle.call("vmx_set_msr", vcpu, 0x10, READ, True)
+    toggle.update(vcpu)
+    toggle.call("vmx_set_msr", vcpu, 0x10, READ, True)
+    commands: list[int] = []
+    call = syscalls._bpf
+
+    def recorded(command: int, attributes: bytes) -> tuple[int, bytes]:
+        commands.append(command)
+        return call(command, attributes)
+
+    monkeypatch.setattr(syscalls, "_bpf", recorded)
+    assert toggle.engine.snapshot().open_calls == 1
+    assert set(commands) == {syscalls._PROG_TEST_RUN}
+
+
 def test_a_bitmap_that_cannot_be_read(toggle: StandIn) -> None:
     toggle.call("vmx_set_msr", toggle.vcpu(bitmap=0x10), 0x10, READ, True)
     counted = toggle.counted()
