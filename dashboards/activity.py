@@ -28,11 +28,8 @@ from dashboards.queries import (
     GROUP,
     HOST,
     LOSSY,
-    MISSING,
-    PRESENT,
     REDUNDANT,
     UPDATES,
-    VERDICT,
     by,
     host_count,
     most,
@@ -42,12 +39,21 @@ from dashboards.queries import (
     rate,
     share,
 )
+from dashboards.verdict import (
+    MISSING,
+    MISSING_CODE,
+    PRESENT,
+    PRESENT_CODE,
+    SUPERSEDED_CODE,
+    UNDECIDED_CODE,
+    VERDICT,
+)
 
 VERDICTS = {
-    1: ("missing", RED),
-    2: ("present", GREEN),
-    3: ("superseded (6.17+)", BLUE),
-    4: ("cannot tell", GREY),
+    MISSING_CODE: ("missing", RED),
+    PRESENT_CODE: ("present", GREEN),
+    SUPERSEDED_CODE: ("superseded (6.17+)", BLUE),
+    UNDECIDED_CODE: ("cannot tell", GREY),
 }
 HOST_LEGEND = "{{instance}}"
 

@@ -1,20 +1,28 @@
-"""Makes grafana.json: `python -m dashboards.make` in the root of the checkout.
+"""Makes grafana.json and rules.yml: `python -m dashboards.make` in the root of the checkout.
 
-queries.py has what Prometheus is asked, grafana.py what panels of one kind share; the other
-files have the rows.
+queries.py has what Prometheus is asked, verdict.py what it is asked about the patch, grafana.py what panels of one kind
+share; the other files have the rows. rules.template.yml is rules.yml with names in place of what is made.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from textwrap import indent
 
 from dashboards.activity import overview, per_cause, per_msr, per_vm
 from dashboards.grafana import Json, dashboard, laid_out
 from dashboards.health import health
+from dashboards.patterns import label
 from dashboards.updates import comparison, filter_updates
+from dashboards.verdict import missing_by_kernel
+from tracer.layout import LAYOUTS, VCPU_CREATE
+from tracer.verdict import JUDGED
 
 FILE = Path(__file__).with_name("grafana.json")
+RULES = Path(__file__).with_name("rules.yml")
+_TEMPLATE = Path(__file__).with_name("rules.template.yml")
 
 
 def made() -> Json:
@@ -32,9 +40,24 @@ def made() -> Json:
     return dashboard("msrtrace", "msrtrace: MSR intercepts", description, laid_out(rows), metric="msrtrace_build_info")
 
 
+def rules(template: Path = _TEMPLATE) -> str:
+    """The rules: each @name@ in TEMPLATE replaced by what is made; with its indentation if it stands alone."""
+    parts = {
+        "missing_by_kernel": missing_by_kernel(),
+        "judged": label("layout", JUDGED),
+        # each function once, whatever layouts share it
+        "call_functions": label("function", list(dict.fromkeys(f for layout in LAYOUTS for f in layout.calls))),
+        "no_births": label("function", VCPU_CREATE, other=True),
+    }
+    text = template.read_text()
+    text = re.sub(r"^( *)@(\w+)@$", lambda found: indent(parts[found[2]], found[1]), text, flags=re.MULTILINE)
+    return re.sub(r"@(\w+)@", lambda found: parts[found[1]], text)
+
+
 def main() -> None:
-    """Write grafana.json."""
+    """Write both."""
     FILE.write_text(json.dumps(made(), indent=2) + "\n")
+    RULES.write_text(rules())
 
 
 if __name__ == "__main__":

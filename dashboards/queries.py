@@ -9,8 +9,6 @@ GROUP = "patch"
 HOST = "job, instance"
 CALLS, REDUNDANT = "intercept_calls_total", "intercept_redundant_calls_total"
 
-#: MSRs that a filter update enables on patched kernels too: Intel PT, x2APIC before 5.14 (tracer/verdict.py).
-_NO_EVIDENCE = "0x56[01]|0x57[0-2]|0x58[0-7]|0x8[0-9a-f]{2}"
 _A_VM = 'vm!=""'
 _IN_UPDATE = 'cause="filter_change"'
 
@@ -119,21 +117,6 @@ def mean_update(labels: str, only: str = "") -> str:
     return ratio(by(labels, seconds), by(labels, rate("filter_update_duration_seconds_count") + only))
 
 
-# The verdict of tracer/verdict.py, from counters: that they are not 0 is the proof, not how they grow.
-
-_ENABLE = ('action="enable"', _IN_UPDATE, f'msr!~"{_NO_EVIDENCE}"')
-_READ_TSC = ('action="disable"', _IN_UPDATE, 'msr="0x10"')
-
-
-def _seen(*matchers: str) -> str:
-    """Hosts that made such calls since msrtrace started; where kvm_intel was loaded anew since, that make them now."""
-    since = f"{by(HOST, total(CALLS, *matchers) + ' > 0')} unless on ({HOST}) {metric('reattachments_total')} > 0"
-    return f"({since} or {by(HOST, increase(CALLS, *matchers))} > 0)"
-
-
-_MADE = _seen(*_ENABLE)
-_USEFUL = by(HOST, f"{total(CALLS, *_ENABLE)} - {total(REDUNDANT, *_ENABLE)} > 0")
-
 #: Counters of what was not counted, and what each is called.
 LOSSES = {
     "probe_missed_total": "runs that probes missed",
@@ -147,22 +130,3 @@ LOST = f'{{__name__=~"msrtrace_({_COUNTERS})", job=~"$job", instance=~"$instance
 LOSSY = f"max by ({HOST}) ({LOST} > 0)"
 #: Functions that should be probed and are not.
 UNPROBED = f"{metric('probe_attached')} == 0"
-
-#: Filter updates enabled intercepts, and it changed nothing, as far as that can be seen: the patch is missing.
-MISSING = f"({_MADE}{comparable()} unless on ({HOST}) {_USEFUL})"
-#: They passed through reads of the TSC, as they all do, and never enabled an intercept: the patch is there.
-PRESENT = (
-    f"({_seen(*_READ_TSC)}{comparable()} "
-    f"unless on ({HOST}) {_MADE} unless on ({HOST}) {LOSSY} unless on ({HOST}) {UNPROBED})"
-)
-SUPERSEDED = metric("build_info", 'layout=~"set|recalc"')
-
-
-def numbered(*cases: str) -> str:
-    """For each host the number, from 1, of the first of CASES that it belongs to."""
-    return " or ".join(
-        (f"{number} * " if number > 1 else "") + f"group by ({HOST}) ({case})" for number, case in enumerate(cases, 1)
-    )
-
-
-VERDICT = numbered(MISSING, PRESENT, SUPERSEDED, BUILD)

@@ -10,13 +10,17 @@ from functools import cache
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from dashboards import make
+from dashboards.patterns import msr_pattern
 from tests.dashboard import hosts
 from tests.dashboard.answers import MAY_BE_EMPTY, Range, panels, substituted
 from tests.dashboard.lint import complaints, metric, selectors
 from tracer.metrics import SnapshotCollector
+from tracer.verdict import BESIDES, LOOP
 
 Json = dict[str, Any]
 
@@ -26,6 +30,32 @@ QUERIES = [(panel, target) for panel in panels(DASHBOARD) for target in panel["t
 
 def test_the_committed_file_is_what_the_source_makes() -> None:
     assert json.loads(make.FILE.read_text()) == DASHBOARD, "python -m dashboards.make"
+    assert make.RULES.read_text() == make.rules(), "python -m dashboards.make"
+    assert not re.search(r"@\w+@", make.rules())
+
+
+def test_patterns_of_msrs() -> None:
+    """Exactly the MSRs of the table, of all that a bitmap has; and any ranges at all."""
+    numbers = [*range(0x2100), *range(0xBFFFFF00, 0xC0002100)]
+    for msrs in (LOOP, BESIDES, (*LOOP, *BESIDES)):
+        pattern = re.compile(msr_pattern(msrs))
+        listed = {number for one in msrs for number in one}
+        assert {number for number in numbers if pattern.fullmatch(f"{number:#x}")} == listed
+        assert not any(pattern.fullmatch(text) for text in ("0x", "0x010", "0x58", "10", "0xC0000100", "0x58d0", ""))
+
+
+@given(st.integers(0, 0x2100), st.integers(1, 0x2100))
+def test_patterns_of_any_range(first: int, count: int) -> None:
+    pattern = re.compile(msr_pattern([range(first, first + count)]))
+    for number in {first - 1, first, first + count // 2, first + count - 1, first + count} - {-1}:
+        assert bool(pattern.fullmatch(f"{number:#x}")) == (first <= number < first + count), pattern.pattern
+
+
+@given(st.integers(0, 0x2100), st.integers(1, 0x2100), st.integers(0, 0x4300))
+def test_patterns_have_no_other(first: int, count: int, number: int) -> None:
+    assert bool(re.fullmatch(msr_pattern([range(first, first + count)]), f"{number:#x}")) == (
+        first <= number < first + count
+    )
 
 
 def test_no_rule_is_broken() -> None:

@@ -75,8 +75,8 @@ def make(
     updates = _host_sum(counted.updates) if counted.updates_observable else None
     recalcs = _host_sum(counted.recalcs) if counted.recalcs_observable else None
     loss = loss_of(counted)
-    blind = counted_functions(counted.layout).intersection(loss.not_probed)
-    lower_bound = counted.lower_bound or bool(blind or loss.reattachments or loss.open_calls)
+    incomplete = counted.lower_bound or bool(counted_functions(counted.layout).intersection(loss.not_probed))
+    lower_bound = incomplete or bool(loss.reattachments or loss.open_calls)
     return Report(
         msrtrace=version,
         label=label,
@@ -112,7 +112,7 @@ def make(
         verdict=judge(
             layout=counted.layout,
             calls_observable=counted.calls_observable,
-            incomplete=lower_bound,
+            incomplete=incomplete,
             reloaded=bool(loss.reattachments),
             updates=updates.count if updates else None,
             rows=rows,

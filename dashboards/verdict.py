@@ -1,0 +1,182 @@
+"""The rules of tracer/verdict.py as questions to Prometheus: for the dashboard, and for the alert in rules.yml."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from textwrap import indent
+
+from dashboards.patterns import label, msr_pattern
+from dashboards.queries import HOST, LOST, metric
+from tracer.cause import FILTER_CHANGE
+from tracer.layout import counted_functions
+from tracer.verdict import (
+    ANY_ENABLES,
+    DISABLES,
+    ENABLES,
+    JUDGED,
+    RULES,
+    SUPERSEDED,
+    UNKNOWN_ENABLES,
+    Calls,
+    Fact,
+    Rule,
+)
+
+MISSING_CODE, PRESENT_CODE, SUPERSEDED_CODE, UNDECIDED_CODE = 1, 2, 3, 4
+
+
+def matchers(calls: Calls) -> tuple[str, ...]:
+    """What selects the series of CALLS."""
+    pattern = f'msr{"!~" if calls.outside else "=~"}"{msr_pattern(calls.msrs)}"'
+    return f'action="{calls.action}"', f'cause="{FILTER_CHANGE}"', pattern
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How hosts are told apart, and which series are looked at."""
+
+    #: of a counter of VMs together and of one with labels of VMs: what makes one series for each host of it
+    sums: tuple[str, str]
+    #: what matches series of a host, after `unless` and `and`
+    on: str
+    #: for how long, after a reload of kvm_intel, what was called before may have been called by another
+    window: str
+    #: the selector of a metric of msrtrace's, by its name and matchers
+    select: Callable[..., str]
+
+    def per_host(self, counter: Callable[[str], str]) -> str:
+        """COUNTER, given `host_` or nothing for its metrics' names, summed by host: ended VMs are in `host_` alone."""
+        sums = (f"{clause} {_block(counter(of))}" for clause, of in zip(self.sums, ("host_", ""), strict=True))
+        return _block("\nor\n".join(sums))
+
+    def calls(self, calls: Calls, *more: str, over: str = "{}") -> Callable[[str], str]:
+        """The counter of CALLS, OVER which a function may be laid."""
+        return lambda of: over.format(self.select(f"{of}intercept_calls_total", *matchers(calls), *more))
+
+    def unless(self, *parts: str) -> str:
+        """The first of PARTS on hosts of which no other is true."""
+        return f"\nunless{self.on}\n".join(parts)
+
+    def since_reload(self, found: str, calls: Calls) -> str:
+        """FOUND of CALLS since the tracer started; after a reload of kvm_intel, if there were any within the window."""
+        grown = self.per_host(self.calls(calls, over=f"increase({{}}[{self.window}])"))
+        reloaded = self.unless(f"{self.select('reattachments_total')} > 0", f"{grown} > 0")
+        return _block(self.unless(found, _block(reloaded)))
+
+    def enabled(self) -> str:
+        """Fact.ENABLED; the value is how often."""
+        return self.since_reload(f"{self.per_host(self.calls(ENABLES))} > 0", ENABLES)
+
+    def changed(self) -> str:
+        """Fact.CHANGED. Enables whose outcome is unknown are left out."""
+
+        def useful(of: str) -> str:
+            return f"{self.calls(ANY_ENABLES)(of)}\n- {self.select(f'{of}intercept_redundant_calls_total')}"
+
+        return f"{self.per_host(useful)} > 0"
+
+
+def _block(text: str) -> str:
+    """TEXT in parentheses, on lines of its own."""
+    return "(\n" + indent(text, "  ") + "\n)"
+
+
+# --- the dashboard ---
+
+_PANELS = Dialect(
+    sums=(f"sum by ({HOST})", f"sum by ({HOST})"),
+    on=f" on ({HOST})",
+    window="$__rate_interval",
+    select=metric,
+)
+_BUILD = metric("build_info")
+#: Probes without which a call may escape.
+_COUNTED = [function for layout in JUDGED for function in sorted(counted_functions(layout))]
+
+
+def _one_direction() -> str:
+    """MSRs of which filter updates passed one direction through and never the other."""
+    clause = f"sum by ({HOST}, msr, access)"
+    by_direction = replace(_PANELS, sums=(clause, clause))
+    passed = by_direction.per_host(_PANELS.calls(DISABLES, label("access", ("read", "write"))))
+    return _PANELS.since_reload(f"count by ({HOST}, msr) {_block(f'{passed} > 0')} == 1", DISABLES)
+
+
+def _facts() -> dict[Fact, str]:
+    """The facts that can be asked for: each has series of the hosts of which it is true.
+
+    Fact.RELOADED is a part of two of them. Fact.UPDATES_UNSEEN is Fact.NO_UPDATES here: there is no such counter.
+    """
+    unprobed = metric("probe_attached", label("function", _COUNTED))
+    return {
+        Fact.SUPERSEDED: metric("build_info", label("layout", SUPERSEDED)),
+        Fact.CALLS_UNSEEN: metric("build_info", label("layout", (*JUDGED, *SUPERSEDED), other=True)),
+        Fact.CHANGED: _PANELS.changed(),
+        Fact.ENABLED: _PANELS.enabled(),
+        Fact.NO_UPDATES: _PANELS.unless(
+            _BUILD, _PANELS.per_host(lambda of: metric(f"{of}filter_updates_total")) + " > 0"
+        ),
+        Fact.UNKNOWN: f"{_PANELS.per_host(_PANELS.calls(UNKNOWN_ENABLES))} > 0",
+        Fact.LOST: f"({LOST} > 0 or {unprobed} == 0)",
+        Fact.ONE_DIRECTION: _one_direction(),
+        Fact.ANYTHING: _BUILD,
+    }
+
+
+def _code(rule: Rule) -> int:
+    if rule.fact is Fact.SUPERSEDED:
+        return SUPERSEDED_CODE
+    return {False: MISSING_CODE, True: PRESENT_CODE, None: UNDECIDED_CODE}[rule.patched]
+
+
+def _verdict() -> str:
+    """`or` keeps the first series of a host, as a verdict is that of the first rule that applies."""
+    facts = _facts()
+    found = " or ".join(
+        f"{_code(rule)} * group by ({HOST}) ({facts[rule.fact]})" for rule in RULES if rule.fact in facts
+    )
+    return re.sub(r"\( | (?=\))", lambda part: part[0].strip(), " ".join(found.split()))
+
+
+#: For each host one of the codes above.
+VERDICT = _verdict()
+MISSING, PRESENT = (f"({VERDICT}) == {code}" for code in (MISSING_CODE, PRESENT_CODE))
+
+
+# --- rules.yml ---
+
+_KIND = ("msr", "name", "access", "action", "cause")
+_INFO = ("version", "layout", "backend", "redundancy")
+
+
+def _select(name: str, *chosen: str) -> str:
+    return f"msrtrace_{name}{{{', '.join(chosen)}}}" if chosen else f"msrtrace_{name}"
+
+
+#: Labels of targets are kept, whatever they are.
+_ALERT = Dialect(
+    sums=(f"sum without ({', '.join(_KIND)})", f"sum without ({', '.join(_KIND)}, vm, pid)"),
+    on="",
+    window="1h",
+    select=_select,
+)
+
+
+def missing_by_kernel() -> str:
+    """Enables of hosts that lack the patch, with the kernel's release: Fact.ENABLED where no earlier rule applies."""
+    facts = {
+        Fact.CHANGED: _ALERT.changed(),
+        # These two are of other layouts.
+        Fact.SUPERSEDED: None,
+        Fact.CALLS_UNSEEN: None,
+        # It is a part of what `enabled` is.
+        Fact.RELOADED: None,
+    }
+    earlier = [facts[rule.fact] for rule in takewhile(lambda rule: rule.fact is not Fact.ENABLED, RULES)]
+    found = _ALERT.unless(_ALERT.enabled(), *(fact for fact in earlier if fact))
+    info = _select("build_info", label("layout", JUDGED))
+    joined = f"* ignoring (kernel, {', '.join(_INFO)}) group_left ()"
+    return f"max without ({', '.join(_INFO)}) " + _block(f"{info}\n{joined}\n{_block(found)}")
