@@ -19,7 +19,7 @@ from guest import OUT, Msrtrace, bitmap_offset, load, record, scrape, until
 from kerneltracer import KernelTracer
 
 WORKLOADS = (
-    "--threads --vms 3 --vcpus 4 --updates 23 --interval 5 --initial-run --cpuid 2",
+    "--threads --vms 3 --vcpus 4 --updates 23 --interval 25 --initial-run --cpuid 2",
     "--processes --vms 4 --vcpus 2 --updates 17 --x2apic 2 --initial-run",
     "--create-vms 13 --vcpus 3 --updates 0",
     "--updates 11 --spec-ctrl 7 --msr 0x48 --msr 0x10 --msr 0x174",
