@@ -33,10 +33,11 @@ from tracer.compiler import build, compiled
 from tracer.doctor import Machine
 from tracer.engine import _COUNTS, _VALUES, BACKENDS, Engine, Options, definitions, preemptible, variants
 from tracer.errors import MsrtraceError
-from tracer.layout import LAYOUTS, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout, Symbol, Symbols
+from tracer.layout import LAYOUTS, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout
 from tracer.program import Loaded, Target, Variant
 from tracer.resources import resource
 from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Snapshot
+from tracer.symbols import Symbol, Symbols
 
 SOURCE = resource("bpf/msrtrace.c")
 TRIVIAL = "#include <uapi/linux/ptrace.h>\nint trivial(struct pt_regs *ctx)\n{\n\treturn 0;\n}\n"

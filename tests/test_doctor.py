@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 
 from tracer.doctor import Check, Machine, State, as_json, as_text, examine, explain_eperm, obstacle
-from tracer.layout import Symbols
+from tracer.symbols import Symbols
 
 RELEASE = "6.1.0-56-amd64"
 NAMES = ["cpu", "kvm-intel", "symbols", "headers", "bcc", "btf"]
@@ -345,6 +345,14 @@ def test_clone_that_is_probed_is_shown(host: Host) -> None:
     assert check.detail.endswith("vmx_disable_intercept_for_msr, vmx_msr_filter_changed.isra.0")
 
 
+def test_of_several_clones_one_is_probed(host: Host) -> None:
+    clones = ["vmx_msr_filter_changed.part.0", "vmx_msr_filter_changed.llvm.343397932692919829"]
+    host.write("proc/kallsyms", kallsyms(*TOGGLE[:2], *clones, "vmx_msr_filter_changed.llvm.343397932692919829.cold"))
+    check = host.check("symbols")
+    assert check.state is OK
+    assert check.detail.endswith(f"vmx_disable_intercept_for_msr, {clones[1]}; not probed: {clones[0]}")
+
+
 def test_filter_only_layout(host: Host) -> None:
     host.write("proc/kallsyms", kallsyms("vmx_msr_filter_changed"))
     host.remove("sys/kernel/btf/kvm_intel")
@@ -410,6 +418,13 @@ def test_built_into_the_kernel(host: Host) -> None:
     assert host.check("btf").detail.startswith("the BTF has no struct vcpu_vmx: calls are counted")
     host.write("sys/kernel/btf/vmlinux", btf(KVM))
     assert host.found("btf") == (OK, None)
+
+
+def test_built_into_a_kernel_whose_functions_have_suffixes(host: Host) -> None:
+    names = [f"{name}.llvm.3433979326929198294" for name in ("vmx_vcpu_run", *TOGGLE)]
+    host.write("proc/kallsyms", "".join(f"ffffffff8106{n}f30 t {name}\n" for n, name in enumerate(names)))
+    check = host.check("symbols")
+    assert (check.state, check.detail) == (OK, f"layout toggle (kernels 5.13-6.16): {', '.join(names[1:])}")
 
 
 # --- headers ---

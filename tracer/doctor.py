@@ -20,7 +20,8 @@ from pathlib import Path
 
 from tracer.btf import Btf, BtfError
 from tracer.errors import MsrtraceError
-from tracer.layout import LAYOUTS, Symbols, choose
+from tracer.layout import LAYOUTS, choose
+from tracer.symbols import Symbols
 
 SCHEMA = "msrtrace-doctor/1"
 _Found = tuple["State", str, str | None]  # what a check finds: its state, detail and fix
@@ -96,7 +97,7 @@ class Machine:
     @cached_property
     def symbols(self) -> Symbols:
         """The functions of the running kernel. Raises MsrtraceError."""
-        return Symbols.read(self.at("/proc/kallsyms"))
+        return Symbols.read(self.at("/proc/kallsyms"), self.at("/sys/kernel/livepatch"))
 
     def capable(self, capability: int) -> bool:
         """Whether this process has CAPABILITY (CapEff in proc(5)). Raises OSError."""
@@ -176,7 +177,7 @@ def as_json(checks: Sequence[Check], machine: Machine) -> str:
     """CHECKS as a JSON document whose fields and order stay within one major version of SCHEMA."""
     layout = None
     with suppress(MsrtraceError, ValueError):
-        layout = choose(Symbols.read(machine.at("/proc/kallsyms")))
+        layout = choose(replace(machine).symbols)
     document = {
         "schema": SCHEMA,
         "kernel": machine.release,
@@ -242,10 +243,10 @@ def _symbols(machine: Machine) -> _Found:
         fix = "boot a kernel from 5.10 on; if it is one, report the output of: grep -i intercept /proc/kallsyms"
         return State.FAILED, f"kernel {machine.release} has none of {', '.join(known)} in /proc/kallsyms", fix
     wanted = [f for f in (*layout.calls, layout.update, layout.filter_set) if f]
-    probed = [s.name for f in wanted for s in symbols.find(f)]
-    others = {s.name for s in symbols.functions if s.name.startswith("vmx_") and s.function in known}
+    probed = [s.name for f in wanted for s in symbols.find(f)[:1]]
+    others = {s.name for s in symbols.functions if s.name.startswith("vmx_") and s.function in known and s.is_entry}
     detail = f"layout {layout.name} (kernels {layout.kernels}): {', '.join(probed)}"
-    if unused := sorted(name for name in others.difference(probed) if ".cold" not in name):
+    if unused := sorted(others.difference(probed)):
         detail += f"; not probed: {', '.join(unused)}"
     if not layout.calls:
         detail += "; calls per MSR are not observable in this kernel, only filter updates and their time"

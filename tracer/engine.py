@@ -17,11 +17,12 @@ from tracer.cause import FILTER_CHANGE, RECALC, cause_of
 from tracer.compiler import Built, build, refused
 from tracer.doctor import Machine, explain_eperm
 from tracer.errors import MsrtraceError
-from tracer.layout import VCPU_CREATE, VCPU_FREE, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout, Symbols
+from tracer.layout import VCPU_CREATE, VCPU_FREE, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout
 from tracer.program import Refused, Target, Variant
 from tracer.resources import resource
 from tracer.rights import in_force, sees_processes
 from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.symbols import Symbols
 
 _ACCESS = {1: "read", 2: "write", 3: "read_write"}
 _ENABLES = 0x100
@@ -190,7 +191,10 @@ def _tracing(symbols: Symbols, wanted: list[_Point], btf: Btf) -> dict[str, Targ
     found = {}
     for point in wanted:
         for symbol in symbols.find(point.function)[:1]:
-            origin = btf if symbol.module == symbols.module else Btf.of_module(str(symbol.module), base=btf.base)
+            if symbol.module == symbols.module:
+                origin = btf
+            else:  # kvm, which may be in the kernel image although kvm_intel is not
+                origin = Btf.of_module(symbol.module, base=btf.base) if symbol.module else btf.base or btf
             function = origin.function_id(symbol.name)
             for kind, program in zip(("fentry", "fexit"), point.programs, strict=False):
                 found[program] = Target(kind, function, symbol.module)
@@ -333,7 +337,7 @@ class Engine:
         if not clones:
             return Probe(point.function, None, False, "no such function in this kernel")
         symbol = clones[0]
-        where = f"{symbol.name} [{symbol.module}]" if symbol.module else symbol.name
+        where = symbol.place
         links: list[int] = []
         try:
             for program in reversed(point.programs):  # the return first: then nothing is seen half
@@ -446,8 +450,7 @@ class Engine:
 
     def _call(self, what: int, caller: int, pid: int) -> Call:
         """WHAT: `msr` and `how` of struct vcpu."""
-        symbol = self._symbols.containing(caller)
-        function = symbol.function if symbol else ""
+        name, function = self._symbols.caller(caller)
         within = {_WITHIN_FILTER_CHANGE: FILTER_CHANGE, _WITHIN_RECALC: RECALC}
         how = what >> 32
         return Call(
@@ -455,7 +458,7 @@ class Engine:
             access=_ACCESS.get(how & 3, "none"),
             action="enable" if how & _ENABLES else "disable",
             cause=within.get(how >> 16 & 0xFF) or cause_of(function),
-            caller=symbol.name if symbol else hex(caller),
+            caller=name,
             pid=pid,
         )
 
