@@ -272,7 +272,7 @@ class Probing:
         self.refused: set[str] = set()
         self.held = Counter[str]()
         self._of: dict[int, str] = {}
-        monkeypatch.setattr(Engine, "_link", lambda _, symbol, program, at_return: self.link(symbol))
+        monkeypatch.setattr(Engine, "_link", lambda _, symbol, program, at_return: self.link(symbol.name))
         monkeypatch.setattr(Btf, "of_module", lambda *_: KnownBtf())
         close = os.close
 
@@ -640,8 +640,8 @@ def running(library: Path, layout: Layout, btf: Btf | None, options: Options) ->
             raise BtfError("none")
         return btf
 
-    def link(engine: Engine, symbol: str, program: str, at_return: bool) -> int:
-        return stand_in.link(symbol, engine._functions[program], at_return)
+    def link(engine: Engine, symbol: Symbol, program: str, at_return: bool) -> int:
+        return stand_in.link(symbol.name, engine._functions[program], at_return)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tracer.engine.resource", lambda _: source)

@@ -17,12 +17,13 @@ from tracer.cause import FILTER_CHANGE, RECALC, cause_of
 from tracer.compiler import Built, build, refused
 from tracer.doctor import Machine, explain_eperm
 from tracer.errors import MsrtraceError
+from tracer.kprobe import attach_kprobe
 from tracer.layout import VCPU_CREATE, VCPU_FREE, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout
 from tracer.program import Refused, Target, Variant
 from tracer.resources import resource
 from tracer.rights import in_force, sees_processes
 from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
-from tracer.symbols import Symbols
+from tracer.symbols import Symbol, Symbols
 
 _ACCESS = {1: "read", 2: "write", 3: "read_write"}
 _ENABLES = 0x100
@@ -213,6 +214,12 @@ def _no_fentry(layout: Layout, symbols: Symbols, wanted: list[_Point], exact: bo
     clones = [symbol.name for symbol in places if symbol.name != symbol.function]
     if clones:
         return f"BTF does not describe {', '.join(clones)}"
+    # Old kernels look their addresses up by the names alone (6.1: bpf_check_attach_target(), kernel/bpf/verifier.c), or
+    # cannot have a trampoline and a livepatch on one function (before 6.0: kernel/trace/ftrace.c).
+    copies = {symbol.place for point in wanted for symbol in symbols.copies(point.function)}
+    patches = {patch.module for point in wanted for patch in symbols.replacing(point.function)}
+    if copies or patches:
+        return f"livepatches or others have functions that are probed: {', '.join(sorted(copies or patches))}"
     if len({point.entry for point in wanted}) < len(wanted):
         return f"there is no {X2APIC_WRITE} to probe"
     return ""
@@ -341,7 +348,7 @@ class Engine:
         links: list[int] = []
         try:
             for program in reversed(point.programs):  # the return first: then nothing is seen half
-                links.append(self._link(symbol.name, program, at_return=program == point.returned))
+                links.append(self._link(symbol, program, at_return=program == point.returned))
         except (OSError, KeyError) as error:
             for fd in links:
                 os.close(fd)
@@ -349,13 +356,15 @@ class Engine:
             return Probe(point.function, symbol.name, False, f"{where}: {reason}")
         self._links[point.function] = links
         others = f", not on its clones {', '.join(s.name for s in clones[1:])}" if clones[1:] else ""
+        if copies := self._symbols.copies(point.function):
+            others += f", not on {', '.join(s.place for s in copies)}"
         return Probe(point.function, symbol.name, True, where + others)
 
-    def _link(self, symbol: str, program: str, *, at_return: bool) -> int:
+    def _link(self, symbol: Symbol, program: str, *, at_return: bool) -> int:
         fd = self._functions[program]
         if self._built.backend == "fentry":
             return syscalls.attach_tracing(fd)
-        return syscalls.attach_probe("kprobe", symbol, fd, at_return=at_return)
+        return attach_kprobe(symbol, self._symbols, fd, at_return=at_return)
 
     @property
     def _updates_observable(self) -> bool:
