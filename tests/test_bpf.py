@@ -34,6 +34,7 @@ from tracer.doctor import Machine
 from tracer.engine import _COUNTS, _VALUES, BACKENDS, Engine, Options, definitions, preemptible, variants
 from tracer.errors import MsrtraceError
 from tracer.layout import LAYOUTS, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout
+from tracer.livepatch import Livepatch
 from tracer.program import Loaded, Target, Variant
 from tracer.resources import resource
 from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Snapshot
@@ -421,6 +422,37 @@ def test_engine_without_btf(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (taken.redundancy, taken.calls_observable, taken.updates_observable) == ("unknown", True, False)
     finally:
         engine.close()
+
+
+@pytest.mark.usefixtures("headers", "no_probes")
+def test_engine_beside_a_livepatch() -> None:
+    """Its copies are not probed, and what they call is of the function that they replace, or of none."""
+    replaced = frozenset({("kvm_intel", HOOK), ("kvm_intel", DISABLE), ("kvm_intel", CREATE)})
+    copies = [Symbol(0x9000 + 0x100 * n, name, "kpatch_x") for n, name in enumerate((HOOK, DISABLE, CREATE, "helper"))]
+    there = Symbols.of(symbols(TOGGLE).functions, others=copies, bounds=[0x9400])
+    engine = Engine(
+        TOGGLE, replace(there, livepatches=(Livepatch("kpatch_x", True, replaced),)), Options(by_vm=True), MACHINE
+    )
+    try:
+        assert engine.backend == "kprobe"
+        assert [probe.detail for probe in engine.probes if probe.function == HOOK] == [
+            f"{HOOK} [kvm_intel], not on {HOOK} [kpatch_x]"
+        ]
+        assert engine.warnings == [
+            f"calls that kpatch_x may make to its own {DISABLE} are not counted (it has {HOOK}, {CREATE}, too)"
+        ]
+        for caller in (0x9210, 0x9310, 0x9410):
+            key = struct.pack("QQQ", what(0x10, READ, 0, NO_UPDATE), caller, 7)
+            engine._maps["calls"].update(key, outcome(redundant=1))
+        assert {(call.cause, call.caller) for call in engine.snapshot().calls} == {
+            ("vcpu_create", f"{CREATE} [kpatch_x]"),
+            ("other", "helper [kpatch_x]"),
+            ("other", "0x9410"),
+        }
+    finally:
+        engine.close()
+    with pytest.raises(MsrtraceError, match=r"have functions that are probed: .*kpatch_x.*; --backend kprobe can"):
+        Engine(TOGGLE, there, Options(backend="fentry"), MACHINE)
 
 
 @pytest.mark.usefixtures("headers", "no_probes")

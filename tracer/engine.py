@@ -15,6 +15,7 @@ from tracer import syscalls
 from tracer.btf import Btf, BtfError
 from tracer.cause import FILTER_CHANGE, RECALC, cause_of
 from tracer.compiler import Built, build, refused
+from tracer.copies import holders
 from tracer.doctor import Machine, explain_eperm
 from tracer.errors import MsrtraceError
 from tracer.kprobe import attach_kprobe
@@ -332,6 +333,7 @@ class Engine:
                 "this kernel may preempt what runs at fentry; what is missed by that is counted as missed "
                 "(--backend kprobe misses nothing)"
             )
+        lines += [holder.loss for holder in holders(self._symbols) if holder.loss]
         if not self._layout.calls:
             lines.append(
                 f"this kernel (layout {self._layout.name}) has no function to count MSR-intercept calls at: "
