@@ -23,7 +23,7 @@ KPATCH, TWIN = Symbol(0xD00010, HOOK, "kpatch_x"), Symbol(0x200010, HOOK, None)
 class Kernel:
     """What create_local_trace_kprobe() and kallsyms_lookup_name() make of a name, by what a kernel does with it.
 
-    COUNTS: it refuses names that several functions have. QUALIFIED: it finds MODULE:NAME where it counts.
+    COUNTS: it refuses names that several functions have. QUALIFIED: it takes MODULE:NAME.
     """
 
     def __init__(self, functions: list[Symbol], *, counts: bool, qualified: bool) -> None:
@@ -40,7 +40,7 @@ class Kernel:
 
     def _of_name(self, name: str) -> Symbol:
         module, colon, function = name.rpartition(":")
-        if colon and self.counts and not self.qualified:
+        if colon and not self.qualified:
             raise OSError(errno.ENOENT, "No such file or directory")
         found = [s for s in self.functions if s.name == function and (not colon or s.module == module)]
         if self.counts and len(found) > 1:
@@ -59,6 +59,7 @@ KERNELS = {
     "6.1": {"counts": False, "qualified": True},
     "6.8": {"counts": True, "qualified": False},
     "6.12": {"counts": True, "qualified": True},
+    "none that is known": {"counts": False, "qualified": False},
 }
 
 
