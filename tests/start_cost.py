@@ -42,11 +42,12 @@ def start() -> dict[str, float]:
     from tracer.compiler import compiled
     from tracer.engine import Options, definitions, variants
     from tracer.exposition import exposed
-    from tracer.layout import LAYOUTS, Symbols
+    from tracer.layout import LAYOUTS
     from tracer.metrics import SnapshotCollector
     from tracer.program import load
     from tracer.resources import resource as file
     from tracer.server import Server
+    from tracer.symbols import Symbols
 
     step("imports")
     Symbols.read()

@@ -33,10 +33,12 @@ from tracer.compiler import build, compiled
 from tracer.doctor import Machine
 from tracer.engine import _COUNTS, _VALUES, _WORDS, BACKENDS, Engine, Options, definitions, preemptible, variants
 from tracer.errors import MsrtraceError
-from tracer.layout import LAYOUTS, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout, Symbol, Symbols
+from tracer.layout import LAYOUTS, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout
+from tracer.livepatch import Livepatch
 from tracer.program import Loaded, Target, Variant
 from tracer.resources import resource
 from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Snapshot
+from tracer.symbols import Symbol, Symbols
 from tracer.syscalls import MMAPABLE
 
 SOURCE = resource("bpf/msrtrace.c")
@@ -293,7 +295,7 @@ class Probing:
         self.refused: set[str] = set()
         self.held = Counter[str]()
         self._of: dict[int, str] = {}
-        monkeypatch.setattr(Engine, "_link", lambda _, symbol, program, at_return: self.link(symbol))
+        monkeypatch.setattr(Engine, "_link", lambda _, symbol, program, at_return: self.link(symbol.name))
         monkeypatch.setattr(Btf, "of_module", lambda *_: KnownBtf())
         close = os.close
 
@@ -462,6 +464,39 @@ def test_engine_without_btf(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (taken.redundancy, taken.calls_observable, taken.updates_observable) == ("unknown", True, False)
     finally:
         engine.close()
+
+
+@pytest.mark.usefixtures("headers", "no_probes")
+def test_engine_beside_a_livepatch() -> None:
+    """Its copies are not probed, and what they call is of the function that they replace, or of none."""
+    replaced = frozenset({("kvm_intel", HOOK), ("kvm_intel", DISABLE), ("kvm_intel", CREATE)})
+    copies = [Symbol(0x9000 + 0x100 * n, name, "kpatch_x") for n, name in enumerate((HOOK, DISABLE, CREATE, "helper"))]
+    there = Symbols.of(symbols(TOGGLE).functions, others=copies, bounds=[0x9400])
+    engine = Engine(
+        TOGGLE, replace(there, livepatches=(Livepatch("kpatch_x", True, replaced),)), Options(by_vm=True), MACHINE
+    )
+    try:
+        assert engine.backend == "kprobe"
+        assert [probe.detail for probe in engine.probes if probe.function == HOOK] == [
+            f"{HOOK} [kvm_intel], not on {HOOK} [kpatch_x]"
+        ]
+        assert engine.warnings == [
+            f"calls that kpatch_x may make to its own {DISABLE} are not counted (it has {HOOK}, {CREATE}, too)"
+        ]
+        for index, caller in enumerate((0x9210, 0x9310, 0x9410)):
+            words = {"caller": caller, "site": caller, "pid": 7, "what": what(0x10, READ, 0, NO_UPDATE)}
+            write(engine, "counters", index, **words, redundant=1)
+        taken = engine.snapshot()
+        assert (list(taken.uncounted), taken.lower_bound) == (engine.warnings, True)
+        assert {(call.cause, call.caller) for call in taken.calls} == {
+            ("vcpu_create", f"{CREATE} [kpatch_x]"),
+            ("other", "helper [kpatch_x]"),
+            ("other", "0x9410"),
+        }
+    finally:
+        engine.close()
+    with pytest.raises(MsrtraceError, match=r"have functions that are probed: .*kpatch_x.*; --backend kprobe can"):
+        Engine(TOGGLE, there, Options(backend="fentry"), MACHINE)
 
 
 @pytest.mark.usefixtures("headers", "no_probes")
@@ -681,8 +716,8 @@ def running(library: Path, layout: Layout, btf: Btf | None, options: Options) ->
             raise BtfError("none")
         return btf
 
-    def link(engine: Engine, symbol: str, program: str, at_return: bool) -> int:
-        return stand_in.link(symbol, engine._functions[program], at_return)
+    def link(engine: Engine, symbol: Symbol, program: str, at_return: bool) -> int:
+        return stand_in.link(symbol.name, engine._functions[program], at_return)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tracer.engine.resource", lambda _: source)
@@ -972,6 +1007,7 @@ def test_a_reading_makes_no_system_call_on_a_map(toggle: StandIn, monkeypatch: p
     monkeypatch.setattr(syscalls, "_bpf", recorded)
     assert toggle.engine.snapshot().open_calls == 1
     assert set(commands) == {syscalls._PROG_TEST_RUN}
+    toggle.counted()
 
 
 def test_a_bitmap_that_cannot_be_read(toggle: StandIn) -> None:

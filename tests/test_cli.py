@@ -307,7 +307,7 @@ from pathlib import Path
 
 import tracer.cli, tracer.engine, tracer.run_command, tracer.tracer
 from tracer.errors import MsrtraceError
-from tracer.layout import Symbol, Symbols
+from tracer.symbols import Symbol, Symbols
 from tracer.snapshot import Call, Outcome, Probe, Snapshot
 
 state = Path(sys.argv.pop(1))
@@ -346,7 +346,7 @@ def module():
     return (state / "module").read_text() if (state / "module").exists() else None
 
 
-def symbols(kallsyms=None):
+def symbols(*_):
     return Symbols.of([Symbol(64, "vmx_msr_filter_changed", "kvm_intel")])
 
 

@@ -13,10 +13,10 @@ from unittest.mock import Mock
 import pytest
 
 from tracer.doctor import Check, Machine, State, as_json, as_text, examine, explain_eperm, obstacle
-from tracer.layout import Symbols
+from tracer.symbols import Symbols
 
 RELEASE = "6.1.0-56-amd64"
-NAMES = ["cpu", "kvm-intel", "symbols", "headers", "bcc", "btf"]
+NAMES = ["cpu", "kvm-intel", "symbols", "livepatch", "headers", "bcc", "btf"]
 NAMES += ["lockdown", "capabilities", "perf-event-paranoid", "bpf", "tracefs"]
 EVERYTHING, BPF_AND_PERFMON, OF_DOCKER = 0x1FFFFFFFFFF, 0xC000000000, 0xA80425FB  # CapEff
 OK, WARNING, FAILED, UNKNOWN = State.OK, State.WARNING, State.FAILED, State.UNKNOWN
@@ -153,6 +153,7 @@ def test_good_host_needs_nothing(host: Host) -> None:
         "cpu": "Xeon Gold 6338 has VMX",
         "kvm-intel": "loaded nested=Y enable_apicv=N",
         "symbols": f"layout toggle (kernels 5.13-6.16): {', '.join(TOGGLE)}",
+        "livepatch": "no livepatch or other module has a function that msrtrace probes",
         "headers": f"/lib/modules/{RELEASE}/build",
         "bcc": f"0.26.0 in {host.site}/bcc",
         "btf": "vmcs01.msr_bitmap is at 0x1ab8 in struct vcpu_vmx",
@@ -202,6 +203,7 @@ def test_empty_machine(tmp_path: Path) -> None:
     assert [name for name in NAMES if states[name] is UNKNOWN] == [
         "cpu",
         "symbols",
+        "livepatch",
         "btf",
         "capabilities",
         "perf-event-paranoid",
@@ -218,7 +220,8 @@ def test_symbols_are_read_once_before_tracing(host: Host, monkeypatch: pytest.Mo
     assert host.machine.symbols.find("vmx_msr_filter_changed")
     assert read.call_count == 1
     host.remove("proc/kallsyms")
-    assert {check.name for check in examine(host.machine) if check.state is UNKNOWN} == {"symbols", "btf"}  # read anew
+    unknown = {check.name for check in examine(host.machine) if check.state is UNKNOWN}
+    assert unknown == {"symbols", "livepatch", "btf"}  # read anew
 
 
 def test_this_machine_without_bcc_and_click() -> None:
@@ -345,6 +348,14 @@ def test_clone_that_is_probed_is_shown(host: Host) -> None:
     assert check.detail.endswith("vmx_disable_intercept_for_msr, vmx_msr_filter_changed.isra.0")
 
 
+def test_of_several_clones_one_is_probed(host: Host) -> None:
+    clones = ["vmx_msr_filter_changed.part.0", "vmx_msr_filter_changed.llvm.343397932692919829"]
+    host.write("proc/kallsyms", kallsyms(*TOGGLE[:2], *clones, "vmx_msr_filter_changed.llvm.343397932692919829.cold"))
+    check = host.check("symbols")
+    assert check.state is OK
+    assert check.detail.endswith(f"vmx_disable_intercept_for_msr, {clones[1]}; not probed: {clones[0]}")
+
+
 def test_filter_only_layout(host: Host) -> None:
     host.write("proc/kallsyms", kallsyms("vmx_msr_filter_changed"))
     host.remove("sys/kernel/btf/kvm_intel")
@@ -410,6 +421,74 @@ def test_built_into_the_kernel(host: Host) -> None:
     assert host.check("btf").detail.startswith("the BTF has no struct vcpu_vmx: calls are counted")
     host.write("sys/kernel/btf/vmlinux", btf(KVM))
     assert host.found("btf") == (OK, None)
+
+
+def test_built_into_a_kernel_whose_functions_have_suffixes(host: Host) -> None:
+    names = [f"{name}.llvm.3433979326929198294" for name in ("vmx_vcpu_run", *TOGGLE)]
+    host.write("proc/kallsyms", "".join(f"ffffffff8106{n}f30 t {name}\n" for n, name in enumerate(names)))
+    check = host.check("symbols")
+    assert (check.state, check.detail) == (OK, f"layout toggle (kernels 5.13-6.16): {', '.join(names[1:])}")
+
+
+# --- livepatch ---
+
+COPY = "ffffffffc0d00000 t vmx_msr_filter_changed\t[kpatch_x]\n"
+TAKES_OVER = "msrtrace probes kvm_intel:vmx_msr_filter_changed, at whose entry a livepatch takes over"
+
+
+def livepatch(host: Host, *functions: str, enabled: bool = True) -> None:
+    for function in functions:
+        (host.root / f"sys/kernel/livepatch/kpatch_x/kvm_intel/{function},1").mkdir(parents=True)
+    host.write("sys/kernel/livepatch/kpatch_x/enabled", f"{enabled:d}\n")
+
+
+def test_a_module_with_a_function_of_the_same_name(host: Host) -> None:
+    host.write("proc/kallsyms", kallsyms(*TOGGLE) + COPY)
+    detail = f"the module kpatch_x holds a copy of vmx_msr_filter_changed; {TAKES_OVER}, so every call is counted"
+    assert host.check("livepatch") == Check("livepatch", OK, detail)
+    assert host.check("symbols").detail == f"layout toggle (kernels 5.13-6.16): {', '.join(TOGGLE)}"
+    assert obstacle(host.machine) is None
+    checks = json.loads(as_json(examine(host.machine), host.machine))["checks"]
+    assert {"name": "livepatch", "state": "ok", "detail": detail, "fix": None} in checks
+
+
+@pytest.mark.parametrize(("enabled", "state"), [(True, ""), (False, " (not enabled)")])
+def test_a_livepatch_that_replaces_what_is_probed(host: Host, enabled: bool, state: str) -> None:
+    host.write("proc/kallsyms", kallsyms(*TOGGLE) + COPY)
+    livepatch(host, "vmx_msr_filter_changed", enabled=enabled)
+    assert host.check("livepatch").detail == (
+        f"the livepatch kpatch_x{state} replaces, and holds a copy of, vmx_msr_filter_changed; {TAKES_OVER}, so every "
+        "call is counted"
+    )
+    assert host.found("livepatch") == (OK, None)
+
+
+def test_a_livepatch_whose_functions_have_other_names(host: Host) -> None:
+    host.write("proc/kallsyms", kallsyms(*TOGGLE) + "ffffffffc0d00000 t livepatch_hook\t[kpatch_x]\n")
+    livepatch(host, "vmx_msr_filter_changed")
+    assert host.check("livepatch").detail == (
+        f"the livepatch kpatch_x replaces vmx_msr_filter_changed; {TAKES_OVER}, so every call is counted"
+    )
+
+
+def test_a_livepatch_that_replaces_something_else(host: Host) -> None:
+    livepatch(host, "vmx_set_cr4")
+    assert host.check("livepatch").detail == "no livepatch or other module has a function that msrtrace probes"
+
+
+def test_a_livepatch_whose_own_calls_are_not_seen(host: Host) -> None:
+    copies = COPY + "ffffffffc0d00100 t vmx_disable_intercept_for_msr\t[kpatch_x]\n"
+    host.write("proc/kallsyms", kallsyms(*TOGGLE) + copies)
+    livepatch(host, "vmx_msr_filter_changed", "vmx_disable_intercept_for_msr")
+    check = host.check("livepatch")
+    assert (check.state, check.fix) == (WARNING, "to count these too, trace a host without kpatch_x")
+    assert check.detail.endswith(
+        ", at whose entry a livepatch takes over; calls that kpatch_x may make to its own "
+        "vmx_disable_intercept_for_msr are not counted (it has vmx_msr_filter_changed, too)"
+    )
+    assert obstacle(host.machine) is None
+    livepatch(host, enabled=False)
+    assert host.found("livepatch") == (OK, None)
 
 
 # --- headers ---

@@ -25,7 +25,7 @@ from functools import partial
 from made import HOOK, toggle
 
 import tracer.cli, tracer.engine, tracer.report_command, tracer.tracer
-from tracer.layout import Symbol, Symbols
+from tracer.symbols import Symbol, Symbols
 from tracer.snapshot import Probe
 
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tracer.errors import MsrtraceError
-from tracer.layout import Layout, Symbol, Symbols
+from tracer.layout import Layout
 from tracer.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.symbols import Symbol, Symbols
 from tracer.tracer import Tracer, layout_of, loaded_module
 from tracer.vms import VmNames
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from tracer.symbols import plain_name
+
 FILTER_CHANGE, VCPU_CREATE, CPUID_UPDATE, MSR_WRITE = (
     "filter_change",
     "vcpu_create",
@@ -31,5 +33,6 @@ _CALLERS = tuple(
 
 
 def cause_of(function: str) -> str:
-    """The cause that a call by FUNCTION (the name in the source, without a clone's suffix) stands for."""
-    return next((cause for pattern, cause in _CALLERS if pattern.fullmatch(function)), OTHER)
+    """The cause that a call by FUNCTION of KVM stands for, whatever a compiler has added to its name."""
+    name = plain_name(function)
+    return next((cause for pattern, cause in _CALLERS if pattern.fullmatch(name)), OTHER)

@@ -19,8 +19,10 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from tracer.btf import Btf, BtfError
+from tracer.copies import describe
 from tracer.errors import MsrtraceError
-from tracer.layout import LAYOUTS, Symbols, choose
+from tracer.layout import LAYOUTS, choose
+from tracer.symbols import Symbols
 
 SCHEMA = "msrtrace-doctor/1"
 _Found = tuple["State", str, str | None]  # what a check finds: its state, detail and fix
@@ -96,7 +98,7 @@ class Machine:
     @cached_property
     def symbols(self) -> Symbols:
         """The functions of the running kernel. Raises MsrtraceError."""
-        return Symbols.read(self.at("/proc/kallsyms"))
+        return Symbols.read(self.at("/proc/kallsyms"), self.at("/sys/kernel/livepatch"))
 
     def capable(self, capability: int) -> bool:
         """Whether this process has CAPABILITY (CapEff in proc(5)). Raises OSError."""
@@ -134,9 +136,8 @@ def examine(machine: Machine) -> list[Check]:
 def obstacle(machine: Machine, ignore: Collection[str] = ()) -> str | None:
     """What prevents tracing first, as one line "what is wrong: what to do", or None. IGNORE names checks to skip.
 
-    MACHINE keeps the symbols that were read, which takes 0.1 s, for the tracing that comes next.
+    MACHINE keeps the symbols that were read, which takes 0.1 s, for the tracing that comes next. BTF prevents nothing.
     """
-    # BTF never prevents tracing, and takes time to read.
     failed = (check for check in _checked(machine, ("btf", *ignore)) if check.state is State.FAILED)
     return next((f"{check.detail}: {check.fix}" for check in failed), None)
 
@@ -165,18 +166,15 @@ def as_text(checks: Sequence[Check], color: bool = False) -> str:
         lines.append(f"{word}  {check.name:<{width}}  {check.detail}")
         lines += [f"{'':{width + 11}}-> {check.fix}"] if check.fix else []
     failed = sum(check.state is State.FAILED for check in checks)
-    lines += [
-        "",
-        f"{failed} to mend before msrtrace can trace here" if failed else "nothing found that prevents tracing here",
-    ]
-    return "\n".join(lines)
+    end = f"{failed} to mend before msrtrace can trace here" if failed else "nothing found that prevents tracing here"
+    return "\n".join([*lines, "", end])
 
 
 def as_json(checks: Sequence[Check], machine: Machine) -> str:
     """CHECKS as a JSON document whose fields and order stay within one major version of SCHEMA."""
     layout = None
     with suppress(MsrtraceError, ValueError):
-        layout = choose(Symbols.read(machine.at("/proc/kallsyms")))
+        layout = choose(replace(machine).symbols)
     document = {
         "schema": SCHEMA,
         "kernel": machine.release,
@@ -242,10 +240,10 @@ def _symbols(machine: Machine) -> _Found:
         fix = "boot a kernel from 5.10 on; if it is one, report the output of: grep -i intercept /proc/kallsyms"
         return State.FAILED, f"kernel {machine.release} has none of {', '.join(known)} in /proc/kallsyms", fix
     wanted = [f for f in (*layout.calls, layout.update, layout.filter_set) if f]
-    probed = [s.name for f in wanted for s in symbols.find(f)]
-    others = {s.name for s in symbols.functions if s.name.startswith("vmx_") and s.function in known}
+    probed = [s.name for f in wanted for s in symbols.find(f)[:1]]
+    others = {s.name for s in symbols.functions if s.name.startswith("vmx_") and s.function in known and s.is_entry}
     detail = f"layout {layout.name} (kernels {layout.kernels}): {', '.join(probed)}"
-    if unused := sorted(name for name in others.difference(probed) if ".cold" not in name):
+    if unused := sorted(others.difference(probed)):
         detail += f"; not probed: {', '.join(unused)}"
     if not layout.calls:
         detail += "; calls per MSR are not observable in this kernel, only filter updates and their time"
@@ -260,6 +258,11 @@ def _symbols(machine: Machine) -> _Found:
         fix = "sudo sysctl -w kernel.kptr_restrict=1" if everybody else "give it CAP_SYSLOG (--cap-add SYSLOG)"
         return State.WARNING, f"{detail}; their addresses are hidden, so causes are unknown", fix
     return State.OK, detail + ("; this user may not see their addresses, and need not" if hidden else ""), None
+
+
+def _livepatch(machine: Machine) -> _Found:
+    detail, fix = describe(machine.symbols)
+    return State.WARNING if fix else State.OK, detail, fix
 
 
 def _headers(machine: Machine) -> _Found:
@@ -317,8 +320,7 @@ def _btf(machine: Machine) -> _Found:
         return State.OK, "not needed where calls are not observable", None
     directory, module = machine.at("/sys/kernel/btf"), machine.symbols.module
     try:
-        btf = Btf.of_module(module, directory) if module else Btf.of_kernel(directory)
-        offset = btf.bitmap_offset()
+        offset = (Btf.of_module(module, directory) if module else Btf.of_kernel(directory)).bitmap_offset()
     except BtfError as error:
         fix = "boot a kernel with CONFIG_DEBUG_INFO_BTF=y and CONFIG_DEBUG_INFO_BTF_MODULES=y (Debian: 6.1 and newer)"
         return State.WARNING, f"{error}: calls are counted, but which were redundant is unknown", fix
@@ -393,6 +395,6 @@ def _search(pattern: str, text: str) -> str:
 
 
 #: By name, in the order in which they are mended: _kvm_intel is the check kvm-intel.
-_HOST = (_cpu, _kvm_intel, _symbols, _headers, _bcc, _btf)
+_HOST = (_cpu, _kvm_intel, _symbols, _livepatch, _headers, _bcc, _btf)
 _RIGHTS = (_lockdown, _capabilities, _perf_event_paranoid, _bpf, _tracefs)
 _CHECKS: dict[str, Callable[[Machine], _Found]] = {f.__name__[1:].replace("_", "-"): f for f in _HOST + _RIGHTS}

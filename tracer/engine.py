@@ -14,13 +14,16 @@ from tracer import syscalls
 from tracer.btf import Btf, BtfError
 from tracer.cause import FILTER_CHANGE, RECALC, cause_of
 from tracer.compiler import Built, build, refused
+from tracer.copies import holders
 from tracer.doctor import Machine, explain_eperm
 from tracer.errors import MsrtraceError
-from tracer.layout import VCPU_CREATE, VCPU_FREE, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout, Symbols
+from tracer.kprobe import attach_kprobe
+from tracer.layout import VCPU_CREATE, VCPU_FREE, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout
 from tracer.program import Refused, Target, Variant
 from tracer.resources import resource
 from tracer.rights import in_force, sees_processes
 from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.symbols import Symbol, Symbols
 
 _ACCESS = {1: "read", 2: "write", 3: "read_write"}
 _ENABLES = 0x100
@@ -238,7 +241,10 @@ def _tracing(symbols: Symbols, wanted: list[_Point], btf: Btf) -> dict[str, Targ
     found = {}
     for point in wanted:
         for symbol in symbols.find(point.function)[:1]:
-            origin = btf if symbol.module == symbols.module else Btf.of_module(str(symbol.module), base=btf.base)
+            if symbol.module == symbols.module:
+                origin = btf
+            else:  # kvm, which may be in the kernel image although kvm_intel is not
+                origin = Btf.of_module(symbol.module, base=btf.base) if symbol.module else btf.base or btf
             function = origin.function_id(symbol.name)
             for kind, program in zip(("fentry", "fexit"), point.programs, strict=False):
                 found[program] = Target(kind, function, symbol.module)
@@ -257,6 +263,12 @@ def _no_fentry(layout: Layout, symbols: Symbols, wanted: list[_Point], exact: bo
     clones = [symbol.name for symbol in places if symbol.name != symbol.function]
     if clones:
         return f"BTF does not describe {', '.join(clones)}"
+    # Old kernels look their addresses up by the names alone (6.1: bpf_check_attach_target(), kernel/bpf/verifier.c), or
+    # cannot have a trampoline and a livepatch on one function (before 6.0: kernel/trace/ftrace.c).
+    copies = {symbol.place for point in wanted for symbol in symbols.copies(point.function)}
+    patches = {patch.module for point in wanted for patch in symbols.replacing(point.function)}
+    if copies or patches:
+        return f"livepatches or others have functions that are probed: {', '.join(sorted(copies or patches))}"
     if len({point.entry for point in wanted}) < len(wanted):
         return f"there is no {X2APIC_WRITE} to probe"
     return ""
@@ -318,6 +330,7 @@ class Engine:
             reasons = "; ".join(f"{p.function}: {p.detail}" for p in self.probes if p.function in counted)
             self._remove_probes()
             raise MsrtraceError(f"no probe could be attached ({reasons})")
+        self._uncounted = tuple(holder.loss for holder in holders(self._symbols) if holder.loss)
         self._clear("unpaired_return")  # functions that were being run while their probes were attached
 
     def detach(self) -> None:
@@ -363,6 +376,7 @@ class Engine:
                 "this kernel may preempt what runs at fentry; what is missed by that is counted as missed "
                 "(--backend kprobe misses nothing)"
             )
+        lines += self._uncounted
         if not self._layout.calls:
             lines.append(
                 f"this kernel (layout {self._layout.name}) has no function to count MSR-intercept calls at: "
@@ -375,11 +389,11 @@ class Engine:
         if not clones:
             return Probe(point.function, None, False, "no such function in this kernel")
         symbol = clones[0]
-        where = f"{symbol.name} [{symbol.module}]" if symbol.module else symbol.name
+        where = symbol.place
         links: list[int] = []
         try:
             for program in reversed(point.programs):  # the return first: then nothing is seen half
-                links.append(self._link(symbol.name, program, at_return=program == point.returned))
+                links.append(self._link(symbol, program, at_return=program == point.returned))
         except (OSError, KeyError) as error:
             for fd in links:
                 os.close(fd)
@@ -387,13 +401,15 @@ class Engine:
             return Probe(point.function, symbol.name, False, f"{where}: {reason}")
         self._links[point.function] = links
         others = f", not on its clones {', '.join(s.name for s in clones[1:])}" if clones[1:] else ""
+        if copies := self._symbols.copies(point.function):
+            others += f", not on {', '.join(s.place for s in copies)}"
         return Probe(point.function, symbol.name, True, where + others)
 
-    def _link(self, symbol: str, program: str, *, at_return: bool) -> int:
+    def _link(self, symbol: Symbol, program: str, *, at_return: bool) -> int:
         fd = self._functions[program]
         if self._built.backend == "fentry":
             return syscalls.attach_tracing(fd)
-        return syscalls.attach_probe("kprobe", symbol, fd, at_return=at_return)
+        return attach_kprobe(symbol, self._symbols, fd, at_return=at_return)
 
     @property
     def _updates_observable(self) -> bool:
@@ -442,6 +458,7 @@ class Engine:
             unpaired_returns=counts["unpaired_return"],
             read_failures=counts["read_failed"],
             open_calls=open_calls,
+            uncounted=self._uncounted,
             vcpus_seen=counts["vcpus_seen"],
             vmms_seen=counts["vmms_seen"],
             commands=self._commands() if self._options.by_vm else {},
@@ -490,8 +507,7 @@ class Engine:
 
     def _call(self, what: int, caller: int, pid: int) -> Call:
         """WHAT: `msr` and `how` of struct vcpu."""
-        symbol = self._symbols.containing(caller)
-        function = symbol.function if symbol else ""
+        name, function = self._symbols.caller(caller)
         within = {_WITHIN_FILTER_CHANGE: FILTER_CHANGE, _WITHIN_RECALC: RECALC}
         how = what >> 32
         return Call(
@@ -499,7 +515,7 @@ class Engine:
             access=_ACCESS.get(how & 3, "none"),
             action="enable" if how & _ENABLES else "disable",
             cause=within.get(how >> 16 & 0xFF) or cause_of(function),
-            caller=symbol.name if symbol else hex(caller),
+            caller=name,
             pid=pid,
         )
 

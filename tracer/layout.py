@@ -2,34 +2,10 @@
 
 from __future__ import annotations
 
-import bisect
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import BinaryIO
 
-from tracer.errors import MsrtraceError
-
-KALLSYMS = Path("/proc/kallsyms")
-
-#: What the compiler appends to the name of a copy it made of a function.
-_CLONE = re.compile(r"\.(isra|constprop|part|cold)\.?\d*(\..*)?$")
-
-
-@dataclass(frozen=True, slots=True)
-class Symbol:
-    """A function in the running kernel. `address` is 0 where the reader may not see addresses."""
-
-    address: int
-    name: str
-    module: str | None
-
-    @property
-    def function(self) -> str:
-        """The name in the source: without the suffix of a clone."""
-        return _CLONE.sub("", self.name)
+from tracer.symbols import Symbols
 
 
 @dataclass(frozen=True)
@@ -89,91 +65,13 @@ VCPU_FREE = ("vmx_vcpu_free", "vmx_free_vcpu")
 X2APIC_WRITE = "vmx_update_msr_bitmap_x2apic"
 X2APIC_WRITE_CALLERS = ("vmx_set_virtual_apic_mode", "vmx_refresh_apicv_exec_ctrl")
 
-#: What a tracer of returns or of the function graph leaves on the stack in the place of a return address.
-TRAMPOLINES = {
-    "kretprobe_trampoline": ("arch_rethook_trampoline", "__kretprobe_trampoline", "kretprobe_trampoline"),
-    "fgraph_trampoline": ("return_to_handler",),
-}
-
-_IMAGE_FUNCTION = b" vmx_vcpu_run\n"
-_WANTED = (
-    b"\t[kvm_intel]\n",
-    b"\t[kvm]\n",
-    *(f" {name}\n".encode() for names in TRAMPOLINES.values() for name in names),
-    _IMAGE_FUNCTION,
+#: Every function that may be probed.
+PROBED = tuple(
+    dict.fromkeys(
+        [f for layout in LAYOUTS for f in (layout.update, *layout.calls, layout.filter_set) if f]
+        + [*VCPU_CREATE, *VCPU_FREE, X2APIC_WRITE, *X2APIC_WRITE_CALLERS]
+    )
 )
-_CHUNK = 1 << 20  # bytes; all of them are 20 MB
-
-
-def _lines_with(ends: Iterable[bytes], file: BinaryIO) -> list[bytes]:
-    """The lines of a file that end so. There are 200,000, so none is looked at for itself."""
-    found: list[bytes] = []
-    rest = b""
-    while chunk := file.read(_CHUNK):
-        whole, newline, following = (rest + chunk).rpartition(b"\n")
-        lines, rest = whole + newline, following
-        for end in ends:
-            at = lines.find(end)
-            while at >= 0:
-                found.append(lines[lines.rfind(b"\n", 0, at) + 1 : at + len(end)])
-                at = lines.find(end, at + 1)
-    return found
-
-
-@dataclass(frozen=True)
-class Symbols:
-    """The functions of kvm and kvm_intel in the running kernel, in the order of their addresses."""
-
-    functions: tuple[Symbol, ...]
-    #: kvm_intel, or None if the functions are part of the kernel image itself
-    module: str | None = "kvm_intel"
-    #: the addresses of those of TRAMPOLINES that the kernel has
-    trampolines: Mapping[str, int] = field(default_factory=dict)
-    _addresses: tuple[int, ...] = field(default=(), repr=False)
-
-    @classmethod
-    def read(cls, kallsyms: Path = KALLSYMS) -> Symbols:
-        """Read /proc/kallsyms. Raises MsrtraceError if it cannot be read."""
-        try:
-            with kallsyms.open("rb") as file:
-                rows = _lines_with(_WANTED, file)
-            module: str | None = "kvm_intel"
-            modular = any(row.endswith(b"[kvm_intel]\n") for row in rows)
-            if not modular and any(row.endswith(_IMAGE_FUNCTION) for row in rows):
-                # Built in (CONFIG_KVM_INTEL=y): the functions are among those of the kernel image.
-                with kallsyms.open("rb") as image:
-                    rows, module = [line for line in image if b"\t[" not in line], None
-        except OSError as error:
-            raise MsrtraceError(f"cannot read {kallsyms}: {error.strerror}") from None
-        found = list(_functions(rows))
-        trampolines = {
-            kind: s.address for kind, names in TRAMPOLINES.items() for s in found if not s.module and s.name in names
-        }
-        return replace(cls.of((s for s in found if s.module or not module), module), trampolines=trampolines)
-
-    @classmethod
-    def of(cls, functions: Iterable[Symbol], module: str | None = "kvm_intel") -> Symbols:
-        """Symbols from FUNCTIONS in any order."""
-        ordered = tuple(sorted(functions, key=lambda s: (s.address, s.name)))
-        return cls(ordered, module, _addresses=tuple(s.address for s in ordered))
-
-    def find(self, function: str) -> list[Symbol]:
-        """The function itself if it has a symbol, else its clones: what a probe on FUNCTION can sit on."""
-        exact = [s for s in self.functions if s.name == function]
-        clones = (s for s in self.functions if s.name.startswith(function) and ".cold" not in s.name)
-        return exact or [s for s in clones if s.function == function]
-
-    def containing(self, address: int) -> Symbol | None:
-        """The function that ADDRESS lies in: the nearest at or below it. None if addresses are hidden (0)."""
-        at = bisect.bisect_right(self._addresses, address)
-        return self.functions[at - 1] if at and self._addresses[at - 1] else None
-
-
-def _functions(rows: Iterable[bytes]) -> Iterable[Symbol]:
-    for row in rows:
-        address, kind, name, *rest = row.decode(errors="replace").split()
-        if kind in "tTwW" and not name.startswith(("__pfx_", "__ksymtab")):
-            yield Symbol(int(address, 16), name, rest[0].strip("[]") if rest else None)
 
 
 def choose(symbols: Symbols) -> Layout | None:

@@ -112,7 +112,10 @@ class UpdateSeconds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Loss(Shown, frozen=True, kw_only=True):
-    """What was not seen: by map, by function, and the rest. `not_probed` names functions without their probe."""
+    """What was not seen: by map, by function, and the rest. `not_probed` names functions without their probe.
+
+    `uncounted` says, a phrase each, what was known from the start not to be seen, because of a livepatch say.
+    """
 
     dropped_updates: Annotated[dict[Text, Count], Meta(max_length=256)] = field(default_factory=dict)
     probe_missed: Annotated[dict[Text, Count], Meta(max_length=256)] = field(default_factory=dict)
@@ -121,6 +124,7 @@ class Loss(Shown, frozen=True, kw_only=True):
     open_calls: Count = 0
     reattachments: Count = 0
     not_probed: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
+    uncounted: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
 
     def words(self) -> list[str]:
         """What probes that were in place did not see, a phrase each."""
@@ -130,6 +134,7 @@ class Loss(Shown, frozen=True, kw_only=True):
             *[f"{self.unpaired_returns:,} unpaired returns"] * bool(self.unpaired_returns),
             *[f"{self.read_failures:,} bitmaps not read"] * bool(self.read_failures),
             *[f"{self.open_calls:,} calls still under way"] * bool(self.open_calls),
+            *self.uncounted,
         ]
 
 

@@ -203,6 +203,7 @@ def loss_of(counted: Snapshot) -> Loss:
         unpaired_returns=counted.unpaired_returns,
         read_failures=counted.read_failures,
         open_calls=counted.open_calls,
+        uncounted=list(counted.uncounted),
         reattachments=counted.reattached,
         not_probed=[p.function for p in counted.probes if not p.attached],
     )

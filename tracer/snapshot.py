@@ -142,6 +142,7 @@ class Snapshot:
     unpaired_returns: int = 0
     read_failures: int = 0
     open_calls: int = 0  # under way when this was taken: not counted yet
+    uncounted: tuple[str, ...] = ()  # what is known not to be seen, a phrase each
     vcpus_seen: int = 0
     vmms_seen: int = 0
     reattached: int = 0
@@ -154,7 +155,7 @@ class Snapshot:
     @property
     def lower_bound(self) -> bool:
         """Whether something was lost, so that the true counts may be higher."""
-        lost = self.unpaired_returns + self.read_failures
+        lost = self.unpaired_returns + self.read_failures + len(self.uncounted)
         return bool(lost + sum(m.dropped for m in self.maps) + sum(p.missed for p in self.probes))
 
     @property
@@ -184,6 +185,7 @@ class Snapshot:
             maps=tuple(maps),
             unpaired_returns=self.unpaired_returns + earlier.unpaired_returns,
             read_failures=self.read_failures + earlier.read_failures,
+            uncounted=tuple(dict.fromkeys((*earlier.uncounted, *self.uncounted))),
             vcpus_seen=self.vcpus_seen + earlier.vcpus_seen,
             vmms_seen=self.vmms_seen + earlier.vmms_seen,
             commands={**earlier.commands, **self.commands},

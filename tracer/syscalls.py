@@ -181,18 +181,19 @@ class MappedArray:
         self._memory.close()
 
 
-def attach_probe(pmu: str, where: str, program: int, *, at_return: bool, offset: int = 0, pid: int = -1) -> int:
+def attach_probe(pmu: str, where: str | None, program: int, *, at_return: bool, offset: int = 0, pid: int = -1) -> int:
     """Run PROGRAM (of type kprobe) at the entry or the return of a function, as long as the descriptor is open: it.
 
-    PMU is `kprobe`, and WHERE a symbol; or `uprobe`, and WHERE a file, the function's OFFSET in it, and the PID of who
-    runs it. The probe hangs on a perf event of its own (perf_kprobe and perf_uprobe, kernel/events/core.c), so nothing
-    is left in tracefs. Raises OSError.
+    PMU is `kprobe`, and WHERE a symbol, with or without its module and a colon before it, or None if OFFSET is an
+    address (kprobe_addr and probe_offset are one field); or `uprobe`, and WHERE a file, the function's OFFSET in it,
+    and the PID of who runs it. The probe hangs on a perf event of its own (perf_kprobe and perf_uprobe,
+    kernel/events/core.c), so nothing is left in tracefs. Raises OSError.
     """
     kind = int((_PMUS / pmu / "type").read_text())
     bit = int((_PMUS / pmu / "format/retprobe").read_text().partition(":")[2])
-    name = ctypes.create_string_buffer(where.encode())
+    name = ctypes.create_string_buffer(where.encode()) if where is not None else None
     # struct perf_event_attr: type, size, config, sample_period, ... kprobe_func or uprobe_path, probe_offset
-    fields = (kind, _ATTR_SIZE, int(at_return) << bit, 1, 0, 0, 0, 0, 0, ctypes.addressof(name), offset)
+    fields = (kind, _ATTR_SIZE, int(at_return) << bit, 1, 0, 0, 0, 0, 0, ctypes.addressof(name) if name else 0, offset)
     attributes = struct.pack("IIQQQQQIIQQ", *fields).ljust(_ATTR_SIZE, b"\0")
     cpu = 0 if pid < 0 else -1
     fd = _libc.syscall(_SYS_PERF_EVENT_OPEN, attributes, pid, cpu, -1, _PERF_FLAG_FD_CLOEXEC)

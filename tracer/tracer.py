@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from tracer.errors import MsrtraceError
-from tracer.layout import LAYOUTS, Layout, Symbols, choose
+from tracer.layout import LAYOUTS, Layout, choose
 from tracer.snapshot import Probe, Snapshot
+from tracer.symbols import Symbols
 from tracer.vms import VmNames, safe_name
 
 _PATIENCE_SECONDS = 0.1  # when counts are read for the last time

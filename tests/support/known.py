@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tracer.btf import Btf
-from tracer.layout import X2APIC_WRITE, Layout, Symbol, Symbols
+from tracer.layout import X2APIC_WRITE, Layout
+from tracer.symbols import Symbol, Symbols
 
 
 class KnownBtf(Btf):
