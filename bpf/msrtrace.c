@@ -33,7 +33,7 @@
 #define MSR_TYPE_R 1
 #define MSR_TYPE_W 2
 
-/* Sizes and numbers that tracer/engine.py knows too. Capacities are powers of two. */
+/* Sizes and numbers that tracer/reader.py knows too. Capacities are powers of two. */
 #ifdef BY_PID
 #define COUNTERS_CAPACITY 32768 /* one half for calls inside updates, one for the others */
 #define UPDATES_CAPACITY 4096
@@ -537,7 +537,6 @@ static __always_inline void vcpu_seen(void)
 		if (vmm && vmm->pid == pid)
 			return;
 	}
-	count(VMMS_SEEN);
 	read_command(command, sizeof(command));
 	/* A free place; or else that of any other, which has been there for long. */
 	index = first ^ (bpf_ktime_get_ns() >> 10 & (VMM_WAYS - 1));
@@ -550,13 +549,14 @@ static __always_inline void vcpu_seen(void)
 			index = place;
 	}
 	vmm = vmms.lookup(&index);
-	if (!vmm)
-		return;
-	vmm->pid = 0;
-	barrier();
-	__builtin_memcpy(vmm->command, command, sizeof(command));
-	barrier();
-	vmm->pid = pid;
+	if (vmm) {
+		vmm->pid = 0;
+		barrier();
+		__builtin_memcpy(vmm->command, command, sizeof(command));
+		barrier();
+		vmm->pid = pid;
+	}
+	count(VMMS_SEEN);
 }
 
 /* The slot of VCPU, and its INDEX; NULL if its places are taken. */

@@ -40,10 +40,10 @@ def start() -> dict[str, float]:
     import tracer.run_command  # noqa: F401
     from tracer.btf import Btf, BtfError
     from tracer.compiler import compiled
-    from tracer.engine import Options, definitions, variants
     from tracer.exposition import exposed
     from tracer.layout import LAYOUTS
     from tracer.metrics import SnapshotCollector
+    from tracer.plan import Options, definitions, variants
     from tracer.program import load
     from tracer.resources import resource as file
     from tracer.server import Server

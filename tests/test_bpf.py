@@ -31,11 +31,13 @@ from tracer import syscalls
 from tracer.btf import Btf, BtfError
 from tracer.compiler import build, compiled
 from tracer.doctor import Machine
-from tracer.engine import _COUNTS, _VALUES, _WORDS, BACKENDS, Engine, Options, definitions, preemptible, variants
+from tracer.engine import Engine
 from tracer.errors import MsrtraceError
 from tracer.layout import LAYOUTS, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout
 from tracer.livepatch import Livepatch
+from tracer.plan import BACKENDS, VALUES, Options, definitions, preemptible, variants
 from tracer.program import Loaded, Target, Variant
+from tracer.reader import COUNTS, WORDS, Reader
 from tracer.resources import resource
 from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Snapshot
 from tracer.symbols import Symbol, Symbols
@@ -223,7 +225,7 @@ def enumeration(name: str) -> list[str]:
 
 
 def test_counts() -> None:
-    assert [*map(str.upper, _COUNTS), "COUNTS"] == enumeration("count")
+    assert [*map(str.upper, COUNTS), "COUNTS"] == enumeration("count")
 
 
 TABLES = [name.lower() for name in enumeration("table")]
@@ -233,11 +235,11 @@ def test_words(headers: None) -> None:
     """The engine reads structs by the names of their words: as many as there are, in their order."""
     program = compiled(SOURCE, {"BY_PID": 1, "UPDATE_KIND": 1})
     sizes = {one.name: one.value_size for one in program.maps if one.flags & MMAPABLE}
-    assert sizes == {name: 8 * len(words) for name, words in _WORDS.items()}
+    assert sizes == {name: 8 * len(words) for name, words in WORDS.items()}
     source = re.sub(r"/\*.*?\*/", "", SOURCE.read_text(), flags=re.DOTALL)
     for struct_, words in (
-        ("vcpu", _WORDS["vcpus"]),
-        ("counter", _WORDS["counters"][len(OUTCOMES) :]),
+        ("vcpu", WORDS["vcpus"]),
+        ("counter", WORDS["counters"][len(OUTCOMES) :]),
         ("outcome", OUTCOMES),
     ):
         found = re.search(rf"^struct {struct_} {{(.*?)}};", source, re.MULTILINE | re.DOTALL)
@@ -246,7 +248,7 @@ def test_words(headers: None) -> None:
 
 
 def test_values() -> None:
-    assert [*map(str.upper, _VALUES)] == enumeration("value")
+    assert [*map(str.upper, VALUES)] == enumeration("value")
 
 
 def test_buckets() -> None:
@@ -326,10 +328,10 @@ OUTCOMES = ("changed_read", "changed_write", "refused", "redundant", "changed", 
 def write(engine: Engine, array: str, index: int, **words: int) -> None:
     """Fill a place of ARRAY, and say that it is taken."""
     for word, value in words.items():
-        engine._arrays[array].set_word(index, _WORDS[array].index(word), value)
+        engine._reader._arrays[array].set_word(index, WORDS[array].index(word), value)
     if array in TABLES:
         engine._built.loaded.maps["taken"].update(struct.pack("II", index, TABLES.index(array)), b"\1")
-        engine._in_use = {}
+        engine._reader._in_use = {}
 
 
 def what(msr: int, type_: int, action: int, within: int) -> int:
@@ -339,7 +341,7 @@ def what(msr: int, type_: int, action: int, within: int) -> int:
 
 def put(engine: Engine, **counts: int) -> None:
     for name, value in counts.items():
-        engine._arrays["counts"].set_word(_COUNTS.index(name), 0, value)
+        engine._reader._arrays["counts"].set_word(COUNTS.index(name), 0, value)
 
 
 IN_HOOK, IN_CREATE, OUTSIDE = 0x1010, 0x13FF, 0x0FFF
@@ -418,7 +420,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert left.commands == {200: "qemu-system-x86"}
         # The one with an open call stays as it is until that is counted.
         write(engine, "vcpus", 3, number=1, **{"pid, tid": 200})
-        monkeypatch.setattr(Engine, "_is_open", lambda *_: True)
+        monkeypatch.setattr(Reader, "_is_open", lambda *_: True)
         engine.forget({200})
         assert engine.snapshot().calls == left.calls
         write(engine, "vcpus", 3, number=2)
@@ -569,7 +571,7 @@ def test_where_programs_at_fentry_may_be_preempted(version: str, model: str | No
 @pytest.mark.usefixtures("headers", "no_probes")
 def test_where_fentry_is_refused_kprobes_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine has no kvm_intel, so the kernel has no BTF of it."""
-    monkeypatch.setattr("tracer.engine.preemptible", lambda: False)
+    monkeypatch.setattr("tracer.plan.preemptible", lambda: False)
     engine = Engine(TOGGLE, symbols(TOGGLE), Options(backend="auto"), MACHINE)
     try:
         assert engine.snapshot().backend == "kprobe"
@@ -968,8 +970,8 @@ def test_a_cpu_without_msr_bitmaps(toggle: StandIn) -> None:
 def test_what_finds_its_map_full_is_counted_as_dropped(recalc: StandIn, array: str) -> None:
     vcpu = recalc.vcpu()
     mapped, word = (
-        recalc.engine._arrays[array],
-        _WORDS[array].index({"counters": "what", "updates": "pid, kind"}[array]),
+        recalc.engine._reader._arrays[array],
+        WORDS[array].index({"counters": "what", "updates": "pid, kind"}[array]),
     )
     before = [mapped.word(index, word) for index in range(mapped.entries)]
     recalc.inside(lambda: recalc.call("vmx_set_msr", vcpu, 0x1234, READ, True))

@@ -151,7 +151,9 @@ from tracer.cli import main
 main()
 """
 HEAVY = {"asyncio", "ctypes", "email", "http", "importlib.metadata", "socket", "ssl", "subprocess", "urllib.request"}
-TRACING = {f"tracer.{name}" for name in ("btf", "doctor", "engine", "layout", "metrics", "snapshot", "tracer")}
+TRACING = {
+    f"tracer.{name}" for name in ("btf", "doctor", "engine", "metrics", "reader", "snapshot", "symbols", "tracer")
+}
 STARTS = ["--help"], ["compare", "u.json", "p.json"]
 
 

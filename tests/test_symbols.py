@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tracer.cause import cause_of
 from tracer.errors import MsrtraceError
 from tracer.layout import choose
-from tracer.symbols import Symbol, Symbols, plain_name
+from tracer.symbol_name import plain_name
+from tracer.symbols import Symbol, Symbols
 
 # As in 6.12: clones, paddings, data, other modules, an alias, addresses in no order.
 KALLSYMS = """\

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tracer.symbols import plain_name
+from tracer.symbol_name import plain_name
 
 FILTER_CHANGE, VCPU_CREATE, CPUID_UPDATE, MSR_WRITE = (
     "filter_change",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
-from tracer.symbols import Symbols
+if TYPE_CHECKING:
+    from tracer.symbols import Symbols
 
 
 @dataclass(frozen=True)

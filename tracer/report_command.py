@@ -61,7 +61,8 @@ def report(  # noqa: PLR0917 (click passes them by name)
     if command:
         check_command(command)
 
-    from tracer.engine import Engine, Options
+    from tracer.engine import Engine
+    from tracer.plan import Options
     from tracer.reporting import Circumstances, make
     from tracer.tracer import Tracer
 

@@ -84,8 +84,9 @@ def run(  # noqa: PLR0917 (click passes them by name)
 
     from prometheus_client import CollectorRegistry, ProcessCollector
 
-    from tracer.engine import Engine, Options
+    from tracer.engine import Engine
     from tracer.metrics import SnapshotCollector
+    from tracer.plan import Options
     from tracer.server import Server
     from tracer.tracer import Tracer, loaded_module
 

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from tracer.errors import MsrtraceError
 from tracer.livepatch import IMAGE, LIVEPATCHES, Livepatch, read_livepatches
+from tracer.symbol_name import plain_name
 
 KALLSYMS = Path("/proc/kallsyms")
 
@@ -49,16 +50,6 @@ _NAMED = (
     b" kvm_vm_ioctl_set_msr_filter",
     *(f" {name}\n".encode() for names in TRAMPOLINES.values() for name in names),
 )
-
-
-def plain_name(symbol: str) -> str:
-    """What a function is called in the source: the name of its SYMBOL without what compilers append.
-
-    `.isra.0`, `.constprop.0`, `.part.0`, `.cold`, `.localalias`, `.lto_priv.0` are GCC's, `.llvm.HASH`, `.__uniq.N`,
-    `.cfi`, `.specialized.N` and `$HASH` LLVM's. An identifier of C has neither `.` nor `$`, so all from the first of
-    them on is not the source's; cleanup_symbol_name(), kernel/kallsyms.c, argues like this.
-    """
-    return symbol.partition(".")[0].partition("$")[0] or symbol
 
 
 @dataclass(frozen=True, slots=True)

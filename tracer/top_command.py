@@ -68,7 +68,8 @@ def top(  # noqa: PLR0917 (click passes them by name)
         if problem:
             raise MsrtraceError(problem)
 
-        from tracer.engine import Engine, Options
+        from tracer.engine import Engine
+        from tracer.plan import Options
         from tracer.top import Sampler
         from tracer.top_view import View
         from tracer.tracer import Tracer

@@ -40,7 +40,7 @@ from metrics_text import Metrics
 
 from tracer.btf import Btf
 from tracer.compiler import compiled
-from tracer.engine import BACKENDS
+from tracer.plan import BACKENDS
 from tracer.program import Program, Target, Variant, folder, load
 from tracer.syscalls import attach_probe, attach_tracing
 

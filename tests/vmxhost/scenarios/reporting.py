@@ -9,7 +9,8 @@ from typing import Any
 from guest import OUT, load, output_of
 
 from tracer.doctor import Machine
-from tracer.engine import Engine, Options
+from tracer.engine import Engine
+from tracer.plan import Options
 from tracer.record import record
 from tracer.reportfile import encode
 from tracer.reporting import Circumstances, make
