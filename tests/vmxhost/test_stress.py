@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import CPUS, NO_FENTRY, PREEMPTIBLE, Collected
+from kerneltracer import CALLS
 from metrics_text import Metrics, nonzero
 from stress import RUNS
 from witness import Counts, recorded
@@ -43,6 +44,8 @@ def check_counts(collected: Collected, run: str) -> None:
     if run == "fentry" and after.lost():
         assert re.search(r"\((full|lazy)\)", found["model"])
         assert not nonzero(calls - counts.calls)  # a lower bound, and it says so
+        missed = {labels["function"]: value for labels, value in after.named("msrtrace_probe_missed_total")}
+        assert counts.calls.total() - calls.total() == sum(missed[function] for function in CALLS if function in missed)
         assert updates <= counts.updates
         return
     assert nonzero(calls) == nonzero(counts.calls)
