@@ -180,7 +180,7 @@ def test_a_host_on_both_sides_is_refused(base: str) -> None:
     stored = together(agent("kvm1"), agent("kvm2", updates=40))
     with (
         serving(storing(stored, BIG)) as url,
-        pytest.raises(MsrtraceError, match=r'host="kvm1".* is one msrtrace and on both sides'),
+        pytest.raises(MsrtraceError, match=r'host="kvm1".*: one msrtrace is on both sides'),
     ):
         compared(Prometheus(url), [[base], ['host="kvm1"']], 3600, BIG)
 
@@ -239,4 +239,4 @@ def test_fleets_on_the_command_line(main: Main) -> None:
         status, out, err = main("compare", "--prometheus", url, "--base", 'patch="old"', "--new", "")
         assert (status, out) == (1, "")
         assert err.startswith("msrtrace: error: {")
-        assert err.endswith("on both sides of the comparison: select it for one of them\n")
+        assert err.endswith(": one msrtrace is on both sides of the comparison; select it by a label for one of them\n")

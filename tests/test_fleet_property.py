@@ -79,7 +79,7 @@ class Host:
     runs: list[Run]
     copies: list[dict[str, str]]  # the labels that each copy of it has more
     federated: bool  # a server above stores it, too, under its own labels
-    relabel: tuple[int, dict[str, str], dict[str, str]] | None  # from a tick on; labels before, and after
+    relabel: tuple[int, int, dict[str, str], dict[str, str]] | None  # between two ticks; labels outside, and inside
     pods: bool  # a restart changes the label `pod`
     seen: list[list[bool]]  # by copy: in which ticks a scrape succeeds
     late: list[float]  # by tick: seconds that scrapes are late
@@ -95,7 +95,8 @@ class Host:
         """Of its target, as COPY has them."""
         labels = {**self.target, **self.copies[copy], "patch": self.patch}
         if self.relabel:
-            labels |= self.relabel[1] if tick < self.relabel[0] else self.relabel[2]
+            since, until, outside, inside = self.relabel
+            labels |= inside if since <= tick < until else outside
         if self.pods:
             labels["pod"] = f"msrtrace-{self.run_at(tick)}"
         if self.collides:
@@ -200,20 +201,23 @@ def hosts(draw: st.DrawFn, number: int, plain: bool, agents: bool, start_stored:
     relabel = draw(
         st.none()
         | st.tuples(
-            st.integers(1, TICKS - 1),
+            st.integers(0, TICKS),
+            st.just(TICKS) | st.integers(0, TICKS),
             st.sampled_from([({}, {"dc": "eu"}), ({"dc": "eu"}, {}), ({"dc": "eu"}, {"dc": "us"})]),
         )
     )
-    added = draw(st.sampled_from([0, 0, 0, 4]))
+    added = draw(st.sampled_from([0, 0, 0, 4])) if not equal_starts else 0
     missed = st.lists(st.sampled_from([True, True, True, False]), min_size=TICKS, max_size=TICKS)
     seen = [[ok and tick >= added for tick, ok in enumerate(draw(missed))] for _ in copies]
+    if equal_starts:  # by chance: one that comes just when another goes could not be told from one that is renamed
+        seen = [[True, *ticks[1:-1], True] for ticks in seen]
     return Host(
         target=target,
         patch=draw(st.sampled_from(["a", "b"])),
         runs=runs,
         copies=copies,
         federated=draw(st.sampled_from([False, False, True])),
-        relabel=(relabel[0], *relabel[1]) if relabel else None,
+        relabel=(*relabel[:2], *relabel[2]) if relabel else None,
         pods=draw(st.sampled_from([False, False, True])),
         seen=seen,
         late=draw(st.lists(st.sampled_from([0.0, 0.0, 6.5]), min_size=TICKS, max_size=TICKS)),

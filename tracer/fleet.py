@@ -34,6 +34,7 @@ from tracer.targets import (
     Key,
     Stream,
     Target,
+    differing,
     host_family,
     innermost,
     machine,
@@ -157,9 +158,11 @@ def _of_side(found: Sequence[_Grown], matched: Sequence[Mapping[Target, Stream]]
         targets = {run.target for run in one.process.runs}
         sides = [place for place, side in enumerate(matched) if not targets.isdisjoint(side)]
         if len(sides) > 1 and one.counted:
-            apart = " and ".join(selector(target) for target in sorted(targets))
+            labels = sorted({name for target in targets for name in differing(target, min(targets))})
+            under = f" under several labels ({', '.join(labels)})" if labels else ""
             raise MsrtraceError(
-                f"{apart} is one msrtrace and on both sides of the comparison: select it for one of them"
+                f"{' and '.join(map(selector, sorted(targets)))}: one msrtrace{under} is on both sides of the "
+                "comparison; select it by a label for one of them"
             )
         if number in sides:
             result.append(one)
@@ -284,7 +287,7 @@ def _report(title: str, host: _Host) -> Report:
 def _copies(title: str, process: Process) -> list[str]:
     """Notes on a process that is stored under several sets of labels."""
     targets = sorted({run.target for run in process.runs})
-    apart = sorted({name for target in targets for name, _ in set(target) ^ set(targets[0])})
+    apart = sorted({name for target in targets for name in differing(target, targets[0])})
     if not apart:
         return []
     if set(apart) <= REPLICA_LABELS:

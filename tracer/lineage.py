@@ -10,18 +10,16 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import inf
 from statistics import median
 
 from tracer.errors import MsrtraceError
+from tracer.increase import increases
 from tracer.runs import COUNTERS, Run
 from tracer.targets import (
-    CALLS,
-    LOSSES,
     MACHINE_LABELS,
     PER_VM,
-    REDUNDANT,
     REPLICA_LABELS,
     START,
     UPDATES,
@@ -36,8 +34,10 @@ from tracer.targets import (
 #: A scrape takes this long at most (scrape_timeout's default): a counter read by two servers at that distance may be
 #: stored in the wrong order. It takes a fraction of a second usually.
 _SCRAPE_SECONDS, _USUAL_SCRAPE_SECONDS = 10.0, 1.0
+#: A federated copy without the times of its samples (`honor_timestamps: false`) is at most --query.lookback-delta old.
+_FEDERATION_SECONDS = 300.0
 #: Clocks of hosts and servers that differ by more than this are wrong.
-_SKEW_SECONDS = 60.0
+_SKEW_SECONDS = 5.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class Process:
 
     def increases(self) -> dict[Key, float]:
         """By how much each counter grew in the window. Raises MsrtraceError where that cannot be told."""
-        return _increases(self.runs, self.from_zero)
+        return increases(self.runs, self.from_zero)
 
 
 class _Relation(Enum):
@@ -87,6 +87,7 @@ def processes(runs: Sequence[Run], begin: float) -> list[Process]:
     """
     ordered = sorted(runs, key=lambda run: (run.first, run.target))
     pairs = {(a, b): _relation(ordered[a], ordered[b]) for a, b in _candidates(ordered)}
+    _settle_survivals(ordered, pairs)
     _settle_successions(ordered, pairs)
     groups = _groups(len(ordered), (pair for pair, relation in pairs.items() if relation is _Relation.SAME))
     group_of = {index: number for number, group in enumerate(groups) for index in group}
@@ -119,24 +120,39 @@ def _relation(one: Run, other: Run) -> _Relation:
     if one.target == other.target or _hosts_differ(one, other):
         return _Relation.DIFFERENT
     known = one.start is not None and other.start is not None
-    if one.last < other.first:
+    if one.last < other.first or _take_turns(one, other):
         return _succession(one, other) if known else _succession_without_start(one, other)
     if not known and machine(one.target) != machine(other.target):
         return _Relation.DIFFERENT
-    return _at_once(one, other)
+    return _at_once(one, other, known)
 
 
-def _at_once(one: Run, other: Run) -> _Relation:
-    """The relation of runs that were scraped at the same time."""
+def _at_once(one: Run, other: Run, known: bool) -> _Relation:
+    """The relation of runs that were scraped at the same time; KNOWN: they started at the same time."""
     disorder = _disorder(one, other)
-    if disorder and disorder[-1] > _SCRAPE_SECONDS:
+    replicas, federated = _replicas(one.target, other.target), _federated(one.target, other.target)
+    if disorder and disorder[-1] > (_FEDERATION_SECONDS if federated and not replicas else _SCRAPE_SECONDS):
         return _Relation.DIFFERENT
-    if _copies(one.target, other.target):
+    if replicas or federated:
         usual = not disorder or (disorder[0] > 0 and disorder[-1] <= _USUAL_SCRAPE_SECONDS)
         return _Relation.SAME if usual else _Relation.UNSURE
     if (disorder and disorder[0] == 0) or _own_scrapes(one, other):
         return _Relation.DIFFERENT
-    return _Relation.UNSURE
+    more = known and _extends(one.target, other.target) and set(one.scrapes).isdisjoint(other.scrapes)
+    return _Relation.SAME if more and not disorder else _Relation.UNSURE
+
+
+def _take_turns(one: Run, other: Run) -> bool:
+    """Whether one was scraped only while the other was not, as of a label that came and went."""
+    gaps = [median(b - a for a, b in pairwise(run.scrapes)) for run in (one, other) if len(run.scrapes) > 1]
+    times = [(time, True) for time in one.scrapes] + [(time, False) for time in other.scrapes]
+    times.sort()
+    last: dict[bool, float] = {}
+    for (before, whose), (time, now) in pairwise(times):
+        last[whose] = before
+        if whose != now and now in last and time - last[now] < 1.5 * min(gaps, default=inf):
+            return False
+    return True
 
 
 def _succession(one: Run, other: Run) -> _Relation:
@@ -152,7 +168,8 @@ def _succession_without_start(one: Run, other: Run) -> _Relation:
     """The relation of OTHER to ONE, which ended before, where a start is not stored."""
     disorder = _disorder(one, other)
     if other.new:  # than another run with its labels
-        return _Relation.UNSURE if _copies(one.target, other.target) and not disorder else _Relation.DIFFERENT
+        elsewhere = disorder or machine(one.target) != machine(other.target)
+        return _Relation.DIFFERENT if elsewhere else _Relation.UNSURE
     if _extends(one.target, other.target):
         return _Relation.UNSURE if disorder else _Relation.SAME
     return _Relation.DIFFERENT if disorder else _Relation.UNSURE
@@ -167,13 +184,16 @@ def _hosts_differ(one: Run, other: Run) -> bool:
     )
 
 
-def _copies(one: Target, other: Target) -> bool:
-    """Whether the labels say that one target was scraped twice: by replicas, or by a server and a federating one."""
+def _replicas(one: Target, other: Target) -> bool:
+    """Whether the labels say that replicas scraped one target."""
+    return set(differing(one, other)) <= REPLICA_LABELS
+
+
+def _federated(one: Target, other: Target) -> bool:
+    """Whether the labels say that one is a copy by a federating server, which renamed labels of the target."""
     inner, outer = innermost(one), innermost(other)
     apart = {name for name in inner.keys() | outer.keys() if inner.get(name) != outer.get(name)}
-    if set(differing(one, other)) <= REPLICA_LABELS:
-        return True
-    for renamed, plain, labels in ((one, outer, inner), (other, inner, outer)):
+    for renamed, labels, plain in ((one, inner, outer), (other, outer, inner)):
         if any(name.startswith("exported_") for name, _ in renamed) and "instance" in plain:
             more = labels.keys() - plain.keys()  # of the federating server
             if apart <= REPLICA_LABELS | more:
@@ -233,6 +253,16 @@ def _behind(key: Key, ahead: Run, behind: Run) -> Iterable[float]:
             yield time - counted.times[more]
 
 
+def _settle_survivals(runs: Sequence[Run], pairs: dict[tuple[int, int], _Relation]) -> None:
+    """A run does not continue under another value of a label while its own labels are those of another process."""
+    for (a, b), found in pairs.items():
+        one, other = runs[a], runs[b]
+        survived = any(run.target == one.target and one.last < run.first <= other.last for run in runs)
+        changed = one.last < other.first and not _extends(one.target, other.target)
+        if found is _Relation.SAME and survived and changed:
+            pairs[a, b] = _Relation.DIFFERENT
+
+
 def _settle_successions(runs: Sequence[Run], pairs: dict[tuple[int, int], _Relation]) -> None:
     """Of several runs that may continue one, or that one may continue, keep those with the nearest labels.
 
@@ -290,7 +320,7 @@ def _groups(count: int, same: Iterable[tuple[int, int]]) -> list[list[int]]:
 def _process(runs: Sequence[Run], begin: float) -> Process:
     start = next((run.start for run in runs if run.start is not None), None)
     inside = start is not None and start > begin
-    follows = min(runs, key=lambda run: run.first).new
+    follows = any(run.new for run in runs)
     counted = any(samples.values[0] for samples in runs[0].counters.values())
     if start is not None and inside and not follows and start > runs[0].first + _SKEW_SECONDS and counted:
         raise MsrtraceError(
@@ -320,7 +350,9 @@ def _check_beginnings(found: Sequence[Process]) -> None:
     usual = median(gaps) if gaps else inf
     for process in found:
         run = process.runs[0]
-        late = process.first - begun > 2 * usual
+        late = process.first - begun > 1.5 * usual or any(
+            machine(other.target) == machine(run.target) and other.last < run.first for p in found for other in p.runs
+        )
         if late and process.start is None and not process.from_zero:
             counted = next(
                 (key for key, samples in run.counters.items() if key[0] in COUNTERS and samples.values[0]), None
@@ -330,50 +362,6 @@ def _check_beginnings(found: Sequence[Process]) -> None:
                     f"{counted[0]}{selector(run.target)} begins in the middle of the window, and without {START}, "
                     "which is not stored, since when it counted cannot be told"
                 )
-
-
-def _increases(runs: Sequence[Run], from_zero: bool) -> dict[Key, float]:
-    keys = {key for run in runs for key in run.counters}
-    return {key: _increase(runs, key, from_zero) for key in keys}
-
-
-def _increase(runs: Sequence[Run], key: Key, from_zero: bool) -> float:
-    """By how much the counter KEY of a process grew from the first of its scrapes to the last."""
-    parts = [run.counters[key] for run in runs if key in run.counters]
-    first, value = min((samples.times[0], samples.values[0]) for samples in parts)
-    last = max(samples.values[-1] for samples in parts)
-    if from_zero or not value or _came(runs, key, first):
-        return last
-    return last - value
-
-
-def _came(runs: Sequence[Run], key: Key, first: float) -> bool:
-    """Whether the counter KEY, FIRST seen then, did not exist at a scrape before: it is there from its first call on.
-
-    Raises MsrtraceError where it was only not stored.
-    """
-    metric = key[0]
-    earlier = [run for run in runs if run.first < first]
-    if not earlier:
-        return False
-    if metric in LOSSES:
-        return True  # those of a map or a function, that came with another program
-    if metric in (CALLS, REDUNDANT):
-        if any(time < first for run in earlier for time in run.family_times.get(metric, ())[:1]):
-            return True
-        if not any(_called(run, first) for run in earlier):
-            return True
-    raise MsrtraceError(
-        f"{metric}{selector(earlier[0].target)} is not stored from the first scrape on, so what it counted in the "
-        "window cannot be told"
-    )
-
-
-def _called(run: Run, before: float) -> bool:
-    """Whether calls had been made at a scrape BEFORE then: some are counted, or filter updates, which make calls."""
-    updates = run.counters.get((UPDATES, ()))
-    updated = updates and any(t < before and v > 0 for t, v in zip(updates.times, updates.values, strict=True))
-    return bool(updated or any(time < before for time in run.family_times.get(CALLS, ())[:1]))
 
 
 def _shown(run: Run) -> str:
