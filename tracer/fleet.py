@@ -12,30 +12,21 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from tracer.errors import MsrtraceError
-from tracer.layout import LAYOUTS
+from tracer.fleet_counts import Grown, check_complete, snapshot
 from tracer.lineage import Process, processes
 from tracer.prometheus_api import Prometheus, Series, seconds
 from tracer.report import Report
 from tracer.reporting import Circumstances, make
 from tracer.runs import runs
-from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
 from tracer.targets import (
-    ATTACHED,
-    BUCKETS,
-    CALLS,
     INFO,
     MACHINE_LABELS,
     OWN,
-    REDUNDANT,
     REPLICA_LABELS,
-    SECONDS,
     START,
-    UPDATES,
-    Key,
     Stream,
     Target,
     differing,
-    host_family,
     innermost,
     machine,
     selector,
@@ -57,30 +48,10 @@ class Fleet:
 
 
 @dataclass(frozen=True, eq=False)
-class _Grown:
-    """A process, and by how much its counters grew."""
-
-    process: Process
-    counters: Mapping[Key, float]
-
-    @property
-    def info(self) -> Mapping[str, str]:
-        return self.process.newest.info or {}
-
-    @property
-    def counted(self) -> bool:
-        return any(self.counters.values())
-
-    def family(self, metric: str) -> list[tuple[dict[str, str], float]]:
-        """The increases of a metric by its own labels."""
-        return [(dict(own), value) for (name, own), value in self.counters.items() if name == metric]
-
-
-@dataclass(frozen=True, eq=False)
 class _Host:
     """The processes of a host, oldest first, that traced one kernel in one way."""
 
-    grown: tuple[_Grown, ...]
+    grown: tuple[Grown, ...]
 
     @property
     def target(self) -> Target:
@@ -109,11 +80,11 @@ def compared(prometheus: Prometheus, sides: Sequence[Iterable[str]], window: int
             _add(stored, stream)
     begin = end - window
     found = [
-        _Grown(process, process.increases())
+        Grown(process, process.increases())
         for process in processes([run for stream in stored.values() for run in runs(stream, begin)], begin)
     ]
     for one in found:
-        _check_complete(one)
+        check_complete(one)
     hosts = [_hosts(_of_side(found, matched, number)) for number in range(len(matched))]
     titles = _titles([host for side in hosts for host in side])
     return Fleet([_reports(side, titles) for side in hosts], _warnings(found))
@@ -151,7 +122,7 @@ def _stored(prometheus: Prometheus, inside: str, window: int, end: float) -> dic
     return {name: prometheus.series(name, inside, window, end) for name in OWN}
 
 
-def _of_side(found: Sequence[_Grown], matched: Sequence[Mapping[Target, Stream]], number: int) -> list[_Grown]:
+def _of_side(found: Sequence[Grown], matched: Sequence[Mapping[Target, Stream]], number: int) -> list[Grown]:
     """The processes that the selectors of side NUMBER match. Raises MsrtraceError if one is on another side, too."""
     result = []
     for one in found:
@@ -169,39 +140,17 @@ def _of_side(found: Sequence[_Grown], matched: Sequence[Mapping[Target, Stream]]
     return result
 
 
-def _check_complete(one: _Grown) -> None:
-    """Raises MsrtraceError if counts of ONE are not stored that its other counts need."""
-    target, info = one.process.newest.target, one.process.newest.info
-
-    def refuse(metric: str, why: str) -> MsrtraceError:
-        return MsrtraceError(f"{metric}{selector(target)} is not stored: {why}")
-
-    for run in one.process.runs:
-        for metric in run.split:
-            raise refuse(host_family(metric), "the series by VM that are stored lose what VMs counted that ended")
-    if not one.counted:
-        return
-    if info is None:
-        raise refuse(INFO, "without it the kernel and what msrtrace could see of it are not known")
-    calls = sum(value for _, value in one.family(CALLS))
-    if calls and info.get("redundancy") == "exact" and not one.family(REDUNDANT):
-        raise refuse(REDUNDANT, "which calls changed nothing cannot be told without it")
-    updates = sum(value for _, value in one.family(UPDATES))
-    layout = next((known for known in LAYOUTS if known.name == info.get("layout")), None)
-    if updates and layout and layout.calls and not one.family(CALLS) and all(_attached([one]).values()):
-        raise refuse(CALLS, "filter updates were counted, and each makes calls")
-
-
-def _hosts(found: Sequence[_Grown]) -> list[_Host]:
+def _hosts(found: Sequence[Grown]) -> list[_Host]:
     """The processes FOUND by host, and by kernel where a host had several, in the order of their labels."""
     ordered = sorted(found, key=lambda one: (one.process.first, one.process.newest.target))
-    leader: dict[int, int] = {}
+    leader: list[int] = []
+    latest: dict[Target, int] = {}  # the newest process with those labels
     for index, one in enumerate(ordered):
-        before = [place for place in range(index) if _shares_target(ordered[place], one)]
-        if not before:
-            before = _restarted(ordered, index)
-        leader[index] = leader[before[-1]] if before else index
-    hosts: dict[tuple[int, str, str, str], list[_Grown]] = defaultdict(list)
+        targets = {run.target for run in one.process.runs}
+        before = [latest[target] for target in sorted(targets) if target in latest] or _restarted(ordered, index)
+        leader.append(leader[before[-1]] if before else index)
+        latest |= dict.fromkeys(targets, index)
+    hosts: dict[tuple[int, str, str, str], list[Grown]] = defaultdict(list)
     for index, one in enumerate(ordered):
         kind = tuple(one.info.get(name, "") for name in ("kernel", "layout", "redundancy"))
         hosts[leader[index], *kind].append(one)  # type: ignore[index]
@@ -213,11 +162,7 @@ def _order(host: _Host) -> tuple[str, str, Target, float]:
     return labels.get("job", ""), labels.get("instance", ""), host.target, host.grown[0].process.first
 
 
-def _shares_target(one: _Grown, other: _Grown) -> bool:
-    return not {run.target for run in one.process.runs}.isdisjoint(run.target for run in other.process.runs)
-
-
-def _restarted(ordered: Sequence[_Grown], index: int) -> list[int]:
+def _restarted(ordered: Sequence[Grown], index: int) -> list[int]:
     """The one process before number INDEX that it may be, restarted under another label, as of its pod; or none."""
     new = ordered[index].process
     if not new.from_zero:
@@ -274,7 +219,7 @@ def _report(title: str, host: _Host) -> Report:
     for one in host.grown:
         notes += _copies(title, one.process)
     return make(
-        _snapshot(info, host.grown),
+        snapshot(info, host.grown),
         Circumstances(kernel=info.get("kernel", "?"), version="", cpu="", kvm_intel={}),
         started=datetime.fromtimestamp(first, UTC),
         duration=last - first,
@@ -295,7 +240,7 @@ def _copies(title: str, process: Process) -> list[str]:
     return [f"{title}: one msrtrace under several labels ({', '.join(apart)}), counted once"]
 
 
-def _warnings(found: Sequence[_Grown]) -> list[str]:
+def _warnings(found: Sequence[Grown]) -> list[str]:
     unknown = Counter(machine(one.process.newest.target) for one in found if one.process.start is None and one.counted)
     if not unknown:
         return []
@@ -304,103 +249,3 @@ def _warnings(found: Sequence[_Grown]) -> list[str]:
         f"{START} is not stored of {names}: counts are from the first scrape in the window on, and a restart of "
         "msrtrace is seen only if a counter is lower than before at the next scrape"
     ]
-
-
-def _attached(grown: Sequence[_Grown]) -> dict[str, bool]:
-    """Whether each function was probed all the time."""
-    result: dict[str, bool] = {}
-    for one in grown:
-        for run in one.process.runs:
-            for (metric, own), samples in run.gauges.items():
-                if metric == ATTACHED:
-                    function = dict(own).get("function", "")
-                    result[function] = result.get(function, True) and all(samples.values)
-    return result
-
-
-def _snapshot(info: Mapping[str, str], grown: Sequence[_Grown]) -> Snapshot:
-    layout = next((known for known in LAYOUTS if known.name == info.get("layout")), None)
-    exact = info.get("redundancy") == "exact"
-
-    def family(metric: str) -> list[tuple[dict[str, str], float]]:
-        return [pair for one in grown for pair in one.family(metric)]
-
-    redundant: dict[tuple[str, ...], int] = defaultdict(int)
-    for labels, value in family(REDUNDANT):
-        redundant[_key(labels)] += round(value)
-    calls: dict[tuple[str, ...], int] = defaultdict(int)
-    for labels, value in family(CALLS):
-        calls[_key(labels)] += round(value)
-    missed, updates = family("msrtrace_probe_missed_total"), family(UPDATES)
-    return Snapshot(
-        layout=info.get("layout", "?"),
-        redundancy="exact" if exact else "unknown",
-        backend=info.get("backend", "?"),
-        calls={
-            _call(key): _outcome(key[1], count, redundant.get(key, 0) if exact else None)
-            for key, count in calls.items()
-            if count
-        },
-        updates={0: Durations(_sum(updates), sum(v for _, v in family(SECONDS)), _buckets(family(BUCKETS)))}
-        if updates
-        else {},
-        probes=tuple(
-            Probe(function, None, attached, "", _sum(missed, "function", function))
-            for function, attached in _attached(grown).items()
-        ),
-        maps=tuple(
-            Map(labels.get("map", ""), 0, 0, round(value)) for labels, value in family("msrtrace_dropped_updates_total")
-        ),
-        unpaired_returns=_sum(family("msrtrace_unpaired_returns_total")),
-        read_failures=_sum(family("msrtrace_read_failures_total")),
-        reattached=_sum(family("msrtrace_reattachments_total")),
-        calls_observable=bool(layout is None or layout.calls),
-        updates_observable=bool(updates),
-    )
-
-
-def _key(labels: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(labels.get(name, "") for name in ("msr", "access", "action", "cause"))
-
-
-def _call(key: tuple[str, ...]) -> Call:
-    msr, access, action, cause = key
-    try:
-        return Call(int(msr, 16), access, action, cause, caller="")
-    except ValueError:
-        raise _foreign("msr", msr) from None
-
-
-def _foreign(label: str, value: str) -> MsrtraceError:
-    return MsrtraceError(f"Prometheus has a series of another msrtrace: {label}={value!r}")
-
-
-def _outcome(access: str, calls: int, redundant: int | None) -> Outcome:
-    """The metrics have no count per bit; it follows, except of a call for both bits that changed something."""
-    if redundant is None:
-        return Outcome(calls)
-    changed = calls - redundant
-    read = changed if access == "read" else 0 if access == "write" or not changed else None
-    write = changed if access == "write" else 0 if access == "read" or not changed else None
-    return Outcome(calls, redundant, read, write)
-
-
-def _buckets(grown: Iterable[tuple[Mapping[str, str], float]]) -> tuple[int, ...]:
-    """Updates by duration, as Durations has them, of increases of the cumulative buckets."""
-    cumulative: dict[float, float] = defaultdict(float)
-    for labels, value in grown:
-        le = labels.get("le", "")
-        try:
-            cumulative[float(le)] += value
-        except ValueError:
-            raise _foreign("le", le) from None
-    buckets, below = [], 0.0
-    for bound in (*DURATION_BOUNDS, float("inf")):
-        now = next((v for le, v in cumulative.items() if le == bound or abs(le - bound) < 1e-9 * bound), below)
-        buckets.append(max(0, round(now - below)))
-        below = max(now, below)
-    return tuple(buckets)
-
-
-def _sum(series: Iterable[tuple[Mapping[str, str], float]], label: str = "", wanted: str = "") -> int:
-    return round(sum(value for labels, value in series if not label or labels.get(label) == wanted))

@@ -16,7 +16,7 @@ from statistics import median
 
 from tracer.errors import MsrtraceError
 from tracer.increase import increases
-from tracer.runs import COUNTERS, Run
+from tracer.runs import Run
 from tracer.targets import (
     MACHINE_LABELS,
     PER_VM,
@@ -27,7 +27,6 @@ from tracer.targets import (
     Target,
     differing,
     innermost,
-    machine,
     selector,
 )
 
@@ -122,7 +121,7 @@ def _relation(one: Run, other: Run) -> _Relation:
     known = one.start is not None and other.start is not None
     if one.last < other.first or _take_turns(one, other):
         return _succession(one, other) if known else _succession_without_start(one, other)
-    if not known and machine(one.target) != machine(other.target):
+    if not known and one.machine != other.machine:
         return _Relation.DIFFERENT
     return _at_once(one, other, known)
 
@@ -144,13 +143,15 @@ def _at_once(one: Run, other: Run, known: bool) -> _Relation:
 
 def _take_turns(one: Run, other: Run) -> bool:
     """Whether one was scraped only while the other was not, as of a label that came and went."""
-    gaps = [median(b - a for a, b in pairwise(run.scrapes)) for run in (one, other) if len(run.scrapes) > 1]
-    times = [(time, True) for time in one.scrapes] + [(time, False) for time in other.scrapes]
-    times.sort()
+    missing = 1.5 * min(one.interval, other.interval)
+    place = bisect_right(one.scrapes, other.first)
+    if 0 < place < len(one.scrapes) and one.scrapes[place] - one.scrapes[place - 1] < missing:
+        return False  # as nearly always
     last: dict[bool, float] = {}
+    times = sorted([(time, True) for time in one.scrapes] + [(time, False) for time in other.scrapes])
     for (before, whose), (time, now) in pairwise(times):
         last[whose] = before
-        if whose != now and now in last and time - last[now] < 1.5 * min(gaps, default=inf):
+        if whose != now and now in last and time - last[now] < missing:
             return False
     return True
 
@@ -168,7 +169,7 @@ def _succession_without_start(one: Run, other: Run) -> _Relation:
     """The relation of OTHER to ONE, which ended before, where a start is not stored."""
     disorder = _disorder(one, other)
     if other.new:  # than another run with its labels
-        elsewhere = disorder or machine(one.target) != machine(other.target)
+        elsewhere = disorder or one.machine != other.machine
         return _Relation.DIFFERENT if elsewhere else _Relation.UNSURE
     if _extends(one.target, other.target):
         return _Relation.UNSURE if disorder else _Relation.SAME
@@ -257,9 +258,9 @@ def _settle_survivals(runs: Sequence[Run], pairs: dict[tuple[int, int], _Relatio
     """A run does not continue under another value of a label while its own labels are those of another process."""
     for (a, b), found in pairs.items():
         one, other = runs[a], runs[b]
-        survived = any(run.target == one.target and one.last < run.first <= other.last for run in runs)
-        changed = one.last < other.first and not _extends(one.target, other.target)
-        if found is _Relation.SAME and survived and changed:
+        if found is not _Relation.SAME or one.last >= other.first or _extends(one.target, other.target):
+            continue
+        if any(run.target == one.target and one.last < run.first <= other.last for run in runs):
             pairs[a, b] = _Relation.DIFFERENT
 
 
@@ -344,24 +345,19 @@ def _check_beginnings(found: Sequence[Process]) -> None:
     if not found:
         return
     begun = min(process.first for process in found)
-    gaps = [
-        later - earlier for p in found for r in p.runs for earlier, later in zip(r.scrapes, r.scrapes[1:], strict=False)
-    ]
-    usual = median(gaps) if gaps else inf
+    usual = median(run.interval for process in found for run in process.runs)
+    ends: dict[str, float] = {}
+    for run in (run for process in found for run in process.runs):
+        ends[run.machine] = min(run.last, ends.get(run.machine, inf))
     for process in found:
         run = process.runs[0]
-        late = process.first - begun > 1.5 * usual or any(
-            machine(other.target) == machine(run.target) and other.last < run.first for p in found for other in p.runs
-        )
-        if late and process.start is None and not process.from_zero:
-            counted = next(
-                (key for key, samples in run.counters.items() if key[0] in COUNTERS and samples.values[0]), None
+        late = process.first - begun > 1.5 * usual or ends[run.machine] < run.first
+        counted = next((metric for (metric, _), samples in run.counters.items() if samples.values[0]), None)
+        if late and counted and process.start is None and not process.from_zero:
+            raise MsrtraceError(
+                f"{counted}{selector(run.target)} begins in the middle of the window, and without {START}, which is "
+                "not stored, since when it counted cannot be told"
             )
-            if counted:
-                raise MsrtraceError(
-                    f"{counted[0]}{selector(run.target)} begins in the middle of the window, and without {START}, "
-                    "which is not stored, since when it counted cannot be told"
-                )
 
 
 def _shown(run: Run) -> str:

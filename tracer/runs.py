@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 from math import inf
+from statistics import median
 
 from tracer.errors import MsrtraceError
 from tracer.prometheus_api import Samples
@@ -27,6 +28,7 @@ from tracer.targets import (
     Stream,
     Target,
     host_family,
+    machine,
     selector,
 )
 
@@ -61,6 +63,16 @@ class Run:
     def last(self) -> float:
         """The time of the last scrape."""
         return self.scrapes[-1]
+
+    @cached_property
+    def machine(self) -> str:
+        """The instance, as the server next to the target called it."""
+        return machine(self.target)
+
+    @cached_property
+    def interval(self) -> float:
+        """The usual time between two scrapes, in seconds; infinite if there was but one."""
+        return median(gaps) if (gaps := [b - a for a, b in pairwise(self.scrapes)]) else inf
 
     @cached_property
     def info(self) -> Mapping[str, str] | None:
