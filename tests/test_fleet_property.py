@@ -209,6 +209,10 @@ def hosts(draw: st.DrawFn, number: int, plain: bool, agents: bool, start_stored:
     added = draw(st.sampled_from([0, 0, 0, 4])) if not equal_starts else 0
     missed = st.lists(st.sampled_from([True, True, True, False]), min_size=TICKS, max_size=TICKS)
     seen = [[ok and tick >= added for tick, ok in enumerate(draw(missed))] for _ in copies]
+    late = [0.0, 0.0, 6.5]
+    if plain and relabel and 0 < relabel[0] < relabel[1] < TICKS:
+        # With other scrapes missing, one that came and went could not be told from a second target.
+        seen, late = [[tick >= added for tick in range(TICKS)] for _ in copies], [0.0, 0.0, 3.0]
     if equal_starts:  # by chance: one that comes just when another goes could not be told from one that is renamed
         seen = [[True, *ticks[1:-1], True] for ticks in seen]
     return Host(
@@ -220,7 +224,7 @@ def hosts(draw: st.DrawFn, number: int, plain: bool, agents: bool, start_stored:
         relabel=(*relabel[:2], *relabel[2]) if relabel else None,
         pods=draw(st.sampled_from([False, False, True])),
         seen=seen,
-        late=draw(st.lists(st.sampled_from([0.0, 0.0, 6.5]), min_size=TICKS, max_size=TICKS)),
+        late=draw(st.lists(st.sampled_from(late), min_size=TICKS, max_size=TICKS)),
         start_stored=start_stored,
         collides=draw(st.sampled_from([False, False, False, True])),
     )

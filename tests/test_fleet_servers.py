@@ -133,4 +133,4 @@ def test_hosts_with_one_instance_are_several(main: Main, url: str) -> None:
 def test_what_cannot_be_told_is_refused(main: Main, url: str) -> None:
     status, out, err = main("compare", "--prometheus", url, "--base", 'host="kvm2"', "--new", 'group="alike"')
     assert (status, out) == (1, "")
-    assert "differ in the label shard and their counts agree; select one of them, as with {shard=" in err
+    assert "differ in the label shard and their counts do not tell; select one of them, as with {shard=" in err

@@ -143,18 +143,25 @@ def _of_side(found: Sequence[Grown], matched: Sequence[Mapping[Target, Stream]],
 def _hosts(found: Sequence[Grown]) -> list[_Host]:
     """The processes FOUND by host, and by kernel where a host had several, in the order of their labels."""
     ordered = sorted(found, key=lambda one: (one.process.first, one.process.newest.target))
-    leader: list[int] = []
+    number: list[int] = []  # of its host, for each
     latest: dict[Target, int] = {}  # the newest process with those labels
     for index, one in enumerate(ordered):
         targets = {run.target for run in one.process.runs}
-        before = [latest[target] for target in sorted(targets) if target in latest] or _restarted(ordered, index)
-        leader.append(leader[before[-1]] if before else index)
+        before = [latest[target] for target in targets if target in latest]
+        before = before or _restarted([one.process for one in ordered], index, number)
+        same = {number[place] for place in before}
+        number = [index if host in same else host for host in number] if same else number
+        number.append(index)
         latest |= dict.fromkeys(targets, index)
-    hosts: dict[tuple[int, str, str, str], list[Grown]] = defaultdict(list)
-    for index, one in enumerate(ordered):
-        kind = tuple(one.info.get(name, "") for name in ("kernel", "layout", "redundancy"))
-        hosts[leader[index], *kind].append(one)  # type: ignore[index]
+    hosts: dict[tuple[int, Target], list[Grown]] = defaultdict(list)
+    for host, one in zip(number, ordered, strict=True):
+        hosts[host, _kind(one)].append(one)
     return sorted((_Host(tuple(grown)) for grown in hosts.values()), key=_order)
+
+
+def _kind(one: Grown) -> Target:
+    """What the counts of a report must have in common: the kernel, and what can be seen of it."""
+    return tuple((name, one.info.get(name, "?")) for name in ("kernel", "layout", "redundancy"))
 
 
 def _order(host: _Host) -> tuple[str, str, Target, float]:
@@ -162,21 +169,22 @@ def _order(host: _Host) -> tuple[str, str, Target, float]:
     return labels.get("job", ""), labels.get("instance", ""), host.target, host.grown[0].process.first
 
 
-def _restarted(ordered: Sequence[Grown], index: int) -> list[int]:
-    """The one process before number INDEX that it may be, restarted under another label, as of its pod; or none."""
-    new = ordered[index].process
-    if not new.from_zero:
-        return []
+def _restarted(ordered: Sequence[Process], index: int, number: Sequence[int]) -> list[int]:
+    """The process before number INDEX that it may be, restarted under another label, as of its pod; or none.
+
+    NUMBER says which of those before are of one host.
+    """
+    new = ordered[index]
 
     def follows(old: Process, new: Process) -> bool:
         apart = new.start is None or new.start > old.last - _OVERLAP_SECONDS
         return new.from_zero and old.last < new.first and apart and _same_machine(old.newest.target, new.runs[0].target)
 
-    found = [place for place in range(index) if follows(ordered[place].process, new)]
-    if len(found) != 1:
+    found = [place for place in range(index) if follows(ordered[place], new)]
+    if len({number[place] for place in found}) != 1:
         return []
-    rivals = [one for one in ordered if follows(ordered[found[0]].process, one.process)]
-    return found if len(rivals) == 1 else []
+    beside = (one for one in ordered if one is not new and one.first <= new.last and new.first <= one.last)
+    return [] if any(follows(ordered[found[-1]], one) for one in beside) else found
 
 
 def _same_machine(one: Target, other: Target) -> bool:
@@ -196,7 +204,7 @@ def _titles(hosts: Sequence[_Host]) -> dict[_Host, str]:
     for instance, same in by_instance.items():
         labels = [dict(host.target) for host in same]
         if len({host.target for host in same}) < len(same):
-            labels = [{"kernel": host.grown[-1].info.get("kernel", "?")} | dict(host.target) for host in same]
+            labels = [dict(_kind(host.grown[-1])) | dict(host.target) for host in same]
         names = sorted({name for one in labels for name in one})
         apart = [name for name in names if len({one.get(name) for one in labels}) > 1]
         for host, one in zip(same, labels, strict=True):

@@ -7,7 +7,7 @@ is guessed.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import combinations, pairwise
@@ -85,7 +85,10 @@ def processes(runs: Sequence[Run], begin: float) -> list[Process]:
     Raises MsrtraceError where that cannot be told and the sums depend on it.
     """
     ordered = sorted(runs, key=lambda run: (run.first, run.target))
-    pairs = {(a, b): _relation(ordered[a], ordered[b]) for a, b in _candidates(ordered)}
+    interval: dict[Target, float] = {}
+    for run in ordered:
+        interval[run.target] = min(run.interval, interval.get(run.target, inf))
+    pairs = {(a, b): _relation(ordered[a], ordered[b], interval) for a, b in _candidates(ordered)}
     _settle_survivals(ordered, pairs)
     _settle_successions(ordered, pairs)
     groups = _groups(len(ordered), (pair for pair, relation in pairs.items() if relation is _Relation.SAME))
@@ -96,7 +99,7 @@ def processes(runs: Sequence[Run], begin: float) -> list[Process]:
         if one is other and relation is _Relation.DIFFERENT:
             raise _ambiguous(ordered[a], ordered[b], "although others of these series are copies of one")
         if one is not other and relation is _Relation.UNSURE and _matters(one, other, begin):
-            raise _ambiguous(ordered[a], ordered[b], "and their counts agree")
+            raise _ambiguous(ordered[a], ordered[b], "and their counts do not tell")
     _check_beginnings(found)
     return found
 
@@ -114,12 +117,15 @@ def _candidates(runs: Sequence[Run]) -> Iterable[tuple[int, int]]:
         yield from (tuple(sorted((index, other))) for same in by_start.values() for other in same)  # type: ignore[misc]
 
 
-def _relation(one: Run, other: Run) -> _Relation:
-    """What two runs are to each other, ONE the first to be scraped; their starts are equal or not known."""
+def _relation(one: Run, other: Run, interval: Mapping[Target, float]) -> _Relation:
+    """What two runs are to each other, ONE the first to be scraped; their starts are equal or not known.
+
+    INTERVAL has the usual time between two scrapes of a target, in seconds.
+    """
     if one.target == other.target or _hosts_differ(one, other):
         return _Relation.DIFFERENT
     known = one.start is not None and other.start is not None
-    if one.last < other.first or _take_turns(one, other):
+    if one.last < other.first or _take_turns(one, other, min(interval[one.target], interval[other.target])):
         return _succession(one, other) if known else _succession_without_start(one, other)
     if not known and one.machine != other.machine:
         return _Relation.DIFFERENT
@@ -131,7 +137,8 @@ def _at_once(one: Run, other: Run, known: bool) -> _Relation:
     disorder = _disorder(one, other)
     replicas, federated = _replicas(one.target, other.target), _federated(one.target, other.target)
     if disorder and disorder[-1] > (_FEDERATION_SECONDS if federated and not replicas else _SCRAPE_SECONDS):
-        return _Relation.DIFFERENT
+        # Copies, one of which may hide a restart if starts are not stored; else two processes.
+        return _Relation.UNSURE if (replicas or federated) and not known else _Relation.DIFFERENT
     if replicas or federated:
         usual = not disorder or (disorder[0] > 0 and disorder[-1] <= _USUAL_SCRAPE_SECONDS)
         return _Relation.SAME if usual else _Relation.UNSURE
@@ -141,9 +148,9 @@ def _at_once(one: Run, other: Run, known: bool) -> _Relation:
     return _Relation.SAME if more and not disorder else _Relation.UNSURE
 
 
-def _take_turns(one: Run, other: Run) -> bool:
-    """Whether one was scraped only while the other was not, as of a label that came and went."""
-    missing = 1.5 * min(one.interval, other.interval)
+def _take_turns(one: Run, other: Run, interval: float) -> bool:
+    """Whether one was scraped only while scrapes of the other are missing, as of a label that came and went."""
+    missing = 1.5 * interval
     place = bisect_right(one.scrapes, other.first)
     if 0 < place < len(one.scrapes) and one.scrapes[place] - one.scrapes[place - 1] < missing:
         return False  # as nearly always
@@ -151,7 +158,7 @@ def _take_turns(one: Run, other: Run) -> bool:
     times = sorted([(time, True) for time in one.scrapes] + [(time, False) for time in other.scrapes])
     for (before, whose), (time, now) in pairwise(times):
         last[whose] = before
-        if whose != now and now in last and time - last[now] < missing:
+        if whose != now and (time - before < 0.5 * interval or time - last.get(now, -inf) < missing):
             return False
     return True
 
