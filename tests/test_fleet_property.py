@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,6 +20,8 @@ NOW = 1_700_000_000.0
 WINDOW, INTERVAL, TICKS = 600, 15.0, 12
 FIRST_SCRAPE = NOW - TICKS * INTERVAL
 KINDS = ("0x10", "0x48", "0x174")
+#: Stores a sample: metric, labels of the target, labels of its own, time, value.
+Put = Callable[[str, Mapping[str, str], Mapping[str, str], float, float], None]
 EXAMPLES = int(os.environ.get("MSRTRACE_EXAMPLES", "300"))
 
 
@@ -126,9 +128,8 @@ class Host:
         for (metric, named), samples in series.items():
             stored.setdefault(metric, []).append((dict(named), samples))
 
-    def show(self, run: Run, tick: int, labels: Mapping[str, str], time: float, put: object) -> None:
+    def show(self, run: Run, tick: int, labels: Mapping[str, str], time: float, put: Put) -> None:
         """One scrape of RUN."""
-        assert callable(put)
         shown = run.at(tick)
         info = {"layout": "toggle", "redundancy": "exact", "kernel": "6.1", "version": "1", "backend": "kprobe"}
         put("msrtrace_build_info", labels, info, time, 1)
@@ -267,7 +268,7 @@ def made(fleet: list[Host]) -> dict[str, tuple[int, int]]:
     return result
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(60 + EXAMPLES)
 @settings(max_examples=EXAMPLES)
 @given(fleets(plain=True))
 def test_a_fleet_whose_starts_are_stored_is_counted_exactly_and_never_refused(fleet: list[Host]) -> None:
@@ -280,7 +281,7 @@ def test_a_fleet_whose_starts_are_stored_is_counted_exactly_and_never_refused(fl
         assert number >= sum(host.patch == group and host.made()[1] > 0 for host in fleet)
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(60 + EXAMPLES)
 @settings(max_examples=EXAMPLES)
 @given(fleets(plain=False))
 def test_any_fleet_is_counted_exactly_or_refused(fleet: list[Host]) -> None:

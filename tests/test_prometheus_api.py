@@ -20,6 +20,7 @@ NOW = 1_000_000.0
         (400, b'{"status":"error","error":"parse error: unexpected }"}', "refuses: parse error: unexpected }"),
         (404, b"<html>not here</html>", "refuses: 404"),
         (200, b"<html>a proxy</html>", "cannot ask Prometheus"),
+        (200, b"[" * 100_000, "cannot ask Prometheus"),
         (200, b'{"status":"error"}', "does not answer as a Prometheus does"),
         (200, b"[]", "does not answer as a Prometheus does"),
         (200, b'{"status":"success","data":{"result":[]}}', "stored nothing of msrtrace for {a} in the last 60 s"),

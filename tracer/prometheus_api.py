@@ -107,7 +107,7 @@ class Prometheus:
                 said = json.load(answer)
         except urllib.error.HTTPError as error:
             raise MsrtraceError(f"Prometheus at {self.url} refuses: {_reason(error)}") from None
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
             why = getattr(error, "reason", error)
             raise MsrtraceError(f"cannot ask Prometheus at {self.url}: {why}") from None
         if not isinstance(said, dict) or said.get("status") != "success":
