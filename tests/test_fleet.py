@@ -138,13 +138,17 @@ def agent(name: str, *, updates: int = 100, enables: int = 0, start: float | Non
     return made_up({**LOCAL, "host": name, **more}, TIMES, updates=updates, enables=enables, start=start)
 
 
-def test_hosts_with_one_instance_are_told_apart_by_another_label() -> None:
-    """What was one host of 1,140 updates."""
-    stored = together(agent("kvm1"), agent("kvm2", updates=40, enables=17))
-    assert counted(stored, BIG) == {
-        '127.0.0.1:9753 (host="kvm1")': (100, 1300),
-        '127.0.0.1:9753 (host="kvm2")': (40, 1200),
-    }
+@pytest.mark.parametrize("start", [OLD, None])
+@pytest.mark.parametrize("label", ["host", "cluster", "pod", "exported_instance"])
+def test_hosts_with_one_instance_are_told_apart_by_another_label(label: str, start: float | None) -> None:
+    """What was one host of 1,140 updates: each agent scrapes at moments of its own."""
+    first = made_up({**LOCAL, label: "kvm1"}, TIMES, start=start)
+    later = [time + 3 for time in TIMES]
+    second = made_up({**LOCAL, label: "kvm2"}, later, updates=40, enables=17, start=start)
+    found = counted(together(first, second), BIG + 3)
+    assert list(found.values()) == [(100, 1300), (40, 1200)]
+    titled = [f'{LOCAL["instance"]} ({label}="{name}")' for name in ("kvm1", "kvm2")]
+    assert list(found) == (["kvm1", "kvm2"] if label == "exported_instance" else titled)
 
 
 def test_titles_have_the_labels_that_differ_and_no_others() -> None:

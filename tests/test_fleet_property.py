@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 from fleets import CALLS, REDUNDANT, START, UPDATES, Stored, matches
@@ -161,12 +162,15 @@ class Host:
 
     @property
     def hides_a_restart(self) -> bool:
-        """Whether it restarted, and everything passed its old count by the next scrape: only the start shows that."""
-        for before, after in zip(sorted(self.scraped), sorted(self.scraped)[1:], strict=False):
-            old = self.runs[before].at(max(self.scraped[before]))
-            new = self.runs[after].at(min(self.scraped[after]))
-            if new.updates >= old.updates and all(new.calls.get(k, 0) >= v for k, v in old.calls.items()):
-                return True
+        """Whether a copy of it saw, after a restart, no count below the old one: only the start tells."""
+        for seen in self.seen:
+            ticks = [tick for tick in range(TICKS) if seen[tick]]
+            for before, after in pairwise(ticks):
+                old, new = self.runs[self.run_at(before)], self.runs[self.run_at(after)]
+                was, now = old.at(before), new.at(after)
+                kept = all(now.calls.get(kind, 0) >= count for kind, count in was.calls.items())
+                if old is not new and now.updates >= was.updates and kept:
+                    return True
         return False
 
 
@@ -174,7 +178,7 @@ class Host:
 def hosts(draw: st.DrawFn, number: int, plain: bool, agents: bool, start_stored: bool) -> Host:
     """One host of a fleet; PLAIN: nothing about it is ambiguous."""
     equal_starts = not plain and draw(st.booleans())
-    began = NOW - 50_000 - (0 if equal_starts else 7 * number)
+    began = NOW - 50_000 - (0 if equal_starts else 7 * (number + 1))
     idle = draw(st.sampled_from([False, False, False, True]))
     most = 0 if idle else draw(st.sampled_from([2, 40]))
     kinds = {kind: draw(st.sampled_from([-1, -1, 0, 5])) for kind in KINDS}

@@ -110,6 +110,13 @@ def test_a_host_that_goes_and_one_that_comes() -> None:
     assert sorted(counted(together(gone, come), NOW).values()) == [(20, 20 * 13), (25, 25 * 13)]
 
 
+def test_a_host_that_goes_and_one_with_far_higher_counts_that_comes_are_refused() -> None:
+    """Their starts are equal, by chance or because one was renamed; then it was very busy just then."""
+    come = only(host({**LOCAL, "host": "kvm2"}, SCRAPES, before=5000, start=OLD), MIDDLE, NOW)
+    with pytest.raises(MsrtraceError, match="they differ in the label host"):
+        counted(together(only(one(host="kvm1"), SCRAPES[0], SCRAPES[1]), come), NOW)
+
+
 # One process that is scraped several times
 
 

@@ -20,13 +20,16 @@ from tracer.runs import Run
 from tracer.targets import (
     MACHINE_LABELS,
     PER_VM,
-    REPLICA_LABELS,
     START,
     UPDATES,
     Key,
     Target,
     differing,
+    distance,
+    extends,
+    federated,
     innermost,
+    replicas,
     selector,
 )
 
@@ -35,6 +38,8 @@ from tracer.targets import (
 _SCRAPE_SECONDS, _USUAL_SCRAPE_SECONDS = 10.0, 1.0
 #: A federated copy without the times of its samples (`honor_timestamps: false`) is at most --query.lookback-delta old.
 _FEDERATION_SECONDS = 300.0
+#: A counter that grew this many times as fast while its labels changed may be another one.
+_LEAP = 10.0
 #: Clocks of hosts and servers that differ by more than this are wrong.
 _SKEW_SECONDS = 5.0
 
@@ -135,16 +140,16 @@ def _relation(one: Run, other: Run, interval: Mapping[Target, float]) -> _Relati
 def _at_once(one: Run, other: Run, known: bool) -> _Relation:
     """The relation of runs that were scraped at the same time; KNOWN: they started at the same time."""
     disorder = _disorder(one, other)
-    replicas, federated = _replicas(one.target, other.target), _federated(one.target, other.target)
-    if disorder and disorder[-1] > (_FEDERATION_SECONDS if federated and not replicas else _SCRAPE_SECONDS):
+    copies, above = replicas(one.target, other.target), federated(one.target, other.target)
+    if disorder and disorder[-1] > (_FEDERATION_SECONDS if above and not copies else _SCRAPE_SECONDS):
         # Copies, one of which may hide a restart if starts are not stored; else two processes.
-        return _Relation.UNSURE if (replicas or federated) and not known else _Relation.DIFFERENT
-    if replicas or federated:
+        return _Relation.UNSURE if (copies or above) and not known else _Relation.DIFFERENT
+    if copies or above:
         usual = not disorder or (disorder[0] > 0 and disorder[-1] <= _USUAL_SCRAPE_SECONDS)
         return _Relation.SAME if usual else _Relation.UNSURE
     if (disorder and disorder[0] == 0) or _own_scrapes(one, other):
         return _Relation.DIFFERENT
-    more = known and _extends(one.target, other.target) and set(one.scrapes).isdisjoint(other.scrapes)
+    more = known and extends(one.target, other.target) and set(one.scrapes).isdisjoint(other.scrapes)
     return _Relation.SAME if more and not disorder else _Relation.UNSURE
 
 
@@ -167,8 +172,8 @@ def _succession(one: Run, other: Run) -> _Relation:
     """The relation of OTHER to ONE, which ended before and started at the same time as OTHER."""
     disorder = _disorder(one, other)
     if not disorder:
-        return _Relation.SAME
-    close = disorder[-1] <= _SCRAPE_SECONDS or _extends(one.target, other.target)
+        return _Relation.UNSURE if _machines_differ(one, other) and _leaps(one, other) else _Relation.SAME
+    close = disorder[-1] <= _SCRAPE_SECONDS or extends(one.target, other.target)
     return _Relation.UNSURE if close else _Relation.DIFFERENT
 
 
@@ -178,9 +183,23 @@ def _succession_without_start(one: Run, other: Run) -> _Relation:
     if other.new:  # than another run with its labels
         elsewhere = disorder or one.machine != other.machine
         return _Relation.DIFFERENT if elsewhere else _Relation.UNSURE
-    if _extends(one.target, other.target):
-        return _Relation.UNSURE if disorder else _Relation.SAME
-    return _Relation.DIFFERENT if disorder else _Relation.UNSURE
+    if extends(one.target, other.target) and not disorder:
+        return _Relation.UNSURE if _leaps(one, other) else _Relation.SAME
+    return _Relation.DIFFERENT if disorder and _machines_differ(one, other) else _Relation.UNSURE
+
+
+def _leaps(one: Run, other: Run) -> bool:
+    """Whether filters would have been updated at a much higher rate between ONE and OTHER than in both."""
+    before, after = (run.counters.get((UPDATES, ())) for run in (one, other))
+    if not before or not after or after.times[0] <= before.times[-1]:
+        return False
+    rates = [
+        (samples.values[-1] - samples.values[0]) / (samples.times[-1] - samples.times[0])
+        for samples in (before, after)
+        if len(samples.times) > 1
+    ]
+    between = (after.values[0] - before.values[-1]) / (after.times[0] - before.times[-1])
+    return bool(rates) and between > _LEAP * max(rates)
 
 
 def _hosts_differ(one: Run, other: Run) -> bool:
@@ -192,29 +211,10 @@ def _hosts_differ(one: Run, other: Run) -> bool:
     )
 
 
-def _replicas(one: Target, other: Target) -> bool:
-    """Whether the labels say that replicas scraped one target."""
-    return set(differing(one, other)) <= REPLICA_LABELS
-
-
-def _federated(one: Target, other: Target) -> bool:
-    """Whether the labels say that one is a copy by a federating server, which renamed labels of the target."""
-    inner, outer = innermost(one), innermost(other)
-    apart = {name for name in inner.keys() | outer.keys() if inner.get(name) != outer.get(name)}
-    for renamed, labels, plain in ((one, inner, outer), (other, outer, inner)):
-        if any(name.startswith("exported_") for name, _ in renamed) and "instance" in plain:
-            more = labels.keys() - plain.keys()  # of the federating server
-            if apart <= REPLICA_LABELS | more:
-                return True
-    return False
-
-
-def _extends(one: Target, other: Target) -> bool:
-    """Whether labels were only added or only removed (or a replica's changed) from ONE to OTHER."""
-    inner, outer = innermost(one), innermost(other)
-    shared = inner.keys() & outer.keys()
-    changed = {name for name in shared if inner[name] != outer[name]}
-    return bool(shared) and changed <= REPLICA_LABELS
+def _machines_differ(one: Run, other: Run) -> bool:
+    """Whether they differ in a label that names a machine."""
+    inner, outer = innermost(one.target), innermost(other.target)
+    return any(inner.get(name) != outer.get(name) for name in MACHINE_LABELS)
 
 
 def _own_scrapes(one: Run, other: Run) -> bool:
@@ -223,8 +223,7 @@ def _own_scrapes(one: Run, other: Run) -> bool:
     A copy of a scrape has its times and its instance; two scrapes of one process have times of their own, as Prometheus
     spreads targets over the interval by a hash of their labels (scrape/target.go, Target.offset).
     """
-    inner, outer = innermost(one.target), innermost(other.target)
-    if not any(name in MACHINE_LABELS and inner.get(name) != outer.get(name) for name in inner.keys() | outer.keys()):
+    if not _machines_differ(one, other):
         return False
     first, last = max(one.first, other.first), min(one.last, other.last)
     times, others = ({time for time in run.scrapes if first <= time <= last} for run in (one, other))
@@ -265,7 +264,7 @@ def _settle_survivals(runs: Sequence[Run], pairs: dict[tuple[int, int], _Relatio
     """A run does not continue under another value of a label while its own labels are those of another process."""
     for (a, b), found in pairs.items():
         one, other = runs[a], runs[b]
-        if found is not _Relation.SAME or one.last >= other.first or _extends(one.target, other.target):
+        if found is not _Relation.SAME or one.last >= other.first or extends(one.target, other.target):
             continue
         if any(run.target == one.target and one.last < run.first <= other.last for run in runs):
             pairs[a, b] = _Relation.DIFFERENT
@@ -290,20 +289,13 @@ def _settle_successions(runs: Sequence[Run], pairs: dict[tuple[int, int], _Relat
         for index, rivals in ends.items():
             if all(relation(a, b) is not _Relation.DIFFERENT for a, b in combinations(rivals, 2)):
                 continue
-            distance = {rival: _distance(runs[index].target, runs[rival].target) for rival in rivals}
-            nearest = [rival for rival in rivals if distance[rival] == min(distance.values())]
+            far = {rival: distance(runs[index].target, runs[rival].target) for rival in rivals}
+            nearest = [rival for rival in rivals if far[rival] == min(far.values())]
             if any(relation(a, b) is _Relation.DIFFERENT for a, b in combinations(nearest, 2)):
                 raise _ambiguous(runs[nearest[0]], runs[nearest[1]], f"and each may continue {_shown(runs[index])}")
             for rival in rivals:
                 if all(relation(rival, kept) is _Relation.DIFFERENT for kept in nearest):
                     pairs[min(index, rival), max(index, rival)] = _Relation.DIFFERENT
-
-
-def _distance(one: Target, other: Target) -> tuple[int, int]:
-    """How many labels changed their value, and how many came or went; labels of replicas do not count."""
-    names = set(differing(one, other)) - REPLICA_LABELS
-    changed = sum(name in dict(one) and name in dict(other) for name in names)
-    return changed, len(names) - changed
 
 
 def _groups(count: int, same: Iterable[tuple[int, int]]) -> list[list[int]]:
@@ -358,7 +350,7 @@ def _check_beginnings(found: Sequence[Process]) -> None:
         ends[run.machine] = min(run.last, ends.get(run.machine, inf))
     for process in found:
         run = process.runs[0]
-        late = process.first - begun > 1.5 * usual or ends[run.machine] < run.first
+        late = process.first - begun > usual or ends[run.machine] < run.first
         counted = next((metric for (metric, _), samples in run.counters.items() if samples.values[0]), None)
         if late and counted and process.start is None and not process.from_zero:
             raise MsrtraceError(

@@ -159,6 +159,38 @@ def differing(one: Target, other: Target) -> list[str]:
     return sorted({name for name, _ in set(one) ^ set(other)})
 
 
+def replicas(one: Target, other: Target) -> bool:
+    """Whether the labels say that replicas scraped one target."""
+    return set(differing(one, other)) <= REPLICA_LABELS
+
+
+def federated(one: Target, other: Target) -> bool:
+    """Whether the labels say that one is a copy by a federating server, which renamed labels of the target."""
+    inner, outer = innermost(one), innermost(other)
+    apart = {name for name in inner.keys() | outer.keys() if inner.get(name) != outer.get(name)}
+    for renamed, labels, plain in ((one, inner, outer), (other, outer, inner)):
+        if any(name.startswith("exported_") for name, _ in renamed) and "instance" in plain:
+            more = labels.keys() - plain.keys()  # of the federating server
+            if apart <= REPLICA_LABELS | more:
+                return True
+    return False
+
+
+def extends(one: Target, other: Target) -> bool:
+    """Whether labels were only added or only removed (or a replica's changed) from ONE to OTHER."""
+    inner, outer = innermost(one), innermost(other)
+    shared = inner.keys() & outer.keys()
+    changed = {name for name in shared if inner[name] != outer[name]}
+    return bool(shared) and changed <= REPLICA_LABELS
+
+
+def distance(one: Target, other: Target) -> tuple[int, int]:
+    """How many labels changed their value, and how many came or went; labels of replicas do not count."""
+    names = set(differing(one, other)) - REPLICA_LABELS
+    changed = sum(name in dict(one) and name in dict(other) for name in names)
+    return changed, len(names) - changed
+
+
 def selector(target: Target, names: Iterable[str] | None = None) -> str:
     """TARGET as PromQL has it, or only its labels NAMES; a label that it lacks is empty."""
     labels: dict[str, str] = defaultdict(str, target)
