@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 from math import inf
-from statistics import median
+from statistics import median_low
 
 from tracer.errors import MsrtraceError
 from tracer.prometheus_api import Samples
@@ -72,7 +72,7 @@ class Run:
     @cached_property
     def interval(self) -> float:
         """The usual time between two scrapes, in seconds; infinite if there was but one."""
-        return median(gaps) if (gaps := [b - a for a, b in pairwise(self.scrapes)]) else inf
+        return median_low(gaps) if (gaps := [b - a for a, b in pairwise(self.scrapes)]) else inf
 
     @cached_property
     def info(self) -> Mapping[str, str] | None:
