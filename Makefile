@@ -25,9 +25,9 @@ build/packages: Makefile
 	$(APT) install -y --no-install-recommends python3-venv python3-bpfcc
 	@touch $@
 
-# What the tests need beside that: promtool, pahole to check the reading of BTF, a browser to look at pages with.
+# What the tests need beside that: promtool, a server of each dialect, pahole to check the reading of BTF, a browser to look at pages with.
 build/test-packages: Makefile build/packages
-	$(APT) install -y --no-install-recommends prometheus dwarves build-essential zstd openssl kmod chromium fonts-dejavu-core
+	$(APT) install -y --no-install-recommends prometheus victoria-metrics dwarves build-essential zstd openssl kmod chromium fonts-dejavu-core
 	@touch $@
 
 $(VENV)/ready: pyproject.toml build/packages

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tracer.compare import Comparison
 from tracer.compare import compare as put_together
 from tracer.output import check_outputs, deliver, output_option
-from tracer.report import Report
 from tracer.reportfile import read
 from tracer.views import changelog, comparison_document, comparison_json
+
+if TYPE_CHECKING:
+    from tracer.fleet import Fleet
 
 
 class _Sides(click.Command):
@@ -85,24 +89,24 @@ def compare(  # noqa: PLR0917 (click passes them by name)
         raise click.UsageError("--since is for --prometheus")
     check_outputs(outputs)
     if prometheus:
-        sides, titles = _stored(prometheus, base, new, since or "1h"), (", ".join(base), ", ".join(new))
-        comparison = put_together(*sides, force=force, titles=titles)
+        fleet, titles = _stored(prometheus, base, new, since or "1h"), (", ".join(base), ", ".join(new))
+        comparison = put_together(*fleet.sides, force=force, titles=titles)
+        comparison = replace(comparison, warnings=(*fleet.warnings, *comparison.warnings))
     else:
         comparison = put_together(*([read(Path(name)) for name in names] for names in (base, new)), force=force)
     deliver(lambda form: _comparison_as(comparison, form), form, outputs)
 
 
-def _stored(url: str, base: Sequence[str], new: Sequence[str], since: str) -> list[list[Report]]:
+def _stored(url: str, base: Sequence[str], new: Sequence[str], since: str) -> Fleet:
     """The reports of the hosts that the selectors BASE and NEW match."""
-    from tracer.fleet import Prometheus, reports, seconds
+    from tracer.fleet import Prometheus, compared, seconds
 
     try:
         window = seconds(since)
     except ValueError as error:
         raise click.UsageError(f"--since: {error}") from None
     server = Prometheus(url)
-    now = server.now()
-    return [reports(server, selectors, window, now) for selectors in (base, new)]
+    return compared(server, [base, new], window, server.now())
 
 
 def _comparison_as(comparison: Comparison, form: str) -> bytes:

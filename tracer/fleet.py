@@ -1,294 +1,259 @@
 """Reports of many hosts from what a Prometheus stored of them: the engine for more than one machine.
 
 Counts are taken from the stored samples themselves. PromQL's increase() extrapolates to the edges of its window, which
-makes 12.98 calls of 13.
+makes 12.98 calls of 13. Whose a series is, targets.py says; what continues what, runs.py and lineage.py.
 """
 
 from __future__ import annotations
 
-import base64
-import http.client
-import json
-import re
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
-from typing import Any
 
 from tracer.errors import MsrtraceError
-from tracer.layout import LAYOUTS
+from tracer.fleet_counts import Grown, check_complete, snapshot
+from tracer.lineage import Process, processes
+from tracer.prometheus_api import Prometheus, Series, seconds
 from tracer.report import Report
 from tracer.reporting import Circumstances, make
-from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
-
-_TIMEOUT_SECONDS = 60.0
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_UPDATE = "msrtrace_filter_update_duration_seconds"
-#: With --by-vm these are by VM, and end with it; then there are others, called msrtrace_host_..., of all VMs together.
-_PER_VM = (
-    "msrtrace_intercept_calls_total",
-    "msrtrace_intercept_redundant_calls_total",
-    "msrtrace_filter_updates_total",
-    f"{_UPDATE}_bucket",
-    f"{_UPDATE}_sum",
-)
-_COUNTERS = (
-    *_PER_VM,
-    "msrtrace_probe_missed_total",
-    "msrtrace_dropped_updates_total",
-    "msrtrace_unpaired_returns_total",
-    "msrtrace_read_failures_total",
-    "msrtrace_reattachments_total",
+from tracer.runs import runs
+from tracer.targets import (
+    INFO,
+    MACHINE_LABELS,
+    OWN,
+    REPLICA_LABELS,
+    START,
+    Stream,
+    Target,
+    differing,
+    innermost,
+    machine,
+    selector,
+    streams,
 )
 
-Labels = Mapping[str, str]
-Target = tuple[str, str]  # the labels job and instance
+__all__ = ["Fleet", "Prometheus", "compared", "reports", "seconds"]
 
-
-def seconds(text: str) -> int:
-    """A duration as Prometheus writes it, such as 90s, 15m, 1h30m or 2d, in seconds. Raises ValueError."""
-    if not re.fullmatch(r"(\d+[smhdw])+", text):
-        raise ValueError(f"{text!r} is no duration such as 90s, 15m, 1h or 2d")
-    total = sum(int(number) * _UNITS[unit] for number, unit in re.findall(r"(\d+)([smhdw])", text))
-    if not 0 < total <= 10 * 365 * 86400:
-        raise ValueError(f"{text!r} is no duration of up to ten years")
-    return total
+#: A process that starts this long before the last scrape of another is not the other, restarted.
+_OVERLAP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Series:
-    """A time series: its labels, and its samples by timestamp."""
+class Fleet:
+    """The reports of each side, and what should be known of them all."""
 
-    labels: Labels
-    samples: Mapping[float, float]
+    sides: list[list[Report]]
+    warnings: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class _Host:
+    """The processes of a host, oldest first, that traced one kernel in one way."""
+
+    grown: tuple[Grown, ...]
 
     @property
     def target(self) -> Target:
-        """Where it was scraped from."""
-        return self.labels.get("job", ""), self.labels.get("instance", "")
-
-
-class Prometheus:
-    """A Prometheus server, or what speaks its HTTP API, at a URL (which may hold a user and a password)."""
-
-    def __init__(self, url: str) -> None:
-        """Raises MsrtraceError if URL is none."""
-        try:
-            parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-        except ValueError:
-            parts = urllib.parse.urlsplit("")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise MsrtraceError(f"{url!r} is no URL of a Prometheus, such as http://127.0.0.1:9090")
-        host = parts.netloc.rpartition("@")[2]
-        self.url = urllib.parse.urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
-        self._headers = {"Accept": "application/json"}
-        if parts.username:
-            user = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-            self._headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
-
-    def _query(self, expression: str, time: float | None = None) -> Any:
-        """The `data` of an instant query. Raises MsrtraceError."""
-        form = {"query": expression} | ({"time": f"{time:.3f}"} if time is not None else {})
-        request = urllib.request.Request(
-            f"{self.url}/api/v1/query", data=urllib.parse.urlencode(form).encode(), headers=self._headers
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:
-                said = json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise MsrtraceError(f"Prometheus at {self.url} refuses: {_reason(error)}") from None
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            why = getattr(error, "reason", error)
-            raise MsrtraceError(f"cannot ask Prometheus at {self.url}: {why}") from None
-        if not isinstance(said, dict) or said.get("status") != "success":
-            raise self._strange()
-        return said.get("data")
-
-    def _strange(self) -> MsrtraceError:
-        return MsrtraceError(f"{self.url} does not answer as a Prometheus does")
-
-    def now(self) -> float:
-        """The server's clock, in seconds since 1970."""
-        try:
-            return float(self._query("time()")["result"][1])
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise self._strange() from None
-
-    def samples(self, name: str, selector: str, window: int, end: float) -> list[Series]:
-        """What was stored of the metric NAME in WINDOW seconds before END, as it was scraped."""
-        found = self._query(f"{name}{{{selector}}}[{window}s]", end)
-        try:
-            return [
-                Series(one["metric"], {float(t): float(value) for t, value in one["values"]}) for one in found["result"]
-            ]
-        except (KeyError, TypeError, ValueError):
-            raise self._strange() from None
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.load(error)["error"])
-    except (ValueError, KeyError, TypeError, OSError):
-        return f"{error.code} {error.reason}"
+        return self.grown[-1].process.newest.target
 
 
 def reports(prometheus: Prometheus, selectors: Iterable[str], window: int, end: float) -> list[Report]:
     """A report for each host that any of SELECTORS matches, in the WINDOW seconds before END (seconds since 1970).
 
     A selector is what stands between the braces of an instant vector selector, with or without them: `patch="x"`.
-    Hosts on which no filter changed are left out, unless that leaves none. Raises MsrtraceError if no host matches.
+    Hosts on which no filter changed are left out, unless that leaves none. A host whose kernel changed has a report for
+    each. Raises MsrtraceError if no host matches, and where it cannot be told what the hosts counted.
     """
-    found: dict[Target, Report] = {}
-    for selector in selectors:
-        inside = selector.strip().removeprefix("{").removesuffix("}").strip().rstrip(",")
-        hosts = _stored(prometheus, inside, window, end)
-        if not hosts:
+    return compared(prometheus, [selectors], window, end).sides[0]
+
+
+def compared(prometheus: Prometheus, sides: Sequence[Iterable[str]], window: int, end: float) -> Fleet:
+    """The reports as `reports` has them, for the selectors of each of SIDES.
+
+    Raises MsrtraceError if a host that counted something is on two sides, too.
+    """
+    matched = [_matched(prometheus, selectors, window, end) for selectors in sides]
+    stored: dict[Target, Stream] = {}
+    for side in matched:
+        for stream in side.values():
+            _add(stored, stream)
+    begin = end - window
+    found = [
+        Grown(process, process.increases())
+        for process in processes([run for stream in stored.values() for run in runs(stream, begin)], begin)
+    ]
+    for one in found:
+        check_complete(one)
+    hosts = [_hosts(_of_side(found, matched, number)) for number in range(len(matched))]
+    titles = _titles([host for side in hosts for host in side])
+    return Fleet([_reports(side, titles) for side in hosts], _warnings(found))
+
+
+def _matched(prometheus: Prometheus, selectors: Iterable[str], window: int, end: float) -> dict[Target, Stream]:
+    """The streams of msrtrace that any of SELECTORS matches."""
+    result: dict[Target, Stream] = {}
+    for text in selectors:
+        inside = text.strip().removeprefix("{").removesuffix("}").strip().rstrip(",")
+        found = streams(_stored(prometheus, inside, window, end))
+        ours = {target: stream for target, stream in found.items() if any(name != START for name, _ in stream.series)}
+        if not ours:
             raise MsrtraceError(f"Prometheus has stored nothing of msrtrace for {{{inside}}} in the last {window} s")
-        found |= {target: _report(target[1], stored) for target, stored in hosts.items()}
-    ordered = [found[target] for target in sorted(found)]
-    return [report for report in ordered if report.totals.filter_updates] or ordered
+        if all(name == INFO for stream in ours.values() for name, _ in stream.series):
+            labels = ", ".join(OWN[INFO])
+            raise MsrtraceError(
+                f"{{{inside}}} matches {INFO} and no series with counts: select hosts by labels of their targets, "
+                f"not by labels of that metric ({labels})"
+            )
+        for stream in ours.values():
+            _add(result, stream)
+    return result
 
 
-def _stored(prometheus: Prometheus, inside: str, window: int, end: float) -> dict[Target, dict[str, list[Series]]]:
-    """The series of each host by their name. Of a host that tells VMs apart, those that have all VMs together."""
-    names = ("msrtrace_build_info", "process_start_time_seconds", "msrtrace_probe_attached", *_COUNTERS)
-    stored: dict[Target, dict[str, list[Series]]] = defaultdict(lambda: {name: [] for name in names})
-    for name in names:
-        for series in prometheus.samples(name, inside, window, end):
-            stored[series.target][name].append(series)
-    for name in _PER_VM:
-        together: dict[Target, list[Series]] = defaultdict(list)
-        for series in prometheus.samples(name.replace("msrtrace_", "msrtrace_host_"), inside, window, end):
-            together[series.target].append(series)
-        for target, found in together.items():
-            # The others are of a time without --by-vm.
-            stored[target][name] = [series for series in stored[target][name] if "vm" not in series.labels] + found
-    return {target: found for target, found in stored.items() if found["msrtrace_build_info"]}
+def _add(streams: dict[Target, Stream], more: Stream) -> None:
+    """Add the series of MORE to what STREAMS has of its target."""
+    stream = streams.setdefault(more.target, Stream(more.target))
+    for key, samples in more.series.items():
+        stream.add(key, samples)
 
 
-def increase(samples: Mapping[float, float], scrapes: list[float], restarts: set[float]) -> float:
-    """By how much a counter grew from the first to the last of SCRAPES (timestamps, in order).
+def _stored(prometheus: Prometheus, inside: str, window: int, end: float) -> dict[str, list[Series]]:
+    """The stored series by the name of their metric."""
+    return {name: prometheus.series(name, inside, window, end) for name in OWN}
 
-    A series that is absent counts from 0 when it comes: msrtrace has a series from its first call on. RESTARTS are
-    the scrapes that were the first of a new process, which counts from 0 again.
+
+def _of_side(found: Sequence[Grown], matched: Sequence[Mapping[Target, Stream]], number: int) -> list[Grown]:
+    """The processes that the selectors of side NUMBER match. Raises MsrtraceError if one is on another side, too."""
+    result = []
+    for one in found:
+        targets = {run.target for run in one.process.runs}
+        sides = [place for place, side in enumerate(matched) if not targets.isdisjoint(side)]
+        if len(sides) > 1 and one.counted:
+            labels = sorted({name for target in targets for name in differing(target, min(targets))})
+            under = f" under several labels ({', '.join(labels)})" if labels else ""
+            raise MsrtraceError(
+                f"{' and '.join(map(selector, sorted(targets)))}: one msrtrace{under} is on both sides of the "
+                "comparison; select it by a label for one of them"
+            )
+        if number in sides:
+            result.append(one)
+    return result
+
+
+def _hosts(found: Sequence[Grown]) -> list[_Host]:
+    """The processes FOUND by host, and by kernel where a host had several, in the order of their labels."""
+    ordered = sorted(found, key=lambda one: (one.process.first, one.process.newest.target))
+    number: list[int] = []  # of its host, for each
+    latest: dict[Target, int] = {}  # the newest process with those labels
+    for index, one in enumerate(ordered):
+        targets = {run.target for run in one.process.runs}
+        before = [latest[target] for target in targets if target in latest]
+        before = before or _restarted([one.process for one in ordered], index, number)
+        same = {number[place] for place in before}
+        number = [index if host in same else host for host in number] if same else number
+        number.append(index)
+        latest |= dict.fromkeys(targets, index)
+    hosts: dict[tuple[int, Target], list[Grown]] = defaultdict(list)
+    for host, one in zip(number, ordered, strict=True):
+        hosts[host, _kind(one)].append(one)
+    return sorted((_Host(tuple(grown)) for grown in hosts.values()), key=_order)
+
+
+def _kind(one: Grown) -> Target:
+    """What the counts of a report must have in common: the kernel, and what can be seen of it."""
+    return tuple((name, one.info.get(name, "?")) for name in ("kernel", "layout", "redundancy"))
+
+
+def _order(host: _Host) -> tuple[str, str, Target, float]:
+    labels = innermost(host.target)
+    return labels.get("job", ""), labels.get("instance", ""), host.target, host.grown[0].process.first
+
+
+def _restarted(ordered: Sequence[Process], index: int, number: Sequence[int]) -> list[int]:
+    """The process before number INDEX that it may be, restarted under another label, as of its pod; or none.
+
+    NUMBER says which of those before are of one host.
     """
-    total, before = 0.0, samples.get(scrapes[0], 0.0)
-    for scrape in scrapes[1:]:
-        if scrape in restarts:
-            before = 0.0
-        value = samples.get(scrape)
-        if value is not None:
-            total += value - before if value >= before else value
-            before = value
-    return total
+    new = ordered[index]
+
+    def follows(old: Process, new: Process) -> bool:
+        apart = new.start is None or new.start > old.last - _OVERLAP_SECONDS
+        return new.from_zero and old.last < new.first and apart and _same_machine(old.newest.target, new.runs[0].target)
+
+    found = [place for place in range(index) if follows(ordered[place], new)]
+    if len({number[place] for place in found}) != 1:
+        return []
+    beside = (one for one in ordered if one is not new and one.first <= new.last and new.first <= one.last)
+    return [] if any(follows(ordered[found[-1]], one) for one in beside) else found
 
 
-def _report(instance: str, stored: Mapping[str, list[Series]]) -> Report:
-    infos = stored["msrtrace_build_info"]
-    scrapes = sorted({time for info in infos for time in info.samples})
-    starts = sorted(pair for series in stored["process_start_time_seconds"] for pair in series.samples.items())
-    restarts = {time for (_, before), (time, now) in pairwise(starts) if now != before}
-    last = max(infos, key=lambda info: max(info.samples)).labels
-    layouts = {info.labels.get("layout", "") for info in infos}
-    grown = {
-        name: [(series.labels, increase(series.samples, scrapes, restarts)) for series in found]
-        for name, found in stored.items()
-        if name in _COUNTERS
-    }
-    snapshot = _snapshot(last, stored["msrtrace_probe_attached"], grown)
-    notes = [f"{instance}: msrtrace was started anew {len(restarts)} times"] if restarts else []
-    if len(layouts) > 1:
-        notes.append(f"{instance} ran kernels of several layouts")
+def _same_machine(one: Target, other: Target) -> bool:
+    """Whether two targets have a job and name a machine in common; beside a label for that, the instance may differ."""
+    old, new = innermost(one), innermost(other)
+    apart = {name for name in MACHINE_LABELS if old.get(name) != new.get(name)}
+    beside = any(name in old for name in MACHINE_LABELS - apart - {"instance"})
+    return old.get("job") == new.get("job") and (not apart or (apart == {"instance"} and beside))
+
+
+def _titles(hosts: Sequence[_Host]) -> dict[_Host, str]:
+    """What to call HOSTS: their instance and, where several have it, the labels in which those differ."""
+    titles: dict[_Host, str] = {}
+    by_instance: dict[str, list[_Host]] = defaultdict(list)
+    for host in hosts:
+        by_instance[machine(host.target)].append(host)
+    for instance, same in by_instance.items():
+        labels = [dict(host.target) for host in same]
+        if len({host.target for host in same}) < len(same):
+            labels = [dict(_kind(host.grown[-1])) | dict(host.target) for host in same]
+        names = sorted({name for one in labels for name in one})
+        apart = [name for name in names if len({one.get(name) for one in labels}) > 1]
+        for host, one in zip(same, labels, strict=True):
+            more = ", ".join(f'{name}="{one[name]}"' for name in apart if name in one)
+            titles[host] = f"{instance} ({more})" if more else instance
+    return titles
+
+
+def _reports(hosts: Sequence[_Host], titles: Mapping[_Host, str]) -> list[Report]:
+    found = [_report(titles[host], host) for host in hosts]
+    return [report for report in found if report.totals.filter_updates] or found
+
+
+def _report(title: str, host: _Host) -> Report:
+    info = host.grown[-1].info
+    first = min(one.process.first for one in host.grown)
+    last = max(one.process.last for one in host.grown)
+    restarts = len(host.grown) - 1
+    notes = [f"{title}: msrtrace was restarted {'once' if restarts == 1 else f'{restarts} times'}"] if restarts else []
+    for one in host.grown:
+        notes += _copies(title, one.process)
     return make(
-        snapshot,
-        Circumstances(kernel=last.get("kernel", "?"), version="", cpu="", kvm_intel={}),
-        started=datetime.fromtimestamp(scrapes[0], UTC),
-        duration=scrapes[-1] - scrapes[0],
-        version=last.get("version", ""),
-        label=instance,
+        snapshot(info, host.grown),
+        Circumstances(kernel=info.get("kernel", "?"), version="", cpu="", kvm_intel={}),
+        started=datetime.fromtimestamp(first, UTC),
+        duration=last - first,
+        version=info.get("version", ""),
+        label=title,
         notes=notes,
     )
 
 
-def _snapshot(info: Labels, attached: list[Series], grown: Mapping[str, list[tuple[Labels, float]]]) -> Snapshot:
-    layout = next((known for known in LAYOUTS if known.name == info.get("layout")), None)
-    exact = info.get("redundancy") == "exact"
-    redundant: dict[tuple[str, ...], int] = defaultdict(int)
-    for labels, value in grown["msrtrace_intercept_redundant_calls_total"]:
-        redundant[_key(labels)] += round(value)
-    calls: dict[tuple[str, ...], int] = defaultdict(int)
-    for labels, value in grown["msrtrace_intercept_calls_total"]:
-        calls[_key(labels)] += round(value)
-    return Snapshot(
-        layout=info.get("layout", "?"),
-        redundancy="exact" if exact else "unknown",
-        backend=info.get("backend", "?"),
-        calls={
-            _call(key): _outcome(key[1], count, redundant.get(key, 0) if exact else None)
-            for key, count in calls.items()
-            if count
-        },
-        updates={0: _durations(grown)} if grown["msrtrace_filter_updates_total"] else {},
-        probes=tuple(
-            Probe(
-                function=series.labels.get("function", ""),
-                symbol=None,
-                attached=all(series.samples.values()),
-                detail="",
-                missed=_sum(grown["msrtrace_probe_missed_total"], "function", series.labels.get("function", "")),
-            )
-            for series in attached
-        ),
-        maps=tuple(
-            Map(labels.get("map", ""), 0, 0, round(value)) for labels, value in grown["msrtrace_dropped_updates_total"]
-        ),
-        unpaired_returns=_sum(grown["msrtrace_unpaired_returns_total"]),
-        read_failures=_sum(grown["msrtrace_read_failures_total"]),
-        reattached=_sum(grown["msrtrace_reattachments_total"]),
-        calls_observable=bool(layout is None or layout.calls),
-        updates_observable=bool(grown["msrtrace_filter_updates_total"]),
-    )
+def _copies(title: str, process: Process) -> list[str]:
+    """Notes on a process that is stored under several sets of labels."""
+    targets = sorted({run.target for run in process.runs})
+    apart = sorted({name for target in targets for name in differing(target, targets[0])})
+    if not apart:
+        return []
+    if set(apart) <= REPLICA_LABELS:
+        return [f"{title}: stored {len(targets)} times ({', '.join(apart)}), counted once"]
+    return [f"{title}: one msrtrace under several labels ({', '.join(apart)}), counted once"]
 
 
-def _key(labels: Labels) -> tuple[str, ...]:
-    return tuple(labels.get(name, "") for name in ("msr", "access", "action", "cause"))
-
-
-def _call(key: tuple[str, ...]) -> Call:
-    msr, access, action, cause = key
-    try:
-        return Call(int(msr, 16), access, action, cause, caller="")
-    except ValueError:
-        raise MsrtraceError(f"Prometheus has a series of another msrtrace: msr={msr!r}") from None
-
-
-def _outcome(access: str, calls: int, redundant: int | None) -> Outcome:
-    """The metrics have no count per bit; it follows, except of a call for both bits that changed something."""
-    if redundant is None:
-        return Outcome(calls)
-    changed = calls - redundant
-    read = changed if access == "read" else 0 if access == "write" or not changed else None
-    write = changed if access == "write" else 0 if access == "read" or not changed else None
-    return Outcome(calls, redundant, read, write)
-
-
-def _durations(grown: Mapping[str, list[tuple[Labels, float]]]) -> Durations:
-    cumulative: dict[float, float] = defaultdict(float)
-    for labels, value in grown[f"{_UPDATE}_bucket"]:
-        cumulative[float(labels.get("le", "inf"))] += value
-    buckets, below = [], 0.0
-    for bound in (*DURATION_BOUNDS, float("inf")):
-        now = next((v for le, v in cumulative.items() if le == bound or abs(le - bound) < 1e-9 * bound), below)
-        buckets.append(max(0, round(now - below)))
-        below = max(now, below)
-    count = _sum(grown["msrtrace_filter_updates_total"])
-    return Durations(count, sum(value for _, value in grown[f"{_UPDATE}_sum"]), tuple(buckets))
-
-
-def _sum(series: Iterable[tuple[Labels, float]], label: str = "", wanted: str = "") -> int:
-    return round(sum(value for labels, value in series if not label or labels.get(label) == wanted))
+def _warnings(found: Sequence[Grown]) -> list[str]:
+    unknown = Counter(machine(one.process.newest.target) for one in found if one.process.start is None and one.counted)
+    if not unknown:
+        return []
+    names = ", ".join(sorted(unknown)[:3]) + (", ..." if len(unknown) > 3 else "")
+    return [
+        f"{START} is not stored of {names}: counts are from the first scrape in the window on, and a restart of "
+        "msrtrace is seen only if a counter is lower than before at the next scrape"
+    ]

@@ -1,0 +1,187 @@
+"""Made-up fleets as a Prometheus stores them, and servers that have stored them."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tracer.fleet import Prometheus, reports
+from tracer.report import Report
+
+Samples = dict[float, float]
+Stored = dict[str, list[tuple[dict[str, str], Samples]]]
+#: What a server answers to a form and headers: a status and a body.
+Answer = Callable[[dict[str, str], dict[str, str]], tuple[int, bytes]]
+
+CALLS = "msrtrace_intercept_calls_total"
+REDUNDANT = "msrtrace_intercept_redundant_calls_total"
+UPDATES = "msrtrace_filter_updates_total"
+START = "process_start_time_seconds"
+LOCAL = {"job": "msrtrace", "instance": "127.0.0.1:9753"}
+#: The MSRs of a filter update that a patched kernel makes 13 disabling calls in, and their direction.
+DISABLED = (("0x10", "read"), *((hex(0x174 + i), access) for i in range(6) for access in ("read", "write")))
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[str]:
+    """A server at a URL, which is yielded."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            form = urllib.parse.parse_qsl(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            status, body = answer(dict(form), dict(self.headers))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def success(data: object) -> tuple[int, bytes]:
+    """A good answer with DATA."""
+    return 200, json.dumps({"status": "success", "data": data}).encode()
+
+
+def fleet_reports(stored: Stored, now: float, *selectors: str, window: int = 3600) -> list[Report]:
+    """The reports of the hosts in STORED that SELECTORS match (none: all)."""
+    with serving(storing(stored, now)) as url:
+        return reports(Prometheus(url), selectors or [""], window, now)
+
+
+def counted(stored: Stored, now: float, *selectors: str, window: int = 3600) -> dict[str, tuple[int, int]]:
+    """Filter updates and calls by the title of the report."""
+    return {
+        report.title: (report.totals.filter_updates or 0, report.totals.calls or 0)
+        for report in fleet_reports(stored, now, *selectors, window=window)
+    }
+
+
+def storing(stored: Stored, now: float, asked: list[str] | None = None) -> Answer:
+    """A Prometheus that has STORED that. A selector is `label="value", ...`; one that is no such pair matches all."""
+
+    def answer(form: dict[str, str], headers: dict[str, str]) -> tuple[int, bytes]:
+        query = form["query"]
+        if asked is not None:
+            asked.append(query)
+        if query == "time()":
+            return success({"resultType": "scalar", "result": [now, str(now)]})
+        name, _, rest = query.partition("{")
+        pairs = [part.strip().split("=", 1) for part in rest.partition("}")[0].split(",") if "=" in part]
+        wanted = {label: value.strip('"') for label, value in pairs}
+        series = [(labels, at) for labels, at in stored.get(name, []) if matches(labels, wanted)]
+        matrix = [{"metric": labels, "values": [[t, str(v)] for t, v in at.items()]} for labels, at in series]
+        return success({"resultType": "matrix", "result": matrix})
+
+    return answer
+
+
+def matches(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    """Whether LABELS are the WANTED ones; one that they lack is empty."""
+    return all(labels.get(name, "") == value for name, value in wanted.items())
+
+
+def host(
+    target: Mapping[str, str],
+    scrapes: list[float],
+    *,
+    enables: int = 0,
+    updates: int = 100,
+    before: float = 1000,
+    start: float | None = 5.0,
+    info: Mapping[str, str] | None = None,
+) -> Stored:
+    """A host that made UPDATES filter updates from the first of SCRAPES to the last, of 13 disables and ENABLES each.
+
+    Its counters have BEFORE at the first; START is when msrtrace started there, None: not stored.
+    """
+
+    def grown(total: float) -> Samples:
+        return {t: before + total * i // (len(scrapes) - 1) for i, t in enumerate(scrapes)}
+
+    def call(msr: str, access: str, action: str) -> dict[str, str]:
+        return {**target, "msr": msr, "access": access, "action": action, "cause": "filter_change", "name": "?"}
+
+    rows = [call(msr, access, "disable") for msr, access in DISABLED]
+    rows += [call(hex(0x3F0 + i), "read", "enable") for i in range(enables)]
+    labels = {"layout": "toggle", "redundancy": "exact", "kernel": "6.1", "version": "1", "backend": "kprobe"}
+    always = dict.fromkeys(scrapes, 1.0)
+    stored: Stored = {
+        "msrtrace_build_info": [({**target, **labels, **(info or {})}, always)],
+        CALLS: [(row, grown(updates)) for row in rows],
+        REDUNDANT: [(row, grown(updates)) for row in rows],
+        UPDATES: [(dict(target), grown(updates))],
+        "msrtrace_filter_update_duration_seconds_sum": [(dict(target), grown(updates / 1000))],
+        "msrtrace_probe_attached": [({**target, "function": "vmx_enable_intercept_for_msr"}, always)],
+    }
+    if start is not None:
+        stored[START] = [(dict(target), dict.fromkeys(scrapes, start))]
+    return stored
+
+
+def only(stored: Stored, first: float, last: float) -> Stored:
+    """The samples of STORED from FIRST to LAST."""
+    return {
+        name: [(labels, {t: v for t, v in samples.items() if first <= t <= last}) for labels, samples in series]
+        for name, series in stored.items()
+    }
+
+
+def labelled(stored: Stored, **labels: str) -> Stored:
+    """STORED with more LABELS."""
+    return {name: [({**old, **labels}, samples) for old, samples in series] for name, series in stored.items()}
+
+
+def together(*hosts: Stored) -> Stored:
+    """One server's store of all HOSTS."""
+    names = {name for one in hosts for name in one}
+    return {name: [series for one in hosts for series in one.get(name, [])] for name in names}
+
+
+def relabelled(stored: Stored, since: float, changed: Mapping[str, str | None]) -> Stored:
+    """STORED with the labels CHANGED (None: removed) in the samples from SINCE on."""
+
+    def labels_after(labels: dict[str, str]) -> dict[str, str]:
+        return {name: value for name, value in {**labels, **changed}.items() if value is not None}
+
+    result: Stored = {}
+    for name, series in stored.items():
+        for labels, samples in series:
+            before = {t: v for t, v in samples.items() if t < since}
+            after = {t: v for t, v in samples.items() if t >= since}
+            parts = ((labels, before), (labels_after(labels), after))
+            result.setdefault(name, []).extend(part for part in parts if part[1])
+    return result
+
+
+def lines(stored: Stored, milliseconds: bool) -> Iterable[str]:
+    """STORED in the text format: samples with timestamps, in MILLISECONDS or in seconds (as OpenMetrics has them)."""
+    for name, series in sorted(stored.items()):
+        yield f"# TYPE {name.removesuffix('_total')} {'counter' if name.endswith('_total') else 'gauge'}"
+        for labels, samples in series:
+            inside = ",".join(f"{label}={json.dumps(value)}" for label, value in labels.items())
+            for time, value in sorted(samples.items()):
+                yield f"{name}{{{inside}}} {value!r} {round(time * 1000) if milliseconds else time}"
+
+
+def openmetrics(stored: Stored) -> str:
+    """STORED as `promtool tsdb create-blocks-from openmetrics` reads it."""
+    return "\n".join([*lines(stored, milliseconds=False), "# EOF\n"])
+
+
+def exposition(stored: Stored) -> str:
+    """STORED as VictoriaMetrics' /api/v1/import/prometheus reads it."""
+    return "\n".join([*lines(stored, milliseconds=True), ""])
