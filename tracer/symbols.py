@@ -42,7 +42,7 @@ _ELSEWHERE = b"aAuU?"
 _ADDRESS, _PAGE = 16, 13  # digits of an address, and of a page's, at the start of a line
 _PAGE_SHIFT = 12
 _UNKNOWN_END = 1 << 64
-_CHUNK = 1 << 17  # bytes; all of them are 20 MB
+_CHUNK = 1 << 16  # bytes; all of them are 20 MB, and larger buffers cost more than they save
 
 #: What may begin the name of a function that is probed, and the trampolines.
 _NAMED = (
@@ -152,12 +152,13 @@ class Symbols:
         patches = tuple(patch for patch in read_livepatches(livepatches) if patch.functions(objects))
         strangers = {*map(_module_of, named), *(patch.module for patch in patches)} - {None, *rows}
         strange = {stranger: _rows_of(stranger, listed) for stranger in sorted(map(str, strangers))}
+        modules = _modules(kallsyms.with_name("modules"))
         symbols = cls.of(
             _functions(chain(*rows.values(), in_image if image else ())),
             module=_KVM_INTEL if rows or not image else None,
             others=_functions(chain(*strange.values(), () if image else in_image)),
-            bounds=_bounds(rows | strange, listed),
-            ends=_module_ends(kallsyms.with_name("modules")),
+            bounds=_bounds(rows | strange, listed, modules),
+            ends=modules,
             image=image,
         )
         return replace(symbols, trampolines=_trampolines(in_image), livepatches=patches)
@@ -334,23 +335,27 @@ def _trampolines(image: Iterable[bytes]) -> dict[str, int]:
     return {kind: found[name] for kind, names in TRAMPOLINES.items() for name in names if name in found}
 
 
-def _bounds(rows: Mapping[str, list[bytes]], listed: list[bytes]) -> set[int]:
+def _bounds(rows: Mapping[str, list[bytes]], listed: list[bytes], modules: Mapping[str, range]) -> set[int]:
     """Where symbols of any kind begin: each of ROWS, and those LISTED for other modules, which are too many.
 
-    Modules never share a page (kernel/module/main.c, mm/execmem.c), so the pages of others will do. Where it seems
-    that some do, nevertheless, their symbols are taken one by one.
+    It is enough to know where the code of the others begins, if MODULES say it. If they do not: modules never share a
+    page (kernel/module/main.c, mm/execmem.c), so the pages of others will do. Where it seems that some do,
+    nevertheless, their symbols are taken one by one.
     """
     kept = [row for of_module in rows.values() for row in of_module]
     pages, others = {row[:_PAGE] for row in kept}, set[bytes]()
+    if rows.keys() <= modules.keys():
+        listed = []
     ends = tuple(f"\t[{module}]".encode() for module in rows)
     for lines in (piece.splitlines() for piece in listed):
         others.update([line[:_PAGE] for line in lines])
         kept += [line for line in lines if line[:_PAGE] in pages and not line.endswith(ends)]
     bounds = {int(row[:_ADDRESS], 16) for row in kept if row[_ADDRESS + 1 : _ADDRESS + 2] not in _ELSEWHERE}
+    bounds.update(module.start for module in modules.values())
     return bounds.union(int(page, 16) << _PAGE_SHIFT for page in others - pages)
 
 
-def _module_ends(modules: Path) -> dict[str, range]:
+def _modules(modules: Path) -> dict[str, range]:
     """Where the code of modules lies at most, by /proc/modules: name, size, users, dependencies, state and address.
 
     Since 6.4 the size is that of all parts of a module, which are apart, and the address that of its code
