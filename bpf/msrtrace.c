@@ -112,14 +112,15 @@ struct vcpu {
 	u64 started; /* ns */
 	u64 bitmap;
 	u64 filter; /* the generation of the VM's filter that the bitmap was last computed from */
+	u64 update; /* where it is counted */
 	/* settle_call()'s alone */
 	u64 looked_at;
 	u64 exits;
 };
 
 struct update {
-	u64 count;
-	u64 nanoseconds;
+	u64 count; /* entered */
+	u64 nanoseconds; /* of those that were seen to return, and so are in a bucket */
 	u64 buckets[BUCKETS]; /* [i], i > 0: up to 64 << i ns, and more than 64 << (i - 1) unless i is 1; the last: any more */
 	u32 pid; /* as in struct counter */
 	u32 kind; /* of enum within; NONE: free */
@@ -299,6 +300,25 @@ static __always_inline u64 caller_of(context *ctx, enum value called)
 
 #define PID_FACTOR 0x9e3779b1
 
+/* For whose process the calls of V are counted. */
+static __always_inline u32 counted_pid(struct vcpu *v)
+{
+#ifdef BY_PID
+	return v->pid;
+#else
+	return 0;
+#endif
+}
+
+static __always_inline bool counts_for(struct counter *counter, u32 pid)
+{
+#ifdef BY_PID
+	return counter->pid == pid;
+#else
+	return true;
+#endif
+}
+
 /* Each process has the same counters in another order. */
 static __always_inline u32 first_counter(u64 what, u32 pid)
 {
@@ -316,7 +336,7 @@ static __always_inline u32 known_counter(u64 what, u64 site, u32 pid)
 		u32 index = first ^ way;
 
 		counter = counters.lookup(&index);
-		if (counter && counter->what == what && counter->site == site && counter->pid == pid)
+		if (counter && counter->what == what && counter->site == site && counts_for(counter, pid))
 			return index;
 	}
 	return NOWHERE;
@@ -603,20 +623,20 @@ static __always_inline int call_entered(context *ctx, u32 action, enum value cal
 	v->msr = ARGUMENT(ctx, 2);
 	v->how = ARGUMENT(ctx, 3) & (MSR_TYPE_R | MSR_TYPE_W) | v->inside | action | VALID;
 	what = WHAT_OF(v);
-	v->counter = first_counter(what, v->pid);
+	v->counter = first_counter(what, counted_pid(v));
 	if (v->inside)
 		counter = counters.lookup(&v->counter);
-	if (!counter || counter->what != what || counter->pid != v->pid) {
+	if (!counter || counter->what != what || !counts_for(counter, v->pid)) {
 		u64 id = bpf_get_current_pid_tgid(), caller;
 
 		v->tid = id;
 #ifdef BY_PID
 		v->pid = id >> 32;
 #endif
-		v->counter = v->inside ? known_counter(what, 0, v->pid) : NOWHERE;
+		v->counter = v->inside ? known_counter(what, 0, counted_pid(v)) : NOWHERE;
 		if (v->counter == NOWHERE) {
 			caller = caller_of(ctx, called);
-			v->counter = find_counter(what, v->inside ? 0 : caller, caller, v->pid);
+			v->counter = find_counter(what, v->inside ? 0 : caller, caller, counted_pid(v));
 		}
 	}
 	msr = v->msr;
@@ -808,10 +828,41 @@ static __always_inline void thread_updates(u32 tid, u32 index)
 }
 #endif
 
+/* Where updates of a process and a KIND are counted, which may be a new place; NOWHERE if its places are taken. */
+static __always_inline u32 find_update(u32 pid, u32 kind)
+{
+	u32 first = (pid * PID_FACTOR >> 20 & (UPDATES_CAPACITY - 1)) ^ kind;
+	struct update *update;
+
+#pragma clang loop unroll(disable)
+	for (u32 way = 0; way < UPDATE_WAYS; way++) {
+		u32 index = first ^ way;
+
+		update = updates.lookup(&index);
+		if (update && update->kind == kind && update->pid == pid)
+			return index;
+	}
+#pragma clang loop unroll(disable)
+	for (u32 way = 0; way < UPDATE_WAYS; way++) {
+		u32 index = first ^ way;
+
+		update = updates.lookup(&index);
+		if (update && update->kind == NONE && take(UPDATES, index)) {
+			update->pid = pid;
+			barrier();
+			update->kind = kind;
+			count(PLACES_TAKEN);
+			return index;
+		}
+	}
+	return NOWHERE;
+}
+
 int update_entered(context *ctx)
 {
 	u64 vcpu = pointer_argument(ctx), id = bpf_get_current_pid_tgid(), filter;
-	u32 index, tid = id;
+	u32 index, tid = id, place;
+	struct update *update;
 	struct vcpu *v;
 	u8 byte;
 
@@ -841,39 +892,20 @@ int update_entered(context *ctx)
 #ifdef BY_PID
 	v->pid = id >> 32;
 #endif
+	/*
+	 * It counts from here on. A return may not be seen: the kernel has a number of places, by CPUs, for all threads that
+	 * are in a function with a kretprobe (struct kretprobe.maxactive), and threads that are preempted there keep theirs.
+	 */
+	place = find_update(counted_pid(v), WITHIN_OF(v->inside) & 0xff);
+	v->update = place;
+	update = updates.lookup(&place);
+	if (update)
+		__sync_fetch_and_add(&update->count, 1);
+	else
+		count(DROPPED_UPDATES);
 	thread_updates(tid, index);
 	v->started = bpf_ktime_get_ns();
 	return 0;
-}
-
-/* Where updates of a process and a KIND are counted, which may be a new place; NULL if its places are taken. */
-static __always_inline struct update *find_update(u32 pid, u32 kind)
-{
-	u32 first = (pid * PID_FACTOR >> 20 & (UPDATES_CAPACITY - 1)) ^ kind;
-	struct update *update;
-
-#pragma clang loop unroll(disable)
-	for (u32 way = 0; way < UPDATE_WAYS; way++) {
-		u32 index = first ^ way;
-
-		update = updates.lookup(&index);
-		if (update && update->kind == kind && update->pid == pid)
-			return update;
-	}
-#pragma clang loop unroll(disable)
-	for (u32 way = 0; way < UPDATE_WAYS; way++) {
-		u32 index = first ^ way;
-
-		update = updates.lookup(&index);
-		if (update && update->kind == NONE && take(UPDATES, index)) {
-			update->pid = pid;
-			barrier();
-			update->kind = kind;
-			count(PLACES_TAKEN);
-			return update;
-		}
-	}
-	return NULL;
 }
 
 int update_returned(context *ctx)
@@ -899,14 +931,12 @@ int update_returned(context *ctx)
 		return 0;
 	}
 	settle(v);
-	update = find_update(v->pid, WITHIN_OF(v->inside) & 0xff);
 	v->inside = INSIDE(NONE);
 	spent = now - v->started;
-	if (!update) {
-		count(DROPPED_UPDATES);
+	index = v->update;
+	update = updates.lookup(&index);
+	if (!update) /* it was dropped when it was entered */
 		return 0;
-	}
-	__sync_fetch_and_add(&update->count, 1);
 	__sync_fetch_and_add(&update->nanoseconds, spent);
 	/*
 	 * BCC's log2 is 1 + floor(log2), and 1 for 0; so at most BUCKETS - 1 here. The mask says so to the verifier,
@@ -957,12 +987,13 @@ int counter_ended(struct bpf_raw_tracepoint_args *ctx)
 /* The same of updates. */
 int update_ended(struct bpf_raw_tracepoint_args *ctx)
 {
-	u32 index = ctx->args[0];
+	u32 index = ctx->args[0], other;
 	struct update *from = updates.lookup(&index), *to;
 
 	if (!from || from->kind == NONE || !from->pid)
 		return 0;
-	to = find_update(0, from->kind);
+	other = find_update(0, from->kind);
+	to = updates.lookup(&other);
 	if (!to)
 		return 0;
 #pragma clang loop unroll(disable)

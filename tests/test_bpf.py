@@ -1053,6 +1053,24 @@ def test_duration(toggle: StandIn, nanoseconds: int) -> None:
     assert (duration.count, sum(duration.buckets)) == (1, 1)
 
 
+def test_an_update_whose_return_is_not_seen_is_counted_without_its_time(toggle: StandIn) -> None:
+    """The kernel has no place for more of them, say."""
+    vcpu, engine = toggle.vcpu(), toggle.engine
+    toggle.inside(lambda: None)
+    toggle.counted()
+    os.close(engine._links[HOOK][0])  # that of the return
+    toggle.update(vcpu)
+    toggle.update(vcpu)
+    engine._links[HOOK][0] = toggle.link(HOOK, engine._functions["update_returned"], at_return=True)
+    toggle.update(vcpu)
+    counted = toggle.counted()
+    [durations] = counted.updates.values()
+    missed = {probe.function: probe.missed for probe in counted.probes}
+    assert (durations.count, durations.timed, missed[HOOK], counted.lower_bound) == (3, 1, 2, True)
+    toggle.update(vcpu)
+    assert kinds(toggle) == (1, 0)
+
+
 def test_every_update_is_a_filter_change_where_nothing_else_is(toggle: StandIn) -> None:
     toggle.inside(lambda: None)
     for vcpu in (toggle.vcpu(), toggle.vcpu()):

@@ -55,7 +55,7 @@ _VCPU = [
     "bitmap",
     "filter",
 ]
-_VCPU += ["looked_at", "exits"]
+_VCPU += ["update", "looked_at", "exits"]
 _VMM = ["pid", "command", "command's second half"]
 WORDS = {"counters": _COUNTER, "updates": _UPDATE, "vcpus": _VCPU, "vmms": _VMM, "counts": ["count"]}
 #: The word that is not 0 where a value is in use, and the count that grows when another comes into use.
@@ -229,7 +229,7 @@ def _call(symbols: Symbols, what: int, caller: int, pid: int) -> Call:
 
 
 def _durations(value: list[int]) -> Durations:
-    """VALUE: the words of a struct update."""
+    """VALUE: the words of a struct update, whose time is that of updates that were seen to return."""
     count, nanoseconds, *buckets, _ = value  # the first bucket is never used
     last = len(DURATION_BOUNDS) + 1
     return Durations(count, nanoseconds / 1e9, (*buckets[1:last], sum(buckets[last:])))

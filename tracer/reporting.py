@@ -191,7 +191,7 @@ def _seconds(updates: Durations) -> UpdateSeconds:
             for (bound, _), count in zip(cumulative, counts, strict=True)
         ],
         sum=updates.seconds,
-        count=updates.count,
+        count=updates.timed,
     )
 
 

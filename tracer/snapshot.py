@@ -56,7 +56,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Durations:
-    """Updates and the time they took. `buckets[i]` counts those in the i-th of DURATION_BOUNDS, the last the rest.
+    """Updates that began, and the time that those took which were seen to end: `timed` of them.
+
+    `buckets[i]` counts those in the i-th of DURATION_BOUNDS, the last the rest.
 
     `seconds` is of whole nanoseconds, and so are sums: they must not depend on their order, or a counter could go back.
     """
@@ -72,6 +74,11 @@ class Durations:
     def __sub__(self, other: Durations) -> Durations:
         buckets = tuple(a - b for a, b in zip(self.buckets, other.buckets, strict=True))
         return Durations(self.count - other.count, _nanoseconds(self.seconds - other.seconds), buckets)
+
+    @property
+    def timed(self) -> int:
+        """How many updates `seconds` is the time of."""
+        return sum(self.buckets)
 
     def cumulative(self) -> list[tuple[float, int]]:
         """Pairs of an upper bound in seconds and how many updates took at most that long; the last is infinity."""

@@ -153,7 +153,7 @@ def _figures(shown: Frame) -> list[str]:
 
 def _timed(shown: Frame, durations: Durations) -> str:
     """How many, and how long each took."""
-    each = f", {duration(durations.seconds / durations.count)} each" if durations.count else ""
+    each = f", {duration(durations.seconds / durations.timed)} each" if durations.timed else ""
     return f"{_figure(shown, durations.count)}{each}"
 
 
@@ -201,7 +201,7 @@ def _columns(shown: Frame, level: tuple[str, ...], look: Look) -> list[Column]:
 
     def mean(row: Row) -> str:
         of = updates(row)
-        return duration(of.seconds / of.count) if of.count else ""
+        return duration(of.seconds / of.timed) if of.timed else ""
 
     unit = "" if shown.whole else "/s"
     calls, seen = shown.rows is not None, shown.updates is not None

@@ -18,12 +18,14 @@ from typing import Any
 from guest import OUT, Msrtrace, bitmap_offset, load, record, scrape, until
 from kerneltracer import KernelTracer
 
+#: Ten threads update at once. With few CPUs that is how many returns the kernel can wait for where it may preempt them
+#: all in the function (max_t(unsigned int, 10, 2*num_possible_cpus()), kernel/kprobes.c): of more the time is missed.
 WORKLOADS = (
-    "--threads --vms 3 --vcpus 4 --updates 23 --interval 25 --initial-run --cpuid 2",
-    "--processes --vms 4 --vcpus 2 --updates 17 --x2apic 2 --initial-run",
+    "--threads --vms 2 --vcpus 2 --updates 61 --interval 10 --initial-run --cpuid 2",
+    "--processes --vms 2 --vcpus 2 --updates 37 --x2apic 2 --initial-run",
     "--create-vms 13 --vcpus 3 --updates 0",
     "--updates 11 --spec-ctrl 7 --msr 0x48 --msr 0x10 --msr 0x174",
-    "--threads --vcpus 6 --updates 19 --deny-all",
+    "--threads --vcpus 3 --updates 41 --deny-all",
 )
 #: By name, what msrtrace is told.
 RUNS = {"kprobe": "--backend kprobe", "fentry": "--backend fentry", "by-vm": "--backend kprobe --by-vm"}
