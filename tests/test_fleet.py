@@ -128,6 +128,11 @@ def test_kernels_of_different_layouts_need_outcomes_per_bit() -> None:
         compare([old], reported(new))
 
 
+def test_recalculations_are_not_asked_for_and_so_not_known() -> None:
+    [found] = reported(host("a", enables=0, updates=8, layout="recalc"))
+    assert (found.totals.filter_updates, found.totals.recalculations, found.recalculation_seconds) == (8, None, None)
+
+
 BIG = 1_700_000_000.0
 TIMES = [BIG - 60, BIG - 45, BIG - 30, BIG - 15, BIG]
 OLD = BIG - 90_000.0

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import msgspec
+
 from tracer.errors import MsrtraceError
 from tracer.fleet_counts import Grown, check_complete, snapshot
 from tracer.lineage import Process, processes
@@ -226,7 +228,7 @@ def _report(title: str, host: _Host) -> Report:
     notes = [f"{title}: msrtrace was restarted {'once' if restarts == 1 else f'{restarts} times'}"] if restarts else []
     for one in host.grown:
         notes += _copies(title, one.process)
-    return make(
+    made = make(
         snapshot(info, host.grown),
         Circumstances(kernel=info.get("kernel", "?"), version="", cpu="", kvm_intel={}),
         started=datetime.fromtimestamp(first, UTC),
@@ -235,6 +237,9 @@ def _report(title: str, host: _Host) -> Report:
         label=title,
         notes=notes,
     )
+    # Recalculations are not asked for, which is not the same as that there were none.
+    totals = msgspec.structs.replace(made.totals, recalculations=None)
+    return msgspec.structs.replace(made, totals=totals, recalculation_seconds=None)
 
 
 def _copies(title: str, process: Process) -> list[str]:
