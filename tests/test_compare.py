@@ -321,3 +321,15 @@ def test_any_reports(base: list[Report], new: list[Report]) -> None:
     assert "; ".join(comparison.forced).isprintable()
     for row in comparison.rows:
         assert row.bit in by_bit([*comparison.base.rows, *comparison.new.rows])
+
+
+def test_a_side_whose_reports_disagree_on_the_patch_has_no_verdict() -> None:
+    """Not that of whichever report comes first."""
+    mixed = [report(toggle(), label="a"), *(report(toggle(patched=False), label=name) for name in "bcdefg")]
+    for base in (mixed, mixed[::-1]):
+        comparison = compare(base, [patched()], force=True, titles=("old", "new"))
+        assert comparison.base.verdict.patched is None
+        assert comparison.new.verdict.patched is True
+        said_of_base = "its reports disagree: patch missing in 6 (b, c, d, e, f, ...), patch present in 1 (a)"
+        assert comparison.base.verdict.why == said_of_base
+        assert f"old: patch undecided: {said_of_base}" in comparison_document(comparison).text()

@@ -18,10 +18,12 @@ from tracer.cause import FILTER_CHANGE
 from tracer.errors import MsrtraceError
 from tracer.report import Bit, BitCounts, CallRow, Report, by_bit
 from tracer.text import printable
+from tracer.verdict import PATCH, Verdict
 
 SCHEMA = "msrtrace-comparison/1"
 _CONFIDENCE = 0.95
 _COMMAND_SHOWN = 500
+_TITLES_SHOWN = 5
 
 
 class Incomparable(MsrtraceError):
@@ -98,6 +100,21 @@ class Side:
     def exact(self) -> bool:
         """Whether redundancy is known."""
         return all(report.host.redundancy == "exact" for report in self.reports)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """The verdict on the side's kernel: none if its reports disagree."""
+        by_patched: dict[bool | None, list[Report]] = {}
+        for report in self.reports:
+            by_patched.setdefault(report.verdict.patched, []).append(report)
+        if len(by_patched) == 1:
+            return self.report.verdict
+        parts = [
+            f"{PATCH[patched]} in {len(found):,} ({', '.join(sorted({r.title for r in found})[:_TITLES_SHOWN])}"
+            f"{', ...' if len(found) > _TITLES_SHOWN else ''})"
+            for patched, found in sorted(by_patched.items(), key=lambda pair: str(pair[0]))
+        ]
+        return Verdict(patched=None, why=f"its reports disagree: {', '.join(parts)}")
 
     def calls(self) -> PerUpdate:
         """Calls per filter update."""

@@ -147,6 +147,10 @@ class Verdict(Shown, frozen=True, kw_only=True):
     why: Text
 
 
+#: `patched` in words.
+PATCH = {True: "patch present", False: "patch missing", None: "patch undecided"}
+
+
 class Row(Protocol):
     """The part of a report's row that a verdict needs."""
 

@@ -16,8 +16,8 @@ from tracer.compare import SCHEMA, Comparison, PerUpdate, Side, Time, lost, said
 from tracer.document import Document, Section, Table, duration, number, rate, share
 from tracer.report import Bit, CallRow, Report, UpdateSeconds, redundant_sum, whole
 from tracer.text import printable
+from tracer.verdict import PATCH
 
-_PATCH = {True: "patch present", False: "patch missing", None: "patch undecided"}
 _CELL, _CHANGE = 20, 10  # characters in a column of a changelog's table, which has 75 with its two indents
 _COLUMNS = 75  # Documentation/process/submitting-patches.rst: changelogs are wrapped at 75
 
@@ -46,7 +46,7 @@ def report_document(report: Report) -> Document:
         *([Section("Notes", tuple(report.notes))] if report.notes else []),
         Section("Host", tuple(_host_lines(report))),
     ]
-    lead = f"{_PATCH[report.verdict.patched]}: {report.verdict.why}"
+    lead = f"{PATCH[report.verdict.patched]}: {report.verdict.why}"
     return _document(f"msrtrace report: {report.title}", lead, lines, sections)
 
 
@@ -233,8 +233,8 @@ def comparison_document(comparison: Comparison) -> Document:
 
 
 def _verdict_line(side: Side) -> str:
-    verdict = side.report.verdict
-    return f"{side.title}: {_PATCH[verdict.patched]}: {verdict.why}"
+    verdict = side.verdict
+    return f"{side.title}: {PATCH[verdict.patched]}: {verdict.why}"
 
 
 def _ran(side: Side) -> str:
@@ -297,7 +297,7 @@ def comparison_json(comparison: Comparison) -> bytes:
             "host": which.report.host,
             "command": which.report.command,
             "filter_updates": which.updates,
-            "verdict": which.report.verdict,
+            "verdict": which.verdict,
             "per_filter_update": per_update(comparison.per_update(which)),
             "filter_update_seconds": asdict(time) if time else None,
             "lost": _lost(which),
