@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a scrape costs, natively: milliseconds of CPU (user and system) of one core, by the number of series.
 
 `make scrape-cost` prints the table that the README shows. The series are those of `--by-vm`. Each row is measured in a

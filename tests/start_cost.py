@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a start of msrtrace takes, natively, up to its first scrape: milliseconds of CPU (user and system), by step.
 
 `make start-cost` prints the table that the README shows. Each start is a process of its own, the compiler's included;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How msrtrace lives and ends on a host: VMs that come and go, signals, waiting, wrong use."""
 
 from __future__ import annotations
