@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 # make run        trace this machine if it is a VMX host, else an emulated one
 # make test       everything that must hold, on the emulated bookworm and trixie hosts
 # make test-all   that, and the hosts of suites that move (sid) or are about to leave the archive (filter-only)

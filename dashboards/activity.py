@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The rows that say what KVM does: the fleet at a glance, by MSR, by cause, by VM."""
 
 from __future__ import annotations

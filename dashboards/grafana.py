@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The parts of a Grafana dashboard as plain dictionaries: what every panel of one kind has in common.
 
 All that Grafana would fill in with a default is written out, so that a picture of the JSON needs none of them.

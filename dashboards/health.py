@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The row that says whether the numbers can be trusted, and what taking them costs."""
 
 from __future__ import annotations

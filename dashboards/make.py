@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Makes grafana.json and rules.yml: `python -m dashboards.make` in the root of the checkout.
 
 queries.py has what Prometheus is asked, verdict.py what it is asked about the patch, grafana.py what panels of one kind

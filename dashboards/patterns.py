@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Matchers of labels, from tables."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the dashboard asks Prometheus, in pieces with names."""
 
 from __future__ import annotations

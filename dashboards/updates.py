@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The rows that say what a filter update costs, and what the patch saves."""
 
 from __future__ import annotations

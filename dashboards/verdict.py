@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The rules of tracer/verdict.py as questions to Prometheus: for the dashboard, and for the alert in rules.yml."""
 
 from __future__ import annotations

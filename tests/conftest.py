@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Options of the whole suite, and the command line as a fixture."""
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a scrape costs, natively: milliseconds of CPU (user and system) of one core, by the number of series.
 
-`make scrape-cost` prints the table that the README shows. The series are those of `--by-vm`. Each row is measured in a
+`make scrape-cost` prints the table in docs/cost.md. The series are those of `--by-vm`. Each row is measured in a
 process of its own; the client is another one. The best of several scrapes: what is more is other people's work.
 """
 

@@ -1,6 +1,7 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a start of msrtrace takes, natively, up to its first scrape: milliseconds of CPU (user and system), by step.
 
-`make start-cost` prints the table that the README shows. Each start is a process of its own, the compiler's included;
+`make start-cost` prints the table in docs/cost.md. Each start is a process of its own, the compiler's included;
 the best of several, since what is more is other people's work. This machine may have no kvm_intel, so the program is
 compiled for bookworm's kernel, the BTF is that of the kernel here, and the probes are attached nowhere: `make bench`
 has a whole start, on an emulated host.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The BPF program: compiled against the headers of each emulated host, through this machine's verifier, and run.
 
 This machine need not have kprobes, let alone kvm_intel: what runs under the program is a stand-in for KVM in this

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """BTF: blobs made here, this machine's kernel, and the kvm_intel of every emulated host, beside what pahole says."""
 
 from __future__ import annotations

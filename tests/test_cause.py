@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Causes of calls, by the functions that make them in Linux 5.13 to 7.3."""
 
 from __future__ import annotations

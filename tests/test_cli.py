@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The command line: what it prints, and its exit status, in this process and in one of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Comparisons: the sentence, what is refused, how repeats and times are judged."""
 
 from __future__ import annotations

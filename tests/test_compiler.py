@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The child that compiles, however it or its parent ends; programs that are kept; loading; maps; rights."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """dashboards/grafana.json without a Grafana; `make test-dashboard` draws it (tests/dashboard/)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Machines made of files: what `msrtrace doctor` finds on each, and the step that it names."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The text of metrics: byte for byte what prometheus_client makes of them, and with how little work."""
 
 from __future__ import annotations

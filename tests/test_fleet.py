@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Reports of a fleet from a Prometheus: exact counts out of stored samples."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Any fleet: the totals are exactly what its hosts made, or it is refused with the name of a label or a series."""
 
 from __future__ import annotations

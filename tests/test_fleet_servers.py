@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Fleets that Debian's Prometheus and VictoriaMetrics have stored, compared on the command line."""
 
 from __future__ import annotations

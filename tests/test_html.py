@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The pages: what they say, what they draw, and what they cannot be made to do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The pages in Debian's chromium: that nothing covers anything, nothing is cut off, and nothing is asked for."""
 
 from __future__ import annotations

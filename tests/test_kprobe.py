@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which function a kprobe sits on, in kernels that take names differently."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The layout that is chosen for the symbols that a kernel has."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One process under several sets of labels, and several under nearly the same."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Livepatches from made-up directories of sysfs."""
 
 from __future__ import annotations

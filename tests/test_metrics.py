@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Metrics of hand-made snapshots, as a Prometheus server reads them."""
 
 from __future__ import annotations

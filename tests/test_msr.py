@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Names of MSRs: the table in the package, and the program that makes it."""
 
 import re
@@ -306,6 +307,7 @@ def test_the_command_writes_a_module(tmp_path: Path, capsys: pytest.CaptureFixtu
     text = output.read_text()
     assert f"python3 -m tracer.msr.generate \\\n#         '{tree}' -o {output}\n" in text
     assert "Linux 6.99.3." in text
+    assert text.startswith("# SPDX-License-Identifier: GPL-2.0-or-later\n# Made from ")
     module: dict[str, object] = {}
     exec(compile(text, str(output), "exec"), module)
     assert module["NAMES"] == generate.names_in(tree)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The report, the alert and the dashboard must say the same of a host: all three are given the same counts.
 
 The report's sentence is of tracer.verdict; the counts are exported as `msrtrace run` does and put into promtool, which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The client of Prometheus' HTTP API: its dialects, and every way in which asking can fail."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Traces with an end, and the commands run in them: in a process of its own, with a tracer that only writes down."""
 
 from __future__ import annotations

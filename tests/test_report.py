@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Reports: the numbers in them, from snapshots whose numbers are known."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`msrtrace report` as it is typed, on a made-up kernel."""
 
 from __future__ import annotations

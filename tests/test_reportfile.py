@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Report files: their schema, what is made of damaged and hostile ones, and how they are written."""
 
 from __future__ import annotations

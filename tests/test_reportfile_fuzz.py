@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Damaged and hostile report files: each is a report that every view can show, or one line says why not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """dashboards/rules.yml and prometheus.yml: by promtool, and by a Prometheus that scrapes msrtrace over TLS."""
 
 from __future__ import annotations

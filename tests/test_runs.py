@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Processes one after the other behind the same labels: what each counted in the window."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Scrapes over HTTP and HTTPS: what clients get, also at once, and beside clients that do nothing."""
 
 from __future__ import annotations

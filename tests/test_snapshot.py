@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Snapshots: sums, differences, and what is kept of what."""
 
 from __future__ import annotations

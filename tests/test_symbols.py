@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Symbols from made-up kallsyms: what functions are called, and whose an address is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Labels of msrtrace's own and of its targets."""
 
 from __future__ import annotations

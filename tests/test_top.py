@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`msrtrace top`: its figures with a made-up clock, how they look, and the command in a terminal of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The command `msrtrace top` in a terminal of its own and in a pipe, with a stand-in for the engine."""
 
 from __future__ import annotations

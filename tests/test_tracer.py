@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Tracing through reloads of kvm_intel and the lives of VMs, with a made-up kernel in place of BPF."""
 
 from __future__ import annotations

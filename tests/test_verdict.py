@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Verdicts, from what vmx_msr_filter_changed() of 5.13 to 6.16 does with and without the patch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Views: what they say, that tables stay tables, and that nothing from elsewhere gets out of its place."""
 
 from __future__ import annotations

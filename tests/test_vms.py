@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Names of VMs, from made-up /proc trees and from a real process."""
 
 import subprocess

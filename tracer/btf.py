@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Offsets of structure members, from the BTF that a running kernel publishes of itself and of its modules.
 
 And ids of functions. The format is Documentation/bpf/btf.rst. A module's BTF is split: its string offsets and its

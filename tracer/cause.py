@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Why KVM called: the cause of a call, from the function that made it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Reports side by side: what a filter update costs on one kernel and on another.
 
 Counts per filter update are exact, so they are compared as fractions, never rounded; repeats must agree. Times vary,

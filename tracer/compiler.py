@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Compiling the BPF program by BCC, in a process of its own, which ends: the compiler takes 100 MB of memory.
 
 And a second, so what it made is kept. The program asks for nothing of the kernel's headers but the registers that a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the commands share: how they speak to the user, and checks of what the user said."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What other modules, livepatches first of all, hold of the functions that msrtrace probes, and what that means."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What msrtrace needs of a machine: found or not, and the exact step that mends it.
 
 Facts are read from files below `Machine.root`, so a test describes a machine as a directory. BCC is looked for but not

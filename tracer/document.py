@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a report or a comparison says, before it has a form: a leading line, then sections of lines and tables."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The engine: BPF programs on the kernel's functions, and what they counted as a Snapshot. Needs BCC and rights."""
 
 from __future__ import annotations

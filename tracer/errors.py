@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What msrtrace tells a user who cannot be served."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Metrics as text: what prometheus_client's generate_latest gives, byte for byte, in a tenth of the time.
 
 A host with 150 VMs has 10,000 series. prometheus_client takes 20 µs for each of them, and 45 µs where OpenMetrics is

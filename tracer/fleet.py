@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Reports of many hosts from what a Prometheus stored of them: the engine for more than one machine.
 
 Counts are taken from the stored samples themselves. PromQL's increase() extrapolates to the edges of its window, which

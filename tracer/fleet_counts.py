@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What processes counted in the window of a fleet, as a Snapshot."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A report, and a comparison, as one HTML file: charts in SVG beside the words and tables of views.py.
 
 The page asks for nothing from outside and holds no script; its policy forbids both. What it shows may come from a

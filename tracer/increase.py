@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """By how much the counters of a process grew: from 0 only where msrtrace's own rule says that they did."""
 
 from __future__ import annotations

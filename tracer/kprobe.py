@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Kprobes on one function of KVM and on no other of its name, as a livepatch may have."""
 
 from __future__ import annotations

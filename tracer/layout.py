@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which functions of a kernel to probe: found by which symbols exist, never by a version number."""
 
 from __future__ import annotations

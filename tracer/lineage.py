@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which runs are one process: the same one under other labels later, or scraped more than once at a time.
 
 Exact, or a refusal that names the label: where two runs may be one process or two, and the sums depend on it, nothing

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The kernel's livepatches: which functions each replaces. Documentation/ABI/testing/sysfs-kernel-livepatch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A Snapshot as Prometheus metrics."""
 
 from __future__ import annotations

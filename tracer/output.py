@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Where the commands write what they made: the option -o, and files in the format that their names say."""
 
 from __future__ import annotations

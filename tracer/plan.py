@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How a kernel is traced: which of its functions are probed by what, and how the BPF program is configured for it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """BPF programs as the compiler leaves them: kept in files, so that each is compiled once, and loaded into the kernel.
 
 Loading is what any loader does: make the maps, put their descriptors into the instructions, and hand those to the

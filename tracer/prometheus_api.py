@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A client of Prometheus' HTTP API, as Prometheus and VictoriaMetrics speak it.
 
 https://prometheus.io/docs/prometheus/latest/querying/api/

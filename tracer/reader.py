@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the BPF program counted, read from memory: its arrays as the parts of a Snapshot."""
 
 from __future__ import annotations

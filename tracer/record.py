@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A trace with an end: for a time, until a signal, or as long as a command runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a trace found, as plain data that goes into a file: the JSON report, "msrtrace-report/1".
 
 The types below are the format: reportfile.py reads and writes them, report.schema.json is made from them

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Report files: written whole or not at all, and read with suspicion."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The report on what a trace counted, made from its Snapshot."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Files that live at the top of the checkout and inside the installed package."""
 
 from __future__ import annotations

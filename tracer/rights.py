@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The capabilities of a process that traces: few while it serves, for good."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The runs of msrtrace behind one set of target labels: one after the other, told apart by when they started.
 
 A run is what one stream has of one process. process_start_time_seconds says when that was; where it is not stored, a

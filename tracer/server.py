@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The metrics over HTTP or HTTPS. No client keeps another from its scrape, whatever it does or does not do."""
 
 from __future__ import annotations

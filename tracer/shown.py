@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a report is made of: structs whose texts are fit to be shown, wherever they come from."""
 
 from __future__ import annotations

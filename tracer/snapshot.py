@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What was counted up to one moment, as plain data: the only thing that the engine gives and that views show."""
 
 from __future__ import annotations

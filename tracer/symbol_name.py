@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the source calls what a symbol names."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The functions of KVM in the running kernel: what they are called in the source, and where each begins and ends."""
 
 from __future__ import annotations

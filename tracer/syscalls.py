@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """bpf(2) and perf_event_open(2): BPF programs and maps, from their loading to their end.
 
 BCC can do it too, but brings a compiler along, which stays in memory and runs at each start. Numbers and structures

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Whose a stored series is: the labels that msrtrace gave it, and those of the target that it was scraped from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A terminal that is drawn on and gives keys, and the signals that go with it; all is put back on every way out."""
 
 from __future__ import annotations

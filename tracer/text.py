@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Text from elsewhere (command lines, files, other people's reports), made fit to be shown on one line."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What `msrtrace top` shows: an interval, or all since the start, as plain data."""
 
 from __future__ import annotations

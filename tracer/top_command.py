@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The command `msrtrace top`."""
 
 from __future__ import annotations

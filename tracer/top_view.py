@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How `msrtrace top` looks: lines of text for a terminal or a pipe, made by rich."""
 
 from __future__ import annotations

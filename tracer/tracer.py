@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Tracing that goes on: attaches when kvm_intel comes, again when it comes back, and never counts backwards."""
 
 from __future__ import annotations

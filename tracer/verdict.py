@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Whether the running kernel has the patch "KVM: VMX: Skip filter updates for MSRs that KVM is already intercepting".
 
 Upstream d895f28ed6da, v6.0. Without it vmx_msr_filter_changed() in arch/x86/kvm/vmx/vmx.c calls

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A report, and a comparison, in words and tables."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a virtual machine is called, from the process of its VMM.
 
 KVM itself has no names: it knows the VMM's process, and the VMM was given a name on its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Asks a Prometheus every query of the dashboard as Grafana does, its variables substituted."""
 
 from __future__ import annotations

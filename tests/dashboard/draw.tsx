@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
 // Draws the dashboard as Grafana does: its own components, given the dashboard's JSON and Prometheus' answers.
 //
 // What the components do not do themselves is the work of Grafana's panel plugins, which no package has: to turn

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the dashboard must say of the fleet in hosts.py; above all, what it must not say."""
 
 from __future__ import annotations

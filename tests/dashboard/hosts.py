@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A small fleet with an hour of history, for a Prometheus without hosts: what msrtrace exports of made-up snapshots."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The rules of grafana/dashboard-linter, by its names for them, and ours, on the JSON of a dashboard.
 
 The linter itself is a Go program; these are its rules (docs/index.md there), stricter in two places: a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Checks dashboards/grafana.json with what Grafana itself uses, and draws it.
 
 Types by tsc against @grafana/schema; units, field options and transformations by @grafana/data; every query against a

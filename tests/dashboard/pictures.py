@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Pictures of the dashboard: the page that draw.tsx draws in headless Chromium, and each of its panels."""
 
 from __future__ import annotations

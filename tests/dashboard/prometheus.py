@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A Prometheus to ask: one that is there, or one with the hour of hosts.py in it."""
 
 from __future__ import annotations

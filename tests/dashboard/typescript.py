@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The dashboard as a TypeScript program, which compiles if its types are those of @grafana/schema."""
 
 from __future__ import annotations

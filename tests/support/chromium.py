@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Debian's chromium, driven over a pipe by the Chrome DevTools Protocol."""
 
 from __future__ import annotations

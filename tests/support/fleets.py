@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Made-up fleets as a Prometheus stores them, and servers that have stored them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A kernel as the BPF program needs to know it: its functions, its BTF, and its headers as BCC wants them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Makes snapshots and reports: those that the kernel's loops of KERNEL.md 3 give, and any that can be read."""
 
 from __future__ import annotations

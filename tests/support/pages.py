@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Pages to test: of which reports they are, and how to read them."""
 
 from __future__ import annotations

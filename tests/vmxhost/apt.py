@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Debian packages of any suite, without touching the machine's own package system.
 
 Each suite has an apt state of its own below build/. Where packages come from is read from the machine's apt

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What tracers add to a filter update, in emulated instructions: msrtrace, its peers, and what an empty probe costs.
 
 One boot per host, twenty minutes or so; in it each tracer runs alone on both kvm_intel. A tracer that counts must have

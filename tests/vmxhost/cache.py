@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Things that are built once and kept: each in a directory named by what it is made from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The whole chain: emulated hosts under a workload, msrtrace on them, and a real Prometheus that scrapes them all."""
 
 from __future__ import annotations

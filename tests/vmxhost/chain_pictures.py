@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The dashboard with real data: two emulated hosts, msrtrace on them, Prometheus, its answers, and their pictures.
 
 `chain_pictures.py DIR` leaves DIR/*.png, and what the hosts said in DIR/chain.

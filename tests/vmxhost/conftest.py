@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Boots each emulated host once, two at the same time, and hands out what the scenarios left.
 
 Tests that need a boot of their own name a function that does it: `@pytest.mark.beside(boot=function)`. It runs beside

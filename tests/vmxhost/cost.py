@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What tracing costs, in emulated instructions, and how it is said.
 
 The workload measures the KVM_RUN that applies a filter update; on the emulated host its TSC ticks once an instruction.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Kernels that need no unpacking: emulated, the decompressor of an xz-packed one takes half of the boot."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Bochs: built from Debian's source without its debugger, or, where that fails, Debian's own binary."""
 
 from __future__ import annotations

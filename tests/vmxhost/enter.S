@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 # Takes the place of a bzImage's decompressor: puts the uncompressed kernel where it belongs and enters it.
 #
 # The kernel's real-mode setup code, which is left as it is, comes here in 32-bit mode as to any decompressor: paging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The hosts that can be emulated, and the disk image and boot medium of each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One run of an emulated host: from power on to the exit status of its command."""
 
 from __future__ import annotations

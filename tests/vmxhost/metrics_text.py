@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Reads the text of /metrics for the tests."""
 
 from __future__ import annotations

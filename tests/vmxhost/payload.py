@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What goes into every guest beside its image: the checkout as an installed wheel, and the workload."""
 
 from __future__ import annotations

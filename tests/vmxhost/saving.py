@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the patch saves a filter update, in emulated instructions: the KVM_RUN that applies it, with no tracer attached.
 
 The workload reads the TSC around each KVM_RUN, and Bochs' TSC ticks once an instruction. Both kvm_intel are loaded in

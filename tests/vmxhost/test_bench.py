@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The table of `make bench`, and that there is none for a tracer that did not count."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """From the probe to Prometheus: two emulated hosts, one without the patch, scraped by a real server."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """msrtrace costs no more than it did: instructions per traced call against the ceilings in ceilings.json."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Known answers: prime numbers of filter updates, vCPUs and VMs give exactly the table of the kernel's source."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`make run` where there is no VMX: an emulated host whose metrics are read from outside."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How msrtrace lives and ends on a host: VMs that come and go, signals, waiting, wrong use."""
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def test_a_hundred_vms_leave_nothing_but_their_counts(whole: Collected) -> None:
 
     # Each VM has one vCPU: seven calls when it is created, 13 in each of two filter updates.
     assert calls(gone) - calls(before) == 100 * (7 + 2 * 13)
-    # What README.md says of the number of series.
+    # What docs/metrics.md says of the number of series.
     assert len(gone.samples) == SERIES_OF_A_HOST
     assert len(hundred.samples) - len(gone.samples) == 100 * SERIES_OF_A_VM
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Reports and comparisons of real hosts: the figures that a kernel developer would put into a commit message."""
 
 from __future__ import annotations

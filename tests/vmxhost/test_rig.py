@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The emulated host itself: exit statuses, what goes in and out, trouble in the guest, the cache of built things."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """With everything at once, and read without a pause, every count still equals the kernel's own tracer's."""
 
 from __future__ import annotations

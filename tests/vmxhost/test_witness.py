@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Every count equals that of the kernel's own tracer, which watched the same calls and the same bits."""
 
 from __future__ import annotations

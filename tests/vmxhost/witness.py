@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Reads what the kernel's own tracer recorded (scenarios/kerneltracer.py) and counts it, independently of msrtrace."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * workload: make kvm_intel change MSR intercepts a known number of times, by the plain KVM API.
  * Tests run it on a VMX host and compare what the tracer counted with the line it prints last.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Names of model-specific registers, as the kernel's own headers give them."""
 
 from tracer.msr.table import NAMES

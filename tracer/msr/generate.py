@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Make `tracer.msr.table` from the headers of a kernel.
 
     python3 -m tracer.msr.generate HEADERS_DIR... [-o FILE]
@@ -184,6 +185,7 @@ def source(names: dict[int, str], command: str, versions: Sequence[str]) -> str:
     # Capital digits are the way ruff formats them.
     rows = "".join(f'    0x{index:08X}: "{name}",\n' for index, name in names.items())
     return (
+        "# SPDX-License-Identifier: GPL-2.0-or-later\n"
         "# Made from the kernel's headers, do not edit. The command that makes it:\n"
         "#\n"
         f"#     {command}\n"

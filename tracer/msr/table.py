@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 # Made from the kernel's headers, do not edit. The command that makes it:
 #
 #     python3 -m tracer.msr.generate \

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What each tracer adds to a filter update: `bench_guest.py --only=WORD VARIANT...`, judged by bench.py.
 
 WORD: in the names of the tracers; VARIANT: of kvm_intel. Names that begin with `part` are of PARTS.

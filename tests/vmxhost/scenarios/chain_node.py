@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One host of the chain that ends in Prometheus: `chain_node.py ADDRESS UPDATES MODULE...`.
 
 msrtrace serves on ADDRESS. For each MODULE in turn it is loaded and the workload runs inside `msrtrace report`, whose

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """All that the tests look at, collected in one boot: `everything.py [--kernel] VARIANT...`.
 
 VARIANT: of kvm_intel, the stock one first. --kernel leaves out what is the same on every kernel.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the scenarios do in the guest: run msrtrace, scrape it, run the workload, look at the kernel's state.
 
 Scenarios only collect; what they found goes to /out and is judged by pytest outside (tests/vmxhost/test_*.py).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The kernel's own tracer as a witness: kprobe events in tracefs that record every call and the bitmap around it.
 
 Runs in the guest. What it records is read by tests/vmxhost/witness.py on the machine that runs the tests. It

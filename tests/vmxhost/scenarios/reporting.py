@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Reports of everything that a workload can do, on each variant of kvm_intel: one engine makes them all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Everything at once, under the eyes of the kernel's own tracer: `stress.py [BACKEND...]`.
 
 VMs in threads and VMs in processes, vCPUs that are born and end, filter changes, x2APIC modes, CPUID updates and MSR
