@@ -23,7 +23,7 @@ SCHEMA = "msrtrace-report/1"
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 Rate = Annotated[float, Meta(ge=0, le=1e12)]
-#: The most that a report has; the tracer's map holds 8192 kinds of calls.
+#: The most that a report has. The tracer counts 2,048 kinds of calls, or 32,768 kinds of calls of VMs with --by-vm.
 ROWS, ARGUMENTS, NOTES = 20_000, 4096, 256
 Redundancy = Literal["exact", "unknown"]
 

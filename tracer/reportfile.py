@@ -18,7 +18,7 @@ from tracer.errors import MsrtraceError
 from tracer.report import SCHEMA, Report
 from tracer.text import printable
 
-#: A report of 8192 kinds of calls (all that the tracer's map holds) takes 2 MB.
+#: A report of 8,192 kinds of calls takes 2 MB.
 SIZE_LIMIT = 32 << 20
 _FORMAT, _MAJOR = SCHEMA.split("/")
 
