@@ -6,7 +6,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 import socket
 import ssl
@@ -24,6 +23,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from made import patched, unpatched
+from needs import tool
 
 from tracer import cli, doctor_command, run_command
 from tracer.doctor import Machine, examine
@@ -549,10 +549,9 @@ def test_a_certificate_without_a_key_is_not_served_in_the_clear(start: Start, tm
     assert "serving" not in running.out.read_text()
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl, which makes the certificate, is missing")
 def test_tls(start: Start, tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    request = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    request = [tool("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
     subprocess.run([*request, *name, "-keyout", key, "-out", cert], capture_output=True, check=True)
     options = ["--web.tls-cert-file", str(cert), "--web.tls-key-file", str(key)]
