@@ -283,6 +283,7 @@ def btf_section(elf: Path, target: Path) -> bool:
     return True
 
 
+@pytest.mark.timeout(900)  # it may download the kernel
 def test_kvm_intel(host: Host, tmp_path: Path) -> None:
     tree = kernel(host)
     [module] = tree.glob("usr/lib/modules/*/kernel/arch/x86/kvm/kvm-intel.ko*")

@@ -352,6 +352,7 @@ def test_what_is_no_tree_is_one_clear_line(
     assert "no kernel version" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(900)  # it may download the kernel
 def test_the_table_against_the_headers_of_a_host() -> None:
     [tree] = (kernel_of("bookworm") / "usr/src").glob("linux-headers-*-common")
     names = generate.names_in(tree)

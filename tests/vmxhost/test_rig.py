@@ -16,7 +16,7 @@ from typing import Any
 
 import cache
 import pytest
-from conftest import PACKED, RUN, STATUS, Collected
+from conftest import LIMIT_SECONDS, PACKED, RUN, STATUS, Collected
 from machine import TIMED_OUT, TROUBLE
 
 
@@ -53,6 +53,7 @@ def _rig(*words: str) -> subprocess.CompletedProcess[str]:
         text=True,
         errors="replace",
         check=False,
+        timeout=LIMIT_SECONDS,
     )
 
 
