@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from tracer import cli
 
-pytest_plugins = ["children", "needs"]
+pytest_plugins = ["children", "dispositions", "needs"]
 
 # The emulated hosts take both cores while the unit tests run: how long an example takes says nothing then.
 settings.register_profile("beside emulated hosts", deadline=None, suppress_health_check=[HealthCheck.too_slow])

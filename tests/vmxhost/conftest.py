@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import children
 import pytest
+from dispositions import as_begun
 
 HERE = Path(__file__).parent
 RUN = HERE / "run"
@@ -101,7 +102,7 @@ def _boot(boot: Boot, folder: Path) -> Collected:
     if cpus > 1:
         what = ["python3", "/in/stress.py"]
     run = subprocess.Popen(
-        [sys.executable, *command, *options, *what],
+        as_begun([sys.executable, *command, *options, *what]),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
