@@ -17,7 +17,8 @@ def suite(folder: Path, code: str, *options: str) -> str:
     """What pytest says of a file of tests."""
     (folder / "conftest.py").write_text("import children\nchildren.PATIENCE_SECONDS = 0.2\n")
     (folder / "test_it.py").write_text(f"import subprocess, threading, pytest\n{code}\n")
-    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(folder), "-p", "children", *options]
+    apart = ["-c", os.devnull, "--rootdir", str(folder), "--confcutdir", str(folder)]
+    command = [sys.executable, "-m", "pytest", *apart, "-p", "children", *options]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", "test_it.py"],
         cwd=folder,
