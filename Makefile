@@ -3,8 +3,8 @@
 # make test-all   that, and the hosts of suites that move (sid) or are about to leave the archive (filter-only)
 # make test-dashboard  the dashboard by what Grafana itself uses (npm, Chromium); pictures of made-up hosts go to
 #                 build/dashboard/, of emulated ones (the whole chain: probes, exporter, Prometheus, panels) to build/chain/
-# make check      linter, formatter, types and unit tests, in a minute or two: no root, no emulator, no network once
-#                 installed; it ends with what was left out
+# make check      linter, formatter, types and unit tests, in 90 seconds on two idle cores: no root, no emulator, no
+#                 network once installed; it ends with what was left out
 # make lint       linter, formatter and types alone
 # make compare-demo  the kernel without the patch against the one with it, on an emulated host; leaves build/compare/
 # make saving     what the patch saves, in instructions, with no tracer attached
