@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 
 from tracer import cli
 
+pytest_plugins = ["children", "dispositions", "needs"]
+
 # The emulated hosts take both cores while the unit tests run: how long an example takes says nothing then.
 settings.register_profile("beside emulated hosts", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("beside emulated hosts")
@@ -22,6 +24,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="bookworm,trixie",
         help="emulated hosts to test on, by commas: bookworm, trixie, sid, filter-only; or none",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and config.getoption("--hosts") != "none":
+        raise pytest.UsageError("-n: each of the processes would boot the hosts; give --hosts none, too")
 
 
 @pytest.fixture

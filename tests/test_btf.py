@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import lzma
 import re
-import shutil
 import struct
 import subprocess
 from contextlib import suppress
@@ -15,6 +14,7 @@ import pytest
 from hosts import HOSTS, Host, kernel, vmlinuz
 from hypothesis import given
 from hypothesis import strategies as st
+from needs import tool
 
 from tracer.btf import Btf, BtfError
 
@@ -223,7 +223,6 @@ def test_files(tmp_path: Path) -> None:
 # --- real ones ---
 
 THIS_KERNEL = Path("/sys/kernel/btf/vmlinux")
-needs_pahole = pytest.mark.skipif(not shutil.which("pahole"), reason="pahole is missing: apt-get install dwarves")
 
 # `	long unsigned int *        msr_bitmap;           /*    48     8 */`; a bit field has `/*    48: 3  4 */`.
 MEMBER = re.compile(r"^\t\S.*?(\w+)(?:\[\d*\])*;\s+/\*\s+(\d+)\s+\d+ \*/$", re.MULTILINE)
@@ -232,7 +231,7 @@ BIT_FIELD = re.compile(r"^\t\S.*?(\w+):\d+;\s+/\*\s+\d+: ?\d+\s+\d+ \*/$", re.MU
 
 def pahole(structure: str, file: Path, base: Path | None = None) -> str:
     """What pahole says of STRUCTURE, whatever it has to say about kinds that are newer than it is."""
-    command = ["pahole", "-C", structure, *(["--btf_base", str(base)] if base else []), str(file)]
+    command = [tool("pahole"), "-C", structure, *(["--btf_base", str(base)] if base else []), str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     text: str = done.stdout
     assert text.startswith(f"struct {structure} {{\n"), done.stderr[-300:]
@@ -243,8 +242,7 @@ def members(text: str) -> dict[str, int]:
     return {name: int(offset) for name, offset in MEMBER.findall(text)}
 
 
-@needs_pahole
-@pytest.mark.skipif(not THIS_KERNEL.exists(), reason=f"this kernel has no {THIS_KERNEL} (CONFIG_DEBUG_INFO_BTF)")
+@pytest.mark.skipif(not THIS_KERNEL.exists(), reason=f"a kernel with {THIS_KERNEL} (CONFIG_DEBUG_INFO_BTF)")
 def test_this_kernel() -> None:
     text = pahole("task_struct", THIS_KERNEL)
     expected = members(text)
@@ -286,7 +284,7 @@ def btf_section(elf: Path, target: Path) -> bool:
     return True
 
 
-@needs_pahole
+@pytest.mark.timeout(900)  # it may download the kernel
 def test_kvm_intel(host: Host, tmp_path: Path) -> None:
     tree = kernel(host)
     [module] = tree.glob("usr/lib/modules/*/kernel/arch/x86/kvm/kvm-intel.ko*")

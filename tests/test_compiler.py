@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from needs import ROOT_ALONE
 
 from tracer import compiler, program
 from tracer.compiler import build, compiled
@@ -20,7 +21,7 @@ from tracer.program import MapDefinition, Program, Target, Unfit, Variant, keep,
 from tracer.syscalls import MMAPABLE, BpfMap, MappedArray, create_map
 
 ROOT = str(Path(__file__).parents[1])
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make BPF maps and give up capabilities")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason=ROOT_ALONE)
 
 
 def gone(pid: int) -> bool:

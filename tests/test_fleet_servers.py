@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import subprocess
 import time
@@ -15,18 +14,11 @@ from pathlib import Path
 
 import pytest
 from fleets import LOCAL, Stored, exposition, host, openmetrics, relabelled, together
+from needs import tool
 
 Main = Callable[..., tuple[int, str, str]]
 
 pytestmark = pytest.mark.timeout(120)
-
-
-def tool(name: str) -> str:
-    """Its path. Without it nothing here is proved, so that is a failure and no skip."""
-    path = shutil.which(name)
-    if not path:
-        pytest.fail(f"{name} is missing: `make test` installs it (apt-get install prometheus victoria-metrics)")
-    return path
 
 
 def fleet() -> Stored:

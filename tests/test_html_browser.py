@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from chromium import Chromium
+from needs import tool
 from pages import COMPARISONS, REPORTS, many, source
 
 from tracer.compare import Comparison, compare
@@ -52,6 +53,7 @@ MISPLACED = """
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    tool("chromium")
     with Chromium(tmp_path_factory.mktemp("chromium")) as running:
         yield running
 

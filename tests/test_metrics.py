@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from needs import tool
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -302,14 +302,13 @@ def test_the_kernel_is_this_one() -> None:
     assert f'kernel="{release}"' in generate_latest(registry).decode()
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is missing: apt-get install prometheus")
 @pytest.mark.parametrize(
     "snapshot",
     [SNAPSHOT, BY_VM, replace(SNAPSHOT, redundancy="unknown"), Snapshot("toggle"), RECALC, RECALC_BY_VM],
 )
 def test_promtool_is_silent(snapshot: Snapshot) -> None:
     def check(exposition: str) -> tuple[int, str]:
-        command = ["promtool", "check", "metrics"]
+        command = [tool("promtool"), "check", "metrics"]
         done = subprocess.run(command, input=exposition, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout + done.stderr
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hosts import HOSTS, kernel
+from known import kernel_of
 
 from tracer.msr import NAMES, generate, hexadecimal, name, table
 
@@ -354,8 +354,9 @@ def test_what_is_no_tree_is_one_clear_line(
     assert "no kernel version" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(900)  # it may download the kernel
 def test_the_table_against_the_headers_of_a_host() -> None:
-    [tree] = (kernel(HOSTS["bookworm"]) / "usr/src").glob("linux-headers-*-common")
+    [tree] = (kernel_of("bookworm") / "usr/src").glob("linux-headers-*-common")
     names = generate.names_in(tree)
     absent = {hexadecimal(index): given for index, given in names.items() if index not in NAMES}
     assert not absent, f"{tree} names MSRs that tracer/msr/table.py lacks: make it again"

@@ -18,6 +18,7 @@ from random import Random
 
 import pytest
 from made import FS_BASE, HOOK, POSSIBLE, SPEC_CTRL, TSC, XFD_ERR, outcome, recalc, report, times, toggle
+from needs import tool
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -203,7 +204,7 @@ def test_a_report_says_nothing_after_a_reload(name: str) -> None:
 
 def complaints(fleet: dict[str, Host], folder: Path) -> str:
     """What promtool finds where the alert or the dashboard says anything else of FLEET, in one run, with its name."""
-    promtool = shutil.which("promtool") or pytest.fail("promtool is missing: `make test` installs it")
+    promtool = tool("promtool")
     table, tile = dashboard("Hosts", "B"), dashboard("Hosts without the patch", "A")
     said: dict[Said, int] = {False: 1, True: 2, SUPERSEDED: 3, None: 4}
     tests = []

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -215,7 +216,8 @@ def test_the_end_of_a_command_is_seen_at_once(start: Start) -> None:
 
 
 def test_no_wait_for_what_a_command_leaves_behind(start: Start) -> None:
-    result, _ = start(command=["sh", "-c", "sleep 20 >/dev/null 2>&1 <&1 & exit 3"]).end()
+    result, out = start(command=["sh", "-c", "sleep 20 >/dev/null 2>&1 <&1 & echo $!; exit 3"]).end()
+    os.kill(int(out), signal.SIGKILL)
     assert result["status"] == 3
     assert result["seconds"] < 10
 

@@ -19,6 +19,7 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
+from needs import tool
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -30,14 +31,6 @@ DASHBOARDS = Path(__file__).parents[1] / "dashboards"
 RULES, EXAMPLE = DASHBOARDS / "rules.yml", DASHBOARDS / "prometheus.yml"
 TLS = "msrtrace-tls"  # the folder of the certificates in the example
 Labels = frozenset[tuple[str, str]]
-
-
-def tool(name: str) -> str:
-    """Its path. Without it nothing here is proved, so that is a failure and no skip."""
-    path = shutil.which(name)
-    if not path:
-        pytest.fail(f"{name} is missing: `make test` installs it (apt-get install prometheus openssl)")
-    return path
 
 
 def promtool(*arguments: str | Path) -> None:

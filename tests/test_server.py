@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gzip
 import re
-import shutil
 import socket
 import ssl
 import subprocess
@@ -22,6 +21,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 from made import crowd, toggle
+from needs import tool
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -74,10 +74,8 @@ def serve() -> Iterator[Serve]:
 @pytest.fixture
 def tls(tmp_path: Path) -> dict[str, str]:
     """A certificate and its key."""
-    if not shutil.which("openssl"):
-        pytest.skip("openssl, which makes the certificate, is missing")
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    request = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    request = [tool("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
     subprocess.run([*request, *name, "-keyout", key, "-out", cert], capture_output=True, check=True)
     return {"cert": str(cert), "key": str(key)}

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cache import BUILD
+from hosts import HOSTS, kernel
+from needs import checking, missing
+
 from tracer.btf import Btf
 from tracer.layout import X2APIC_WRITE, Layout
 from tracer.symbols import Symbol, Symbols
@@ -30,6 +34,15 @@ def symbols(layout: Layout, *without: str) -> Symbols:
     names += [layout.filter_set] if layout.filter_set else []
     there = [name for name in names if name not in without]
     return Symbols.of(Symbol(0x1000 + 0x100 * n, name, "kvm_intel") for n, name in enumerate(there))
+
+
+def kernel_of(host: str) -> Path:
+    """The unpacked kernel of an emulated host, its headers among it; for `make check` that which was used last."""
+    if not checking():
+        return kernel(HOSTS[host])
+    kernels = BUILD.glob(f"kernel-{HOSTS[host].kernel.name}-{'?' * 12}")
+    newest = max(kernels, key=lambda path: path.stat().st_mtime, default=None)
+    return newest or missing("the headers of a kernel, which `make test` downloads", "there are none")
 
 
 def one_tree(packages: Path, tree: Path) -> None:

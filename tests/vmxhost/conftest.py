@@ -8,15 +8,20 @@ the other boots, once for all tests that name it, and its result is the fixture 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import children
 import pytest
+from dispositions import as_begun
 
 HERE = Path(__file__).parent
 RUN = HERE / "run"
@@ -42,7 +47,12 @@ NO_FENTRY = {
 PREEMPTIBLE = ["sid"]
 STATUS = 37  # what the scenarios end with, to see that it comes through
 TIMEOUT_SECONDS = 3600
+#: What a boot may take with all that must be built and downloaded before it.
+LIMIT_SECONDS = 2 * TIMEOUT_SECONDS
+#: What one that is told to end may take for that.
+END_SECONDS = 60
 CPUS = 2
+AT_ONCE = 2  # one per core
 
 
 class Boot(NamedTuple):
@@ -92,17 +102,22 @@ def _boot(boot: Boot, folder: Path) -> Collected:
     what = ["python3", "/in/everything.py", *([] if host in WHOLE else ["--kernel"]), *VARIANTS.get(host, ["patched"])]
     if cpus > 1:
         what = ["python3", "/in/stress.py"]
-    done = subprocess.run(
-        [sys.executable, *command, *options, *what],
+    run = subprocess.Popen(
+        as_begun([sys.executable, *command, *options, *what]),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        check=False,
     )
-    (folder / "output").write_text(done.stdout)
-    return Collected(host, folder, done.returncode, done.stdout)
+    try:
+        output, _ = run.communicate(timeout=LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        run.terminate()
+        output, _ = run.communicate()
+        output += f"\nended after {LIMIT_SECONDS} s\n"
+    (folder / "output").write_text(output)
+    return Collected(host, folder, run.returncode, output)
 
 
 #: What a test marked `beside` needs: it gets an empty folder, boots a host (WHOLE[0]), and returns what was seen.
@@ -120,7 +135,7 @@ class Boots:
     """The boots of a session: under way from its start, so that the unit tests pass the time."""
 
     def __init__(self, boots: list[Boot], beside: list[Beside], folder: Path) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=2)  # one per core
+        self._executor = ThreadPoolExecutor(AT_ONCE, thread_name_prefix=children.SESSION)
         self._results: dict[Boot, Future[Collected]] = {
             boot: self._executor.submit(_boot, boot, _emptied(folder / boot.name)) for boot in boots
         }
@@ -136,7 +151,15 @@ class Boots:
         return self._beside[function].result()
 
     def end(self) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        """End what still runs: a session that is cut short does not look at all of them."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        started = [future for future in (*self._results.values(), *self._beside.values()) if not future.cancelled()]
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if wait(started, 0 if number == signal.SIGTERM else END_SECONDS).not_done:
+                for pid in children.of_session():
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
+        self._executor.shutdown(wait=True)
 
 
 _boots_key = pytest.StashKey[Boots]()
@@ -175,6 +198,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     marked = [_beside(item) for item in session.items if not item.get_closest_marker("skip")]
     beside = list(dict.fromkeys(function for function in marked if function))
     if hosts or beside:
+        # Whichever a test waits for, those before it may take as long as they can.
+        limit = pytest.mark.timeout(LIMIT_SECONDS * (1 + (len(hosts) + len(beside)) // AT_ONCE))
+        for item in session.items:
+            if _looks_at(item) or _beside(item):
+                item.add_marker(limit)
         folder = session.config.rootpath / "build/collected"
         session.config.stash[_boots_key] = Boots(hosts, beside, folder)
 

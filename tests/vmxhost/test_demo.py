@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HERE
+from dispositions import as_begun
 from metrics_text import Metrics
 
 BOOT_SECONDS = 900
@@ -35,7 +36,7 @@ def demonstration(folder: Path) -> Demonstration:
     log = folder / "log"
     with log.open("w") as out:
         demo = subprocess.Popen(
-            [HERE / "demo", str(port)], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+            as_begun([HERE / "demo", str(port)]), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
         )
     try:
         first = _scrape(port, demo, log, more_than=0)

@@ -17,7 +17,8 @@ from typing import Any
 
 import cache
 import pytest
-from conftest import PACKED, RUN, STATUS, Collected
+from conftest import LIMIT_SECONDS, PACKED, RUN, STATUS, Collected
+from dispositions import as_begun
 from machine import TIMED_OUT, TROUBLE
 
 
@@ -48,12 +49,13 @@ def test_a_kernel_runs_as_debian_packed_it(collected: Collected) -> None:
 
 def _rig(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, RUN, *words],
+        as_begun([sys.executable, RUN, *words]),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors="replace",
         check=False,
+        timeout=LIMIT_SECONDS,
     )
 
 
@@ -98,7 +100,7 @@ class Typed:
 def typed_into_a_shell(folder: Path) -> Typed:
     terminal, side = pty.openpty()
     with (folder / "log").open("w") as log:
-        run = subprocess.Popen([sys.executable, RUN, "--shell"], stdin=side, stdout=side, stderr=log)
+        run = subprocess.Popen(as_begun([sys.executable, RUN, "--shell"]), stdin=side, stdout=side, stderr=log)
     os.close(side)
     try:
         prompt = _shown(terminal, until="# ")

@@ -1,0 +1,36 @@
+"""Signals that were ignored when pytest began: by nohup, or in the background of a script.
+
+A plugin of pytest, which goes on ignoring them. But what tests start has them as from a shell's prompt: a handler, here
+one that does nothing, is not inherited by a program that is executed, while SIG_IGN is.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+_NUMBERS = (signal.SIGINT, signal.SIGHUP)  # subprocess restores SIGPIPE, which Python itself ignores
+_ignored: list[int] = []
+
+
+def as_begun(command: Sequence[str | Path]) -> list[str | Path]:
+    """COMMAND with the signals ignored that were ignored when pytest began: for what should live as long as that."""
+    names = ",".join(signal.Signals(number).name for number in _ignored)
+    return [*(["env", f"--ignore-signal={names}"] if names else []), *command]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    of_controller = getattr(config, "workerinput", {}).get("ignored", [])
+    now = [number for number in _NUMBERS if signal.getsignal(number) is signal.SIG_IGN]
+    _ignored[:] = sorted({*map(int, now), *of_controller})
+    for number in _ignored:
+        signal.signal(number, lambda *_: None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: object) -> None:
+    """Of xdist: its workers are such programs."""
+    node.workerinput["ignored"] = _ignored  # type: ignore[attr-defined]
