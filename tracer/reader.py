@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tracer.cause import FILTER_CHANGE, RECALC, cause_of
@@ -94,6 +94,8 @@ class Reader:
         """ARRAYS and FUNCTIONS (descriptors) are by name; EXACT: the outcomes of calls are seen."""
         self._arrays, self._functions, self._exact, self._by_vm = arrays, functions, exact, by_vm
         self._in_use: dict[str, tuple[int, list[int]]] = {}
+        self._symbols: Symbols | None = None
+        self._called: dict[tuple[int, int], Call] = {}
         self._sees_threads = _reads_init_pids()
 
     def read(self, symbols: Symbols, patience: float = 0) -> Counted:
@@ -107,7 +109,7 @@ class Reader:
             *numbers, caller, _, pid, what = counters.value(index)
             outcome = self._outcome(numbers)
             if what and outcome.calls:  # a place may have been taken for a call that is not counted yet
-                call = _call(symbols, what, caller, pid)
+                call = self._call(symbols, what, caller, pid)
                 calls[call] = calls[call] + outcome if call in calls else outcome
         durations: dict[int, dict[int, Durations]] = {WITHIN_FILTER_CHANGE: {}, WITHIN_RECALC: {}}
         updates = [*self._updates()]
@@ -127,6 +129,15 @@ class Reader:
             commands=self._commands() if self._by_vm else {},
             open_calls=open_calls,
         )
+
+    def _call(self, symbols: Symbols, what: int, caller: int, pid: int) -> Call:
+        """As _call() makes it: once for all processes, and for all readings while the SYMBOLS are the same."""
+        if symbols is not self._symbols:
+            self._symbols, self._called = symbols, {}
+        found = self._called.get((what, caller))
+        if found is None:
+            found = self._called[what, caller] = _call(symbols, what, caller)
+        return replace(found, pid=pid) if pid else found
 
     def reset(self, count: str) -> None:
         """Make a COUNT 0."""
@@ -214,7 +225,7 @@ class Reader:
                 vmms.set_word(index, _VMM.index("pid"), 0)
 
 
-def _call(symbols: Symbols, what: int, caller: int, pid: int) -> Call:
+def _call(symbols: Symbols, what: int, caller: int) -> Call:
     """WHAT: `msr` and `how` of struct vcpu."""
     name, function = symbols.caller(caller)
     within = {WITHIN_FILTER_CHANGE: FILTER_CHANGE, WITHIN_RECALC: RECALC}
@@ -225,7 +236,6 @@ def _call(symbols: Symbols, what: int, caller: int, pid: int) -> Call:
         action="enable" if how & _ENABLES else "disable",
         cause=within.get(how >> 16 & 0xFF) or cause_of(function),
         caller=name,
-        pid=pid,
     )
 
 
