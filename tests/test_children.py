@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What outlives its test is killed and named."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Signals that whoever starts the suite ignores: tests pass as if it did not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A process that outlives its test is killed, and the test fails with its command line.
 
 A plugin of pytest. What a fixture of a module or of the session starts may live as long as that. What threads whose

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Signals that were ignored when pytest began: by nohup, or in the background of a script.
 
 A plugin of pytest, which goes on ignoring them. But what tests start has them as from a shell's prompt: a handler, here

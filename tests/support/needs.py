@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What tests need of the machine. A plugin of pytest, with the option --check.
 
 What is missing is a failure: without it nothing is proved. With --check, which is `make check`, it is left out, and at
