@@ -92,8 +92,8 @@ def _recalculations_line(report: Report, count: int) -> str:
         return found
     rows = report.rows(RECALC)
     calls, redundant = Fraction(sum(row.calls for row in rows), count), redundant_sum(rows)
-    useless = None if redundant is None else Fraction(redundant, count)
-    return f"{found}, {rate(calls)} calls each, {rate(useless)} of them redundant"
+    redundant_each = None if redundant is None else Fraction(redundant, count)
+    return f"{found}, {rate(calls)} calls each, {rate(redundant_each)} of them redundant"
 
 
 def _msr_table(report: Report) -> Table:
