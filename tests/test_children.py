@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CHANGE_WHAT_PYTEST_PRINTS = {"CI", "BUILD_NUMBER", "PYTEST_ADDOPTS", "PY_COLORS", "FORCE_COLOR", "NO_COLOR", "COLUMNS"}
+PLAIN_ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in CHANGE_WHAT_PYTEST_PRINTS}
 
 
 def suite(folder: Path, code: str, *options: str) -> str:
-    """What pytest says of a file of tests."""
+    """What pytest prints of a file of tests, whoever calls it: where CI is set, it prints what failed twice."""
     (folder / "conftest.py").write_text("import children\nchildren.PATIENCE_SECONDS = 0.2\n")
     (folder / "test_it.py").write_text(f"import subprocess, threading, pytest\n{code}\n")
     apart = ["-c", os.devnull, "--rootdir", str(folder), "--confcutdir", str(folder)]
@@ -23,7 +25,7 @@ def suite(folder: Path, code: str, *options: str) -> str:
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", "test_it.py"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests/support")},
+        env={**PLAIN_ENVIRONMENT, "PYTHONPATH": str(ROOT / "tests/support")},
         capture_output=True,
         text=True,
         check=False,
