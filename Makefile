@@ -45,7 +45,7 @@ run: $(VENV)/ready
 	  exec $(SUDO) $(VENV)/bin/msrtrace run --web.listen-address 127.0.0.1:$(PORT); \
 	else \
 	  echo "make run: this machine has no kvm_intel: tracing an emulated VMX host, with a VM under filter updates"; \
-	  $(SUDO) tests/vmxhost/demo $(PORT) || [ $$? -eq 130 ]; \
+	  $(SUDO) tests/kvmhost/demo $(PORT) || [ $$? -eq 130 ]; \
 	fi
 
 lint: $(VENV)/ready
@@ -67,10 +67,10 @@ test-all: lint build/test-packages
 	$(SUDO) $(VENV)/bin/pytest --hosts bookworm,trixie,sid,filter-only
 
 compare-demo: $(VENV)/ready
-	$(SUDO) tests/vmxhost/compare-demo build/compare
+	$(SUDO) tests/kvmhost/compare-demo build/compare
 
 saving: $(VENV)/ready
-	@$(SUDO) $(VENV)/bin/python tests/vmxhost/saving.py
+	@$(SUDO) $(VENV)/bin/python tests/kvmhost/saving.py
 
 scrape-cost: $(VENV)/ready
 	@$(VENV)/bin/python tests/scrape_cost.py
@@ -79,10 +79,10 @@ start-cost: $(VENV)/ready
 	@$(SUDO) $(VENV)/bin/python tests/start_cost.py
 
 bench: $(VENV)/ready
-	@$(SUDO) $(VENV)/bin/python tests/vmxhost/bench.py
+	@$(SUDO) $(VENV)/bin/python tests/kvmhost/bench.py
 
 bench-parts: $(VENV)/ready
-	@$(SUDO) $(VENV)/bin/python tests/vmxhost/bench.py --parts
+	@$(SUDO) $(VENV)/bin/python tests/kvmhost/bench.py --parts
 
 build/npm: Makefile build/packages
 	command -v npm >/dev/null || $(APT) install -y --no-install-recommends npm
@@ -90,7 +90,7 @@ build/npm: Makefile build/packages
 
 test-dashboard: $(VENV)/ready build/test-packages build/npm
 	tests/dashboard/check
-	$(SUDO) $(VENV)/bin/python tests/vmxhost/chain_pictures.py build/chain
+	$(SUDO) $(VENV)/bin/python tests/kvmhost/chain_pictures.py build/chain
 
 clean:
 	$(SUDO) rm -rf build

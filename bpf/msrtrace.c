@@ -33,7 +33,7 @@
 #define MSR_TYPE_R 1
 #define MSR_TYPE_W 2
 
-/* Sizes and numbers that tracer/reader.py knows too. Capacities are powers of two. */
+/* Sizes and numbers that tracer/trace/reader.py knows too. Capacities are powers of two. */
 #ifdef BY_PID
 #define COUNTERS_CAPACITY 32768 /* one half for calls inside updates, one for the others */
 #define UPDATES_CAPACITY 4096
@@ -181,7 +181,7 @@ typedef struct pt_regs context;
 #define pointer_argument(ctx) PT_REGS_PARM1(ctx)
 #endif
 
-/* What differs with every boot or start: whoever loads the program puts it in (tracer/program.py). Or else 0. */
+/* What differs with every boot or start: whoever loads the program puts it in (tracer/program/program.py). Or else 0. */
 enum value {
 	ENABLE_AT, /* the functions that are called; for FENTRY */
 	DISABLE_AT,
@@ -234,7 +234,7 @@ static __always_inline bool wanted(void)
 #ifdef CAST_TYPE
 /*
  * bpf_rdonly_cast(), kernel/bpf/helpers.c: with a type for which reading is allowed, a load is an instruction instead of
- * 80. The number is a placeholder: BCC can call helpers alone, so tracer/program.py puts that of the kernel's in.
+ * 80. The number is a placeholder: BCC can call helpers alone, so tracer/program/program.py puts that of the kernel's in.
  */
 static void *(*rdonly_cast)(u64 address, u32 type) = (void *)0x7f000001;
 

@@ -18,8 +18,8 @@ from dashboards.health import health
 from dashboards.patterns import label
 from dashboards.updates import comparison, filter_updates
 from dashboards.verdict import missing_by_kernel
-from tracer.layout import LAYOUTS, VCPU_CREATE
-from tracer.verdict import JUDGED
+from tracer.model.layout import LAYOUTS, VCPU_CREATE
+from tracer.model.verdict import JUDGED
 
 FILE = Path(__file__).with_name("grafana.json")
 RULES = Path(__file__).with_name("rules.yml")

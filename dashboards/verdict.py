@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The rules of tracer/verdict.py as questions to Prometheus: for the dashboard, and for the alert in rules.yml."""
+"""The rules of tracer/model/verdict.py as questions to Prometheus, for the dashboard and the alert in rules.yml."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from textwrap import indent
 
 from dashboards.patterns import label, msr_pattern
 from dashboards.queries import HOST, LOST, metric
-from tracer.cause import FILTER_CHANGE
-from tracer.layout import counted_functions
-from tracer.verdict import (
+from tracer.model.cause import FILTER_CHANGE
+from tracer.model.layout import counted_functions
+from tracer.model.verdict import (
     ANY_ENABLES,
     DISABLES,
     ENABLES,

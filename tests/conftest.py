@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tracer import cli
+from tracer.cli import main as cli
 
 pytest_plugins = ["children", "dispositions", "needs"]
 

@@ -24,9 +24,9 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from tabulate import tabulate
 
-from tracer.exposition import exposed
-from tracer.metrics import SnapshotCollector
-from tracer.server import Server
+from tracer.export.exposition import exposed
+from tracer.export.metrics import SnapshotCollector
+from tracer.export.server import Server
 
 SERIES = (100, 1_000, 10_000, 30_000)
 _OF_A_VM, _OF_THE_HOST = 68, 80

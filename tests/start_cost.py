@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE / "support"), str(HERE / "vmxhost")]
+sys.path[:0] = [str(HERE / "support"), str(HERE / "kvmhost")]
 
 _REPEATS = 5
 
@@ -38,17 +38,17 @@ def start() -> dict[str, float]:
 
     from prometheus_client import CollectorRegistry, ProcessCollector
 
-    import tracer.run_command  # noqa: F401
-    from tracer.btf import Btf, BtfError
-    from tracer.compiler import compiled
-    from tracer.exposition import exposed
-    from tracer.layout import LAYOUTS
-    from tracer.metrics import SnapshotCollector
-    from tracer.plan import Options, definitions, variants
-    from tracer.program import load
-    from tracer.resources import resource as file
-    from tracer.server import Server
-    from tracer.symbols import Symbols
+    import tracer.cli.run  # noqa: F401
+    from tracer.export.exposition import exposed
+    from tracer.export.metrics import SnapshotCollector
+    from tracer.export.server import Server
+    from tracer.kernel.btf import Btf, BtfError
+    from tracer.kernel.symbols import Symbols
+    from tracer.model.layout import LAYOUTS
+    from tracer.program.compiler import compiled
+    from tracer.program.program import load
+    from tracer.program.resources import resource as file
+    from tracer.trace.plan import Options, definitions, variants
 
     step("imports")
     Symbols.read()

@@ -11,7 +11,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 README = REPO / "README.md"
-PAGES = [README, *sorted((REPO / "docs").glob("*.md")), REPO / "tests/vmxhost/README.md"]
+PAGES = [README, *sorted((REPO / "docs").glob("*.md")), REPO / "tests/kvmhost/README.md"]
 _LINES, _COLUMNS = 150, 100
 
 _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)

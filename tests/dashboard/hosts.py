@@ -15,8 +15,8 @@ from made import outcome, recalc, toggle
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from tracer.metrics import SnapshotCollector
-from tracer.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.export.metrics import SnapshotCollector
+from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
 
 END = 1791201585  # an hour before this lies in one of Prometheus' blocks, which hold two
 SECONDS = 3600

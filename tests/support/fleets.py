@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from tracer.fleet import Prometheus, reports
-from tracer.report import Report
+from tracer.report.fleet.fleet import Prometheus, reports
+from tracer.report.report import Report
 
 Samples = dict[float, float]
 Stored = dict[str, list[tuple[dict[str, str], Samples]]]

@@ -9,9 +9,9 @@ from cache import BUILD
 from hosts import HOSTS, kernel
 from needs import checking, missing
 
-from tracer.btf import Btf
-from tracer.layout import X2APIC_WRITE, Layout
-from tracer.symbols import Symbol, Symbols
+from tracer.kernel.btf import Btf
+from tracer.kernel.symbols import Symbol, Symbols
+from tracer.model.layout import X2APIC_WRITE, Layout
 
 
 class KnownBtf(Btf):

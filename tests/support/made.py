@@ -10,13 +10,13 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tracer.compare import compare
-from tracer.compare_command import _comparison_as
-from tracer.report import Bucket, CallRow, Host, Loss, PerUpdate, Report, Totals, UpdateSeconds, Vm
-from tracer.report_command import _report_as
-from tracer.reporting import Circumstances, make
-from tracer.snapshot import Call, Durations, Outcome, Snapshot
-from tracer.verdict import Verdict
+from tracer.cli.compare import _comparison_as
+from tracer.cli.report import _report_as
+from tracer.model.snapshot import Call, Durations, Outcome, Snapshot
+from tracer.model.verdict import Verdict
+from tracer.report.compare import compare
+from tracer.report.making import Circumstances, make
+from tracer.report.report import Bucket, CallRow, Host, Loss, PerUpdate, Report, Totals, UpdateSeconds, Vm
 
 TSC, SPEC_CTRL, XFD_ERR, FS_BASE, RTIT_STATUS = 0x10, 0x48, 0x1C5, 0xC0000100, 0x571
 #: vmx_possible_passthrough_msrs[] of 6.1, and which halves KVM passes through on the emulated host.

@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 
 from made import patched, recalc, recalculated, report, toggle, unpatched
 
-from tracer.compare import Comparison, compare
-from tracer.html import comparison_html, report_html
-from tracer.report import Report
-from tracer.snapshot import Call, Map, Outcome, Snapshot
+from tracer.model.snapshot import Call, Map, Outcome, Snapshot
+from tracer.report.compare import Comparison, compare
+from tracer.report.html import comparison_html, report_html
+from tracer.report.report import Report
 
 VOID = {"meta"}
 DROPPED = toggle(maps=(Map("calls", 8192, 8192, 17),))

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`msrtrace compare` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made import patched, recalc, report, toggle, unpatched
+
+from tracer.report.file import encode
+from tracer.report.report import Report
+
+ROOT = Path(__file__).parents[2]
+FIGURES = "makes 30 calls a filter update, 28 of them redundant; patched 13, 11 redundant: 17 fewer calls, -56.7%"
+SENTENCE = f"unpatched {FIGURES}"
+
+Main = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports in the current directory."""
+    made: dict[str, Report] = {"p": patched(), "u": unpatched(), "new": report(recalc(), label="new")}
+    made |= {"other": patched(command=["x"]), "seven": report(toggle(7), label="patched")}
+    for name, one in made.items():
+        (tmp_path / f"{name}.json").write_bytes(encode(one))
+    (tmp_path / "-x.json").write_bytes(encode(patched()))
+    (tmp_path / "bad.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["u.json", "p.json"],
+        ["--base", "u.json", "--new", "p.json"],
+        ["--new", "p.json", "--base", "u.json"],
+        ["--base", "u.json", "u.json", "--new", "p.json", "seven.json", "p.json"],
+        ["--base", "u.json", "--base", "u.json", "--new=p.json"],
+        ["--base", "u.json", "u.json", "--force", "--new", "p.json", "--format", "text"],
+        ["--format", "text", "--", "u.json", "p.json"],
+    ],
+)
+def test_compare(main: Main, arguments: list[str]) -> None:
+    status, out, err = main("compare", *arguments)
+    assert (status, err) == (0, "")
+    assert out.startswith(SENTENCE + "\n")
+
+
+@pytest.mark.usefixtures("files")
+def test_compare_repeats(main: Main) -> None:
+    _, out, _ = main("compare", "--base", "u.json", "u.json", "u.json", "--new", "p.json", "seven.json")
+    assert "unpatched: workload --updates 101 (303 filter updates, 3 reports)" in out
+    assert "patched: workload --updates 101 (108 filter updates, 2 reports)" in out
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["u.json"],
+        ["u.json", "p.json", "p.json"],
+        ["--base", "u.json"],
+        ["--new", "u.json", "p.json"],
+        ["u.json", "--base", "u.json", "--new", "p.json"],
+        ["--base", "u.json", "--new", "p.json", "--format", "text", "--", "p.json"],
+        ["--base", "--new", "p.json"],
+        ["--base", "u.json", "--new"],
+        ["u.json", "p.json", "--format", "yaml"],
+        ["u.json", "p.json", "--bogus"],
+    ],
+)
+def test_compare_wrong_usage(main: Main, arguments: list[str]) -> None:
+    status, out, err = main("compare", *arguments)
+    assert (status, out) == (2, "")
+    assert "Error: " in err
+
+
+@pytest.mark.usefixtures("files")
+def test_compare_refusals(main: Main) -> None:
+    status, out, err = main("compare", "other.json", "u.json")
+    refusal = (
+        "msrtrace: error: another workload: patched ran x, unpatched workload --updates 101 (--force compares them "
+    )
+    assert (status, out, err) == (3, "", refusal + "all the same)\n")
+    status, out, err = main("compare", "--force", "other.json", "u.json")
+    assert (status, err) == (0, "")
+    assert "FORCED in spite of: another workload: " in out
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("none.json", "cannot read none.json: No such file or directory"),
+        (".", "cannot read .: Is a directory"),
+        ("bad.json", "bad.json is no report of msrtrace: Object missing required field `schema`"),
+        ("\x1b[2J", r"cannot read \x1b[2J: No such file or directory"),
+    ],
+)
+def test_compare_what_cannot_be_read(main: Main, name: str, why: str) -> None:
+    for arguments in ([name, "u.json"], ["u.json", name]):
+        assert main("compare", *arguments) == (1, "", f"msrtrace: error: {why}\n")
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        (["--format", "markdown"], "**unpatched makes"),
+        (["--format", "json"], '{\n "schema": "msrtrace-comparison/1"'),
+        (["--format", "html"], "<!doctype html>"),
+        (["--format", "changelog"], "Unpatched makes"),
+        (["-o", "-"], SENTENCE),
+    ],
+)
+def test_formats_of_a_comparison(main: Main, options: list[str], start: str) -> None:
+    status, out, err = main("compare", *options, "u.json", "p.json")
+    assert (status, err) == (0, "")
+    assert out.lower().startswith(start.lower())
+
+
+@pytest.mark.usefixtures("files")
+def test_a_comparison_in_a_file(main: Main) -> None:
+    assert main("compare", "u.json", "p.json", "-o", "c.json") == (0, "", "")
+    assert json.loads(Path("c.json").read_text())["sentence"] == SENTENCE
+    status, _, err = main("compare", "u.json", "p.json", "-o", "none/c.json")
+    assert (status, err.startswith("msrtrace: error: cannot write none/c.json: there is no directory ")) == (1, True)
+
+
+@pytest.mark.usefixtures("files")
+def test_a_comparison_with_standard_input() -> None:
+    def compare(*arguments: str) -> Any:
+        command = [sys.executable, "-m", "tracer.cli.main", "compare", *arguments]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, input=encode(patched()), capture_output=True, env=env, check=False, timeout=60)
+
+    for arguments in (["u.json", "-"], ["--base", "u.json", "--new", "-"]):
+        assert compare(*arguments).stdout.decode().startswith(SENTENCE)
+    assert compare("-", "-").stderr == b"msrtrace: error: standard input is empty\n"

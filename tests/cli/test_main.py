@@ -1,0 +1,580 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line: what it prints, and its exit status, in this process and in one of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from made import patched, unpatched
+from needs import tool
+
+from tracer.cli import doctor as doctor_command
+from tracer.cli import main as cli
+from tracer.cli import run as run_command
+from tracer.cli.run import Address
+from tracer.doctor.checks import Machine, examine
+from tracer.model.errors import MsrtraceError
+from tracer.report.file import encode
+
+NOBODY = "4194305"  # above the kernel's highest pid (PID_MAX_LIMIT)
+COMMANDS = cli.cli.list_commands(click.Context(cli.cli))
+
+
+def named(name: str) -> click.Command:
+    found = cli.cli.get_command(click.Context(cli.cli), name)
+    assert found
+    return found
+
+
+def invoke(*arguments: str) -> Result:
+    """The command without `main`, which turns errors into lines."""
+    return CliRunner().invoke(cli.cli, arguments, prog_name="msrtrace")
+
+
+Main = Callable[..., tuple[int, str, str]]
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """As a user starts it."""
+    return subprocess.run(
+        [sys.executable, "-m", "tracer.cli.main", *arguments],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+# --- usage ---
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help(name: str | None, option: str) -> None:
+    result = invoke(*([name] if name else []), option)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"Usage: msrtrace {f'{name} [OPTIONS]' if name else '[OPTIONS] COMMAND'}")
+    known = named(name) if name else cli.cli
+    assert known.help
+    assert " ".join(known.help.split()) in " ".join(result.stdout.split())
+    options = [parameter for parameter in known.params if isinstance(parameter, click.Option)]
+    assert all(option.opts[0] in result.stdout for option in options)
+    assert name or all(f"\n  {other} " in result.stdout for other in COMMANDS)
+
+
+def test_commands() -> None:
+    assert COMMANDS == ["compare", "doctor", "report", "run", "top"]
+    assert [named(name).name for name in COMMANDS] == COMMANDS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_says_what_the_help_of_a_command_begins_with(name: str) -> None:
+    known = " ".join((named(name).help or "").split())
+    assert known.startswith(cli._COMMANDS[name])
+    assert " ".join(f"{name} {cli._COMMANDS[name]}".split()) in " ".join(invoke("--help").stdout.split())
+
+
+def test_version() -> None:
+    done = command("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"msrtrace, version {version('msrtrace')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trace"], "No such command 'trace'"),
+        (["run", "--bogus"], "No such option '--bogus'"),
+        (["run", "--pid", "0"], "0 is not in the range x>=1"),
+        (["run", "--pid", "web"], "'web' is not a valid int"),
+        (["run", "--web.listen-address", "localhost"], "'localhost' is not HOST:PORT"),
+        (["run", "--web.listen-address", "localhost:"], "'localhost:' is not HOST:PORT"),
+        (["run", "--web.listen-address", "9753"], "'9753' is not HOST:PORT"),
+        (["run", "--web.listen-address", ""], "'' is not HOST:PORT"),
+        (["run", "--web.listen-address", ":65536"], "':65536' is not HOST:PORT"),
+        (["run", "--web.listen-address", ":-1"], "':-1' is not HOST:PORT"),
+        (["run", "--web.listen-address", ":http"], "':http' is not HOST:PORT"),
+        (["run", "--web.listen-address", ":8\u00b2"], "':8\u00b2' is not HOST:PORT"),
+        (["run", "--web.tls-key-file", "key.pem"], "--web.tls-client-ca-file need --web.tls-cert-file"),
+        (["run", "--web.tls-client-ca-file", "ca.pem"], "--web.tls-client-ca-file need --web.tls-cert-file"),
+        (["run", "--web.tls-cert-file", "/"], "'/' is a directory"),
+    ],
+)
+def test_wrong_usage(main: Main, arguments: list[str], message: str) -> None:
+    status, out, err = main(*arguments)
+    assert (status, out) == (2, "")
+    usage, hint, blank, error = err.splitlines()
+    assert usage.startswith("Usage: msrtrace ")
+    assert (hint, blank) == (f"Try 'msrtrace {'run ' * (arguments[0] == 'run')}--help' for help.", "")
+    assert error.startswith("Error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:9753", ("127.0.0.1", 9753)),
+        ("localhost:0", ("localhost", 0)),
+        (":65535", ("0.0.0.0", 65535)),
+        ("[::1]:9753", ("::1", 9753)),
+        ("[::]:80", ("::", 80)),
+    ],
+)
+def test_addresses(text: str, address: tuple[str, int]) -> None:
+    assert Address().convert(text, None, None) == address
+
+
+# --- start-up ---
+
+NOTED = """
+import atexit, sys
+before = set(sys.modules)
+atexit.register(lambda: print(*(sys.modules.keys() - before), file=sys.stderr))
+from tracer.cli import main
+main()
+"""
+HEAVY = {"asyncio", "ctypes", "email", "http", "importlib.metadata", "socket", "ssl", "subprocess", "urllib.request"}
+TRACING = {
+    f"tracer.{name}" for name in ("btf", "doctor", "engine", "metrics", "reader", "snapshot", "symbols", "tracer")
+}
+STARTS = ["--help"], ["compare", "u.json", "p.json"]
+
+
+@pytest.fixture
+def reports(tmp_path: Path) -> Path:
+    (tmp_path / "u.json").write_bytes(encode(unpatched()))
+    (tmp_path / "p.json").write_bytes(encode(patched()))
+    return tmp_path
+
+
+def start_up(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`msrtrace ARGUMENTS` in FOLDER; stderr has the modules that it imports."""
+    return subprocess.run(
+        [sys.executable, "-c", NOTED, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_imports_nothing_that_takes_long(tmp_path: Path, name: str) -> None:
+    found = set(start_up(tmp_path, name, "--help").stderr.split())
+    assert f"tracer.{name}_command" in found
+    assert not found & HEAVY
+    assert others(found) <= {"click", "msgspec"}
+
+
+def test_help_imports_no_command(tmp_path: Path) -> None:
+    found = set(start_up(tmp_path, "--help").stderr.split())
+    assert {name for name in found if name.startswith("tracer.")} == {
+        "tracer.cli.main",
+        "tracer.model.errors",
+        "tracer.model.text",
+    }
+    assert not found & HEAVY
+    assert others(found) == {"click"}
+
+
+def test_compare_imports_nothing_that_tracing_needs(reports: Path) -> None:
+    found = set(start_up(reports, "compare", "u.json", "p.json").stderr.split())
+    assert not found & (HEAVY | TRACING)
+    assert others(found) == {"click", "msgspec"}
+
+
+def others(modules: set[str]) -> set[str]:
+    """The packages of other projects. msgspec takes typing_extensions along where it is."""
+    return {name.partition(".")[0] for name in modules} - sys.stdlib_module_names - {"tracer", "typing_extensions"}
+
+
+@pytest.mark.parametrize("arguments", STARTS)
+def test_start_up(reports: Path, arguments: list[str]) -> None:
+    """The goal is 0.2 s of a free core. Emulated hosts may be at work beside, hence the double."""
+
+    def took() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        start_up(reports, *arguments)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(took() for _ in range(5)) < 0.4
+
+
+# --- errors ---
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Let `msrtrace doctor` end with ERROR."""
+
+    def broken(_: Machine) -> None:
+        raise error
+
+    monkeypatch.setattr(doctor_command, "examine", broken)
+
+
+def test_no_such_process() -> None:
+    done = command("run", "--pid", NOBODY)
+    expected = f"msrtrace: error: there is no process {NOBODY}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
+
+
+def test_an_error_is_one_line(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
+    fail(monkeypatch, MsrtraceError("what is wrong: what to do"))
+    assert main("doctor") == (1, "", "msrtrace: error: what is wrong: what to do\n")
+
+
+@pytest.mark.parametrize("message", ["not foreseen", "not\nforeseen\n"])
+def test_an_internal_error_is_one_line(monkeypatch: pytest.MonkeyPatch, main: Main, message: str) -> None:
+    monkeypatch.delenv("MSRTRACE_DEBUG", raising=False)
+    fail(monkeypatch, ValueError(message))
+    expected = "msrtrace: internal error: ValueError: not foreseen (MSRTRACE_DEBUG=1 shows where)\n"
+    assert main("doctor") == (1, "", expected)
+
+
+def test_debugging_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MSRTRACE_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["msrtrace", "doctor"])
+    fail(monkeypatch, ValueError("not foreseen"))
+    with pytest.raises(ValueError, match="not foreseen"):
+        cli.main()
+
+
+def test_an_error_moves_no_cursor(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
+    fail(monkeypatch, MsrtraceError("\x1b[2J\u202e"))
+    assert main("doctor") == (1, "", "msrtrace: error: \\x1b[2J\\u202e\n")
+
+
+def test_an_error_has_its_status(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
+    error = MsrtraceError("why")
+    error.status = 3
+    fail(monkeypatch, error)
+    assert main("doctor") == (3, "", "msrtrace: error: why\n")
+
+
+def test_an_obstacle(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
+    """What doctor finds first is what run fails with; --wait-module asks for no module."""
+    ignored = []
+
+    def obstacle(_: Machine, ignore: tuple[str, ...] = ()) -> str:
+        ignored.append(ignore)
+        return "kvm_intel is not loaded: sudo modprobe kvm_intel"
+
+    monkeypatch.setattr(run_command, "obstacle", obstacle)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # it is this process that would keep the handlers
+    expected = (1, "", "msrtrace: error: kvm_intel is not loaded: sudo modprobe kvm_intel\n")
+    assert main("run") == expected
+    assert main("run", "--wait-module") == expected
+    assert ignored == [(), ("kvm-intel", "symbols")]
+
+
+# --- doctor ---
+
+
+def test_doctor() -> None:
+    names = [check.name for check in examine(Machine.here())]
+    done = command("doctor", "--json")
+    document = json.loads(done.stdout)
+    assert [check["name"] for check in document["checks"]] == names
+    assert (document["schema"], document["kernel"]) == ("msrtrace-doctor/1", os.uname().release)
+    failed = any(check["state"] == "failed" for check in document["checks"])
+    assert (document["ok"], done.returncode, done.stderr) == (not failed, int(failed), "")
+    text = command("doctor")
+    assert (text.returncode, text.stderr) == (done.returncode, "")
+    assert "\x1b" not in text.stdout  # not a terminal
+    assert [line.split()[1] for line in text.stdout.split("\n\n")[0].splitlines() if line[0] != " "] == names
+
+
+# --- run, with a stand-in for the engine ---
+
+DRIVER = """
+import sys
+from functools import partial
+from pathlib import Path
+
+import tracer.cli, tracer.engine, tracer.run_command, tracer.tracer
+from tracer.model.errors import MsrtraceError
+from tracer.kernel.symbols import Symbol, Symbols
+from tracer.model.snapshot import Call, Outcome, Probe, Snapshot
+
+state = Path(sys.argv.pop(1))
+
+
+class Engine:
+    backend = "kprobe"
+
+    def __init__(self, layout, symbols, options, machine):
+        (state / "attached").touch()
+        self.options, self.layout, self.warnings = options, layout, ["vmx_vcpu_create is not probed: none"]
+        self.probes = [Probe(layout.update, layout.update, True, f"{layout.update} [kvm_intel]")]
+        self.probes.append(Probe("vmx_vcpu_create", None, False, "none"))
+
+    def snapshot(self, patience=0):
+        call = Call(0x10, "read", "disable", "vcpu_create", "vmx_vcpu_create", self.options.pid or 0)
+        calls = {call: Outcome(7, 0, 7, 0, 0)}
+        return Snapshot(self.layout.name, calls=calls, probes=tuple(self.probes), by_vm=self.options.by_vm)
+
+    def forget(self, pids):
+        pass
+
+    def detach(self):
+        pass
+
+    def reattach(self, layout, symbols):
+        if (state / "refusal").exists():
+            raise MsrtraceError((state / "refusal").read_text())
+        return True
+
+    def close(self):
+        (state / "closed").touch()
+
+
+def module():
+    return (state / "module").read_text() if (state / "module").exists() else None
+
+
+def symbols(*_):
+    return Symbols.of([Symbol(64, "vmx_msr_filter_changed", "kvm_intel")])
+
+
+Symbols.read = symbols
+tracer.run_command.obstacle = lambda machine, ignore=(): None
+tracer.engine.Engine = Engine
+tracer.tracer.loaded_module = module
+tracer.tracer.Tracer = partial(tracer.tracer.Tracer, symbols=symbols, module=module)
+tracer.cli.main()
+"""
+
+
+class Running:
+    """`msrtrace run ARGUMENTS` in a process of its own, on a made-up kernel that is files in a folder."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder = folder
+        (folder / "driver.py").write_text(DRIVER)
+        self.out, self.err = folder / "out", folder / "err"
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, folder / "driver.py", folder, "run", *arguments],
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+            )
+
+    def until(self, text: str, file: Path | None = None) -> str:
+        """Wait until stdout (or FILE) has TEXT; all that it has then."""
+        end = time.monotonic() + 30
+        while text not in (content := (file or self.out).read_text()):
+            assert time.monotonic() < end, f"no {text!r} in {content!r}; stderr: {self.err.read_text()}"
+            assert self.process.poll() is None, f"ended: {content!r}; stderr: {self.err.read_text()}"
+            time.sleep(0.05)
+        return content
+
+    def url(self) -> str:
+        return self.until("/metrics\n").rpartition("serving ")[2].splitlines()[0]
+
+    def warnings(self) -> list[str]:
+        """What it said on stderr, but for what it says of capabilities to others than root."""
+        lines = self.err.read_text().splitlines()
+        return lines if os.geteuid() == 0 else [line for line in lines if "capabilities" not in line]
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts `msrtrace run` where kvm_intel is loaded."""
+    started: list[Running] = []
+    (tmp_path / "module").write_text("1")
+
+    def run(*arguments: str, address: str = "127.0.0.1:0") -> Running:
+        started.append(Running(tmp_path, "--web.listen-address", address, *arguments))
+        return started[-1]
+
+    yield run
+    for running in started:
+        running.process.kill()
+        running.process.wait()
+
+
+Start = Callable[..., Running]
+
+
+def scrape(url: str, context: ssl.SSLContext | None = None) -> str:
+    with urlopen(url, timeout=20, context=context) as answer:
+        text: bytes = answer.read()
+    return text.decode()
+
+
+SERIES = 'msrtrace_intercept_calls_total{access="read",action="disable",cause="vcpu_create",msr="0x10",name="IA32_TSC"'
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_run(start: Start, number: signal.Signals) -> None:
+    running = start()
+    url = running.url()
+    assert running.out.read_text() == (
+        "msrtrace: probing vmx_msr_filter_changed: vmx_msr_filter_changed [kvm_intel]\n"
+        "msrtrace: NOT probing vmx_vcpu_create: none\n"
+        "msrtrace: backend kprobe\n"
+        f"msrtrace: serving {url}\n"
+    )
+    if os.geteuid() == 0:
+        status = Path(f"/proc/{running.process.pid}/status").read_text()
+        assert "NoNewPrivs:\t1\n" in status
+        bounding = int(re.findall(r"^CapBnd:\s*(\w+)", status, re.MULTILINE)[0], 16)
+        # CAP_BPF, CAP_PERFMON, CAP_SYSLOG, and where probing asks for it CAP_SYS_ADMIN
+        assert bounding & ~(1 << 21) == 1 << 39 | 1 << 38 | 1 << 34
+    metrics = scrape(url)
+    assert f"{SERIES}}} 7.0\n" in metrics
+    assert f'kernel="{os.uname().release}",layout="filter-only"' in metrics
+    assert f'version="{version("msrtrace")}"' in metrics
+    assert "\nprocess_resident_memory_bytes " in metrics
+    assert "python_info" not in metrics
+    assert not (running.folder / "closed").exists()
+    assert running.end(number) == 0
+    assert (running.folder / "closed").exists()
+    assert running.warnings() == ["msrtrace: warning: vmx_vcpu_create is not probed: none"]
+
+
+def test_run_by_vm(start: Start) -> None:
+    running = start("--by-vm", "--pid", str(os.getpid()))
+    assert f'{SERIES},pid="{os.getpid()}",vm="' in scrape(running.url())
+
+
+def test_a_reload_while_it_runs(start: Start) -> None:
+    running = start()
+    url = running.url()
+    (running.folder / "module").unlink()
+    running.until("kvm_intel was unloaded; its counts are kept, and it is traced again when it comes back\n")
+    metrics = scrape(url)
+    assert f"{SERIES}}} 7.0\n" in metrics
+    assert 'msrtrace_probe_attached{function="vmx_msr_filter_changed"} 0.0\n' in metrics
+    (running.folder / "module").write_text("2")
+    after = running.until("kvm_intel was loaded again\n")
+    assert after.count("serving") == 1
+    assert f"{SERIES}}} 14.0\n" in scrape(url)
+    assert running.end() == 0
+
+
+def test_a_reload_to_what_cannot_be_traced_is_said_once(start: Start) -> None:
+    running = start()
+    url = running.url()
+    (running.folder / "refusal").write_text("why")
+    (running.folder / "module").write_text("2")
+    running.until("why\n", running.err)
+    time.sleep(1.5)
+    assert f"{SERIES}}} 7.0\n" in scrape(url)
+    assert running.warnings()[1:] == ["msrtrace: warning: kvm_intel is not traced, trying again in 10 s: why"]
+    assert running.end() == 0
+
+
+def test_waiting_for_the_module(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "module").unlink()
+    running = start("--wait-module")
+    assert running.until("waiting") == "msrtrace: waiting for kvm_intel to be loaded\n"
+    (tmp_path / "module").write_text("1")
+    assert f"{SERIES}}} 7.0\n" in scrape(running.url())
+
+
+def test_waiting_can_be_ended(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "module").unlink()
+    running = start("--wait-module")
+    running.until("waiting")
+    assert (running.end(signal.SIGINT), running.err.read_text()) == (0, "")
+
+
+def failed(running: Running) -> str:
+    """The one error line of a run that cannot serve; no probe may be left."""
+    assert running.process.wait(30) == 1
+    assert (running.folder / "closed").exists() == (running.folder / "attached").exists()
+    assert "serving" not in running.out.read_text()
+    error = running.err.read_text().splitlines()[-1]
+    assert error.startswith("msrtrace: error: ")
+    return error.removeprefix("msrtrace: error: ")
+
+
+def test_port_taken(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        error = failed(start(address=address))
+    assert (
+        error == f"cannot listen on {address}: Address already in use; choose another address with --web.listen-address"
+    )
+
+
+def test_no_such_address(start: Start) -> None:
+    error = failed(start(address="host.invalid:9753"))
+    assert error.startswith("cannot listen on host.invalid:9753: ")
+
+
+# --- run, with TLS ---
+
+
+@pytest.mark.parametrize("missing", ["cert", "key", "client-ca"])
+def test_tls_files_that_are_not_there(start: Start, tmp_path: Path, missing: str) -> None:
+    options = [f"--web.tls-{name}-file={tmp_path / name}.pem" for name in ("cert", "key", "client-ca")]
+    for name in {"cert", "key", "client-ca"} - {missing}:
+        (tmp_path / f"{name}.pem").write_text("")
+    assert failed(start(*options)).startswith(("cannot read a TLS file: ", "the TLS files cannot be used: "))
+
+
+def test_tls_files_that_are_nothing_of_the_kind(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "pem").write_text("nothing")
+    error = failed(start(f"--web.tls-cert-file={tmp_path}/pem", f"--web.tls-key-file={tmp_path}/pem"))
+    assert error.startswith("the TLS files cannot be used: ")
+
+
+def test_a_certificate_without_a_key_is_not_served_in_the_clear(start: Start, tmp_path: Path) -> None:
+    """prometheus_client serves HTTP, with no word, unless it is given both."""
+    (tmp_path / "cert.pem").write_text("nothing")
+    running = start("--web.tls-cert-file", str(tmp_path / "cert.pem"))
+    with suppress(subprocess.TimeoutExpired):
+        running.process.wait(5)
+    assert running.process.returncode in (1, 2)
+    assert "serving" not in running.out.read_text()
+
+
+def test_tls(start: Start, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    request = [tool("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    subprocess.run([*request, *name, "-keyout", key, "-out", cert], capture_output=True, check=True)
+    options = ["--web.tls-cert-file", str(cert), "--web.tls-key-file", str(key)]
+    url = start(*options).url()
+    assert url.startswith("https://127.0.0.1:")
+    anybody = ssl.create_default_context(cafile=str(cert))
+    assert SERIES in scrape(url, anybody)
+    with pytest.raises(URLError, match="CERTIFICATE_VERIFY_FAILED"):
+        scrape(url, ssl.create_default_context())
+    url = start(*options, "--web.tls-client-ca-file", str(cert)).url()
+    with pytest.raises((OSError, URLError)):
+        scrape(url, anybody)
+    known = ssl.create_default_context(cafile=str(cert))
+    known.load_cert_chain(cert, key)
+    assert SERIES in scrape(url, known)

@@ -1,0 +1,548 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command `msrtrace top` in a terminal of its own and in a pipe, with a stand-in for the engine."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+
+DRIVER = """
+import os, sys, time
+from functools import partial
+from pathlib import Path
+
+import tracer.cli, tracer.engine, tracer.top_command, tracer.tracer
+from tracer.kernel.symbols import Symbol, Symbols
+from tracer.model.snapshot import Call, Durations, Outcome, Probe, Snapshot
+
+state = Path(sys.argv.pop(1))
+names = ["vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_msr_filter_changed"]
+
+
+class Engine:
+    def __init__(self, layout, symbols, options, machine):
+        self.options, self.layout, self.warnings, self.n = options, layout, [], 0
+        self.probes = [Probe(name, name, True, name) for name in names]
+
+    def snapshot(self, patience=0):
+        if (state / "broken").exists():
+            raise OSError("broken map")
+        if (state / "crash").exists():
+            (state / "crash").unlink()
+            raise KeyboardInterrupt
+        self.n += 10
+        pid = os.getpid() if self.options.by_vm else 0
+        def call(msr, cause):
+            return Call(msr, "read", "disable", cause, "x", pid)
+        calls = {call(0x10, "filter_change"): Outcome(2 * self.n, self.n, self.n, 0, 0)}
+        calls[call(0x48, "vcpu_create")] = Outcome(self.n, self.n, 0, 0, 0)
+        updates = {pid: Durations(self.n, self.n * 1e-4, (self.n, *[0] * 24))}
+        return Snapshot(
+            self.layout.name, calls=calls, updates=updates, probes=tuple(self.probes), by_vm=self.options.by_vm
+        )
+
+    def forget(self, pids):
+        pass
+
+    def detach(self):
+        pass
+
+    def reattach(self, layout, symbols):
+        return True
+
+    def close(self):
+        (state / "closed").touch()
+
+
+def module():
+    return (state / "module").read_text() if (state / "module").exists() else None
+
+
+def symbols(*_):
+    return Symbols.of([Symbol(64 + i, name, "kvm_intel") for i, name in enumerate(names)])
+
+
+Symbols.read = symbols
+tracer.top_command.obstacle = lambda machine, ignore=(): None
+tracer.engine.Engine = Engine
+tracer.tracer.Tracer = partial(tracer.tracer.Tracer, symbols=symbols, module=module)
+tracer.cli.main()
+"""
+
+_SGR = re.compile(rb"\x1b\[[\d;]*m")
+
+
+class Terminal:
+    """A process that leads a session with a terminal, of which this has the other side."""
+
+    def __init__(
+        self, folder: Path, *command: str | Path, size: tuple[int, int] = (24, 80), **environment: str
+    ) -> None:
+        self.folder = folder
+        self.master, self.slave = pty.openpty()
+        self.resize(*size)
+        self.before = termios.tcgetattr(self.slave)
+        self.sent = b""
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            env={**clean_environment(), **environment},
+            stdin=self.slave,
+            stdout=self.slave,
+            stderr=self.slave,
+            preexec_fn=_lead_session,  # noqa: PLW1509 (there is no other thread)
+        )
+
+    def resize(self, rows: int, columns: int) -> None:
+        """The kernel tells the foreground process group."""
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def read(self, seconds: float) -> bool:
+        """Read what comes within SECONDS; whether anything did."""
+        if not select.select([self.master], [], [], seconds)[0]:
+            return False
+        self.sent += os.read(self.master, 65536)
+        return True
+
+    def screen(self) -> str:
+        """What stands there: lines are drawn at CSI row;1H, and all is wiped by CSI 2J."""
+        last = self.sent.rpartition(b"\x1b[2J")[2]
+        rows: dict[int, bytes] = {}
+        for row, text in re.findall(rb"\x1b\[(\d+);1H\x1b\[K([^\x1b]*(?:\x1b\[[\d;]*m[^\x1b]*)*)", last):
+            rows[int(row)] = _SGR.sub(b"", text)
+        return "\n".join(rows.get(n, b"").decode() for n in range(1, max(rows, default=0) + 1))
+
+    def until(self, *texts: str) -> str:
+        """Wait until the screen has TEXTS; all that it has then."""
+        end = time.monotonic() + 30
+        while not all(text in self.screen() for text in texts):
+            assert time.monotonic() < end, f"no {texts} in {self.screen()!r}; sent: {self.sent!r}"
+            if not self.read(0.1):
+                assert self.process.poll() is None, f"ended: {self.sent!r}"
+        return self.screen()
+
+    def type(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def end(self) -> int:
+        """Wait for the end, which must leave the terminal as it was."""
+        end = time.monotonic() + 30
+        while self.process.poll() is None:
+            assert time.monotonic() < end
+            self.read(0.05)
+        while self.read(0.05):
+            pass
+        assert termios.tcgetattr(self.slave) == self.before
+        return self.process.returncode
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for file in (self.master, self.slave):
+            if file >= 0:
+                os.close(file)
+
+
+def _lead_session() -> None:
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def clean_environment() -> dict[str, str]:
+    unwanted = {"NO_COLOR", "COLUMNS", "LINES", "LC_ALL", "LC_CTYPE", "PYTHONIOENCODING"}
+    kept = {name: value for name, value in os.environ.items() if name not in unwanted}
+    return {**kept, "PYTHONPATH": str(REPO), "TERM": "xterm", "LANG": "C.UTF-8"}
+
+
+def command(folder: Path, *arguments: str) -> list[str | Path]:
+    """The arguments of Python that run `msrtrace top`."""
+    return [folder / "driver.py", folder, "top", *arguments]
+
+
+Start = Callable[..., Terminal]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "module").write_text("1")
+    (tmp_path / "driver.py").write_text(DRIVER)
+    return tmp_path
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Start]:
+    started: list[Terminal] = []
+
+    def run(*arguments: str, size: tuple[int, int] = (24, 80), **environment: str) -> Terminal:
+        started.append(Terminal(folder, *command(folder, "-d", "0.3", *arguments), size=size, **environment))
+        return started[-1]
+
+    yield run
+    for terminal in started:
+        terminal.close()
+
+
+ENTER, LEAVE = b"\x1b[?1049h", b"\x1b[0m\x1b[?7h\x1b[?25h\x1b[?1049l"
+ORDER = re.compile(r"IA32_TSC .*IA32_SPEC_CTRL ", re.DOTALL)
+
+
+def test_a_session(start: Start) -> None:
+    terminal = start()
+    drawn = terminal.until("IA32_SPEC_CTRL", "sorted by calls; ? for help, q to quit")
+    assert ORDER.search(drawn)
+    assert "2 calls per filter update, 1 of them redundant" in drawn
+    assert termios.tcgetattr(terminal.slave)[3] & (termios.ICANON | termios.ECHO) == 0
+    terminal.type("s")
+    assert not ORDER.search(terminal.until("sorted by share"))
+    terminal.type("u")
+    assert ORDER.search(terminal.until("sorted by cause"))
+    terminal.type("r")
+    terminal.until("sorted by redundant")
+    terminal.type("m")
+    terminal.until("sorted by msr")
+    terminal.type("c")
+    terminal.until("sorted by calls")
+    terminal.type("?")
+    terminal.until("space pauses", "q quits")
+    terminal.type("h")
+    terminal.until("q to quit")
+    terminal.type("t")
+    terminal.until(" all ", "     calls  redundant")
+    terminal.type("t")
+    terminal.until("over 0.")
+    terminal.type("q")
+    assert terminal.end() == 0
+    assert terminal.sent.count(ENTER) == 1
+    assert terminal.sent.rstrip().endswith(LEAVE)
+    assert (terminal.folder / "closed").exists()
+
+
+def test_a_pause(start: Start) -> None:
+    terminal = start()
+    terminal.until("IA32_TSC")
+    terminal.type(" ")
+    held = terminal.until("PAUSED")
+    while terminal.read(1.0):
+        pass
+    assert terminal.screen() == held
+    terminal.type("s")
+    assert terminal.until("sorted by share").splitlines()[0] == held.splitlines()[0]
+    terminal.type(" ")
+    terminal.until("over")
+    end = time.monotonic() + 30
+    while "PAUSED" in terminal.screen():
+        assert terminal.read(1.0)
+        assert time.monotonic() < end
+    terminal.type("q")
+    assert terminal.end() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_signals_end_it_in_order(start: Start, number: signal.Signals) -> None:
+    terminal = start()
+    terminal.until("IA32_TSC")
+    terminal.process.send_signal(number)
+    assert terminal.end() == 0
+    assert terminal.sent.rstrip().endswith(LEAVE)
+    assert (terminal.folder / "closed").exists()
+
+
+def test_ctrl_c(start: Start) -> None:
+    terminal = start()
+    terminal.until("IA32_TSC")
+    terminal.type("\x03")
+    assert terminal.end() == 0
+
+
+def test_an_exception_leaves_the_terminal_as_it_was(start: Start) -> None:
+    terminal = start()
+    terminal.until("IA32_TSC")
+    (terminal.folder / "crash").touch()
+    assert terminal.end() == 1
+    assert LEAVE in terminal.sent
+    assert (terminal.folder / "closed").exists()
+    assert b"Traceback" not in terminal.sent
+
+
+def test_a_terminal_that_goes_away(start: Start) -> None:
+    terminal = start()
+    terminal.until("IA32_TSC")
+    for name in ("slave", "master"):
+        os.close(getattr(terminal, name))
+        setattr(terminal, name, -1)
+    assert terminal.process.wait(30) == 0
+    assert (terminal.folder / "closed").exists()
+
+
+def test_stopping_and_going_on(start: Start) -> None:
+    """After SIGSTOP, which nobody can prepare for, and whatever a shell then did to the terminal."""
+    terminal = start()
+    terminal.until("IA32_TSC")
+    terminal.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, terminal.process.pid, os.WSTOPPED)
+    attributes = termios.tcgetattr(terminal.slave)
+    attributes[3] |= termios.ECHO | termios.ICANON  # as a shell has it
+    termios.tcsetattr(terminal.slave, termios.TCSANOW, attributes)
+    terminal.sent = b""
+    terminal.process.send_signal(signal.SIGCONT)
+    terminal.until("IA32_TSC")
+    assert ENTER in terminal.sent
+    assert termios.tcgetattr(terminal.slave)[3] & (termios.ICANON | termios.ECHO) == 0
+    terminal.type("q")
+    assert terminal.end() == 0
+
+
+JOB_CONTROL = """
+import os, signal, sys, termios
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+before = termios.tcgetattr(0)
+def foreground(group):
+    os.tcsetpgrp(0, group)
+pid = os.fork()
+if not pid:
+    os.setpgid(0, 0)
+    foreground(os.getpid())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+def stopped():
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status), status
+    foreground(os.getpgrp())
+    print("STOPPED", termios.tcgetattr(0) == before, flush=True)
+stopped()
+os.kill(pid, signal.SIGCONT)  # bg
+stopped()
+foreground(pid)
+os.kill(pid, signal.SIGCONT)  # fg
+stopped()
+os.kill(pid, signal.SIGTERM)
+os.kill(pid, signal.SIGCONT)  # kill %1
+_, status = os.waitpid(pid, 0)
+print("ENDED", os.waitstatus_to_exitcode(status), termios.tcgetattr(0) == before, flush=True)
+"""
+
+
+def test_job_control(folder: Path) -> None:
+    """Ctrl-Z, bg, fg, Ctrl-Z, kill: as a shell does it."""
+    shell = folder / "shell.py"
+    shell.write_text(JOB_CONTROL)
+    terminal = Terminal(folder, shell, *command(folder, "-d", "0.3"))
+
+    def said(text: bytes, times: int) -> None:
+        end = time.monotonic() + 30
+        while terminal.sent.count(text) < times:
+            assert time.monotonic() < end, terminal.sent
+            assert terminal.read(0.1) or terminal.process.poll() is None, terminal.sent
+
+    try:
+        terminal.until("IA32_TSC")
+        terminal.type("\x1a")
+        said(b"STOPPED True", 2)  # by Ctrl-Z, and when continued in the background
+        assert LEAVE in terminal.sent
+        said(ENTER, 2)
+        terminal.until("IA32_TSC")
+        terminal.type("\x1a")
+        said(b"ENDED 0 True", 1)
+        assert terminal.sent.count(b"STOPPED True") == 3
+        assert terminal.sent.count(ENTER) == terminal.sent.count(LEAVE) == 2
+        assert terminal.end() == 0
+        assert (folder / "closed").exists()
+    finally:
+        terminal.close()
+
+
+def test_a_resize(start: Start) -> None:
+    terminal = start()
+    assert len(terminal.until("q to quit", "IA32_TSC").splitlines()) == 24
+    assert "filter_change" in terminal.screen()
+    terminal.resize(12, 40)
+    end = time.monotonic() + 30
+    while len(drawn := terminal.screen().splitlines()) != 12 or "IA32_TSC" not in terminal.screen():
+        assert time.monotonic() < end
+        terminal.read(0.1)
+    assert max(map(len, drawn)) <= 40
+    assert "filter_change" not in terminal.screen()
+    terminal.type("q")
+    assert terminal.end() == 0
+
+
+def test_a_terminal_that_does_not_know_its_size(start: Start) -> None:
+    terminal = start(size=(0, 0))
+    assert len(terminal.until("q to quit").splitlines()) == 24
+    terminal.type("q")
+    assert terminal.end() == 0
+
+
+@pytest.mark.parametrize("term", ["vt100", "linux"])
+def test_a_serial_console(start: Start, term: str) -> None:
+    terminal = start(TERM=term)
+    terminal.until("100 us each")
+    terminal.type("q")
+    assert terminal.end() == 0
+    assert terminal.sent.isascii()
+    assert b"1049" not in terminal.sent
+    assert terminal.sent.endswith(b"\x1b[24;1H\r\n")
+    assert (b"\x1b[31m" in terminal.sent) == (term == "linux")
+
+
+def test_no_colour(start: Start) -> None:
+    terminal = start(NO_COLOR="1")
+    terminal.until("IA32_TSC", "100 µs each")
+    terminal.type("q")
+    assert terminal.end() == 0
+    assert not re.search(rb"\x1b\[[\d;]*3\dm", terminal.sent)
+
+
+def test_no_utf_8(start: Start) -> None:
+    terminal = start(LANG="C")
+    terminal.until("100 us each")
+    terminal.type("q")
+    assert terminal.end() == 0
+    assert terminal.sent.isascii()
+
+
+def test_a_dumb_terminal(start: Start) -> None:
+    terminal = start("-n", "2", TERM="dumb")
+    assert terminal.end() == 0
+    assert b"\x1b" not in terminal.sent
+    assert terminal.sent.count(b"redundancy exact") == 2
+
+
+def test_an_end_after_some_frames(start: Start) -> None:
+    terminal = start("-n", "2")
+    assert terminal.end() == 0
+    assert terminal.sent.rstrip().endswith(LEAVE)
+
+
+def test_vms_by_key(start: Start) -> None:
+    terminal = start("--by-vm")
+    terminal.until("pid VM ", "IA32_TSC")
+    terminal.type("b")
+    assert "IA32_TSC" not in terminal.until("updates/s")
+    terminal.type("b")
+    terminal.until("access", "IA32_TSC")
+    terminal.type("b")
+    terminal.until("pid VM", "IA32_TSC")
+    terminal.type("?")
+    terminal.until("b MSRs of each VM")
+    terminal.type("q")
+    assert terminal.end() == 0
+
+
+def test_a_reload_and_a_failure_are_shown(start: Start) -> None:
+    terminal = start()
+    terminal.until("IA32_TSC")
+    (terminal.folder / "module").unlink()
+    terminal.until("kvm_intel is not loaded; it is traced again when it comes back", "nothing is traced now")
+    (terminal.folder / "module").write_text("2")
+    terminal.until("kvm_intel was loaded again, and is traced since", "LOWER BOUND", "kvm_intel unloaded: 1")
+    terminal.until("kvm_intel unloaded: 1", "IA32_TSC")
+    (terminal.folder / "broken").touch()
+    terminal.until("reading failed at", "the numbers are older: OSError: broken map", "IA32_TSC")
+    (terminal.folder / "broken").unlink()
+    end = time.monotonic() + 30
+    while "reading failed" in terminal.screen():
+        assert time.monotonic() < end
+        terminal.read(0.1)
+    terminal.type("q")
+    assert terminal.end() == 0
+
+
+# --- without a terminal ---
+
+
+def piped(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, *command(folder, "-d", "0.2", *arguments)],
+        env={**clean_environment(), **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_frames_in_a_pipe(folder: Path) -> None:
+    done = piped(folder, "-n", "2", "--sort", "share")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\x1b" not in done.stdout
+    found = done.stdout.decode().splitlines()
+    assert len(found) == 2 * 8
+    for lines in (found[:8], found[8:]):
+        assert re.fullmatch(r"\d\d:\d\d:\d\d .* layout toggle, redundancy exact, over 0\.\d s", lines[0])
+        assert re.fullmatch(r"filter updates .*/s, 100 µs each; calls .*/s, 66.7% redundant", lines[1])
+        assert lines[2:4] == ["2 calls per filter update, 1 of them redundant", ""]
+        assert lines[4].startswith("MSR ")
+        assert [line.split()[0] for line in lines[5:7]] == ["IA32_SPEC_CTRL", "IA32_TSC"]
+        assert lines[7] == ""
+    assert (folder / "closed").exists()
+
+
+def test_a_wide_pipe(folder: Path) -> None:
+    assert b"pid VM" in piped(folder, "-n", "1", "--by-vm", COLUMNS="200").stdout
+    narrow = piped(folder, "-n", "1", COLUMNS="40").stdout.decode()
+    assert max(map(len, narrow.splitlines())) <= 40
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_frames_until_a_signal(folder: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, *command(folder, "-d", "0.2")],
+        env=clean_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout
+    assert process.stdout.readline()
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (0, b"")
+    assert (folder / "closed").exists()
+
+
+def test_a_reader_that_stops_reading(folder: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, *command(folder, "-d", "0.1")],
+        env=clean_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout
+    assert process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(30), error) == (1, b"")
+    assert (folder / "closed").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-d", "0"], ["-d", "nan"], ["-d", "inf"], ["-d", "0.01"], ["-n", "0"], ["--sort", "name"], ["--pid", "0"]],
+)
+def test_wrong_usage(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tracer.cli.main", "top", *arguments],
+        cwd=REPO,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, b"")

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""dashboards/rules.yml and prometheus.yml: by promtool, and by a Prometheus that scrapes msrtrace over TLS."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import ssl
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import pytest
+from needs import tool
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tracer.export.metrics import SnapshotCollector
+from tracer.export.server import Server
+from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
+
+DASHBOARDS = Path(__file__).parents[2] / "dashboards"
+RULES, EXAMPLE = DASHBOARDS / "rules.yml", DASHBOARDS / "prometheus.yml"
+TLS = "msrtrace-tls"  # the folder of the certificates in the example
+Labels = frozenset[tuple[str, str]]
+
+
+def promtool(*arguments: str | Path) -> None:
+    done = subprocess.run([tool("promtool"), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout + done.stderr
+
+
+def make_certificates(folder: Path, host: str) -> None:
+    """The files that the example speaks of, by the commands that it gives."""
+    commands = re.findall(r"^ *# +(openssl .*)$", EXAMPLE.read_text(), re.MULTILINE)
+    assert len(commands) == 3
+    folder.mkdir()
+    tool("openssl")
+    for command in commands:
+        subprocess.run(["sh", "-ec", f"host={host}\n{command}"], cwd=folder, check=True, capture_output=True)
+
+
+def test_check_rules() -> None:
+    promtool("check", "rules", RULES)
+
+
+def test_rules_speak_and_are_silent() -> None:
+    promtool("test", "rules", DASHBOARDS / "rules.test.yml")
+
+
+def test_every_rule_is_tested() -> None:
+    rules, tests = RULES.read_text(), (DASHBOARDS / "rules.test.yml").read_text()
+    records = re.findall(r"- record: (\S+)", rules)
+    alerts = re.findall(r"- alert: (\S+)", rules)
+    assert (len(records), len(alerts)) == (len(set(records)), len(set(alerts))) == (7, 11)
+    assert [record for record in records if f"{record}{{" not in tests and f"expr: {record}\n" not in tests] == []
+    assert [alert for alert in alerts if f'alertname="{alert}", alertstate="firing"' not in tests] == []
+
+
+def test_check_example(tmp_path: Path) -> None:
+    """As an operator copies it, with the certificates that its comments make."""
+    for path in (RULES, EXAMPLE):
+        shutil.copy(path, tmp_path)
+    make_certificates(tmp_path / TLS, "kvm1.example.com")
+    promtool("check", "config", tmp_path / EXAMPLE.name)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_what_the_example_offers_in_comments(tmp_path: Path, number: int) -> None:
+    """Each commented part, used, is a valid configuration: limits of series, federation, Alertmanager."""
+    text = EXAMPLE.read_text()
+    parts = [
+        r"    # sample_limit:.*\n|    # metric_relabel_configs:\n(?:    #  .*\n)+|      # server_name:.*\n",
+        r"  # - job_name: federate\n(?:  #  .*\n)+",
+        r"# alerting:\n(?:#  .*\n)+",
+    ]
+    found = re.findall(parts[number], text)
+    assert len(found) == (3, 1, 1)[number]
+    for part in found:
+        text = text.replace(part, re.sub(r"^( *)# ", r"\1", part, flags=re.MULTILINE))
+    (tmp_path / "prometheus.yml").write_text(text)
+    promtool("check", "config", "--syntax-only", tmp_path / "prometheus.yml")
+
+
+# Made-up hosts, of which every scrape sees one more filter update on each of two vCPUs.
+PASSED_THROUGH = {0x10: "read", 0xC0000100: "read_write"}  # in a filter change, one of two changes its bits
+INTERCEPTED = {0x48: "read_write", 0x49: "write"}
+ODD = 'we"b\\, é'  # a VM's name, which may be anything
+
+
+class Host:
+    """What a tracer would show on a host whose kernel has the patch, or not. BY_VM: two VMs, each with one vCPU."""
+
+    def __init__(self, *, patched: bool, by_vm: bool) -> None:
+        self._patched, self._by_vm, self._updates = patched, by_vm, 0
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.registry.register(SnapshotCollector(self.snapshot, "0.1.0", "6.12" if patched else "6.1"))
+
+    def snapshot(self, patience: float = 0) -> Snapshot:
+        self._updates += 1
+        n = self._updates * (1 if self._by_vm else 2)
+        pids = {100: ODD, 200: "db"} if self._by_vm else {0: ""}
+        calls: dict[Call, Outcome] = {}
+        for pid in pids:
+            for msr, access in PASSED_THROUGH.items():
+                born = Call(msr, access, "disable", "vcpu_create", "vmx_vcpu_create", pid)
+                calls[born] = Outcome(1, 0, 1, 0, 0)
+                again = Call(msr, access, "disable", "filter_change", "vmx_msr_filter_changed", pid)
+                calls[again] = Outcome(n, n if msr == 0x10 else 0, 0, 0, 0)
+            for msr, access in {} if self._patched else INTERCEPTED.items():
+                useless = Call(msr, access, "enable", "filter_change", "vmx_msr_filter_changed", pid)
+                calls[useless] = Outcome(n, n, 0, 0, 0)
+        functions = ("vmx_msr_filter_changed", "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr")
+        return Snapshot(
+            layout="toggle",
+            calls=calls,
+            updates={pid: Durations(n, n * 0.001, (n, *[0] * 24)) for pid in pids},
+            probes=(*(Probe(f, f, True, f) for f in functions), Probe("vmx_vcpu_create", None, False, "none")),
+            maps=(Map("calls", len(calls), 8192), Map("threads", 0, 16384)),
+            by_vm=self._by_vm,
+            vms=pids if self._by_vm else {},
+        )
+
+    def series(self) -> set[Labels]:
+        """What it exports, each series by its labels."""
+        families = text_string_to_metric_families(generate_latest(self.registry).decode())
+        samples = (sample for family in families for sample in family.samples)
+        return {frozenset({"__name__": s.name, **s.labels}.items()) for s in samples}
+
+
+@dataclass
+class Fleet:
+    """Two hosts by their `patch` label, where each is scraped, and the Prometheus that does it."""
+
+    hosts: dict[str, Host]
+    targets: dict[str, str]
+    certificates: Path
+    url: str
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        """The data of an answer of Prometheus' HTTP API."""
+        with urlopen(f"{self.url}/api/v1/{path}?{urlencode(parameters)}", timeout=10) as response:
+            answer = json.load(response)
+        assert answer["status"] == "success"
+        return answer["data"]
+
+    def values(self, query: str) -> dict[str, float]:
+        """The answer to QUERY, whose series differ in `patch` alone."""
+        result = self.ask("query", query=query)["result"]
+        values = {series["metric"].get("patch", ""): float(series["value"][1]) for series in result}
+        assert len(values) == len(result)
+        return values
+
+
+def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until CONDITION holds; the last answer that it gave is in the message."""
+    deadline = time.monotonic() + seconds
+    while not (last := condition()):
+        assert time.monotonic() < deadline, last
+        time.sleep(0.1)
+
+
+@contextmanager
+def served(host: Host, certificates: Path) -> Iterator[int]:
+    """HOST's metrics on 127.0.0.1, as `msrtrace run --web.tls-client-ca-file` serves them; the port."""
+    cert, key, ca = (str(certificates / name) for name in ("server.pem", "server.key", "ca.pem"))
+    server = Server(host.registry, ("127.0.0.1", 0), cert=cert, key=key, ca=ca).start()
+    try:
+        yield int(server.server_address[1])
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def ready(url: str) -> bool:
+    """Whether the Prometheus answers that it is: it is 503 while it reads its files."""
+    try:
+        urlopen(url, timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def prometheus(folder: Path) -> Iterator[str]:
+    """A Prometheus with the prometheus.yml of FOLDER, on a free port of 127.0.0.1; its URL."""
+    log = folder / "log"
+    options = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    options += ["--web.listen-address=127.0.0.1:0", "--log.format=json"]
+    with log.open("w") as out:
+        process = subprocess.Popen([tool("prometheus"), *options], stdout=out, stderr=out, cwd=folder)
+
+    def address() -> re.Match[str] | None:
+        assert process.poll() is None, log.read_text()
+        return re.search(r'"address":"(127\.0\.0\.1:[1-9]\d*)"', log.read_text())
+
+    try:
+        eventually(address)
+        found = address()
+        assert found
+        eventually(lambda: ready(f"http://{found[1]}/-/ready"))
+        yield f"http://{found[1]}"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """The example as it is, but for the targets and the pace; the rules as they are, but for their `for`."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    make_certificates(folder / TLS, "localhost")
+    hosts = {"patched": Host(patched=True, by_vm=False), "unpatched": Host(patched=False, by_vm=True)}
+    with ExitStack() as stack:
+        ports = {patch: stack.enter_context(served(host, folder / TLS)) for patch, host in hosts.items()}
+        targets = {patch: f"localhost:{port}" for patch, port in ports.items()}
+        example = EXAMPLE.read_text()
+        for patch, names in {"patched": ["kvm1", "kvm2"], "unpatched": ["kvm3"]}.items():
+            example = example.replace(f"{names[0]}.example.com:9753", targets[patch])
+            for name in names[1:]:
+                example = example.replace(f"          - {name}.example.com:9753\n", "")
+        example, paced = re.subn(r"(scrape|evaluation)_interval: 15s", r"\1_interval: 1s", example)
+        assert paced == 2
+        (folder / "prometheus.yml").write_text(example)
+        rules, hurried = re.subn(r"^( +for: ).*$", r"\g<1>0s", RULES.read_text(), flags=re.MULTILINE)
+        assert hurried == 11
+        (folder / "rules.yml").write_text(rules)
+        url = stack.enter_context(prometheus(folder))
+        yield Fleet(hosts, targets, folder / TLS, url)
+
+
+@pytest.mark.timeout(240)
+def test_a_scrape_by_the_example_over_tls(fleet: Fleet) -> None:
+    def targets() -> list[dict[str, Any]]:
+        active: list[dict[str, Any]] = fleet.ask("targets", state="active")["activeTargets"]
+        return active
+
+    eventually(lambda: [target["health"] != "unknown" for target in targets()] == [True, True])
+    assert [target["lastError"] for target in targets()] == ["", ""]
+    assert {target["scrapeUrl"] for target in targets()} == {f"https://{t}/metrics" for t in fleet.targets.values()}
+    eventually(lambda: fleet.values("up") == {"patched": 1, "unpatched": 1})
+    anybody = ssl.create_default_context(cafile=str(fleet.certificates / "ca.pem"))
+    with pytest.raises((OSError, URLError)):  # it takes a client's certificate, so Prometheus showed its own
+        urlopen(f"https://{fleet.targets['patched']}/metrics", context=anybody, timeout=5)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("patch", ["patched", "unpatched"])
+def test_labels_come_through_unchanged(fleet: Fleet, patch: str) -> None:
+    """Every series with its own labels and the three of its target: none is renamed exported_..., none replaced."""
+    of_target = {"job": "msrtrace", "instance": fleet.targets[patch], "patch": patch}
+    selector = f'{{__name__=~"msrtrace_.+|process_.+", patch="{patch}"}}'
+    eventually(lambda: fleet.ask("query", query=selector)["result"])
+    scraped = {frozenset(series["metric"].items()) for series in fleet.ask("query", query=selector)["result"]}
+    assert scraped == {series.union(of_target.items()) for series in fleet.hosts[patch].series()}
+    assert any(("vm", ODD) in series for series in scraped) == (patch == "unpatched")
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("record", "patched", "unpatched"),
+    [
+        ("instance:msrtrace_filter_change_calls_per_filter_updates:ratio", 2, 4),
+        ("instance:msrtrace_filter_change_redundant_calls_per_filter_updates:ratio", 1, 3),
+        ("instance:msrtrace_intercept_redundant_calls_per_intercept_calls:ratio_rate5m", 1 / 2, 3 / 4),
+        (
+            'instance_cause:msrtrace_intercept_redundant_calls_per_intercept_calls:ratio_rate5m{cause="filter_change"}',
+            1 / 2,
+            3 / 4,
+        ),
+    ],
+)
+def test_recorded(fleet: Fleet, record: str, patched: float, unpatched: float) -> None:
+    eventually(lambda: len(fleet.values(record)) == 2)
+    assert fleet.values(record) == pytest.approx({"patched": patched, "unpatched": unpatched}, rel=0.02)
+
+
+@pytest.mark.timeout(240)
+def test_alerts(fleet: Fleet) -> None:
+    """The one host fires the one alert; nothing else is so much as pending."""
+
+    def alerts() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = fleet.ask("alerts")["alerts"]
+        return found
+
+    eventually(lambda: [alert for alert in alerts() if alert["state"] == "firing"])
+    [alert] = alerts()
+    expected = {"alertname": "MsrtracePatchMissing", "severity": "warning", "kernel": "6.1"}
+    expected |= {"job": "msrtrace", "instance": fleet.targets["unpatched"], "patch": "unpatched"}
+    assert alert["labels"] == expected
+    assert fleet.targets["unpatched"] in alert["annotations"]["summary"]
+    assert "d895f28ed6da" in alert["annotations"]["description"]
+
+
+@pytest.mark.timeout(240)
+def test_rules_are_well(fleet: Fleet) -> None:
+    """All were evaluated without an error, keep to the conventions and tell an operator what to do."""
+
+    def rules() -> list[dict[str, Any]]:
+        return [rule for group in fleet.ask("rules")["groups"] for rule in group["rules"]]
+
+    eventually(lambda: all(rule["health"] != "unknown" for rule in rules()))
+    for rule in rules():
+        assert (rule["health"], rule.get("lastError", "")) == ("ok", ""), rule["name"]
+        if rule["type"] == "recording":
+            assert re.fullmatch(r"instance(_\w+)?:msrtrace_\w+:(ratio_|)?(rate5m|ratio|sum)", rule["name"])
+        else:
+            assert rule["labels"]["severity"] in ("warning", "info")
+            assert rule["annotations"]["summary"].startswith("{{ $labels.instance }}: ")
+            assert "{{ $labels.instance }}" in rule["annotations"]["description"]
+            assert re.search(r"msrtrace doctor|d895f28ed6da", rule["annotations"]["description"])
+    assert all(int(minutes) for minutes in re.findall(r"^ +for: (\d+)m$", RULES.read_text(), re.MULTILINE))

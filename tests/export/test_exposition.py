@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The text of metrics: byte for byte what prometheus_client makes of them, and with how little work."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from types import FrameType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made import crowd, recalc, toggle
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+    UnknownMetricFamily,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
+
+from tracer.export.exposition import Labels, encoder, exposed
+from tracer.export.metrics import SnapshotCollector
+from tracer.model.snapshot import Map, Probe, Snapshot
+
+
+class Made(Collector):
+    """Families that do not change."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self.families = list(families)
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
+
+
+def same(made: Collector) -> None:
+    """Check the text of MADE in both formats."""
+    assert exposed(made) == generate_latest(made)
+    for escaping in (openmetrics.UNDERSCORES, openmetrics.ALLOWUTF8):
+        theirs = openmetrics.generate_latest(made, escaping=escaping)  # type: ignore[no-untyped-call]
+        assert exposed(made, as_openmetrics=True) == theirs
+        assert exposed(made) == generate_latest(made, escaping=escaping)
+
+
+def of(snapshot: Snapshot) -> Made:
+    return Made(SnapshotCollector(lambda: snapshot, "0.1.0").collect())
+
+
+PROBES = (Probe("vmx_msr_filter_changed", None, True, "", 3), Probe('a"b\\', None, False, "", 2**60))
+SNAPSHOTS = {
+    "of a host": toggle(probes=PROBES, maps=(Map("calls", 7, 8192, 1),), unpaired_returns=10**7),
+    "by VM": crowd(3),
+    "without VMs": replace(crowd(3), vms={}),
+    "of unknown redundancy": toggle(exact=False),
+    "of a filter-only kernel": toggle(calls_observable=False),
+    "without updates": toggle(updates_observable=False),
+    "with recalculations": recalc(recalcs=toggle(7).updates),
+    "empty": Snapshot("toggle"),
+}
+
+
+@pytest.mark.parametrize("name", SNAPSHOTS)
+def test_all_families(name: str) -> None:
+    same(of(SNAPSHOTS[name]))
+
+
+def test_the_families_of_the_process() -> None:
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    same(made := Made(registry.collect()))
+    assert len(made.families) > 4
+
+
+def test_nothing_to_read_yet() -> None:
+    def take() -> Snapshot:
+        raise OSError
+
+    same(Made(SnapshotCollector(take, "0.1.0").collect()))
+
+
+@given(st.dictionaries(st.integers(1, 2**22), st.text(min_size=1), min_size=1, max_size=3), st.integers(0, 2**63))
+def test_any_name_of_a_vm_and_any_count(vms: dict[int, str], updates: int) -> None:
+    one = toggle(updates, pid=next(iter(vms)))
+    same(of(replace(one, vms=vms)))
+
+
+NUMBERS = st.one_of(st.floats(), st.integers(-(2**70), 2**70), st.booleans())
+NAMES = st.sampled_from(["a", "b_", "le2", "_x", "Z9"])
+FAMILIES = st.builds(
+    lambda kind, text, names: kind("x", text, labels=names),
+    st.sampled_from([CounterMetricFamily, GaugeMetricFamily, UnknownMetricFamily]),
+    st.text(),
+    st.sampled_from([(), ("a",), ("b", "a")]),
+)
+
+
+@given(FAMILIES, st.lists(st.tuples(st.text(), st.text(), NUMBERS), max_size=3))
+def test_any_family(
+    family: CounterMetricFamily | GaugeMetricFamily | UnknownMetricFamily, rows: list[tuple[str, str, float]]
+) -> None:
+    for one, other, number in rows:
+        family.add_metric([one, other], number)
+    same(Made([family]))
+
+
+@given(st.text(), st.dictionaries(NAMES, st.text(), max_size=4), st.lists(NUMBERS, min_size=1, max_size=3), NUMBERS)
+def test_any_info_and_any_histogram(text: str, labels: dict[str, str], counts: list[float], total: float) -> None:
+    info, histogram = InfoMetricFamily("i", text), HistogramMetricFamily("h", text, labels=list(labels))
+    info.add_metric([], labels)
+    histogram.add_metric(list(labels.values()), [*((f"{i}.0", n) for i, n in enumerate(counts)), ("+Inf", 9)], total)
+    same(Made([info, histogram]))
+
+
+def test_units() -> None:
+    same(Made([GaugeMetricFamily("x_seconds", "", value=1, unit="seconds")]))
+
+
+VERSIONS = ("", ";version=0.0.1", ";version=0.0.4", ";version=1.0.0", ";version=2.0.0", ";version=1.0.0;q=0.5")
+ESCAPINGS = ("", ";escaping=underscores", ";escaping=allow-utf-8", ";escaping=dots", ";escaping=values", ";escaping=?")
+
+
+KINDS = ("text/plain", "application/openmetrics-text", "*/*")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_client_gets_what_it_would(kind: str) -> None:
+    made = of(crowd(1))
+    for accept in (None, "", *(f"{kind}{version}{escaping}" for version in VERSIONS for escaping in ESCAPINGS)):
+        (ours, content_type), (theirs, expected) = encoder(accept), choose_encoder(accept or "")
+        assert content_type == expected
+        assert ours(made) == theirs(made)
+        assert ours == encoder(accept)[0]  # clients of one format share a text
+    assert encoder(f"{kind};version=1.0.0")[0] is not theirs
+
+
+def test_clients_of_either_format_have_one_encoder_whatever_else_they_ask_for() -> None:
+    accepted = [f"{kind}{version}{escaping}" for kind in KINDS for version in VERSIONS for escaping in ESCAPINGS]
+    encoders = [encoder(accept)[0] for accept in accepted]
+    assert {one for one in encoders if one.function is exposed} == {encoder(None)[0], encoder(KINDS[1])[0]}
+
+
+# --- cost ---
+
+
+def test_labels_are_made_once_and_go_with_their_vm() -> None:
+    taken = [crowd(3), crowd(3), crowd(2), crowd(2)]
+    collector = SnapshotCollector(lambda: taken.pop(0), "0.1.0")
+
+    def labels() -> dict[int, Labels]:
+        samples = [sample for family in collector.collect() for sample in family.samples]
+        return {id(sample.labels): sample.labels for sample in samples if isinstance(sample.labels, Labels)}
+
+    first, second = labels(), labels()
+    assert {key for key, one in first.items() if one} == {key for key, one in second.items() if one}
+    assert len(labels()) < len(first)
+    assert len(collector._known) == len(labels())
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """How many functions WORK calls, those written in C included: the same each time."""
+    count = 0
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("as_openmetrics", [False, True])
+def test_how_much_is_done_for_a_series(as_openmetrics: bool) -> None:
+    """The same each time. With prometheus_client's text it would be 81 calls, and 194 in OpenMetrics."""
+
+    def cost(vms: int) -> tuple[int, int]:
+        snapshot, registry = crowd(vms), CollectorRegistry()
+        registry.register(SnapshotCollector(lambda: snapshot, "0.1.0"))
+        series = exposed(registry).count(b"\n")
+        return calls_of(lambda: exposed(registry, as_openmetrics)), series
+
+    (few, few_series), (many, many_series) = cost(10), cost(30)
+    assert many_series - few_series == 20 * 68
+    assert (many - few) / (many_series - few_series) < 13
+
+
+def test_the_time_that_a_scrape_takes() -> None:
+    """The goal is 100 ms of a free core for 10,000 series. Emulated hosts may be at work beside, hence the treble."""
+    snapshot, registry = crowd(146), CollectorRegistry()
+    registry.register(SnapshotCollector(lambda: snapshot, "0.1.0"))
+    assert exposed(registry).count(b"\nmsrtrace_") > 9900
+
+    def took() -> float:
+        before = time.process_time()
+        exposed(registry)
+        return time.process_time() - before
+
+    assert min(took() for _ in range(5)) < 0.3

@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Scrapes over HTTP and HTTPS: what clients get, also at once, and beside clients that do nothing."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from threading import Semaphore
+from urllib.request import Request, urlopen
+
+import pytest
+from made import crowd, toggle
+from needs import tool
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from tracer.export import server as server_module
+from tracer.export.metrics import SnapshotCollector
+from tracer.export.server import Server
+from tracer.model.errors import MsrtraceError
+from tracer.model.snapshot import Outcome, Snapshot
+
+Serve = Callable[..., Server]
+
+
+class Made(Collector):
+    """Families that do not change."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self.families = list(families)
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
+
+
+DURATION = re.compile(rb"msrtrace_scrape_duration_seconds .*")
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Serves the snapshots that a function takes."""
+    started: list[Server] = []
+
+    def start(take: Callable[[], Snapshot] | Snapshot | Collector, **options: object) -> Server:
+        registry = CollectorRegistry()
+        if isinstance(take, Snapshot):
+            registry.register(SnapshotCollector(lambda: take, "0.1.0"))
+        else:
+            registry.register(SnapshotCollector(take, "0.1.0") if callable(take) else take)
+        started.append(Server(registry, ("127.0.0.1", 0), **options).start())  # type: ignore[arg-type]
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.shutdown()
+        one.server_close()
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> dict[str, str]:
+    """A certificate and its key."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    request = [tool("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    subprocess.run([*request, *name, "-keyout", key, "-out", cert], capture_output=True, check=True)
+    return {"cert": str(cert), "key": str(key)}
+
+
+def scrape(server: Server, query: str = "", cert: str | None = None, **headers: str) -> tuple[bytes, dict[str, str]]:
+    """The text and the headers of an answer."""
+    request = Request(server.url + query, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    context = ssl.create_default_context(cafile=cert) if cert else None
+    with urlopen(request, timeout=20, context=context) as answer:
+        return answer.read(), dict(answer.headers)
+
+
+# --- what clients get ---
+
+
+def test_plain(serve: Serve) -> None:
+    text, headers = scrape(serve(toggle))
+    assert text.startswith(b"# HELP msrtrace_build_info ")
+    assert headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert int(headers["Content-Length"]) == len(text)
+
+
+def test_gzip(serve: Serve) -> None:
+    server = serve(toggle)
+    text, headers = scrape(server, Accept_Encoding="gzip")
+    assert headers["Content-Encoding"] == "gzip"
+    assert DURATION.sub(b"", gzip.decompress(text)) == DURATION.sub(b"", scrape(server)[0])
+
+
+def test_openmetrics(serve: Serve) -> None:
+    text, headers = scrape(serve(toggle), Accept="application/openmetrics-text;version=1.0.0;escaping=allow-utf-8")
+    assert headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert text.endswith(b"\n# EOF\n")
+
+
+OPENMETRICS = "application/openmetrics-text;version=1.0.0"
+#: What a client may accept, each of which gives other bytes.
+ACCEPTED = ("*/*", OPENMETRICS, f"{OPENMETRICS};escaping=dots", "text/plain;version=1.0.0;escaping=values")
+
+
+def lines_of(text: bytes) -> dict[str, list[bytes]]:
+    """The lines of an exposition by the name of their family in it, each with its HELP line first."""
+    found: dict[str, list[bytes]] = {}
+    for line in text.splitlines():
+        if line.startswith(b"# HELP "):
+            found[name := line.split()[2].decode()] = []
+        if line != b"# EOF":
+            found[name].append(line)
+    return found
+
+
+@pytest.mark.parametrize("accept", ACCEPTED)
+def test_each_family_alone(serve: Serve, accept: str) -> None:
+    """By its name in either format: its lines of the whole text, those of the process too."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    registry.register(SnapshotCollector(lambda: crowd(2), "0.1.0"))
+    made = Made(registry.collect())
+    server = serve(made)
+    whole = lines_of(scrape(server, Accept=accept)[0])
+    assert len(whole) == len(made.families) > 20
+    for family, (shown, lines) in zip(made.families, whole.items(), strict=True):
+        in_text = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+        for name in (family.name, in_text):
+            for query in (f"?name[]={name}", f"?x=1&name%5B%5D={name}&name="):
+                text, headers = scrape(server, query, Accept=accept, Accept_Encoding="gzip")
+                assert lines_of(gzip.decompress(text)) == {shown: lines}
+                assert headers["Content-Type"] == scrape(server, Accept=accept)[1]["Content-Type"]
+
+
+def test_the_version_alone(serve: Serve) -> None:
+    text, _ = scrape(serve(toggle), "?name[]=msrtrace_build_info")
+    assert re.fullmatch(
+        rb"# HELP msrtrace_build_info .*\n# TYPE msrtrace_build_info gauge\nmsrtrace_build_info\{.*\} 1.0\n", text
+    )
+
+
+def test_a_sample_s_name_selects_those_samples_alone(serve: Serve) -> None:
+    server, family = serve(crowd(2)), "msrtrace_filter_update_duration_seconds"
+    lines = lines_of(scrape(server)[0])[family]
+    for suffix, count in {"_bucket": 2 * 25, "_count": 2, "_sum": 2}.items():
+        found = lines_of(scrape(server, f"?name[]={family}{suffix}")[0])
+        assert found == {family: [line for line in lines if line.startswith((b"#", f"{family}{suffix}".encode()))]}
+        assert len(found[family]) == 2 + count
+
+
+def test_several_names(serve: Serve) -> None:
+    """In the order of the whole text; what is unknown among them is ignored."""
+    server = serve(toggle)
+    names = ["msrtrace_open_calls", "no_such_metric", "msrtrace_intercept_calls", "msrtrace_build_info"]
+    found = lines_of(scrape(server, "?" + "&".join(f"name[]={name}" for name in names))[0])
+    assert list(found) == ["msrtrace_build_info", "msrtrace_intercept_calls_total", "msrtrace_open_calls"]
+    assert all(lines_of(scrape(server)[0])[name] == lines for name, lines in found.items())
+
+
+def test_a_name_that_nothing_has(serve: Serve) -> None:
+    server = serve(toggle)
+    for name in ("msrtrace", "msrtrace_intercept_calls_tota", "msrtrace_build_info{}", ".*", "%00%ff"):
+        assert scrape(server, f"?name[]={name}")[0] == b""
+        assert scrape(server, f"?name[]={name}", Accept=OPENMETRICS)[0] == b"# EOF\n"
+
+
+def test_other_parameters_are_ignored(serve: Serve) -> None:
+    server = serve(toggle)
+    whole = DURATION.sub(b"", scrape(server)[0])
+    for query in ("?", "?name=msrtrace_open_calls", "?names[]=msrtrace_open_calls", "?target=a&b"):
+        assert DURATION.sub(b"", scrape(server, query)[0]) == whole
+
+
+def test_an_answer_that_cannot_be_made(serve: Serve) -> None:
+    class Broken(Collector):
+        def collect(self) -> list[Metric]:
+            raise ValueError("why")
+
+        def describe(self) -> list[Metric]:
+            return []
+
+    said: list[str] = []
+    with pytest.raises(OSError, match="closed connection"):
+        scrape(serve(Broken(), complain=said.append))
+    assert said == ["a scrape failed: ValueError: why"]
+
+
+def test_an_address_without_a_name_is_not_looked_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getfqdn", lambda *_: pytest.fail("a look-up"))
+    assert scrape(serve(toggle))[0]
+
+
+# --- at once ---
+
+
+def test_scrapes_at_once_are_each_of_one_moment(serve: Serve) -> None:
+    """All counts of a text are those of one snapshot, and all of them are there."""
+    taken = 0
+
+    def take() -> Snapshot:
+        nonlocal taken
+        taken += 1
+        moment = taken
+        one = crowd(20)
+        return replace(one, calls=dict.fromkeys(one.calls, Outcome(moment, moment)), unpaired_returns=moment)
+
+    server = serve(take)
+
+    def asked(number: int) -> tuple[int, str]:
+        accept, before = ACCEPTED[number % len(ACCEPTED)], taken
+        text = scrape(server, Accept=accept)[0].decode().removesuffix("# EOF\n")
+        return before, text.replace("__", "_")  # as names are escaped with dots
+
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(asked, range(40)))
+    for before, text in texts:
+        counts = set(re.findall(r"^msrtrace_(?:intercept_\w+_total\{.*\}|unpaired_returns_total) (.*)$", text, re.M))
+        assert len(counts) == 1
+        assert text.count("\nmsrtrace_intercept_calls_total{") == len(crowd(20).calls)
+        assert text.endswith("\n")
+        assert float(counts.pop()) > before  # none is older than its request
+
+
+Asked = tuple[str, str]  # the query and what is accepted
+ALIKE: dict[str, list[Asked]] = {accept: [("", accept)] for accept in ACCEPTED}
+ALIKE |= {
+    "as Prometheus asks": [("", f"{OPENMETRICS};escaping=allow-utf-8;q=0.5,text/plain;version=0.0.4;q=0.2")],
+    "a part": [("?name[]=msrtrace_open_calls&name[]=up", OPENMETRICS), ("?name[]=up&name[]=msrtrace_open_calls&x", "")],
+    "all formats": [("", accept) for accept in ACCEPTED],
+    "all different": [(f"?name[]=name_{number}", accept) for number in range(2) for accept in ACCEPTED],
+}
+
+
+@pytest.mark.parametrize("requests", ALIKE.values(), ids=ALIKE)
+def test_who_asks_while_an_answer_is_made_shares_the_next(serve: Serve, requests: list[Asked]) -> None:
+    """Otherwise each client that lost its patience, and comes again, makes all of them wait longer."""
+    taken, go_on = Semaphore(0), Semaphore(0)
+
+    def take() -> Snapshot:
+        taken.release()
+        assert go_on.acquire(timeout=20)
+        return toggle()
+
+    server = serve(take)
+    with ThreadPoolExecutor(12) as pool:
+        first = pool.submit(scrape, server)
+        assert taken.acquire(timeout=20)
+        others = [pool.submit(scrape, server, query, Accept=accept) for query, accept in islice(cycle(requests), 10)]
+        end = time.monotonic() + 20
+        while sum(thread.name.count("process_request") for thread in threading.enumerate()) < 11:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.2)  # for the last of them to ask
+        go_on.release(11)  # more than should be needed
+        assert first.result()
+        answers = {one.result()[1]["Content-Type"] for one in others}
+    assert len(answers) == len({accept for _, accept in requests})
+    assert taken.acquire(timeout=20)
+    assert not taken.acquire(blocking=False)
+
+
+def test_before_the_start_clients_are_refused(serve: Serve) -> None:
+    server = Server(CollectorRegistry(), ("127.0.0.1", 0))
+    with closing(server.socket), pytest.raises(OSError, match="refused"):
+        scrape(server)
+
+
+def test_an_address_that_is_taken(serve: Serve) -> None:
+    """At the start, or by one that was as quick until then."""
+    address = ("127.0.0.1", serve(toggle).server_address[1])
+    said = f"cannot listen on 127.0.0.1:{address[1]}: Address already in use; choose another .*"
+    with pytest.raises(MsrtraceError, match=said):
+        Server(CollectorRegistry(), address)
+    free = Server(CollectorRegistry(), ("127.0.0.1", 0))
+    other = Server(CollectorRegistry(), ("127.0.0.1", free.server_address[1]))
+    with closing(free.socket), closing(other.socket):
+        free.server_activate()
+        with pytest.raises(MsrtraceError, match="Address already in use"):
+            other.start()
+
+
+def connected(server: Server, said: bytes) -> socket.socket:
+    """A client that SAID that and reads nothing."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", server.server_address[1]))
+    client.sendall(said)
+    return client
+
+
+REQUEST = b"GET /metrics HTTP/1.0\r\n\r\n"
+
+
+@pytest.mark.parametrize("said", [b"", REQUEST[:9], REQUEST])
+def test_a_client_that_is_silent_keeps_nobody(serve: Serve, said: bytes) -> None:
+    big = crowd(300)
+    server = serve(lambda: big)
+    with connected(server, said), connected(server, said):
+        time.sleep(0.5)
+        assert len(scrape(server)[0]) > 2 << 20  # more than the kernel buffers for a client
+
+
+@pytest.mark.parametrize("said", [b"", b"\x16\x03\x01", REQUEST])
+def test_a_client_that_is_silent_keeps_nobody_with_tls(serve: Serve, tls: dict[str, str], said: bytes) -> None:
+    server = serve(toggle, **tls)
+    assert server.url.startswith("https://127.0.0.1:")
+    with connected(server, said), connected(server, said):
+        time.sleep(0.2)
+        assert scrape(server, cert=tls["cert"])[0].endswith(b"\n")
+
+
+def test_a_client_that_reads_nothing_is_given_up(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And nobody is told: it is not of what this program does."""
+    monkeypatch.setattr(server_module._Handler, "timeout", 0.3)
+    big, said = crowd(300), list[str]()
+    server = serve(lambda: big, complain=said.append)
+    before = threading.active_count()
+    with connected(server, REQUEST), connected(server, b""):
+        end = time.monotonic() + 20
+        while threading.active_count() == before:
+            assert time.monotonic() < end
+        while threading.active_count() > before:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    assert (said, capfd.readouterr()) == ([], ("", ""))
+
+
+# --- TLS ---
+
+
+def test_a_client_without_a_certificate(serve: Serve, tls: dict[str, str], capfd: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    server = serve(toggle, **tls, ca=tls["cert"], complain=said.append)
+    with pytest.raises(OSError, match=r"(?i)certificate|reset|eof|closed"):
+        scrape(server, cert=tls["cert"])
+    assert (said, capfd.readouterr()) == ([], ("", ""))
+
+
+def test_files_that_are_not_there_are_named(tls: dict[str, str]) -> None:
+    for missing in ("cert", "key", "ca"):
+        with pytest.raises(MsrtraceError, match=r"cannot read a TLS file: .*'/none'"):
+            Server(CollectorRegistry(), ("127.0.0.1", 0), **{**tls, "ca": tls["cert"], missing: "/none"})  # type: ignore[arg-type]

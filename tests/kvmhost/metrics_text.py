@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reads the text of /metrics for the tests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from prometheus_client.parser import text_string_to_metric_families
+
+#: msr, access, action, cause: as tests/kvmhost/witness.py has them
+Key = tuple[int, str, str, str]
+
+
+@dataclass
+class Metrics:
+    """The samples of one scrape."""
+
+    samples: dict[tuple[str, tuple[tuple[str, str], ...]], float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, text: str) -> Metrics:
+        """Parse TEXT."""
+        found = cls()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                found.samples[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+        return found
+
+    def value(self, name: str, **labels: str) -> float | None:
+        """The value of one series; None if there is none."""
+        return self.samples.get((name, tuple(sorted(labels.items()))))
+
+    def named(self, name: str) -> list[tuple[dict[str, str], float]]:
+        """Every series of a name: labels and value."""
+        return [(dict(labels), value) for (n, labels), value in self.samples.items() if n == name]
+
+    def calls(self, name: str = "msrtrace_intercept_calls_total") -> Counter[Key]:
+        """A family of counts per call."""
+        result: Counter[Key] = Counter()
+        for labels, value in self.named(name):
+            result[int(labels["msr"], 16), labels["access"], labels["action"], labels["cause"]] += int(value)
+        return result
+
+    def redundant(self) -> Counter[Key]:
+        """The redundant calls."""
+        return self.calls("msrtrace_intercept_redundant_calls_total")
+
+    def updates(self) -> int:
+        """Filter updates."""
+        return int(sum(value for _, value in self.named("msrtrace_filter_updates_total")))
+
+    def recalculations(self) -> int | None:
+        """Recalculations for another reason than a filter; None where neither they nor their times are shown."""
+        found = self.value("msrtrace_recalculations_total")
+        assert self.value("msrtrace_recalculation_duration_seconds_count") == found
+        return None if found is None else int(found)
+
+    def lost(self) -> list[tuple[str, dict[str, str], float]]:
+        """Every sign of a loss."""
+        names = (
+            "msrtrace_probe_missed_total",
+            "msrtrace_dropped_updates_total",
+            "msrtrace_unpaired_returns_total",
+            "msrtrace_read_failures_total",
+            "msrtrace_scrape_failures_total",
+        )
+        return [(n, labels, value) for n in names for labels, value in self.named(n) if value]
+
+
+def nonzero(counter: Counter[Key]) -> dict[Key, int]:
+    """COUNTER without its zeros: a series exists from its first call on, and differences of two scrapes may be 0."""
+    return {key: value for key, value in counter.items() if value}

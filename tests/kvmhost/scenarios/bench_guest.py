@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What each tracer adds to a filter update: `bench_guest.py --only=WORD VARIANT...`, judged by bench.py.
+
+WORD: in the names of the tracers; VARIANT: of kvm_intel. Names that begin with `part` are of PARTS.
+
+Every tracer looks at the same three functions while the workload runs, alone, and says afterwards what it counted.
+/out/bench.json says how long a start and a scrape take (not with --only), and has for each variant and tracer `ticks`
+and, if it counts, `calls`, `redundant` (null: it cannot know) and `updates`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from guest import (
+    MEASURED_UPDATES,
+    Msrtrace,
+    filter_update_ticks,
+    output_of,
+    record,
+    scrape,
+    ticks_in,
+    ticks_workload,
+    until,
+)
+from guest import (
+    load as load_module,
+)
+from kerneltracer import TRACING, define
+from metrics_text import Metrics
+
+from tracer.kernel.btf import Btf
+from tracer.program.compiler import compiled
+from tracer.program.program import Program, Target, Variant, folder, load
+from tracer.program.syscalls import attach_probe, attach_tracing
+from tracer.trace.plan import BACKENDS
+
+ENABLE, DISABLE, UPDATE = FUNCTIONS = (
+    "vmx_enable_intercept_for_msr",
+    "vmx_disable_intercept_for_msr",
+    "vmx_msr_filter_changed",
+)
+CALLS = (ENABLE, DISABLE)
+#: bpftrace and perf, which the image has not (bench.py).
+TOOLS = Path("/in/tools")
+GROUP = "bench"
+VMS, SCRAPES = 5, 12
+
+COUNT = f"kprobe:{ENABLE},kprobe:{DISABLE},kprobe:{UPDATE} {{ @[probe, arg1, arg2] = count(); }}"
+COUNT_BY_FENTRY = f"""
+kfunc:kvm_intel:{ENABLE},kfunc:kvm_intel:{DISABLE} {{ @[probe, args->msr, args->type] = count(); }}
+kfunc:kvm_intel:{UPDATE} {{ @updates = count(); }}"""
+# As bpf/msrtrace.c does it, with what bpftrace has. MSRs outside the bitmap are left out: the workload names none.
+BITS = "((*(uint8*)$byte >> $bit) & 1) | (((*(uint8*)($byte + 0x800) >> $bit) & 1) << 1)"
+CLASSIFY = f"""
+kprobe:{ENABLE},kprobe:{DISABLE} {{
+  $msr = arg1 & 0xffffffff;
+  $bit = $msr & 7;
+  $byte = *(uint64*)(arg0 + BITMAP_OFFSET) + ($msr >= 0xc0000000 ? 0x400 : 0) + (($msr & 0x1fff) >> 3);
+  @call[tid] = ($byte, $msr, arg2 & 3, {BITS});
+}}
+kretprobe:{ENABLE},kretprobe:{DISABLE} {{
+  $call = @call[tid];
+  $byte = $call.0;
+  $bit = $call.1 & 7;
+  $after = {BITS};
+  @[probe, $call.1, $call.2, reg("ip"), (($call.3 ^ $after) & $call.2) == 0] = count();
+  delete(@call[tid]);
+}}
+kprobe:{UPDATE} {{ @updates = count(); }}"""
+
+#: What a program may do, each in a program of its own that does nothing else. A key of 0 is in every map.
+PARTS = {
+    "nothing": "",
+    "read a byte": "bpf_probe_read_kernel(&value, 1, (void *)PT_REGS_SP(ctx));",
+    "read 8 bytes": "bpf_probe_read_kernel(&value, 8, (void *)PT_REGS_SP(ctx));",
+    "read 8 bytes twice": "bpf_probe_read_kernel(&value, 8, (void *)PT_REGS_SP(ctx));" * 2,
+    "read 64 bytes": "bpf_probe_read_kernel(wide, 64, (void *)PT_REGS_SP(ctx));",
+    "find in an array": "array.lookup(&zero);",
+    "find in a per-CPU array": "per_cpu_array.lookup(&zero);",
+    "find in a hash, key of 8 bytes": "hash.lookup(&key);",
+    "find in a hash, key of 24 bytes": "wide_hash.lookup((struct wide *)wide);",
+    "find in a per-CPU hash": "per_cpu_hash.lookup(&key);",
+    "find in an LRU hash": "lru_hash.lookup(&key);",
+    "add to a hash, and delete": "key = 1; hash.update(&key, &value); hash.delete(&key);",
+    "pid and tid": "bpf_get_current_pid_tgid();",
+    "time": "bpf_ktime_get_ns();",
+    "stack of 3 frames": "bpf_get_stack(ctx, wide, 24, 0);",
+    "add 1 atomically": "__sync_fetch_and_add(&value, 1);",
+}
+EMPTY = """#include <uapi/linux/ptrace.h>
+struct wide { u64 words[3]; };
+BPF_ARRAY(array, u64, 1);
+BPF_PERCPU_ARRAY(per_cpu_array, u64, 1);
+BPF_HASH(hash, u64, u64, 1024);
+BPF_HASH(wide_hash, struct wide, u64, 1024);
+BPF_TABLE("percpu_hash", u64, u64, per_cpu_hash, 1024);
+BPF_TABLE("lru_hash", u64, u64, lru_hash, 1024);
+int empty(void *ctx) { return 0; }
+"""
+PART = """int part_{number}(struct pt_regs *ctx)
+{{
+	u64 key = 0, value = 0, wide[8] = {{}};
+	int zero = 0;
+	{what}
+	return 0;
+}}
+"""
+
+
+def untraced() -> Any:
+    """No tracer at all."""
+    return {"ticks": filter_update_ticks()}
+
+
+def msrtrace(*options: str) -> Any:
+    """`msrtrace run OPTIONS`, up to where it serves."""
+    tracer = Msrtrace(*options)
+    ticks = filter_update_ticks()
+    metrics = Metrics.of(scrape())
+    ended = tracer.end()
+    if ended["status"] or metrics.lost():
+        raise RuntimeError(f"{metrics.lost()} {ended}")
+    [(info, _)] = metrics.named("msrtrace_build_info")
+    # With --by-vm the VM's own series went with it.
+    prefix = "msrtrace_host_" if "--by-vm" in options else "msrtrace_"
+    return {
+        "ticks": ticks,
+        "backend": info["backend"],
+        "calls": metrics.calls(f"{prefix}intercept_calls_total").total(),
+        "redundant": metrics.calls(f"{prefix}intercept_redundant_calls_total").total(),
+        "updates": int(metrics.value(f"{prefix}filter_updates_total") or 0),
+    }
+
+
+def starts() -> dict[str, float]:
+    """How many seconds of the guest's it takes msrtrace to serve: the first time, and when its program is kept."""
+    shutil.rmtree(folder(), ignore_errors=True)
+    found = {}
+    for which in ("first", "later"):
+        tracer = Msrtrace()
+        scrape()
+        found[which] = tracer.started_in
+        tracer.end()
+    return found
+
+
+def scrapes() -> dict[str, float]:
+    """How many seconds of the guest's a scrape takes, with VMS of two vCPUs each that have been updated: the least."""
+    found = {}
+    for options in ((), ("--by-vm",)):
+        tracer = Msrtrace("--backend", "kprobe", *options)
+        command = f"workload --processes --vms {VMS} --vcpus 2 --updates 3 --initial-run --hold 600"
+        vms = subprocess.Popen(command.split(), stdout=subprocess.DEVNULL)
+        prefix = "msrtrace_host_" if options else "msrtrace_"
+        until(lambda: f"{prefix}filter_updates_total {VMS * 2 * 3}.0" in scrape())  # noqa: B023 (called in this round)
+        seconds = []
+        for _ in range(SCRAPES):
+            began = time.monotonic()
+            scrape()
+            seconds.append(time.monotonic() - began)
+        found[" ".join(options) or "plain"] = min(seconds)
+        vms.terminate()
+        vms.wait()
+        tracer.end()
+    return found
+
+
+def tool(*command: str) -> str:
+    """Run one of TOOLS, which runs the workload; what both printed. Raises with what it said instead."""
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{TOOLS}/lib"}
+    done = output_of(f"{TOOLS}/bin/{command[0]}", *command[1:], env=environment)
+    if done["status"]:
+        raise RuntimeError(done)
+    return str(done["stdout"])
+
+
+def bpftrace(program: str) -> Any:
+    """bpftrace with PROGRAM. It counts in `@`, keyed by the probe first and, with five keys, by redundancy last.
+
+    Updates are in `@` too, or in `@updates`.
+    """
+    out = Path("/tmp/bpftrace.json")
+    text = tool("bpftrace", "-f", "json", "-o", str(out), "-e", program, "-c", " ".join(ticks_workload()))
+    rows = [json.loads(line) for line in out.read_text().splitlines() if line]
+    maps = {name: counts for row in rows if row["type"] == "map" for name, counts in row["data"].items()}
+    found = {"ticks": ticks_in(text), "calls": 0, "redundant": None, "updates": maps.get("@updates", 0)}
+    for keys, count in maps["@"].items():
+        probe, *others = keys.split(",")
+        found["updates" if probe.endswith(UPDATE) else "calls"] += count
+        if len(others) == 4:
+            found["redundant"] = (found["redundant"] or 0) + int(others[3]) * count
+    return found
+
+
+def classify() -> Any:
+    """What msrtrace knows of a call, by bpftrace."""
+    return bpftrace(CLASSIFY.replace("BITMAP_OFFSET", str(Btf.of_module("kvm_intel").bitmap_offset())))
+
+
+def kprobe_events() -> None:
+    """Define a kprobe event of each function; none is enabled."""
+    define([f"p:{GROUP}/{function} {function} msr=%si:u32 type=%dx:u32" for function in FUNCTIONS])
+
+
+def counted(counts: dict[str, int]) -> dict[str, Any]:
+    """Counts by function as `calls` and `updates`; what the calls changed is not known."""
+    return {"calls": sum(counts[f] for f in CALLS), "redundant": None, "updates": counts[UPDATE]}
+
+
+def perf() -> Any:
+    """`perf stat` on the events: it counts how often each was hit, on all CPUs."""
+    kprobe_events()
+    try:
+        out = Path("/tmp/perf.csv")
+        events = [word for function in FUNCTIONS for word in ("-e", f"{GROUP}:{function}")]
+        text = tool("perf", "stat", "-a", "-x", ",", "-o", str(out), *events, "--", *ticks_workload())
+    finally:
+        (TRACING / "kprobe_events").write_text("")
+    found = re.findall(rf"^(\d+),,{GROUP}:(\w+),", out.read_text(), re.M)
+    return {"ticks": ticks_in(text), **counted({function: int(count) for count, function in found})}
+
+
+def histogram() -> Any:
+    """A `hist` trigger on each event, keyed by MSR and type: the kernel's own table of counts."""
+    kprobe_events()
+    folders = {function: TRACING / "events" / GROUP / function for function in FUNCTIONS}
+    trigger = "hist:keys=msr,type"
+    try:
+        for event in folders.values():
+            (event / "trigger").write_text(trigger)
+        ticks = filter_update_ticks()
+        found = {f: re.search(r"Hits: (\d+)", (event / "hist").read_text()) for f, event in folders.items()}
+        for event in folders.values():
+            (event / "trigger").write_text(f"!{trigger}")
+    finally:
+        (TRACING / "kprobe_events").write_text("")
+    return {"ticks": ticks, **counted({function: int(hits[1]) for function, hits in found.items() if hits})}
+
+
+@cache
+def programs() -> Program:
+    """Those of EMPTY and of PARTS, compiled at once."""
+    source = Path("/tmp/programs.c")
+    source.write_text(EMPTY + "".join(PART.format(number=n, what=what) for n, what in enumerate(PARTS.values())))
+    return compiled(source, {})
+
+
+def attached(*kinds: str, function: str = "empty") -> Any:
+    """A program at every function, by KINDS: `kprobe`, `kretprobe`, `fentry`, `fexit`. It counts nothing."""
+    btf = Btf.of_module("kvm_intel")
+    links, everything = [], []
+    for kind in kinds:
+        for traced in FUNCTIONS:
+            tracing = kind.startswith("f")
+            target = Target(kind, btf.function_id(traced), "kvm_intel") if tracing else Target("kprobe")
+            loaded = load(programs(), Variant(kind, {}, {function: target}))
+            everything.append(loaded)
+            for one in loaded.maps.values():
+                one.update(bytes(one.key_size), bytes(one.value_size * (os.cpu_count() or 1)))
+            fd = loaded.functions[function]
+            returns = kind == "kretprobe"
+            links.append(attach_tracing(fd) if tracing else attach_probe("kprobe", traced, fd, at_return=returns))
+    ticks = filter_update_ticks()
+    for link in links:
+        os.close(link)
+    for loaded in everything:  # a loaded fentry program holds kvm_intel
+        loaded.close()
+    return {"ticks": ticks}
+
+
+def tracers() -> dict[str, Callable[[], Any]]:
+    """All there is on this host, in the order of the table."""
+    found: dict[str, Callable[[], Any]] = {"none": untraced}
+    for backend in BACKENDS:
+        found[f"msrtrace, {backend}"] = partial(msrtrace, "--backend", backend)
+        found[f"msrtrace --by-vm, {backend}"] = partial(msrtrace, "--by-vm", "--backend", backend)
+    found["bpftrace, the same by kprobe and kretprobe"] = classify
+    found["bpftrace, counts by kprobe"] = partial(bpftrace, COUNT)
+    found["bpftrace, counts by fentry"] = partial(bpftrace, COUNT_BY_FENTRY)
+    found["perf stat on kprobe events"] = perf
+    found["ftrace hist on kprobe events"] = histogram
+    found["empty kprobe"] = partial(attached, "kprobe")
+    found["empty kprobe and kretprobe"] = partial(attached, "kretprobe", "kprobe")
+    found["empty fentry"] = partial(attached, "fentry")
+    found["empty fentry and fexit"] = partial(attached, "fexit", "fentry")
+    for number, part in enumerate(PARTS):
+        found[f"part: {part}"] = partial(attached, "kprobe", function=f"part_{number}")
+    return found
+
+
+def main() -> None:
+    """Measure, saying on standard output how far it is."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="")
+    parser.add_argument("variants", nargs="+")
+    args = parser.parse_args()
+    every = tracers()
+    measures = {
+        name: measure
+        for name, measure in every.items()
+        if name == "none" or (args.only in name and name.startswith("part") == args.only.startswith("part"))
+    }
+    results: dict[str, dict[str, Any]] = {}
+    for variant in args.variants:
+        load_module(variant)
+        results[variant] = {}
+        for name, measure in measures.items():
+            found = results[variant][name] = measure()
+            print(f"{variant}: {name}: {found}", flush=True)
+    found = {"release": os.uname().release, "updates": MEASURED_UPDATES, "results": results}
+    record(
+        "bench", found | ({"starts": {}, "scrapes": {}} if args.only else {"starts": starts(), "scrapes": scrapes()})
+    )
+
+
+main()

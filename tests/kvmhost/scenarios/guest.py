@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the scenarios do in the guest: run msrtrace, scrape it, run the workload, look at the kernel's state.
+
+Scenarios only collect; what they found goes to /out and is judged by pytest outside (tests/kvmhost/test_*.py).
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tracer.kernel.btf import Btf, BtfError
+
+OUT = Path("/out")
+ADDRESS = "127.0.0.1:9753"
+MEASURED_UPDATES = 101
+START_SECONDS = 60.0  # of guest time: an emulated host is slow
+
+
+def output_of(*command: str, timeout: float = 120, **options: Any) -> dict[str, Any]:
+    """Run COMMAND; its status, stdout and stderr."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
+    return {"status": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
+
+
+def workload(*options: str | int) -> dict[str, int]:
+    """Run the workload; what it says it did. Raises if it failed."""
+    done = output_of("workload", *map(str, options))
+    if done["status"]:
+        raise RuntimeError(f"workload {options}: {done}")
+    return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", done["stdout"].splitlines()[-1])}
+
+
+def ticks_workload() -> list[str]:
+    """The command that measures filter updates: one vCPU, one MSR denied and allowed in turn."""
+    return ["workload", "--updates", str(MEASURED_UPDATES), "--initial-run", "--ticks"]
+
+
+def ticks_in(text: str) -> int:
+    """The median of what `ticks_workload` printed: instructions of the KVM_RUN that applies a filter update."""
+    found = re.search(rf"^ticks: n={MEASURED_UPDATES} .*median=(\d+)", text, re.M)
+    if not found:
+        raise RuntimeError(f"no ticks: {text[-500:]}")
+    return int(found[1])
+
+
+def filter_update_ticks() -> int:
+    """Run the workload and measure; see `ticks_in`."""
+    done = output_of(*ticks_workload())
+    if done["status"]:
+        raise RuntimeError(done)
+    return ticks_in(done["stdout"])
+
+
+def bitmap_offset() -> int | None:
+    """Where a vCPU has the address of its MSR bitmap; None where the kernel does not say."""
+    try:
+        return Btf.of_module("kvm_intel").bitmap_offset()
+    except BtfError:
+        return None
+
+
+def load(module: str) -> None:
+    """Put the variant MODULE of kvm_intel in place of what is loaded."""
+    subprocess.run(["kvm-intel", module], check=True)
+
+
+def scrape(address: str = ADDRESS) -> str:
+    """The text of /metrics."""
+    host, _, port = address.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    connection.request("GET", "/metrics", headers={"Accept": "text/plain; version=0.0.4"})
+    response = connection.getresponse()
+    text = response.read().decode()
+    if response.status != 200:
+        raise RuntimeError(f"/metrics: {response.status}: {text[:500]}")
+    return text
+
+
+def until(condition: Any, seconds: float = START_SECONDS) -> None:
+    """Wait until CONDITION() is true. Raises after SECONDS."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError("waited in vain")
+        time.sleep(0.02)
+
+
+def kernel_state() -> dict[str, Any]:
+    """Probes and BPF programs in the kernel: what a tracer may leave behind."""
+    probes = Path("/sys/kernel/debug/kprobes/list").read_text().splitlines()
+    programs = json.loads(subprocess.run(["bpftool", "--json", "prog", "list"], capture_output=True, check=True).stdout)
+    maps = json.loads(subprocess.run(["bpftool", "--json", "map", "list"], capture_output=True, check=True).stdout)
+    return {
+        "probes": sorted(line.split(maxsplit=1)[1] for line in probes),
+        "programs": sorted(p.get("name", p["type"]) for p in programs),
+        "maps": sorted(m.get("name", m["type"]) for m in maps),
+    }
+
+
+class Msrtrace:
+    """`msrtrace run OPTIONS` in the background; `started_in` so many seconds of the guest's."""
+
+    def __init__(self, *options: str, ready: str = "serving") -> None:
+        begun = time.monotonic()
+        self.log = Path(f"/tmp/msrtrace-{time.monotonic_ns()}.log")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                ["msrtrace", "run", *options], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+        until(lambda: ready in self.log.read_text() or self.process.poll() is not None)
+        if self.process.poll() is not None:
+            raise RuntimeError(f"msrtrace ended with {self.process.returncode}: {self.log.read_text()}")
+        self.started_in = time.monotonic() - begun
+
+    def process_state(self) -> dict[str, str]:
+        """What /proc says of its rights and of its memory in kB, of its threads, and of its children."""
+        proc = Path(f"/proc/{self.process.pid}")
+        text = (proc / "status").read_text() + (proc / "smaps_rollup").read_text()
+        found = dict(re.findall(r"^(Cap\w+|NoNewPrivs|VmHWM|Rss|Pss):\s+(\w+)", text, re.M))
+        rights = []
+        for thread in (proc / "task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # one that answered a scrape has ended
+                rights += re.findall(r"^CapEff:\s+(\w+)", (thread / "status").read_text(), re.M)
+        found["threads"] = " ".join(rights)
+        return found | {"children": (proc / f"task/{self.process.pid}/children").read_text()}
+
+    def wait_for(self, line: str, times: int = 1) -> None:
+        """Wait until it printed LINE that often. Raises with what it printed instead."""
+        try:
+            until(lambda: self.log.read_text().count(line) >= times)
+        except RuntimeError:
+            raise RuntimeError(f"no {line!r}, but:\n{self.log.read_text()}") from None
+
+    def end(self, number: int = signal.SIGINT) -> dict[str, Any]:
+        """Send it a signal; its status and what it printed."""
+        os.kill(self.process.pid, number)
+        self.process.wait(60)
+        return {"status": self.process.returncode, "log": self.log.read_text()}
+
+
+def record(name: str, value: Any) -> None:
+    """Leave VALUE at /out/NAME.json."""
+    (OUT / f"{name}.json").write_text(json.dumps(value, indent=1))
+
+
+def succeed(*commands: Sequence[str]) -> None:
+    """Run commands that must work."""
+    for command in commands:
+        subprocess.run(command, check=True)

@@ -1,0 +1,553 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`msrtrace top`: its figures with a made-up clock, how they look, and the command in a terminal of its own."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+
+from tracer.cli.top import look
+from tracer.live.terminal import Screen, Signals
+from tracer.live.top import SORTS, Frame, Sample, Sampler, between, frame
+from tracer.live.view import Look, View, lines
+from tracer.model.errors import MsrtraceError
+from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
+
+TSC = Call(0x10, "read", "disable", "filter_change", "vmx_msr_filter_changed")
+FS_READ = Call(0xC0000100, "read", "disable", "filter_change", "vmx_msr_filter_changed")
+FS_WRITE = replace(FS_READ, access="write")
+UNKNOWN = Call(0xDEADBEEF, "read_write", "enable", "vcpu_create", "vmx_vcpu_create")
+PROBE = Probe("vmx_msr_filter_changed", "vmx_msr_filter_changed", True, "")
+HOST = "kvmhost 6.1.0-53-amd64"
+
+
+def times(count: int, each: float = 1e-4) -> Durations:
+    return Durations(count, count * each, (count, *[0] * 24))
+
+
+def outcome(calls: int, redundant: int | None) -> Outcome:
+    return Outcome(calls, redundant, *((None,) * 3 if redundant is None else (calls - redundant, 0, 0)))
+
+
+def snapshot(times_over: int = 1) -> Snapshot:
+    """Every filter update, of TIMES_OVER * 10, made 3 calls; there were others."""
+    n = 10 * times_over
+    return Snapshot(
+        "toggle",
+        calls={
+            TSC: outcome(n, n),
+            FS_READ: outcome(n, n // 2),
+            FS_WRITE: outcome(n, 0),
+            replace(FS_READ, caller="vmx_msr_filter_changed.isra.0"): outcome(0, 0),
+            UNKNOWN: outcome(times_over, 0),
+        },
+        updates={0: times(n)},
+        probes=(PROBE,),
+    )
+
+
+class Kernel:
+    """A source of snapshots with a clock of its own."""
+
+    def __init__(self, *readings: Snapshot | Exception) -> None:
+        self.readings = list(readings)
+        self.now = 1000.0
+        self.attached = True
+        self.events: list[bool | MsrtraceError] = []
+        self.asked = 0
+
+    def snapshot(self, patience: float = 0) -> Snapshot:
+        reading = self.readings.pop(0)
+        self.now += 0.25  # reading takes time, each time the same
+        if isinstance(reading, Exception):
+            raise reading
+        return reading
+
+    def follow(self) -> bool:
+        self.asked += 1
+        event = self.events.pop(0) if self.events else False
+        if isinstance(event, MsrtraceError):
+            raise event
+        return event
+
+    def sampler(self) -> Sampler:
+        return Sampler(self, lambda: self.now, lambda: "15:04:05")
+
+
+def notes(sampler: Sampler) -> tuple[str, ...]:
+    return sampler.sample.notes
+
+
+def shown(sample: Sample | Frame, view: View | None = None, width: int = 80, height: int | None = None) -> list[str]:
+    if isinstance(sample, Frame):
+        sample = Sample("15:04:05", sample, sample)
+    return lines(sample, view or View(), Look(width, height), HOST)
+
+
+# --- figures ---
+
+
+def test_rates_are_of_the_measured_time() -> None:
+    kernel = Kernel(snapshot(1), snapshot(5))
+    sampler = kernel.sampler()
+    assert sampler.sample.interval is None
+    kernel.now += 1.75  # and 0.25 of reading: two seconds from one reading's begin to the next one's
+    sampler.take()
+    made = sampler.sample.interval
+    assert made
+    assert made.seconds == 2.0
+    assert made.calls == Outcome(124, 60, 64, 0, 0)
+    assert made.rate(124) == 62.0
+    assert made.all_updates == times(40)
+    assert made.per_update == (Fraction(3), Fraction(3, 2))
+    whole = sampler.sample.whole
+    assert whole
+    assert (whole.seconds, whole.whole, whole.calls) == (2.0, True, Outcome(155, 75, 80, 0, 0))
+
+
+def test_no_time_has_no_rate() -> None:
+    assert frame(snapshot(), 0.0).rate(5) is None
+
+
+def test_rows_are_summed_over_what_is_not_told_apart() -> None:
+    made = frame(snapshot(), 1.0)
+    assert made.rows
+    assert len(made.rows) == 4
+    merged = made.grouped({"msr"}, "msr")
+    assert [(row.msr, row.access, row.outcome.calls) for row in merged] == [
+        (0x10, None, 10),
+        (0xC0000100, None, 20),
+        (0xDEADBEEF, None, 1),
+    ]
+    assert merged[1].share == Fraction(1, 4)
+
+
+def test_orders() -> None:
+    calls = {
+        replace(TSC, msr=1, cause="x2apic"): outcome(100, 1),
+        replace(TSC, msr=2, cause="lbr"): outcome(10, 5),
+        replace(TSC, msr=3, cause="pt"): outcome(2, 2),
+        replace(TSC, msr=4, cause="cpuid_update"): outcome(50, None),
+    }
+    made = frame(Snapshot("toggle", calls=calls), 1.0)
+    orders = {sort: [row.msr for row in made.grouped({"msr", "cause"}, sort)] for sort in SORTS}
+    assert orders == {
+        "calls": [1, 4, 2, 3],
+        "redundant": [2, 3, 1, 4],
+        "share": [3, 2, 1, 4],
+        "msr": [1, 2, 3, 4],
+        "cause": [4, 2, 3, 1],
+    }
+
+
+def test_a_vm_that_ends_is_no_burst_of_calls() -> None:
+    """The tracer has what it counted for a VM that ended under pid 0 from then on."""
+    a, b = replace(TSC, pid=7), replace(TSC, pid=8)
+    before = Snapshot("toggle", calls={a: outcome(1000, 0), b: outcome(5, 0)}, updates={7: times(9)}, by_vm=True)
+    before = replace(before, vms={7: "a", 8: "b"}, recalcs={7: times(3)})
+    later = Snapshot("toggle", calls={TSC: outcome(1010, 0), b: outcome(6, 0)}, updates={0: times(10)}, by_vm=True)
+    later = replace(later, vms={8: "b"}, recalcs={0: times(3)})
+    apart = between(later, before)
+    assert apart.calls == {TSC: outcome(10, 0), b: outcome(1, 0)}
+    assert {pid: d.count for pid, d in apart.updates.items()} == {0: 1}
+    assert apart.recalcs == {}
+
+
+def test_calls_per_update_only_where_all_was_seen() -> None:
+    whole = snapshot()
+    assert frame(whole, 1.0).per_update == (Fraction(3), Fraction(3, 2))
+    for less in (
+        replace(whole, calls_observable=False),
+        replace(whole, updates_observable=False),
+        replace(whole, updates={}),
+        replace(whole, unpaired_returns=1),
+        replace(whole, probes=(PROBE, Probe("vmx_vcpu_create", None, False, ""))),
+    ):
+        assert frame(less, 1.0).per_update is None
+    unknown = replace(whole, redundancy="unknown", calls={TSC: Outcome(10)})
+    assert frame(unknown, 1.0).per_update == (Fraction(1), None)
+    assert frame(replace(unknown, calls={}), 1.0).per_update == (Fraction(0), None)
+
+
+# --- readings that fail, and reloads ---
+
+
+def test_a_reading_that_fails_leaves_the_older_numbers_and_says_so() -> None:
+    kernel = Kernel(snapshot(1), snapshot(2), OSError("no\x1b[31m\nway"), snapshot(6))
+    sampler = kernel.sampler()
+    sampler.take()
+    old = sampler.sample
+    sampler.take()
+    assert (sampler.sample.interval, sampler.sample.whole) == (old.interval, old.whole)
+    [note] = notes(sampler)
+    assert note == "reading failed at 15:04:05, the numbers are older: OSError: no\x1b[31m\nway"
+    text = "\n".join(shown(sampler.sample))
+    assert r"OSError: no\x1b[31m\nway" in text
+    sampler.take()
+    assert notes(sampler) == ()
+    made = sampler.sample.interval
+    assert made  # from the last reading that was good
+    assert made.seconds == 0.5
+    assert made.calls == Outcome(124, 60, 64, 0, 0)
+
+
+def test_the_first_reading_fails() -> None:
+    kernel = Kernel(OSError("x"), snapshot(1), snapshot(2))
+    sampler = kernel.sampler()
+    text = "\n".join(shown(sampler.sample))
+    assert "the first numbers come when an interval has passed" in text
+    assert "OSError: x" in text
+    sampler.take()
+    assert sampler.sample.interval is None
+    sampler.take()
+    assert sampler.sample.interval
+
+
+def test_a_reload() -> None:
+    kernel = Kernel(snapshot())
+    sampler = kernel.sampler()
+    sampler.follow()
+    assert notes(sampler) == ()
+    kernel.events, kernel.attached = [True], False
+    sampler.follow()
+    assert notes(sampler) == ("kvm_intel is not loaded; it is traced again when it comes back",)
+    sampler.follow()
+    assert len(notes(sampler)) == 1
+    kernel.events = [MsrtraceError("why")]
+    sampler.follow()
+    assert notes(sampler) == ("kvm_intel is not traced, trying again in 10 s: why",)
+    asked = kernel.asked
+    sampler.follow()
+    assert kernel.asked == asked
+    kernel.now += 10.0
+    kernel.events, kernel.attached = [True], True
+    sampler.follow()
+    assert notes(sampler) == ("kvm_intel was loaded again, and is traced since 15:04:05",)
+
+
+# --- how it looks ---
+
+
+def test_a_frame_at_80_columns() -> None:
+    assert shown(frame(snapshot(4).since(snapshot(1)), 2.0)) == [
+        "15:04:05 kvmhost 6.1.0-53-amd64 layout toggle, redundancy exact, over 2.0 s",
+        "filter updates 15.0/s, 100 µs each; calls 46.5/s, 48.4% redundant",
+        "about 3.0 calls per filter update, 1.5 of them redundant",
+        "",
+        "MSR                        access  action   cause             calls/s  redundant",
+        "IA32_TSC                   read    disable  filter_change        15.0     100.0%",
+        "FS_BASE                    read    disable  filter_change        15.0      50.0%",
+        "FS_BASE                    write   disable  filter_change        15.0       0.0%",
+        "0xdeadbeef                 both    enable   vcpu_create           1.5       0.0%",
+    ]
+
+
+def test_a_frame_at_40_columns() -> None:
+    assert shown(frame(snapshot(4).since(snapshot(1)), 2.0), width=40) == [
+        "15:04:05 kvmhost 6.1.0-53-amd64 layout",
+        "toggle, redundancy exact, over 2.0 s",
+        "filter updates 15.0/s, 100 µs each;",
+        "calls 46.5/s, 48.4% redundant",
+        "about 3.0 calls per filter update, 1.5",
+        "of them redundant",
+        "",
+        "MSR                   calls/s  redundant",
+        "FS_BASE                  30.0      25.0%",
+        "IA32_TSC                 15.0     100.0%",
+        "0xdeadbeef                1.5       0.0%",
+    ]
+
+
+def test_all_since_the_start() -> None:
+    found = shown(frame(snapshot(400), 4000.0, whole=True), View(whole=True))
+    assert found[:2] == [
+        "15:04:05 kvmhost 6.1.0-53-amd64 layout toggle, redundancy exact, all 1:06:40 h",
+        "filter updates 4,000, 100 µs each; calls 12,400, 48.4% redundant",
+    ]
+    assert found[4].endswith("      calls  redundant")
+    assert found[5].endswith("  filter_change       4,000     100.0%")
+
+
+RECALC = replace(snapshot(), layout="recalc", recalcs={0: times(2, 2e-4), 7: times(1, 5e-4)})
+
+
+@pytest.mark.parametrize("layout", ["recalc", "set"])
+def test_recalculations(layout: str) -> None:
+    made = frame(replace(RECALC, layout=layout), 2.0)
+    assert made.all_recalcs == Durations(3, 9e-4, (3, *[0] * 24))
+    found = shown(made)
+    assert found[1:4] == [
+        "filter updates 5.0/s, 100 µs each; calls 15.5/s, 48.4% redundant",
+        "about 3.0 calls per filter update, 1.5 of them redundant",
+        "recalculations for other reasons than a new filter 1.5/s, 300 µs each",
+    ]
+    assert shown(frame(RECALC, 4000.0, whole=True), View(whole=True))[3] == (
+        "recalculations for other reasons than a new filter 3, 300 µs each"
+    )
+    calls_unseen = replace(RECALC, calls={}, calls_observable=False)
+    assert shown(frame(calls_unseen, 2.0))[2] == found[3]
+    quiet = replace(RECALC, layout=layout, recalcs={})
+    assert shown(frame(quiet, 2.0))[3] == "recalculations for other reasons than a new filter 0.0/s"
+
+
+def test_recalculations_of_an_interval() -> None:
+    """That of a VM which ended since is under pid 0."""
+    later = replace(RECALC, by_vm=True, recalcs={0: times(5, 3e-4), 8: times(4, 3e-4)}, vms={8: "b"})
+    kernel = Kernel(replace(RECALC, by_vm=True, vms={7: "a"}), later)
+    sampler = kernel.sampler()
+    sampler.take()
+    interval, whole = sampler.sample.interval, sampler.sample.whole
+    assert interval
+    assert whole
+    assert interval.all_recalcs == Durations(6, 0.0018, (6, *[0] * 24))
+    assert whole.all_recalcs == Durations(9, 0.0027, (9, *[0] * 24))
+
+
+def test_recalculations_that_cannot_be_observed_are_not_shown() -> None:
+    for counted in (replace(RECALC, layout="toggle"), replace(RECALC, updates={}, updates_observable=False)):
+        assert frame(counted, 2.0).all_recalcs is None
+        assert "ecalculation" not in "".join(shown(frame(counted, 2.0)))
+
+
+def test_many_recalculations_fit_80_columns() -> None:
+    many = replace(RECALC, recalcs={0: times(999_999_999, 0.0999)})
+    for whole in (True, False):
+        [line] = [line for line in shown(frame(many, 1.0, whole=whole)) if line.startswith("recalculations ")]
+        assert line.endswith(" 99.9 ms each")
+        assert len(line) <= 80
+
+
+@pytest.mark.parametrize("width", [1, 5, 20, 40, 60, 79, 80, 81, 100, 132, 250])
+@pytest.mark.parametrize("height", [None, 1, 2, 5, 24])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_it_fits(width: int, height: int | None, level: int) -> None:
+    calls = {replace(call, pid=pid): o for call, o in snapshot().calls.items() for pid in (0, 7, 4194304)}
+    many = replace(snapshot(), calls=calls, by_vm=True, vms={7: "web" * 40, 4194304: "x"}, read_failures=3)
+    for look_ in (Look(width, height), Look(width, height, ascii=True, styles=True, colors=True)):
+        found = lines(Sample("15:04:05", frame(many, 1.0), None, ("note",)), View(level=level), look_, HOST)
+        plain = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in found]
+        assert max(map(len, plain)) <= width
+        assert height is None or len(found) == height
+
+
+def test_more_rows_than_lines() -> None:
+    calls = {replace(TSC, msr=0x10000 + index): outcome(200 - index, 0) for index in range(100)}
+    made, view = frame(Snapshot("toggle", calls=calls), 1.0), View()
+    found = shown(made, view, height=24)
+    assert (len(found), found[-2]) == (24, "rows 1 to 18 of 100")
+    assert found[4].startswith("0x10000 ")
+    view.offset = 1
+    assert shown(made, view, height=24)[-2] == "rows 2 to 19 of 100"
+    view.offset = 1000
+    assert shown(made, view, height=24)[-2] == "rows 83 to 100 of 100"
+    assert view.offset == 82
+    assert len(shown(made, view)) == 100 + 5  # in a pipe all are shown
+
+
+def test_what_cannot_be_observed_is_never_0() -> None:
+    degraded = replace(snapshot(), layout="filter-only", calls={}, calls_observable=False)
+    found = shown(frame(degraded, 1.0))
+    assert found == [
+        "15:04:05 kvmhost 6.1.0-53-amd64 layout filter-only, over 1.0 s",
+        "filter updates 10.0/s, 100 µs each; calls not observable on this kernel",
+        "",
+        "calls not observable on this kernel",
+    ]
+    unseen = shown(frame(replace(snapshot(), updates={}, updates_observable=False), 1.0))
+    assert unseen[1] == "filter updates not observable on this kernel; calls 31.0/s, 48.4% redundant"
+    assert "per filter update" not in "".join(unseen)
+    by_vm = replace(degraded, updates={7: times(10)}, by_vm=True, vms={7: "web"})
+    assert shown(frame(by_vm, 1.0), View(level=1))[-1] == (
+        "7 web                                      10.0    100 µs           ?"
+    )
+
+
+def test_unknown_redundancy_is_a_question_mark() -> None:
+    calls = {TSC: outcome(10, None)}
+    found = shown(frame(replace(snapshot(), calls=calls, redundancy="unknown"), 1.0))
+    assert "redundancy unknown" in found[0]
+    assert found[1].endswith("calls 10.0/s, ? redundant")
+    assert found[2] == "1 calls per filter update, ? of them redundant"
+    assert found[-1].split() == ["IA32_TSC", "read", "disable", "filter_change", "10.0", "?"]
+
+
+def test_little_is_not_shown_as_nothing() -> None:
+    calls = {TSC: outcome(1, 0)}
+    found = shown(frame(Snapshot("toggle", calls=calls), 300.0))
+    assert "calls 0.003/s" in found[1]
+
+
+def test_nothing_happened() -> None:
+    found = shown(frame(replace(snapshot(), calls={}, updates={}), 1.0))
+    assert found[1:] == ["filter updates 0.0/s; calls 0.0/s", "no filter update", "", "no calls"]
+
+
+def test_losses_are_said() -> None:
+    lossy = replace(
+        snapshot(),
+        maps=(Map("calls", 10, 10, 1234), Map("threads", 0, 10)),
+        probes=(replace(PROBE, missed=2), Probe("vmx_vcpu_create", None, False, "none")),
+        unpaired_returns=3,
+        read_failures=4,
+        reattached=1,
+    )
+    text = " ".join(shown(frame(lossy, 1.0), width=300))
+    assert (
+        "LOWER BOUND, the true counts may be higher: 1,234 updates of map calls dropped, "
+        "2 runs of vmx_msr_filter_changed missed, 3 unpaired returns, 4 bitmaps not read, kvm_intel unloaded: 1"
+    ) in text
+    assert "NOT PROBED: vmx_vcpu_create" in text
+    later = Sample("15:04:05", frame(lossy.since(lossy), 1.0), frame(lossy, 2.0, whole=True))
+    assert "LOWER BOUND since the start, though not in this interval: 1,234 updates" in " ".join(
+        shown(later, width=300)
+    )
+    assert "LOWER BOUND" not in " ".join(shown(frame(snapshot(), 1.0)))
+
+
+def test_an_unloaded_module_counts_nothing_rather_than_0() -> None:
+    gone = replace(snapshot(), calls={}, updates={}, probes=(replace(PROBE, attached=False),))
+    found = shown(frame(gone, 1.0))
+    assert found[1] == "nothing is traced now"
+    assert "0.0" not in "".join(found[1:])
+    assert "calls 31" in " ".join(shown(frame(replace(gone, calls=snapshot().calls), 1.0, whole=True), View()))
+
+
+HOSTILE = "[red]x[/] \x1b[31m\x9b2J\r\n\u202eevil é中\U0001f600"
+
+
+@pytest.mark.parametrize("styles", [True, False])
+def test_hostile_names(styles: bool) -> None:
+    calls = {replace(TSC, pid=7): outcome(1, 1)}
+    made = Snapshot("toggle", calls=calls, updates={7: times(1)}, by_vm=True, vms={7: HOSTILE}, probes=(PROBE,))
+    for level in (0, 1):
+        found = lines(
+            Sample("15:04:05", frame(made, 1.0)), View(level=level), Look(132, ascii=True, styles=styles), HOSTILE
+        )
+        text = "\n".join(found)
+        plain = re.sub(r"\x1b\[[\d;]*m", "", text)
+        assert r"7 [red]x[/] \x1b[31m\x9b2J\r\n\u202eev" in plain
+        assert plain.replace("\n", "").isprintable()
+        assert plain.isascii()
+        assert styles or plain == text
+    assert "é中" in "\n".join(lines(Sample("15:04:05", frame(made, 1.0)), View(), Look(200), HOSTILE))
+
+
+def test_vms() -> None:
+    calls = {TSC: outcome(5, 5), replace(TSC, pid=7): outcome(30, 15), replace(FS_READ, pid=8): outcome(10, 0)}
+    made = Snapshot("toggle", calls=calls, updates={7: times(4), 0: times(1)}, by_vm=True)
+    made = replace(made, vms={7: "web", 8: "db", 9: "idle"}, probes=(PROBE,))
+    assert [line.split() for line in shown(frame(made, 2.0), View(level=1))[-5:]] == [
+        ["pid", "VM", "updates/s", "each", "calls/s", "redundant"],
+        ["7", "web", "2.0", "100", "µs", "15.0", "50.0%"],
+        ["8", "db", "0.0", "5.0", "0.0%"],
+        ["(ended)", "0.5", "100", "µs", "2.5", "100.0%"],
+        ["9", "idle", "0.0", "0.0"],
+    ]
+    assert shown(frame(made, 2.0), View(level=0))[-3].startswith("7 web                 IA32_TSC  ")
+    assert shown(frame(made, 2.0), View(level=2))[-2].startswith("IA32_TSC  ")
+
+
+UTF8 = {"LANG": "C.UTF-8", "TERM": "xterm"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "encoding", "expected"),
+    [
+        ({}, "utf-8", Look(80, 24, ascii=False, styles=True, colors=True)),
+        ({"NO_COLOR": "1"}, "utf-8", Look(80, 24, ascii=False, styles=True, colors=False)),
+        ({"NO_COLOR": ""}, "utf-8", Look(80, 24, ascii=False, styles=True, colors=True)),
+        ({"TERM": "linux"}, "utf-8", Look(80, 24, ascii=True, styles=True, colors=True)),
+        ({"TERM": "vt220"}, "utf-8", Look(80, 24, ascii=True, styles=True, colors=False)),
+        ({"LANG": "C"}, "utf-8", Look(80, 24, ascii=True, styles=True, colors=True)),
+        ({"LC_ALL": "C"}, "utf-8", Look(80, 24, ascii=True, styles=True, colors=True)),
+        ({"LC_ALL": "", "LANG": "en_US.utf8"}, "UTF-8", Look(80, 24, ascii=False, styles=True, colors=True)),
+        ({}, "ascii", Look(80, 24, ascii=True, styles=True, colors=True)),
+    ],
+)
+def test_what_a_terminal_can_show(changes: dict[str, str], encoding: str, expected: Look) -> None:
+    assert look(80, 24, {**UTF8, **changes}, encoding) == expected
+    assert look(80, None, {**UTF8, **changes}, encoding) == Look(
+        80, None, ascii=expected.ascii and changes.get("TERM") is None
+    )
+
+
+def test_without_colour_there_is_still_bold() -> None:
+    sample = Sample("15:04:05", frame(snapshot(), 1.0))
+    text = "\n".join(lines(sample, View(), Look(80, 24, styles=True), HOST))
+    assert set(re.findall(r"\x1b\[([\d;]*)m", text)) == {"0", "1", "2", "7"}
+    colored = "\n".join(lines(sample, View(), Look(80, 24, styles=True, colors=True), HOST))
+    assert {"31", "33"} <= set(re.findall(r"\x1b\[([\d;]*)m", colored))
+
+
+def test_an_idle_frame_costs_a_serial_console_little() -> None:
+    """Only lines that changed are sent: here the one with the time, and the rates of one MSR."""
+    master, slave = pty.openpty()
+    view, how = View(sort="msr"), Look(80, 24, styles=True, colors=True)
+    with Signals() as signals:
+        screen = Screen(signals, slave, slave, alternate=False)
+        screen.draw(lines(Sample("15:04:05", frame(snapshot(), 1.0)), view, how, HOST))
+        first = os.read(master, 65536)
+        changed = replace(snapshot(), calls={**snapshot().calls, UNKNOWN: outcome(1, 1)})
+        screen.draw(lines(Sample("15:04:06", frame(changed, 1.0)), view, how, HOST))
+        second = os.read(master, 65536)
+    os.close(master)
+    os.close(slave)
+    assert len(first) < 1500
+    assert second.count(b"H\x1b[K") == 3
+    assert len(second) < 400
+
+
+# --- keys ---
+
+
+@pytest.mark.parametrize(
+    ("typed", "keys"),
+    [
+        ([b"q"], ["q"]),
+        ([b"c r"], ["c", " ", "r"]),
+        ([b"\x1b[A\x1b[B\x1bOA\x1b[5~\x1b[6~"], ["up", "down", "up", "page up", "page down"]),
+        ([b"\x1b", b"[", b"B"], ["down"]),
+        ([b"\x1b[6", b"~c"], ["page down", "c"]),
+        ([b"\x1b", b"q"], ["q"]),
+        ([b"\x1bq"], ["q"]),
+        ([b"\x1b[15~\x1b[1;5Cq"], ["q"]),
+        ([b"\x1b[200~q"], ["q"]),
+        ([b"\x1b[" + b"1" * 40, b"q"], ["q"]),
+        ([b"\xff"], ["\N{REPLACEMENT CHARACTER}"]),
+        ([b"\x0c"], ["redraw"]),
+    ],
+)
+def test_keys(typed: list[bytes], keys: list[str]) -> None:
+    out, in_ = os.pipe()
+    with Signals() as signals:
+        screen, found = Screen(signals, out, in_, alternate=False), []
+        for part in typed:
+            os.write(in_, part)
+            found += list(screen.wait(5.0))
+        assert found == keys
+        os.close(in_)
+        assert list(screen.wait(5.0)) == []
+        assert signals.ended  # there is nobody any more
+    os.close(out)
+
+
+def test_signals_that_were_ignored_stay_so() -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.wait(0.05) == (set(), False)
+            assert not signals.ended
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.wait(5.0) == ({signal.SIGTERM}, False)
+            assert signals.ended
+        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before[signal.SIGHUP])

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reports of a fleet from a Prometheus: exact counts out of stored samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from fleets import (
+    CALLS,
+    LOCAL,
+    REDUNDANT,
+    START,
+    UPDATES,
+    Stored,
+    counted,
+    fleet_reports,
+    labelled,
+    serving,
+    storing,
+    together,
+)
+from fleets import host as made_up
+
+from tracer.model.errors import MsrtraceError
+from tracer.report.compare import compare
+from tracer.report.fleet.fleet import Prometheus, compared, reports
+from tracer.report.report import Report
+from tracer.report.views import sentence
+
+NOW = 1_000_000.0
+SCRAPES = [NOW - 60, NOW - 45, NOW - 30, NOW - 15, NOW]
+
+Main = Callable[..., tuple[int, str, str]]
+
+
+def host(
+    instance: str, *, enables: int = 0, updates: int = 100, layout: str = "toggle", redundancy: str = "exact"
+) -> Stored:
+    target = {"job": "msrtrace", "instance": instance}
+    info = {"layout": layout, "redundancy": redundancy}
+    return made_up(target, SCRAPES, enables=enables, updates=updates, info=info)
+
+
+def reported(stored: Stored) -> list[Report]:
+    return fleet_reports(stored, NOW, window=60)
+
+
+def test_many_hosts_are_compared_exactly() -> None:
+    asked: list[str] = []
+    missing = labelled(together(host("a", enables=17, updates=100), host("b", enables=17, updates=40)), patch="missing")
+    with serving(storing(missing, NOW, asked)) as url:
+        unpatched = reports(Prometheus(url), ['{patch="missing"}'], 3600, NOW)
+    patched = fleet_reports(host("c", enables=0, updates=60), NOW)
+    assert [r.totals.filter_updates for r in unpatched] == [100, 40]
+    assert [r.verdict.patched for r in (*unpatched, *patched)] == [False, False, True]
+    assert asked[0] == 'msrtrace_build_info{patch="missing"}[3600s]'
+    comparison = compare(unpatched, patched, titles=("old", "new"))
+    assert sentence(comparison).startswith("old makes 30 calls a filter update, 30 of them redundant; new 13, 13 ")
+    assert not [warning for warning in comparison.warnings if "differ between" in warning]
+
+
+def test_hosts_without_filter_updates_are_left_out() -> None:
+    busy, idle = host("a", enables=17, updates=100), host("b", enables=17, updates=0)
+    found = reported(together(busy, idle))
+    assert [report.title for report in found] == ["a"]
+    [alone] = reported(idle)
+    assert alone.totals.filter_updates == 0
+
+
+def test_of_a_host_that_tells_vms_apart_the_sums_count() -> None:
+    """Its series by VM end with the VMs."""
+    apart = host("a", enables=17, updates=100)
+    names = [name for name in apart if name.startswith(("msrtrace_intercept", "msrtrace_filter"))]
+    sums = {name.replace("msrtrace_", "msrtrace_host_"): apart[name] for name in names}
+    gone = {
+        name: [(labels | {"vm": "x", "pid": "1"}, {SCRAPES[0]: 7.0})] for name in names for labels, _ in apart[name]
+    }
+    [found] = reported(apart | gone | sums)
+    assert (found.totals.filter_updates, found.totals.calls) == (100, 3000)
+
+
+def test_a_host_that_was_started_anew_with_by_vm_keeps_what_it_counted_before() -> None:
+    target = {"job": "msrtrace", "instance": "a"}
+    stored = host("a", enables=17, updates=100) | {
+        "process_start_time_seconds": [(target, dict(zip(SCRAPES, [5.0, 5, 5, 9, 9], strict=True)))],
+        "msrtrace_filter_updates_total": [
+            (target, dict(zip(SCRAPES[:3], [10.0, 15, 30], strict=True))),
+            (target | {"vm": "x", "pid": "1"}, {SCRAPES[4]: 7.0}),
+        ],
+        "msrtrace_host_filter_updates_total": [(target, dict(zip(SCRAPES[3:], [3.0, 7], strict=True)))],
+    }
+    [found] = reported(stored)
+    assert found.totals.filter_updates == 20 + 7
+
+
+def test_losses_and_lost_probes_make_a_lower_bound() -> None:
+    fine = host("a", enables=0, updates=8)
+    assert not reported(fine)[0].lower_bound
+    target = {"job": "msrtrace", "instance": "a"}
+    lossy = fine | {"msrtrace_dropped_updates_total": [(target | {"map": "calls"}, {SCRAPES[0]: 1.0, SCRAPES[4]: 3.0})]}
+    assert reported(lossy)[0].loss.dropped_updates == {"calls": 2}
+    function = {"function": "vmx_enable_intercept_for_msr"}
+    blind = fine | {"msrtrace_probe_attached": [(target | function, {SCRAPES[0]: 1.0, SCRAPES[1]: 0.0})]}
+    found = reported(blind)[0]
+    assert found.loss.not_probed == ["vmx_enable_intercept_for_msr"]
+    assert found.lower_bound
+    # Not probed, but of no consequence for the counts.
+    other = fine | {"msrtrace_probe_attached": [(target | {"function": "vmx_vcpu_create"}, {SCRAPES[0]: 0.0})]}
+    assert not reported(other)[0].lower_bound
+
+
+def test_what_a_host_cannot_show_is_null_and_not_zero() -> None:
+    unknown = host("a", enables=0, updates=8, redundancy="unknown") | {"msrtrace_intercept_redundant_calls_total": []}
+    [found] = reported(unknown)
+    assert (found.totals.calls, found.totals.redundant) == (8 * 13, None)
+    degraded = host("a", enables=0, updates=8, layout="filter-only") | {"msrtrace_intercept_calls_total": []}
+    [found] = reported(degraded)
+    assert (found.totals.calls, found.totals.filter_updates) == (None, 8)
+
+
+def test_kernels_of_different_layouts_need_outcomes_per_bit() -> None:
+    """A call for both bits that changed something has changed either or both: the metrics do not tell."""
+    new = host("b", enables=0, updates=8, layout="recalc")
+    labels = new["msrtrace_intercept_calls_total"][0][0] | {"access": "read_write", "msr": "0xc0000100"}
+    new["msrtrace_intercept_calls_total"].append((labels, dict(zip(SCRAPES, [0.0, 8, 8, 8, 8], strict=True))))
+    [old] = reported(host("a", enables=0, updates=8))
+    with pytest.raises(MsrtraceError, match="takes outcomes per bit"):
+        compare([old], reported(new))
+
+
+def test_recalculations_are_not_asked_for_and_so_not_known() -> None:
+    [found] = reported(host("a", enables=0, updates=8, layout="recalc"))
+    assert (found.totals.filter_updates, found.totals.recalculations, found.recalculation_seconds) == (8, None, None)
+
+
+BIG = 1_700_000_000.0
+TIMES = [BIG - 60, BIG - 45, BIG - 30, BIG - 15, BIG]
+OLD = BIG - 90_000.0
+
+
+def agent(name: str, *, updates: int = 100, enables: int = 0, start: float | None = OLD, **more: str) -> Stored:
+    """A host that an agent on it scrapes: only the label `host` tells it from others."""
+    return made_up({**LOCAL, "host": name, **more}, TIMES, updates=updates, enables=enables, start=start)
+
+
+@pytest.mark.parametrize("start", [OLD, None])
+@pytest.mark.parametrize("label", ["host", "cluster", "pod", "exported_instance"])
+def test_hosts_with_one_instance_are_told_apart_by_another_label(label: str, start: float | None) -> None:
+    """What was one host of 1,140 updates: each agent scrapes at moments of its own."""
+    first = made_up({**LOCAL, label: "kvm1"}, TIMES, start=start)
+    later = [time + 3 for time in TIMES]
+    second = made_up({**LOCAL, label: "kvm2"}, later, updates=40, enables=17, start=start)
+    found = counted(together(first, second), BIG + 3)
+    assert list(found.values()) == [(100, 1300), (40, 1200)]
+    titled = [f'{LOCAL["instance"]} ({label}="{name}")' for name in ("kvm1", "kvm2")]
+    assert list(found) == (["kvm1", "kvm2"] if label == "exported_instance" else titled)
+
+
+def test_titles_have_the_labels_that_differ_and_no_others() -> None:
+    one = agent("kvm1", env="prod", dc="eu")
+    other = agent("kvm2", env="prod", updates=40, dc="us")
+    alone = made_up({"job": "msrtrace", "instance": "kvm3:9753", "env": "prod"}, TIMES, updates=50, start=OLD)
+    assert list(counted(together(one, other, alone), BIG)) == [
+        '127.0.0.1:9753 (dc="eu", host="kvm1")',
+        '127.0.0.1:9753 (dc="us", host="kvm2")',
+        "kvm3:9753",
+    ]
+
+
+def test_a_title_is_the_instance_below_a_federating_server() -> None:
+    """`honor_labels: false` there: job and instance are its own."""
+    above = {"job": "federate", "instance": "prometheus:9090", "exported_job": "msrtrace"}
+    stored = together(
+        *(
+            made_up({**above, "exported_instance": name}, TIMES, updates=updates, start=OLD)
+            for name, updates in (("kvm1:9753", 100), ("kvm2:9753", 40))
+        )
+    )
+    assert counted(stored, BIG) == {"kvm1:9753": (100, 1300), "kvm2:9753": (40, 520)}
+
+
+def test_a_host_that_several_selectors_match_counts_once() -> None:
+    stored = together(agent("kvm1", patch="x"), agent("kvm2", updates=40))
+    assert sorted(counted(stored, BIG, "", 'patch="x"', '{host="kvm1"}').values()) == [(40, 520), (100, 1300)]
+
+
+@pytest.mark.parametrize("base", ['host="kvm1"', ""])
+def test_a_host_on_both_sides_is_refused(base: str) -> None:
+    stored = together(agent("kvm1"), agent("kvm2", updates=40))
+    with (
+        serving(storing(stored, BIG)) as url,
+        pytest.raises(MsrtraceError, match=r'host="kvm1".*: one msrtrace is on both sides'),
+    ):
+        compared(Prometheus(url), [[base], ['host="kvm1"']], 3600, BIG)
+
+
+def test_an_idle_host_may_be_on_both_sides() -> None:
+    stored = together(agent("kvm1", patch="a"), agent("kvm2", patch="b", updates=40), agent("kvm3", updates=0))
+    with serving(storing(stored, BIG)) as url:
+        sides = compared(Prometheus(url), [['patch="a"', 'host="kvm3"'], ['patch="b"', 'host="kvm3"']], 3600, BIG).sides
+    assert [[report.totals.filter_updates for report in side] for side in sides] == [[100], [40]]
+
+
+def test_kernels_of_a_host_that_was_rebooted_are_not_mixed() -> None:
+    target = {"job": "msrtrace", "instance": "kvm1:9753"}
+    old = made_up(target, TIMES[:3], updates=20, enables=17, start=OLD, info={"kernel": "5.19"})
+    new = made_up(target, TIMES[3:], updates=8, before=0, start=TIMES[2] + 5, info={"kernel": "6.1"})
+    assert counted(together(old, new), BIG) == {
+        'kvm1:9753 (kernel="5.19")': (20, 600),
+        'kvm1:9753 (kernel="6.1")': (8, 104),
+    }
+
+
+@pytest.mark.parametrize("metric", ["msrtrace_build_info", CALLS, REDUNDANT])
+def test_a_metric_that_is_not_stored_is_named(metric: str) -> None:
+    """Without redundant calls a kernel would look patched."""
+    stored = {name: series for name, series in agent("kvm1").items() if name != metric}
+    with pytest.raises(MsrtraceError, match=rf"{metric}{{.*host=\"kvm1\".*}} is not stored: "):
+        counted(stored, BIG)
+
+
+def test_sums_over_vms_that_are_not_stored_are_named() -> None:
+    stored = agent("kvm1")
+    stored |= {name: labelled({name: stored[name]}, vm="x", pid="1")[name] for name in (CALLS, REDUNDANT, UPDATES)}
+    with pytest.raises(MsrtraceError, match=r"msrtrace_host_[a-z_]+{.* is not stored: the series by VM"):
+        counted(stored, BIG)
+
+
+def test_a_selector_by_a_label_of_build_info_is_refused() -> None:
+    with pytest.raises(MsrtraceError, match=r"matches msrtrace_build_info and no series with counts: select hosts by"):
+        counted(agent("kvm1"), BIG, 'kernel="6.1"')
+
+
+def test_without_the_start_of_processes_a_warning_says_what_is_not_seen() -> None:
+    stored = together(agent("kvm1", start=None), agent("kvm2", updates=40))
+    with serving(storing(stored, BIG)) as url:
+        [warning] = compared(Prometheus(url), [['host="kvm1"'], ['host="kvm2"']], 3600, BIG).warnings
+    assert warning.startswith(f"{START} is not stored of 127.0.0.1:9753: ")
+
+
+def test_fleets_on_the_command_line(main: Main) -> None:
+    stored = together(agent("kvm1", patch="new", start=None), agent("kvm2", patch="old", updates=40, enables=17))
+    with serving(storing(stored, BIG)) as url:
+        status, out, err = main("compare", "--prometheus", url, "--base", 'patch="old"', "--new", 'patch="new"')
+        assert (status, err) == (0, "")
+        assert out.startswith('patch="old" makes 30 calls a filter update, 30 of them redundant; patch="new" 13, 13 ')
+        assert f"\nwarning: {START} is not stored of " in out
+        status, out, err = main("compare", "--prometheus", url, "--base", 'patch="old"', "--new", "")
+        assert (status, out) == (1, "")
+        assert err.startswith("msrtrace: error: {")
+        assert err.endswith(": one msrtrace is on both sides of the comparison; select it by a label for one of them\n")

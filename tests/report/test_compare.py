@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Comparisons: the sentence, what is refused, how repeats and times are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from itertools import product
+from random import Random
+from statistics import median
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made import FS_BASE, HOST, XFD_ERR, any_reports, patched, recalc, report, times, toggle, unpatched, views
+
+from tracer.model.snapshot import Map, Probe, Snapshot
+from tracer.report.compare import Comparison, Incomparable, PerUpdate, Side, compare, lost, said, timed
+from tracer.report.report import Bit, Report, by_bit
+from tracer.report.views import changelog, comparison_document, comparison_table, sentence
+
+SENTENCE = (
+    "unpatched makes 30 calls a filter update, 28 of them redundant; patched 13, 11 redundant: 17 fewer calls, -56.7%"
+)
+SWAPPED = (
+    "patched makes 13 calls a filter update, 11 of them redundant; unpatched 30, 28 redundant: 17 more calls, +130.8%"
+)
+
+
+def side_by_side(base: Report, new: Report, **options: Any) -> Comparison:
+    return compare([base], [new], **options)
+
+
+# --- what is said ---
+
+
+def test_unpatched_and_patched() -> None:
+    comparison = side_by_side(unpatched(), patched())
+    assert sentence(comparison) == SENTENCE
+    assert comparison_document(comparison).text().startswith(SENTENCE + "\n\n")
+    assert comparison.unit == "call"
+    assert (comparison.warnings, comparison.forced, comparison.differences) == ((), (), ())
+
+
+def test_swapped_the_signs_swap() -> None:
+    comparison = side_by_side(patched(), unpatched())
+    assert sentence(comparison) == SWAPPED
+    there = comparison_table(side_by_side(unpatched(), patched())).rows
+    back = comparison_table(comparison).rows
+    assert there[-1] == ("all calls", "", "", "30 (28)", "13 (11)", "-17 (-17)")
+    assert back[-1] == ("all calls", "", "", "13 (11)", "30 (28)", "+17 (+17)")
+    assert [row[:3] for row in there] == [row[:3] for row in back]
+    assert [(row[4], row[3]) for row in there] == [row[3:5] for row in back]
+
+
+@pytest.mark.parametrize("other", [101, 7, 1])
+def test_equal(other: int) -> None:
+    """However many updates there were."""
+    comparison = side_by_side(patched(), report(toggle(other), label="again"))
+    said_ = "patched makes 13 calls a filter update, 11 of them redundant; again 13, 11 redundant: as many calls"
+    assert sentence(comparison) == said_
+    assert {row.base == row.new for row in comparison.rows} == {True}
+    assert {row[-1] for row in comparison_table(comparison).rows} == {"0 (0)"}
+
+
+def test_layouts_that_differ_are_compared_per_bit() -> None:
+    """6.1 asks for reads and writes apart, 7.x for both at once: the bits are the same, the calls are not."""
+    newest = report(recalc(), label="7.2")
+    comparison = side_by_side(patched(), newest)
+    assert comparison.unit == "bit"
+    assert sentence(comparison) == (
+        "patched names 13 bits a filter update, 11 of them redundant; 7.2 14, 12 redundant: 1 more bit, +7.7%"
+    )
+    assert "Compared per bit of the MSR bitmap" in comparison_document(comparison).text()
+    assert "Bits that MSR-intercept calls name, per filter update" in changelog(comparison).replace("\n", " ")
+    differ = [row for row in comparison.rows if row.base != row.new]
+    assert [row.bit for row in differ] == [Bit(XFD_ERR, "read")]
+    assert (differ[0].base, differ[0].new) == (PerUpdate(Fraction(0), Fraction(0)), PerUpdate(Fraction(1), Fraction(1)))
+    fs_base = next(row for row in comparison.rows if row.bit == Bit(FS_BASE, "write"))
+    assert fs_base.base == fs_base.new == PerUpdate(Fraction(1), Fraction(0))
+    assert side_by_side(newest, report(recalc(), label="7.3")).unit == "call"
+
+
+def test_bits_are_in_order() -> None:
+    bits = [(row.bit.msr, row.bit.direction) for row in side_by_side(patched(), unpatched()).rows]
+    assert bits == sorted(bits)
+    assert len(bits) == 30
+
+
+def test_titles() -> None:
+    assert sentence(side_by_side(patched(), patched())).startswith("base makes 13 calls a filter update, 11 of them")
+    other = report(host=replace(HOST, kernel="6.2"))
+    comparison = side_by_side(report(), other)
+    assert (comparison.base.title, comparison.new.title) == ("6.1.0-53-amd64", "6.2")
+
+
+def test_counts_that_do_not_divide() -> None:
+    uneven = report(replace(toggle(3), updates={0: times(4)}), label="uneven")
+    comparison = side_by_side(uneven, patched())
+    assert sentence(comparison).startswith(
+        "uneven makes 9.75 calls a filter update, 8.25 of them redundant; patched 13"
+    )
+    assert [w for w in comparison.warnings if "no whole number" in w and w.startswith("uneven: ")]
+
+
+def test_unknown_redundancy() -> None:
+    comparison = side_by_side(report(toggle(exact=False), label="blind"), patched())
+    assert sentence(comparison).startswith("blind makes 13 calls a filter update, ? of them redundant; patched 13, 11")
+    assert comparison.warnings == ("blind: which calls are redundant is unknown",)
+    assert comparison_table(comparison).rows[-1] == ("all calls", "", "", "13 (?)", "13 (11)", "0 (?)")
+
+
+def test_differences_of_the_hosts() -> None:
+    host = replace(HOST, kernel="6.12", version="#2", cpu="Xeon", kvm_intel={"ept": "Y", "nested": "N", "pml": "Y"})
+    comparison = side_by_side(patched(), report(toggle(vcpus=3, backend="fentry"), host, label="other", version="0.2"))
+    assert {d.what: (d.base, d.new) for d in comparison.differences} == {
+        "kernel": ("6.1.0-53-amd64", "6.12"),
+        "version": ("#1 SMP Debian 6.1.192-1", "#2"),
+        "CPU": ("Intel(R) Core(TM) i7", "Xeon"),
+        "backend": ("kprobe", "fentry"),
+        "msrtrace": ("0.1.0", "0.2"),
+        "vCPUs seen": ("1", "3"),
+        "kvm_intel.nested": ("Y", "N"),
+        "kvm_intel.pml": ("-", "Y"),
+    }
+    assert comparison.warnings == ("the CPUs differ, so the times cannot be compared",)
+    assert "The hosts differ in" in comparison_document(comparison).text()
+
+
+def test_warnings() -> None:
+    alone = side_by_side(patched(command=None), unpatched(command=None))
+    assert alone.warnings == ("neither report ran a command: whether the workload was the same is not known",)
+    failed = side_by_side(patched(exit_status=7), unpatched())
+    assert failed.warnings == ("patched: the command ended with status 7",)
+
+
+# --- what is refused ---
+
+LOST: list[tuple[dict[str, Any], str]] = [
+    ({"maps": (Map("calls", 9, 9, 1234),)}, "1,234 updates of map calls dropped"),
+    ({"probes": (Probe("f", "f", True, "", 2), Probe("g", None, False, ""))}, "2 runs of f missed, g not probed"),
+    ({"unpaired_returns": 3, "read_failures": 4}, "3 unpaired returns, 4 bitmaps not read"),
+    ({"reattached": 1}, "kvm_intel loaded anew 1 times"),
+]
+REFUSED: dict[str, tuple[Callable[[], Report], str]] = {
+    **{
+        why: (lambda change=change: report(replace(toggle(), **change), label="bad"), f"bad is a lower bound: {why}")  # type: ignore[misc]
+        for change, why in LOST
+    },
+    "no update": (
+        lambda: report(replace(toggle(), updates={}), label="bad"),
+        "bad: no filter update was seen, so there is nothing to divide by",
+    ),
+    "updates unseen": (
+        lambda: report(replace(toggle(), updates={}, updates_observable=False), label="bad"),
+        "bad: no filter update was seen, so there is nothing to divide by",
+    ),
+    "calls unseen": (
+        lambda: report(Snapshot("filter-only", updates=toggle().updates, calls_observable=False), label="bad"),
+        "bad: calls cannot be observed on that kernel (layout filter-only)",
+    ),
+    "workload": (
+        lambda: report(command=["sh", "-c", "a b"], label="bad"),
+        "sh -c 'a b'",
+    ),
+    "no workload": (lambda: report(command=None, label="bad"), "no command"),
+    "outcomes of another layout": (
+        lambda: report(replace(toggle(exact=False), layout="set"), label="bad"),
+        "which takes outcomes per bit, and those of bad are unknown",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("swap", [False, True])
+def test_refused_unless_forced(name: str, swap: bool) -> None:
+    make, why = REFUSED[name]
+    sides = [[make()], [patched()]]
+    if swap:
+        sides.reverse()
+    with pytest.raises(Incomparable) as error:
+        compare(*sides)
+    assert error.value.status == 3
+    text = str(error.value)
+    assert text.endswith(" (--force compares them all the same)")
+    assert "\n" not in text
+    assert why in text
+    comparison = compare(*sides, force=True)
+    assert "; ".join(comparison.forced) + " (--force compares them all the same)" == text
+    for form, shown in views(sides[0][0], sides[1][0]).items():
+        if form.startswith("base"):
+            assert "FORCED in spite of" in shown or form in ("base json", "base changelog")
+    forced = comparison.forced[0]
+    assert forced in comparison_document(comparison).text()
+    assert forced.replace(" ", "") in changelog(comparison).replace("\n", "").replace(" ", "")
+
+
+def test_every_reason_is_given() -> None:
+    bad = report(Snapshot("filter-only", calls_observable=False, read_failures=1), label="bad", command=["x"])
+    with pytest.raises(Incomparable) as error:
+        compare([bad], [patched()])
+    assert str(error.value).count("; ") == 2
+
+
+def test_repeats_must_be_of_one_kernel_and_workload() -> None:
+    for other, why in (
+        (report(replace(toggle(), layout="recalc")), "6.1.0-53-amd64 has reports of kernels with different layouts"),
+        (report(command=["x"]), "6.1.0-53-amd64 has reports of different workloads"),
+    ):
+        with pytest.raises(Incomparable, match=why):
+            compare([report(), other], [patched()])
+
+
+def test_what_was_lost() -> None:
+    assert lost(patched()) == "nothing"
+    assert [lost(report(replace(toggle(), **change))) for change, _ in LOST] == [why for _, why in LOST]
+
+
+def test_commands_as_one_would_type_them() -> None:
+    assert said(["sh", "-c", "a 'b'"]) == """sh -c 'a '"'"'b'"'"''"""
+    assert (said(None), said([])) == ("no command", "no command")
+    assert len(said(["x" * 4096] * 100)) == 500
+
+
+# --- repeats ---
+
+
+def test_repeats_that_agree() -> None:
+    comparison = compare([unpatched(), report(toggle(7, patched=False))], [patched()] * 3)
+    assert sentence(comparison) == SENTENCE
+    assert (comparison.base.updates, comparison.new.updates) == (108, 303)
+    assert comparison.warnings == ()
+    assert "patched: workload --updates 101 (303 filter updates, 3 reports)" in comparison_document(comparison).text()
+
+
+def test_repeats_that_do_not_agree() -> None:
+    comparison = compare([patched(), report(toggle(101, patched=False))], [patched()])
+    assert comparison.warnings == (
+        "base: calls per filter update differ between its reports, 13 to 30; the table has their mean",
+        "base: redundant per filter update differ between its reports, 11 to 28; the table has their mean",
+    )
+    assert sentence(comparison).startswith("base makes 21.50 calls a filter update, 19.50 of them redundant; ")
+
+
+def test_repeats_that_agree_in_sum_alone() -> None:
+    """As many calls, of other MSRs."""
+    first = toggle()
+    moved = {replace(call, msr=0x1A4) if call.msr == 0x10 else call: outcome for call, outcome in first.calls.items()}
+    comparison = compare([report(first), report(replace(first, calls=moved))], [patched()])
+    assert comparison.warnings == (
+        "6.1.0-53-amd64: its reports differ in which MSRs a filter update touches; the table has their mean",
+    )
+
+
+# --- times ---
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_the_interval_covers_the_median_as_often_as_it_says(count: int) -> None:
+    """Each mean lies below or above the true median with equal chance: all cases, counted."""
+    time = timed([float(value) for value in range(count)])
+    assert (time.median, time.reports) == (median(range(count)), count)
+    if count == 1:
+        assert (time.low, time.high, time.coverage) == (None, None, None)
+        return
+    assert time.low is not None
+    assert time.high == count - 1 - time.low
+    low = int(time.low)
+
+    def covered(low: int) -> float:
+        """How often, with `below` means below the median, it lies between the LOW-th from either end."""
+        cases = [sum(case) for case in product((0, 1), repeat=count)]
+        return sum(low < below < count - low for below in cases) / len(cases)
+
+    assert time.coverage == pytest.approx(covered(low))
+    assert covered(low) >= 0.95 or low == 0
+    assert low == (count - 1) // 2 or covered(low + 1) < 0.95, "a narrower interval would do"
+
+
+def test_the_interval_covers_the_median_of_a_skewed_distribution() -> None:
+    random = Random(1)
+    truth, runs, hits = 0.6931471805599453, 4000, 0
+    for _ in range(runs):
+        time = timed([random.expovariate(1) for _ in range(9)])
+        hits += (time.low or 0) <= truth <= (time.high or 0)
+    assert hits / runs == pytest.approx(timed([float(n) for n in range(9)]).coverage, abs=0.012)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.randoms())
+def test_the_order_of_times_does_not_matter(means: list[float], random: Random) -> None:
+    shuffled = list(means)
+    random.shuffle(shuffled)
+    assert timed(means) == timed(shuffled)
+    assert min(means) <= timed(means).median <= max(means)
+
+
+def test_many_times() -> None:
+    assert timed([1.0] * 3000).coverage == pytest.approx(0.95, abs=0.01)
+
+
+def test_times_of_a_side() -> None:
+    slow = replace(toggle(), updates={0: replace(times(101), seconds=101 * 8e-6)})
+    time = Side("", (patched(), report(slow))).time()
+    assert time
+    assert time.median == pytest.approx(7e-6)
+    assert [time.low, time.high] == [pytest.approx(6e-6), pytest.approx(8e-6)]
+    assert time.coverage == 0.5
+    unseen = report(replace(toggle(), updates={}))
+    assert Side("", (unseen,)).time() is None
+    assert "patched: 6 µs on average in one report" in comparison_document(side_by_side(patched(), unpatched())).text()
+
+
+# --- any reports ---
+
+
+@given(st.lists(any_reports, min_size=1, max_size=3), st.lists(any_reports, min_size=1, max_size=3))
+def test_any_reports(base: list[Report], new: list[Report]) -> None:
+    comparison = compare(base, new, force=True)
+    assert sentence(comparison).isprintable()
+    assert "; ".join(comparison.forced).isprintable()
+    for row in comparison.rows:
+        assert row.bit in by_bit([*comparison.base.rows, *comparison.new.rows])
+
+
+def test_a_side_whose_reports_disagree_on_the_patch_has_no_verdict() -> None:
+    """Not that of whichever report comes first."""
+    mixed = [report(toggle(), label="a"), *(report(toggle(patched=False), label=name) for name in "bcdefg")]
+    for base in (mixed, mixed[::-1]):
+        comparison = compare(base, [patched()], force=True, titles=("old", "new"))
+        assert comparison.base.verdict.patched is None
+        assert comparison.new.verdict.patched is True
+        said_of_base = "its reports disagree: patch missing in 6 (b, c, d, e, f, ...), patch present in 1 (a)"
+        assert comparison.base.verdict.why == said_of_base
+        assert f"old: patch undecided: {said_of_base}" in comparison_document(comparison).text()

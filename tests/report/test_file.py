@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Report files: their schema, what is made of damaged and hostile ones, and how they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from made import any_reports, patched, recalc, recalculated, report, toggle, unpatched
+
+from tracer.model.errors import MsrtraceError
+from tracer.model.snapshot import Map, Snapshot
+from tracer.report import file as reportfile
+from tracer.report.file import SIZE_LIMIT, check_writable, decode, encode, read, write
+from tracer.report.report import Report
+from tracer.report.views import report_document
+
+SCHEMA = Path(reportfile.__file__).with_name("report.schema.json")
+EXAMPLES = {
+    "patched": patched(),
+    "unpatched": unpatched(),
+    "unknown": report(toggle(exact=False)),
+    "recalc": report(recalc()),
+    "recalculated": report(recalculated()),
+    "recalculated, by vm": report(recalculated(by_vm=True, vms={})),
+    "by vm": report(toggle(pid=100)),
+    "nothing": report(Snapshot("toggle")),
+    "filter-only": report(Snapshot("filter-only", updates=toggle().updates, calls_observable=False)),
+    "no updates": report(replace(toggle(), updates={}, updates_observable=False), command=None),
+    "lower bound": report(toggle(maps=(Map("calls", 9, 9, 3),), reattached=2), notes=["a note"], exit_status=137),
+}
+EXAMPLE = encode(EXAMPLES["by vm"])
+
+
+# --- the schema ---
+
+
+@pytest.fixture(scope="session")
+def valid() -> jsonschema.protocols.Validator:
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_the_schema_is_what_the_types_make() -> None:
+    done = subprocess.run([sys.executable, "-m", "tracer.report.file"], capture_output=True, text=True, check=True)
+    assert done.stdout == SCHEMA.read_text(), f"{sys.executable} -m tracer.reportfile > {SCHEMA}"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_reports_fit_the_schema(valid: jsonschema.protocols.Validator, name: str) -> None:
+    valid.validate(json.loads(encode(EXAMPLES[name])))
+    assert decode(encode(EXAMPLES[name])) == EXAMPLES[name]
+
+
+@given(made=any_reports)
+def test_all_reports_fit_the_schema(valid: jsonschema.protocols.Validator, made: Report) -> None:
+    valid.validate(json.loads(encode(made)))
+
+
+def test_the_schema_refuses_what_the_reader_refuses(valid: jsonschema.protocols.Validator) -> None:
+    for path, value in ((("totals", "calls"), -1), (("host", "redundancy"), "perhaps"), (("calls", 0, "msr"), "16")):
+        content = json.loads(EXAMPLE)
+        at = content
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = value
+        assert not valid.is_valid(content)
+        assert refusal(json.dumps(content).encode()).startswith("is a damaged report: ")
+
+
+# --- what is no report ---
+
+
+def refusal(data: bytes) -> str:
+    """Why DATA is no report: one line that can be shown."""
+    with pytest.raises(MsrtraceError) as error:
+        decode(data)
+    return checked(str(error.value))
+
+
+def checked(text: str) -> str:
+    assert text.isprintable()
+    assert len(text) < 500
+    return text
+
+
+def edited(old: bytes, new: bytes) -> bytes:
+    """The example with NEW for OLD."""
+    assert old in EXAMPLE
+    return EXAMPLE.replace(old, new)
+
+
+def with_schema(schema: Any) -> bytes:
+    return json.dumps(json.loads(EXAMPLE) | {"schema": schema}).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "is empty"),
+        (b" \n\t", "is empty"),
+        (b"{", "is not JSON: "),
+        (b"no report", "is not JSON: "),
+        (b"\xef\xbb\xbf{}", "is not JSON: "),
+        (b'{"schema": "\xff"}', "is not JSON: "),
+        (b'{"schema": "msrtrace-report/1"', "is not JSON: "),
+        (b'{"schema": NaN}', "is not JSON: "),
+        (b"{}", "is no report of msrtrace: Object missing required field `schema`"),
+        (b"[]", "is no report of msrtrace: Expected `object`, got `array`"),
+        (b"null", "is no report of msrtrace: "),
+        (b'{"schema": 1}', "is no report of msrtrace: "),
+        (b'{"schema": "msrtrace-comparison/1"}', "is no report of msrtrace: its schema is msrtrace-comparison/1"),
+        (b'{"schema": ""}', "is no report of msrtrace: its schema is "),
+        (b'{"schema": "\\u001b[2J\\n' + b"x" * 999 + b'"}', "is no report of msrtrace: its schema is \\x1b[2J\\nxx"),
+        (b'{"schema": "msrtrace-report/1"}', "is a damaged report: Object missing required field "),
+        (with_schema("msrtrace-report/2"), "is a report of another version (msrtrace-report/2); this msrtrace reads "),
+        (with_schema("msrtrace-report/10"), "is a report of another version (msrtrace-report/10); "),
+        (with_schema("msrtrace-report/"), "is a report of another version (msrtrace-report/); "),
+        (with_schema("msrtrace-report"), "is a report of another version (msrtrace-report); "),
+        (with_schema("msrtrace-report/1/1"), "is a report of another version "),
+        (with_schema("MSRTRACE-REPORT/1"), "is no report of msrtrace: its schema is "),
+        (edited(b'"calls": 1320', b'"calls": 1e999'), "is a damaged report: "),
+        (edited(b"2.5,", b"1e999,"), "is "),
+        (edited(b"2.5,", b"-1,"), "is a damaged report: "),
+        (edited(b"2.5,", b"NaN,"), "is not JSON: "),
+        (edited(b"2.5,", b"Infinity,"), "is not JSON: "),
+        (
+            edited(b"2.5,", b'"2.5",'),
+            "is a damaged report: Expected `float`, got `str` - at `$.duration_seconds`",
+        ),
+        (edited(b'"pid": 100', b'"pid": ' + b"9" * 5000), "is a damaged report: "),
+        (edited(b'"label": ""', b'"label": "' + b"x" * 4097 + b'"'), "is a damaged report: "),
+        (edited(b'"label": ""', b'"label": "\\ud800"'), "is "),
+        (edited(b'"label": ""', b'"label": "\x1b"'), "is not JSON: "),
+        (EXAMPLE + EXAMPLE, "is not JSON: "),
+    ],
+)
+def test_refusals(data: bytes, why: str) -> None:
+    assert refusal(data).startswith(why)
+
+
+def test_unknown_fields_are_ignored() -> None:
+    content = json.loads(EXAMPLE)
+    for part in (content, content["host"], content["totals"], content["calls"][0], content["verdict"], content["loss"]):
+        part |= {"future": {"deep": [1, None, "x"]}, "": 1e308}
+    assert decode(json.dumps(content).encode()) == decode(EXAMPLE)
+
+
+def test_fields_that_have_defaults_may_be_missing() -> None:
+    content = json.loads(EXAMPLE)
+    for name in ("msrtrace", "label", "command", "exit_status", "vms", "notes"):
+        del content[name]
+    assert decode(json.dumps(content).encode()).title == "6.1.0-53-amd64"
+
+
+def test_files_of_before_recalculations_were_reported_can_be_read() -> None:
+    made = EXAMPLES["recalculated, by vm"]
+    content = json.loads(encode(made))
+    del content["totals"]["recalculations"], content["recalculation_seconds"], content["vms"][0]["recalculations"]
+    old = decode(json.dumps(content).encode())
+    assert (old.totals.recalculations, old.recalculation_seconds) == (None, None)
+    assert "recalculation" not in report_document(old).text()
+    assert (old.totals.calls, old.filter_update_seconds) == (made.totals.calls, made.filter_update_seconds)
+
+
+def test_the_last_of_fields_with_one_name_counts() -> None:
+    assert decode(edited(b'"label": ""', b'"label": "a", "label": "b"')).label == "b"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        edited(b'"label": ""', b'"future": ' + b"[" * 10**5 + b"]" * 10**5),
+        edited(b'"notes": []', b'"notes": ' + b"[" * 10**5),
+        edited(b'"label": ""', b'"label": ' + b'{"a":' * 10**5 + b"1" + b"}" * 10**5),
+    ],
+)
+def test_nesting(data: bytes) -> None:
+    assert "too deeply" in refusal(data)
+    refusal(b"[" * 10**5)
+    refusal(b'{"schema":' * 10**5)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"x" * (SIZE_LIMIT + 1),
+        b'{"schema": "' + b"s" * (SIZE_LIMIT - 99) + b'"}',
+        b'{"schema": "' + b"\\n" * (SIZE_LIMIT // 2 - 99) + b'"}',
+        b'{"schema": ' + b"1" * (SIZE_LIMIT - 99) + b"}",
+        edited(b'"notes": []', b'"notes": [' + b'"",' * (SIZE_LIMIT // 4) + b'""]'),
+        edited(b'"notes": []', b'"future": [' + b"{}," * (SIZE_LIMIT // 4) + b"0"),
+        edited(b'"duration_seconds": 2.5', b'"duration_seconds": 0.' + b"1" * (SIZE_LIMIT - 99_999) + b"x"),
+        b" " * SIZE_LIMIT,
+    ],
+)
+def test_size(data: bytes) -> None:
+    before = time.process_time()
+    refusal(data)
+    assert time.process_time() - before < 10
+
+
+# --- reading ---
+
+
+def unreadable(path: Path) -> str:
+    with pytest.raises(MsrtraceError) as error:
+        read(path)
+    return str(error.value).replace(str(path), "FILE")
+
+
+def test_reading(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(EXAMPLE)
+    assert read(file) == EXAMPLES["by vm"]
+    file.write_bytes(b"")
+    assert unreadable(file) == "FILE is empty"
+    file.write_bytes(b"{}")
+    assert unreadable(file).startswith("FILE is no report of msrtrace: ")
+
+
+def test_what_cannot_be_read(tmp_path: Path) -> None:
+    assert unreadable(tmp_path) == "cannot read FILE: Is a directory"
+    assert unreadable(tmp_path / "none") == "cannot read FILE: No such file or directory"
+    assert unreadable(tmp_path / ("x" * 300)) == "cannot read FILE: File name too long"
+    (tmp_path / "circle").symlink_to("circle")
+    assert unreadable(tmp_path / "circle") == "cannot read FILE: Too many levels of symbolic links"
+    assert unreadable(Path("/dev/null")) == "FILE is empty"
+    assert unreadable(Path("/dev/zero")) == "FILE is larger than any report (32 MB)"
+
+
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)  # root may read everything
+    assert unreadable(tmp_path / "a.json") == "cannot read FILE: Permission denied"
+
+
+def test_reading_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(EXAMPLE,))
+    writer.start()
+    assert read(pipe) == EXAMPLES["by vm"]
+    writer.join()
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(EXAMPLE)))
+    assert read(Path("-")) == EXAMPLES["by vm"]
+    with pytest.raises(MsrtraceError, match="standard input is empty"):
+        read(Path("-"))
+
+
+# --- writing ---
+
+OLD, NEW = b"old" * 100_000, b"new" * 100_000
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], int]]:
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0])
+def test_writing(tmp_path: Path, umask: Callable[[int], int], mask: int) -> None:
+    umask(mask)
+    file = tmp_path / ("\u6f22" * 85)  # 255 bytes: there is no longer name
+    check_writable(file)
+    assert names(tmp_path) == []
+    write(file, NEW)
+    assert (file.read_bytes(), names(tmp_path)) == (NEW, [file.name])
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
+    assert umask(0) == mask
+
+
+def test_the_mode_of_a_file_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(OLD)
+    file.chmod(0o640)
+    write(file, NEW)
+    assert (file.read_bytes(), stat.S_IMODE(file.stat().st_mode)) == (NEW, 0o640)
+
+
+def test_links_stay_links(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    file, link, nowhere = tmp_path / "there/file", tmp_path / "link", tmp_path / "nowhere"
+    file.write_bytes(OLD)
+    link.symlink_to(file)
+    nowhere.symlink_to("there/other")
+    for path in (link, nowhere):
+        check_writable(path)
+        write(path, NEW)
+        assert path.is_symlink()
+        assert path.read_bytes() == NEW
+    assert names(tmp_path / "there") == ["file", "other"]
+
+
+def test_readers_see_the_old_or_the_new(tmp_path: Path) -> None:
+    file, stop, torn = tmp_path / "a.json", threading.Event(), list[bytes]()
+    write(file, OLD)
+
+    def look() -> None:
+        while not stop.is_set():
+            seen = file.read_bytes()
+            if seen not in (OLD, NEW):
+                torn.append(seen)
+
+    readers = [threading.Thread(target=look) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for _ in range(40):
+        write(file, NEW)
+        write(file, OLD)
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert torn == []
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
+) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(OLD)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises((MsrtraceError, KeyboardInterrupt)) as raised:
+        write(file, NEW)
+    assert (file.read_bytes(), names(tmp_path)) == (OLD, ["a.json"])
+    if isinstance(error, OSError):
+        assert str(raised.value) == f"cannot write {file}: No space left on device"
+
+
+def test_pipes_are_written_to(tmp_path: Path) -> None:
+    pipe, got = tmp_path / "pipe", list[bytes]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    check_writable(pipe)
+    write(pipe, NEW)
+    reader.join()
+    assert got == [NEW]
+    assert pipe.is_fifo()
+
+
+WRITER = "import sys; from pathlib import Path; from tracer.reportfile import *; print('before', flush=True); "
+WRITER += "check_writable(Path(sys.argv[1])); write(Path(sys.argv[1]), b'text'); print(' after')"
+
+
+@pytest.mark.parametrize("path", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+@pytest.mark.parametrize("mode", ["pipe", "wb", "ab"])
+def test_standard_output(tmp_path: Path, path: str, mode: str) -> None:
+    """What the shell opened is written to, after what is in it, and not replaced."""
+    command = [sys.executable, "-c", WRITER, path]
+    if mode == "pipe":
+        assert subprocess.run(command, capture_output=True, check=True).stdout == b"before\ntext after\n"
+        return
+    (tmp_path / "log").write_bytes(b"old\n")
+    with (tmp_path / "log").open(mode) as log:
+        subprocess.run(command, stdout=log, check=True)
+    text = (tmp_path / "log").read_bytes()
+    assert text.startswith(b"before\n" if mode == "wb" else b"old\nbefore\n")
+    assert mode == "wb" or text == b"old\nbefore\ntext after\n"
+    assert names(tmp_path) == ["log"]
+
+
+def unwritable(function: Callable[[Path], None], path: Path) -> str:
+    with pytest.raises(MsrtraceError) as error:
+        function(path)
+    return str(error.value).removeprefix(f"cannot write {path}: ")
+
+
+def test_what_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "circle").symlink_to("circle")
+    for path in ("none/a.json", "file/a.json", "circle", "/proc/a.json"):
+        assert unwritable(lambda file: write(file, NEW), tmp_path / path)
+        assert unwritable(check_writable, tmp_path / path)
+    assert unwritable(check_writable, tmp_path / "none/a.json") == f"there is no directory {tmp_path}/none"
+    for path, why in {"/dev/full": "No space left on device", "x" * 256: "File name too long"}.items():
+        assert unwritable(lambda file: write(file, NEW), tmp_path / path) == why
+    assert names(tmp_path) == ["circle", "file"]
+
+
+def test_no_permission_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everything
+    assert unwritable(check_writable, Path("/dev/stdout")) == "Permission denied"

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Damaged and hostile report files: each is a report that every view can show, or one line says why not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from made import any_reports, report, toggle, views
+
+from tracer.model.errors import MsrtraceError
+from tracer.report.file import decode, encode
+from tracer.report.report import Report
+
+EXAMPLE = encode(report(toggle(pid=100)))
+
+
+def checked(text: str) -> None:
+    assert text.isprintable()
+    assert len(text) < 500
+
+
+def survives(data: bytes) -> None:
+    try:
+        found = decode(data)
+    except MsrtraceError as error:
+        checked(str(error))
+    else:
+        views(found)
+        assert decode(encode(found)) == found
+
+
+anything = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=20),
+        st.sampled_from([0, -1, 2**63, 10**400, 1e308, "toggle", "\ud800", "\x1b[31m", "x" * 5000, float("nan")]),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=9), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value within VALUE."""
+    yield at
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*at, key))
+
+
+PLACES = [place for place in places(json.loads(EXAMPLE)) if place and (place[0] != "calls" or place[1:2] in ((), (0,)))]
+
+
+@given(st.lists(st.tuples(st.sampled_from(PLACES), st.one_of(anything, st.just(...))), min_size=1, max_size=3))
+def test_values_replaced(changes: list[tuple[tuple[Any, ...], Any]]) -> None:
+    content = json.loads(EXAMPLE)
+    for place, value in changes:
+        at = content
+        try:
+            for key in place[:-1]:
+                at = at[key]
+            if value is ...:
+                del at[place[-1]]
+            else:
+                at[place[-1]] = value
+        except (KeyError, IndexError, TypeError):
+            continue  # an earlier change took it away
+    survives(json.dumps(content).encode())
+
+
+@given(st.lists(st.tuples(st.integers(0, len(EXAMPLE) - 1), st.integers(0, 255)), min_size=1, max_size=4))
+def test_bytes_replaced(changes: list[tuple[int, int]]) -> None:
+    data = bytearray(EXAMPLE)
+    for at, byte in changes:
+        data[at] = byte
+    survives(bytes(data))
+
+
+@given(st.integers(0, len(EXAMPLE) - 1), st.integers(0, len(EXAMPLE) - 1), st.binary(max_size=9))
+def test_pieces_cut_out(one: int, other: int, put: bytes) -> None:
+    survives(EXAMPLE[: min(one, other)] + put + EXAMPLE[max(one, other) :])
+
+
+@given(st.binary(max_size=200))
+@example(b'{"schema":"msrtrace-report/1"')
+def test_random_bytes(data: bytes) -> None:
+    survives(data)
+
+
+@given(anything)
+def test_any_json(value: Any) -> None:
+    survives(json.dumps(value).encode(errors="surrogatepass"))
+
+
+@settings(max_examples=60)
+@given(any_reports)
+def test_whatever_can_be_read_can_be_shown(made: Report) -> None:
+    survives(encode(made))

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command `msrtrace compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tracer.cli.output import check_outputs, deliver, output_option
+from tracer.report.compare import Comparison
+from tracer.report.compare import compare as put_together
+from tracer.report.file import read
+from tracer.report.views import changelog, comparison_document, comparison_json
+
+if TYPE_CHECKING:
+    from tracer.report.fleet.fleet import Fleet
+
+
+class _Sides(click.Command):
+    """A command whose --base and --new take every file up to the next option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """ARGS, with the option repeated before each of its values."""
+        spread: list[str] = []
+        option = ""
+        for argument in args:
+            if argument in ("--base", "--new"):
+                option = argument
+                spread.append(option)
+                continue
+            if argument.startswith("-") and argument != "-":
+                option = ""
+            if option and spread[-1] != option:
+                spread.append(option)
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
+
+
+@click.command(cls=_Sides)
+@click.option("--base", multiple=True, metavar="FILE...", help="Reports of one side, one for each repeat.")
+@click.option("--new", multiple=True, metavar="FILE...", help="Reports of the other side.")
+@click.option(
+    "--prometheus",
+    metavar="URL",
+    help="Compare what this Prometheus stored of many hosts; --base and --new are then label selectors.",
+)
+@click.option("--since", metavar="DURATION", help="How far back to look there, such as 15m or 2d.  [default: 1h]")
+@output_option
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "markdown", "json", "html", "changelog"]),
+    help="[default: text]; changelog: 75 columns, for a commit message.",
+)
+@click.option("--force", is_flag=True, help="Compare what should not be compared; the result says why.")
+@click.argument("files", nargs=-1, metavar="[BASE NEW]")
+def compare(  # noqa: PLR0917 (click passes them by name)
+    base: tuple[str, ...],
+    new: tuple[str, ...],
+    prometheus: str | None,
+    since: str | None,
+    outputs: tuple[Path, ...],
+    form: str | None,
+    force: bool,
+    files: tuple[str, ...],
+) -> None:
+    """Put two reports (JSON) side by side: what a filter update costs with each, and what NEW saves.
+
+    With several files a side, `--base a1.json a2.json --new b1.json b2.json`, counts must agree in all repeats,
+    and times get a median and an interval. Reports that cannot be compared are refused with exit status 3.
+
+    `compare --prometheus URL --base 'patch="unpatched"' --new 'patch="patched"'` takes a report of each host that a
+    selector matches from what Prometheus stored.
+    """
+    if files and (base or new):
+        raise click.UsageError("give either BASE and NEW, or --base FILE... and --new FILE...")
+    if files and prometheus:
+        raise click.UsageError("with --prometheus give --base SELECTOR and --new SELECTOR")
+    if files:
+        if len(files) != 2:
+            raise click.UsageError("give two reports, BASE and NEW; for repeats, --base FILE... --new FILE...")
+        base, new = files[:1], files[1:]
+    if not (base and new):
+        raise click.UsageError("give two reports, BASE and NEW")
+    if since and not prometheus:
+        raise click.UsageError("--since is for --prometheus")
+    check_outputs(outputs)
+    if prometheus:
+        fleet, titles = _stored(prometheus, base, new, since or "1h"), (", ".join(base), ", ".join(new))
+        comparison = put_together(*fleet.sides, force=force, titles=titles)
+        comparison = replace(comparison, warnings=(*fleet.warnings, *comparison.warnings))
+    else:
+        comparison = put_together(*([read(Path(name)) for name in names] for names in (base, new)), force=force)
+    deliver(lambda form: _comparison_as(comparison, form), form, outputs)
+
+
+def _stored(url: str, base: Sequence[str], new: Sequence[str], since: str) -> Fleet:
+    """The reports of the hosts that the selectors BASE and NEW match."""
+    from tracer.report.fleet.fleet import Prometheus, compared, seconds
+
+    try:
+        window = seconds(since)
+    except ValueError as error:
+        raise click.UsageError(f"--since: {error}") from None
+    server = Prometheus(url)
+    return compared(server, [base, new], window, server.now())
+
+
+def _comparison_as(comparison: Comparison, form: str) -> bytes:
+    if form == "json":
+        return comparison_json(comparison)
+    if form == "changelog":
+        return changelog(comparison).encode()
+    if form == "html":
+        from tracer.report.html import comparison_html
+
+        return comparison_html(comparison).encode()
+    document = comparison_document(comparison)
+    return (document.markdown() if form == "markdown" else document.text()).encode()

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command `msrtrace doctor`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from tracer.doctor.checks import Machine, State, as_json, as_text, examine
+
+
+@click.command()
+@click.option("--json", "as_json_", is_flag=True, help="Print JSON.")
+def doctor(as_json_: bool) -> None:
+    """Check everything that tracing needs, and say how to mend what is missing."""
+    machine = Machine.here()
+    checks = examine(machine)
+    if as_json_:
+        click.echo(as_json(checks, machine))
+    else:
+        click.echo(as_text(checks, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    sys.exit(1 if any(check.state is State.FAILED for check in checks) else 0)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line: `msrtrace`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from tracer.model.errors import MsrtraceError
+from tracer.model.text import printable
+
+#: What each command does, as its help begins. The module of that name is imported when the command is used.
+_COMMANDS = {
+    "compare": "Put two reports (JSON) side by side: what a filter update costs with each, and what NEW saves.",
+    "doctor": "Check everything that tracing needs, and say how to mend what is missing.",
+    "report": "Trace for a time, until Ctrl-C, or while COMMAND runs; then report what was counted.",
+    "run": "Trace, and serve the counts to Prometheus until SIGINT or SIGTERM.",
+    "top": "Show live which MSR intercepts KVM updates, why, and how many of the calls change nothing.",
+}
+
+
+class _Commands(click.Group):
+    """The commands, none of which pays for the imports of another; the list of them pays for none."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, in the order in which they are shown."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, if there is one."""
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"tracer.cli.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="msrtrace")
+def cli() -> None:
+    """Trace what KVM does to the MSR bitmaps of its guests on an Intel (VMX) host."""
+
+
+def _one_line(error: Exception) -> str:
+    return printable(" ".join(str(error).split()))
+
+
+def main() -> None:
+    """Run the command line. Errors are one line on stderr; MSRTRACE_DEBUG=1 adds the traceback."""
+    try:
+        cli.main(prog_name="msrtrace", standalone_mode=True)
+    except MsrtraceError as error:
+        click.echo(f"msrtrace: error: {_one_line(error)}", err=True)
+        sys.exit(error.status)
+    except Exception as error:
+        if os.environ.get("MSRTRACE_DEBUG"):
+            raise
+        what = f"{type(error).__name__}: {_one_line(error)}"
+        click.echo(f"msrtrace: internal error: {what} (MSRTRACE_DEBUG=1 shows where)", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

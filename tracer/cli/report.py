@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command `msrtrace report`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tracer.cli.console import backend_option, check_pid, version, warn
+from tracer.cli.output import check_outputs, deliver, output_option
+from tracer.doctor.checks import Machine, obstacle
+from tracer.model.errors import MsrtraceError
+
+if TYPE_CHECKING:
+    from tracer.report.report import Report
+
+_LONGEST_SECONDS = 366 * 86400.0
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option("-d", "--duration", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Trace so long.")
+@output_option
+@click.option("--format", "form", type=click.Choice(["text", "json", "markdown", "html"]), help="[default: text]")
+@click.option("--label", default="", help="What to call this side in comparisons, such as `patched`.")
+@click.option("--by-vm", is_flag=True, help="Tell VMs apart, too.")
+@click.option("--pid", type=click.IntRange(min=1), help="Trace the VMM with this process id alone.")
+@backend_option
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def report(  # noqa: PLR0917 (click passes them by name)
+    duration: float | None,
+    outputs: tuple[Path, ...],
+    form: str | None,
+    label: str,
+    by_vm: bool,
+    pid: int | None,
+    backend: str,
+    command: tuple[str, ...],
+) -> None:
+    """Trace for a time, until Ctrl-C, or while COMMAND runs; then report what was counted.
+
+    The exit status is COMMAND's. Its output is left alone: the report of a COMMAND goes to standard error, unless -o
+    says otherwise (`-o -`: standard output).
+    """
+    if duration is not None and command:
+        raise click.UsageError("-d and COMMAND exclude each other: a COMMAND is traced as long as it runs")
+    if duration is not None and not duration <= _LONGEST_SECONDS:  # not a number, too
+        raise click.UsageError(f"-d {duration:g}: at most {_LONGEST_SECONDS:g} seconds")
+    check_outputs(outputs)
+    machine = Machine.here()
+    check_pid(pid)
+    problem = obstacle(machine)
+    if problem:
+        raise MsrtraceError(problem)
+
+    from tracer.trace.recording import check_command, record
+
+    if command:
+        check_command(command)
+
+    from tracer.report.making import Circumstances, make
+    from tracer.trace.engine import Engine
+    from tracer.trace.plan import Options
+    from tracer.trace.tracer import Tracer
+
+    options = Options(by_vm=by_vm, pid=pid, backend=backend)
+    tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, machine), keep_gone=True)
+    tracer.attach(machine.symbols)
+    try:
+        for warning in tracer.warnings:
+            warn(warning)
+        with _progress(duration, bool(command)) as progress:
+            recording = record(tracer, seconds=duration, command=command, by_vm=by_vm, progress=progress)
+        made = make(
+            recording.counted,
+            Circumstances.here(),
+            started=recording.started,
+            duration=recording.seconds,
+            version=version(),
+            label=label,
+            command=command,
+            exit_status=recording.status,
+            notes=(*tracer.warnings, *recording.notes),
+        )
+    finally:
+        tracer.close()
+    deliver(lambda form: _report_as(made, form), form, outputs, aside=bool(command))
+    sys.exit(recording.status or 0)
+
+
+def _report_as(report: Report, form: str) -> bytes:
+    from tracer.report.file import encode
+    from tracer.report.views import report_document
+
+    if form == "json":
+        return encode(report)
+    if form == "html":
+        from tracer.report.html import report_html
+
+        return report_html(report).encode()
+    document = report_document(report)
+    return (document.markdown() if form == "markdown" else document.text()).encode()
+
+
+@contextmanager
+def _progress(duration: float | None, command: bool) -> Iterator[Callable[[float], None]]:
+    """Show on a terminal how far a trace is; the value is told the seconds that have passed."""
+    if command or not sys.stderr.isatty():
+        yield lambda _: None
+    elif duration is None:
+        click.echo("msrtrace: tracing until Ctrl-C", err=True)
+        yield lambda _: None
+    else:
+        shown = 0.0
+        with click.progressbar(
+            length=1000, label=f"tracing for {duration:g} s", file=sys.stderr, show_eta=False
+        ) as progress_bar:
+
+            def update(passed: float) -> None:
+                nonlocal shown
+                part = min(1000, int(passed / duration * 1000))
+                progress_bar.update(part - int(shown))
+                shown = part
+
+            yield update

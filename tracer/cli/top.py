@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command `msrtrace top`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tracer.cli.console import backend_option, check_pid, warn
+from tracer.doctor.checks import Machine, obstacle
+from tracer.model.errors import MsrtraceError
+
+if TYPE_CHECKING:
+    from tracer.live.terminal import Screen, Signals
+    from tracer.live.top import Sampler
+    from tracer.live.view import Look, View
+
+_FOLLOW_SECONDS = 0.2  # how often a reload of kvm_intel is looked for
+_KEYS, _SCREEN = 0, 1  # file descriptors
+_LONGEST_DELAY = 86400.0
+_SORTS = ("calls", "redundant", "share", "msr", "cause")
+_SORT_KEYS = {"c": "calls", "r": "redundant", "s": "share", "m": "msr", "u": "cause"}
+_SCROLL = {"up": -1, "down": 1, "page up": -10, "page down": 10}
+_NO_CURSOR = ("", "dumb", "unknown")  # values of TERM: frames are printed one after another
+_CONSOLE = re.compile(r"vt\d|linux|ansi|cons")  # ASCII, and no second screen
+_NO_COLOR = re.compile(r"vt\d")
+
+
+@click.command()
+@click.option(
+    "-d",
+    "--delay",
+    type=click.FloatRange(0.1, _LONGEST_DELAY),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long an interval is.",
+)
+@click.option("-n", "--iterations", type=click.IntRange(min=1), metavar="N", help="End after N intervals.")
+@click.option("--by-vm", is_flag=True, help="Tell VMs apart, too.")
+@click.option("--pid", type=click.IntRange(min=1), help="Trace the VMM with this process id alone.")
+@backend_option
+@click.option("--sort", type=click.Choice(_SORTS), default="calls", show_default=True, help="The order of the rows.")
+def top(  # noqa: PLR0917 (click passes them by name)
+    delay: float, iterations: int | None, by_vm: bool, pid: int | None, backend: str, sort: str
+) -> None:
+    """Show live which MSR intercepts KVM updates, why, and how many of the calls change nothing.
+
+    In a terminal `?` shows the keys, and q quits. Elsewhere, and where TERM=dumb, each interval is printed after the
+    one before, until Ctrl-C or -n. NO_COLOR is respected.
+    """
+    if not delay <= _LONGEST_DELAY:  # not a number
+        raise click.UsageError("-d: give a number of seconds")
+    machine = Machine.here()
+    check_pid(pid)
+
+    from tracer.live.terminal import Screen, Signals
+
+    with Signals() as signals:
+        problem = obstacle(machine)
+        if problem:
+            raise MsrtraceError(problem)
+
+        from tracer.live.top import Sampler
+        from tracer.live.view import View
+        from tracer.trace.engine import Engine
+        from tracer.trace.plan import Options
+        from tracer.trace.tracer import Tracer
+
+        term = os.environ.get("TERM", "")
+        live = os.isatty(_KEYS) and os.isatty(_SCREEN) and term not in _NO_CURSOR
+        if live:
+            click.echo("msrtrace: attaching the probes", err=True)
+        options = Options(by_vm=by_vm, pid=pid, backend=backend)
+        tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, machine))
+        tracer.attach(machine.symbols)
+        try:
+            for warning in tracer.warnings:
+                warn(warning)
+            sampler, view = Sampler(tracer), View(sort=sort)
+            if not live:
+                _print(sampler, signals, view, delay, iterations)
+                return
+            with Screen(signals, _KEYS, _SCREEN, alternate=not _CONSOLE.match(term)) as screen:
+                _Live(sampler, screen, view).run(signals, delay, iterations)
+        finally:
+            tracer.close()
+
+
+def look(width: int, height: int | None, environment: Mapping[str, str], encoding: str) -> Look:
+    """What a terminal of WIDTH and HEIGHT shows, or (no HEIGHT) a pipe, under this ENVIRONMENT and output ENCODING."""
+    from tracer.live.view import Look
+
+    term = environment.get("TERM", "")
+    locale = next((value for name in ("LC_ALL", "LC_CTYPE", "LANG") if (value := environment.get(name))), "")
+    unicode = all("utf8" in text.lower().replace("-", "") for text in (locale, encoding))
+    live = height is not None
+    return Look(
+        width=width,
+        height=height,
+        ascii=not unicode or bool(live and _CONSOLE.match(term)),
+        styles=live,
+        colors=live and not environment.get("NO_COLOR") and not _NO_COLOR.match(term),
+    )
+
+
+def environment() -> Mapping[str, str]:
+    """Of this process, but with the locale that it was started with.
+
+    Python sets LC_CTYPE to UTF-8 where the locale is "C" (PEP 538), which does not make a terminal show it; bytes of
+    it may even be control characters there.
+    """
+    try:
+        begun = Path("/proc/self/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return os.environ
+    locale = dict(pair.split("=", 1) for pair in begun if pair.startswith(("LC_CTYPE=", "LC_ALL=", "LANG=")))
+    return {**{name: value for name, value in os.environ.items() if name != "LC_CTYPE"}, **locale}
+
+
+def host() -> str:
+    """The names of this host and its kernel."""
+    uname = os.uname()
+    return f"{uname.nodename[:40]} {uname.release}"
+
+
+def _ticks(sampler: Sampler, signals: Signals, delay: float, iterations: int | None) -> Iterator[float | None]:
+    """How many seconds to wait before asking again, or None when an interval has passed; ends with the last one."""
+    due = time.monotonic() + delay
+    passed = 0
+    while not signals.ended:
+        left = due - time.monotonic()
+        if left > 0:
+            yield min(left, _FOLLOW_SECONDS)
+            sampler.follow()
+            continue
+        sampler.take()
+        yield None
+        passed += 1
+        if passed == iterations:
+            return
+        # Where reading takes longer than the interval, there still is a rest for others.
+        due = max(due + delay, time.monotonic() + delay / 2)
+
+
+def _print(sampler: Sampler, signals: Signals, view: View, delay: float, iterations: int | None) -> None:
+    """Frames one after another."""
+    from tracer.live.view import lines
+
+    for wait in _ticks(sampler, signals, delay, iterations):
+        if wait is None:
+            how = look(shutil.get_terminal_size().columns, None, environment(), sys.stdout.encoding)
+            click.echo("\n".join([*lines(sampler.sample, view, how, host()), ""]))
+            sys.stdout.flush()
+        else:
+            signals.wait(wait)
+
+
+class _Live:
+    """A screen that shows what SAMPLER gives, in the way that keys ask for."""
+
+    def __init__(self, sampler: Sampler, screen: Screen, view: View) -> None:
+        self._sampler, self._screen, self._view = sampler, screen, view
+        self._shown = sampler.sample
+        self._environment, self._host = environment(), host()
+
+    def run(self, signals: Signals, delay: float, iterations: int | None) -> None:
+        """Until a signal, `q`, or the end of the terminal."""
+        try:
+            self._draw()
+            for wait in _ticks(self._sampler, signals, delay, iterations):
+                if wait is None:
+                    self._refresh()
+                    continue
+                for key in self._screen.wait(wait):
+                    if key == "q":
+                        return
+                    self._press(key)
+                    self._draw()
+                if self._sampler.sample.notes != self._shown.notes:
+                    self._refresh()
+        except OSError:
+            if not signals.ended and os.isatty(_SCREEN):
+                raise
+
+    def _refresh(self) -> None:
+        if not self._view.paused:
+            self._shown = self._sampler.sample
+            self._draw()
+
+    def _press(self, key: str) -> None:
+        view = self._view
+        if key in _SORT_KEYS:
+            view.sort, view.offset = _SORT_KEYS[key], 0
+        elif key in _SCROLL:
+            view.offset = max(0, view.offset + _SCROLL[key])
+        elif key == "b":
+            view.level, view.offset = view.level + 1, 0
+        elif key == "t":
+            view.whole = not view.whole
+        elif key in ("?", "h"):
+            view.help = not view.help
+        elif key == " ":
+            view.paused = not view.paused
+            if not view.paused:
+                self._shown = self._sampler.sample
+
+    def _draw(self) -> None:
+        from tracer.live.view import lines
+
+        size = self._screen.size()
+        how = look(size.columns, size.lines, self._environment, sys.stdout.encoding)
+        self._screen.draw(lines(self._shown, self._view, how, self._host))

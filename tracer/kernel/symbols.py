@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The functions of KVM in the running kernel: what they are called in the source, and where each begins and ends."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import BinaryIO
+
+from tracer.kernel.livepatch import IMAGE, LIVEPATCHES, Livepatch, read_livepatches
+from tracer.model.errors import MsrtraceError
+from tracer.model.symbol_name import plain_name
+
+KALLSYMS = Path("/proc/kallsyms")
+
+#: What a tracer of returns or of the function graph leaves on the stack in the place of a return address.
+TRAMPOLINES = {
+    "kretprobe_trampoline": ("arch_rethook_trampoline", "__kretprobe_trampoline", "kretprobe_trampoline"),
+    "fgraph_trampoline": ("return_to_handler",),
+}
+
+_KVM_INTEL, _KVM = "kvm_intel", "kvm"
+#: Tells a kernel image that has KVM: its loop that runs a guest, and its ioctl.
+_IN_IMAGE = {_KVM_INTEL: "vmx_vcpu_run", _KVM: "kvm_vcpu_ioctl"}
+
+#: Parts of a symbol's name that say that nothing begins there: what was moved out of a function, and a jump to one.
+_NO_ENTRY = re.compile(r"\.(cold|cfi_jt)(\.|$)")
+_PART = re.compile(r"\.part\.")
+#: Symbols before a function that are none (CONFIG_CALL_PADDING, CONFIG_CFI_CLANG), and what modpost makes.
+_NO_FUNCTION = ("__pfx_", "__cfi_", "__ksymtab")
+#: What SUSE's livepatches put before the name of a function that they replace.
+_REPLACEMENT = "klpp_"
+#: Symbols that are not of the module that lists them, as a livepatch lists those that it refers to; or of no place
+#: in it (elf_type(), kernel/module/kallsyms.c).
+_ELSEWHERE = b"aAuU?"
+
+_ADDRESS, _PAGE = 16, 13  # digits of an address, and of a page's, at the start of a line
+_PAGE_SHIFT = 12
+_UNKNOWN_END = 1 << 64
+_CHUNK = 1 << 16  # bytes; all of them are 20 MB, and larger buffers cost more than they save
+
+#: What may begin the name of a function that is probed, and the trampolines.
+_NAMED = (
+    b" vmx_",
+    b" kvm_vm_ioctl_set_msr_filter",
+    *(f" {name}\n".encode() for names in TRAMPOLINES.values() for name in names),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A function in the running kernel. `address` is 0 where the reader may not see addresses."""
+
+    address: int
+    name: str
+    module: str | None
+
+    @property
+    def function(self) -> str:
+        """The name in the source."""
+        return plain_name(self.name)
+
+    @property
+    def is_entry(self) -> bool:
+        """Whether the function is entered here, as opposed to a part of it that was moved elsewhere."""
+        return not _NO_ENTRY.search(self.name)
+
+    @property
+    def full_name(self) -> str:
+        """The name by which the kernel's tracers tell it from those of other modules."""
+        return f"{self.module}:{self.name}" if self.module else self.name
+
+    @property
+    def place(self) -> str:
+        """The name and the module, as /proc/kallsyms shows them."""
+        return f"{self.name} [{self.module}]" if self.module else self.name
+
+
+@dataclass(frozen=True)
+class _Image:
+    """Every symbol of the kernel image, where KVM is built in: 100,000, so they stay the text that they were.
+
+    OFFSETS say where the lines of TEXT begin, which are in the order of their addresses, and where the last one ends.
+    """
+
+    text: bytes
+    offsets: array[int]
+
+    @classmethod
+    def read(cls, kallsyms: Path) -> _Image:
+        with kallsyms.open("rb") as file:
+            rows = sorted(line for line in file if b"\t[" not in line)
+        return cls(b"".join(rows), array("I", [0, *accumulate(map(len, rows))]))
+
+    def has(self, function: str) -> bool:
+        return _has(_lines_with(f" {function}".encode(), self.text), function)
+
+    def containing(self, address: int) -> Symbol | None:
+        def key(row: int) -> bytes:
+            return self.text[self.offsets[row] : self.offsets[row] + _ADDRESS]
+
+        end = bisect_right(range(len(self.offsets) - 1), f"{address:016x}".encode(), key=key)
+        if not end or not int(key(end - 1), 16):
+            return None
+        start = bisect_left(range(end), key(end - 1), key=key)
+        functions = _functions(self.text[self.offsets[start] : self.offsets[end]].splitlines())
+        return functions[-1] if functions else None
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """The functions of kvm and kvm_intel in the running kernel, in the order of their addresses."""
+
+    functions: tuple[Symbol, ...]
+    #: kvm_intel, or None if the functions are part of the kernel image itself
+    module: str | None = _KVM_INTEL
+    #: the addresses of those of TRAMPOLINES that the kernel has
+    trampolines: Mapping[str, int] = field(default_factory=dict)
+    #: functions of livepatches of KVM, and of what else has names like those that are probed
+    others: tuple[Symbol, ...] = ()
+    #: those that replace functions of KVM
+    livepatches: tuple[Livepatch, ...] = ()
+    # Functions of both kinds where addresses are seen: the starts, which are in order, and the ends.
+    _starts: tuple[int, ...] = field(default=(), repr=False)
+    _ends: tuple[int, ...] = field(default=(), repr=False)
+    _placed: tuple[Symbol, ...] = field(default=(), repr=False)
+    _image: _Image | None = field(default=None, repr=False)
+
+    @classmethod
+    def read(cls, kallsyms: Path = KALLSYMS, livepatches: Path = LIVEPATCHES) -> Symbols:
+        """Read /proc/kallsyms, and /proc/modules beside it. Raises MsrtraceError if the first cannot be read."""
+        try:
+            with kallsyms.open("rb") as file:
+                named, listed = _scan(file)
+            in_image = [row for row in named if b"\t[" not in row]
+            rows = {module: _rows_of(module, listed) for module in (_KVM_INTEL, _KVM)}
+            image = None
+            if not rows[_KVM_INTEL] and _has(in_image, _IN_IMAGE[_KVM_INTEL]):  # CONFIG_KVM_INTEL=y
+                image = _Image.read(kallsyms)
+                rows = {}
+            elif rows[_KVM_INTEL] and not rows[_KVM]:
+                found = _Image.read(kallsyms)
+                image = found if found.has(_IN_IMAGE[_KVM]) else None  # CONFIG_KVM=y, CONFIG_KVM_INTEL=m
+        except OSError as error:
+            raise MsrtraceError(f"cannot read {kallsyms}: {error.strerror}") from None
+        objects = {*rows} | ({IMAGE} if image else set())
+        patches = tuple(patch for patch in read_livepatches(livepatches) if patch.functions(objects))
+        strangers = {*map(_module_of, named), *(patch.module for patch in patches)} - {None, *rows}
+        strange = {stranger: _rows_of(stranger, listed) for stranger in sorted(map(str, strangers))}
+        modules = _modules(kallsyms.with_name("modules"))
+        symbols = cls.of(
+            _functions(chain(*rows.values(), in_image if image else ())),
+            module=_KVM_INTEL if rows or not image else None,
+            others=_functions(chain(*strange.values(), () if image else in_image)),
+            bounds=_bounds(rows | strange, listed, modules),
+            ends=modules,
+            image=image,
+        )
+        return replace(symbols, trampolines=_trampolines(in_image), livepatches=patches)
+
+    @classmethod
+    def of(
+        cls,
+        functions: Iterable[Symbol],
+        module: str | None = _KVM_INTEL,
+        *,
+        others: Iterable[Symbol] = (),
+        bounds: Iterable[int] = (),
+        ends: Mapping[str, range] | None = None,
+        image: _Image | None = None,
+    ) -> Symbols:
+        """Symbols from FUNCTIONS, KVM's own, and OTHERS, in any order.
+
+        A function ends where anything else begins, BOUNDS included, or where its module ends: ENDS says where modules
+        are, if that is known. IMAGE has those of the kernel image, if it has KVM.
+        """
+        own, strange = (tuple(sorted(found, key=lambda s: (s.address, s.name))) for found in (functions, others))
+        there = [*(s for s in strange if s.module), *(s for s in own if s.module or not image)]
+        there = [s for s in there if s.address]
+        there.sort(key=lambda s: s.address)  # of two at one address, KVM's own comes last, and so counts
+        starts = tuple(symbol.address for symbol in there)
+        edges = sorted({*starts, *bounds})
+        found = tuple(_end(symbol, edges, ends or {}) for symbol in there)
+        return cls(own, module, others=strange, _starts=starts, _ends=found, _placed=tuple(there), _image=image)
+
+    def find(self, function: str) -> list[Symbol]:
+        """What a probe on FUNCTION can sit on, what is preferred first: the function itself if it has a symbol, else
+        what compilers made of it, whole ones before those that lack their beginning (`.part.0`).
+
+        All are KVM's own, and of kvm_intel rather than kvm or the kernel image.
+        """
+        named = self._named(plain_name(function))
+        return [s for s in named if s.name == function] or [s for s in named if s.function == function]
+
+    def copies(self, function: str) -> list[Symbol]:
+        """What is called like FUNCTION without being KVM's own: in a livepatch, say."""
+        return [s for s in self.others if s.is_entry and function in (s.function, _replaced(s))]
+
+    def namesakes(self, symbol: Symbol) -> list[Symbol]:
+        """What else in the kernel has the very name of SYMBOL, one of KVM's own, as far as is known."""
+        found = [s for s in (*self._named(symbol.function), *self.others) if s.name == symbol.name]
+        found.remove(symbol)  # once: where addresses are hidden, two may look alike
+        return found
+
+    def containing(self, address: int) -> Symbol | None:
+        """The function that ADDRESS lies in, if that is known: KVM's own, or one of `others`. None if it is hidden."""
+        at = bisect_right(self._starts, address) - 1
+        if at >= 0 and address < self._ends[at]:
+            return self._placed[at]
+        return self._image.containing(address) if self._image else None
+
+    def caller(self, address: int) -> tuple[str, str]:
+        """What to call the caller that a call returns to at ADDRESS, and which function of KVM that is.
+
+        The first is its symbol, with its module if that is not KVM's, or ADDRESS in hex; the second the name in the
+        source, or "" for what is not KVM's. A livepatch's function stands for the one that it replaces.
+        """
+        symbol = self.containing(address)
+        if symbol is None:
+            return hex(address), ""
+        if symbol.module in self._homes:
+            return symbol.name, symbol.function
+        return symbol.place, self._replaced_by(symbol)
+
+    def _replaced_by(self, symbol: Symbol) -> str:
+        """The function of KVM that SYMBOL, of another module, has the code of: what it replaces, or a copy."""
+        patches = [patch for patch in self.livepatches if patch.module == symbol.module]
+        replaced = {function for patch in patches for function in self._replaced_by_patch(patch)}
+        names = (symbol.function, _replaced(symbol)) if patches else ()
+        return next((name for name in names if name in replaced or name in self._by_name), "")
+
+    def replacing(self, function: str) -> list[Livepatch]:
+        """The livepatches that replace FUNCTION, in force or not."""
+        return [patch for patch in self.livepatches if function in self._replaced_by_patch(patch)]
+
+    def held_by(self, module: str) -> set[str]:
+        """The functions of KVM that MODULE, another one, has a function of the name of."""
+        names = (name for s in self.others if s.module == module for name in (s.function, _replaced(s)))
+        return {name for name in names if name in self._by_name}
+
+    def _replaced_by_patch(self, patch: Livepatch) -> set[str]:
+        objects = {home or IMAGE for home in self._homes}
+        return {plain_name(function) for function in patch.functions(objects)}
+
+    @cached_property
+    def _homes(self) -> set[str | None]:
+        return {symbol.module for symbol in self.functions} | ({None} if self._image else set())
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Symbol]]:
+        result: dict[str, list[Symbol]] = {}
+        for symbol in self.functions:
+            result.setdefault(symbol.function, []).append(symbol)
+        return result
+
+    def _named(self, function: str) -> list[Symbol]:
+        """KVM's own of this plain name that a probe can sit on, what is preferred first."""
+        order = {_KVM_INTEL: 0, _KVM: 1}
+        found = (s for s in self._by_name.get(function, ()) if s.is_entry)
+        return sorted(found, key=lambda s: (order.get(s.module or "", 2), bool(_PART.search(s.name)), s.address))
+
+
+def _replaced(symbol: Symbol) -> str:
+    return symbol.function.removeprefix(_REPLACEMENT)
+
+
+def _end(symbol: Symbol, edges: Sequence[int], ends: Mapping[str, range]) -> int:
+    following = bisect_right(edges, symbol.address)
+    end = edges[following] if following < len(edges) else _UNKNOWN_END
+    of_module = ends.get(symbol.module or "")
+    return min(end, of_module.stop) if of_module and symbol.address in of_module else end
+
+
+# --- /proc/kallsyms: 200,000 lines, so few are looked at for themselves ---
+
+
+def _scan(file: BinaryIO) -> tuple[list[bytes], list[bytes]]:
+    """The lines that have a name of _NAMED, and in pieces all from the first one of a module on, which the image's
+    come before."""
+    named: list[bytes] = []
+    listed: list[bytes] = []
+    rest = b""
+    while chunk := file.read(_CHUNK):
+        whole, newline, following = (rest + chunk).rpartition(b"\n")
+        lines, rest = whole + newline, following
+        for name in _NAMED:
+            named += _lines_with(name, lines)
+        if listed:
+            listed.append(lines)
+        elif (at := lines.find(b"\t[")) >= 0:
+            listed.append(lines[lines.rfind(b"\n", 0, at) + 1 :])
+    return named, listed
+
+
+def _lines_with(part: bytes, lines: bytes) -> list[bytes]:
+    found = []
+    at = lines.find(part)
+    while at >= 0:
+        end = lines.find(b"\n", at + len(part) - 1) + 1
+        found.append(lines[lines.rfind(b"\n", 0, at) + 1 : end])
+        at = lines.find(part, end)
+    return found
+
+
+def _rows_of(module: str, listed: list[bytes]) -> list[bytes]:
+    end = f"\t[{module}]\n".encode()
+    return [row for lines in listed for row in _lines_with(end, lines)]
+
+
+def _has(rows: Iterable[bytes], function: str) -> bool:
+    return any(s.function == function and s.is_entry for s in _functions(rows))
+
+
+def _module_of(row: bytes) -> str | None:
+    _, tab, module = row.decode(errors="replace").rstrip().partition("\t[")
+    return module.rstrip("]") if tab else None
+
+
+def _functions(rows: Iterable[bytes]) -> list[Symbol]:
+    found = []
+    for row in rows:
+        address, kind, name, *rest = row.decode(errors="replace").split()
+        if kind in "tTwW" and not name.startswith(_NO_FUNCTION):
+            found.append(Symbol(int(address, 16), name, rest[0].strip("[]") if rest else None))
+    return found
+
+
+def _trampolines(image: Iterable[bytes]) -> dict[str, int]:
+    found = {symbol.name: symbol.address for symbol in _functions(image)}
+    return {kind: found[name] for kind, names in TRAMPOLINES.items() for name in names if name in found}
+
+
+def _bounds(rows: Mapping[str, list[bytes]], listed: list[bytes], modules: Mapping[str, range]) -> set[int]:
+    """Where symbols of any kind begin: each of ROWS, and those LISTED for other modules, which are too many.
+
+    It is enough to know where the code of the others begins, if MODULES say it. If they do not: modules never share a
+    page (kernel/module/main.c, mm/execmem.c), so the pages of others will do. Where it seems that some do,
+    nevertheless, their symbols are taken one by one.
+    """
+    kept = [row for of_module in rows.values() for row in of_module]
+    pages, others = {row[:_PAGE] for row in kept}, set[bytes]()
+    if rows.keys() <= modules.keys():
+        listed = []
+    ends = tuple(f"\t[{module}]".encode() for module in rows)
+    for lines in (piece.splitlines() for piece in listed):
+        others.update([line[:_PAGE] for line in lines])
+        kept += [line for line in lines if line[:_PAGE] in pages and not line.endswith(ends)]
+    bounds = {int(row[:_ADDRESS], 16) for row in kept if row[_ADDRESS + 1 : _ADDRESS + 2] not in _ELSEWHERE}
+    bounds.update(module.start for module in modules.values())
+    return bounds.union(int(page, 16) << _PAGE_SHIFT for page in others - pages)
+
+
+def _modules(modules: Path) -> dict[str, range]:
+    """Where the code of modules lies at most, by /proc/modules: name, size, users, dependencies, state and address.
+
+    Since 6.4 the size is that of all parts of a module, which are apart, and the address that of its code
+    (m_show(), kernel/module/procfs.c). Where addresses are hidden they are 0.
+    """
+    try:
+        lines = [line.split() for line in modules.read_text().splitlines()]
+        places = {name: (int(at, 16), int(size)) for name, size, _, _, _, at, *_ in lines}
+    except (OSError, ValueError):  # a kernel without modules; a file that was made up
+        return {}
+    return {name: range(at, at + size) for name, (at, size) in places.items() if at}

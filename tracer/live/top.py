@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What `msrtrace top` shows: an interval, or all since the start, as plain data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Protocol
+
+from tracer.model import msr
+from tracer.model.cause import FILTER_CHANGE
+from tracer.model.errors import MsrtraceError
+from tracer.model.snapshot import Durations, Outcome, Snapshot
+from tracer.report.document import listed
+from tracer.report.making import loss_of
+
+SORTS = ("calls", "redundant", "share", "msr", "cause")
+_RETRY_SECONDS = 10.0  # how long a kvm_intel that cannot be traced is left alone
+
+
+@dataclass(frozen=True)
+class Row:
+    """Calls that are alike in all parts that are not None; `pid` is the VMM's, 0 of those that VMs took along."""
+
+    outcome: Outcome
+    pid: int | None = None
+    msr: int | None = None
+    access: str | None = None
+    action: str | None = None
+    cause: str | None = None
+
+    @property
+    def share(self) -> Fraction | None:
+        """The part of the calls that was redundant; None where that is unknown."""
+        if self.outcome.redundant is None or not self.outcome.calls:
+            return None
+        return Fraction(self.outcome.redundant, self.outcome.calls)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What was counted in `seconds`; `whole` if that is all the time since the start. None: not observable.
+
+    `rows` are told apart as far as they can be; `updates`, `recalcs` and `vms` are keyed by the pid of the VMM, as in
+    Snapshot.
+    """
+
+    seconds: float
+    whole: bool
+    layout: str
+    redundancy: str
+    rows: tuple[Row, ...] | None
+    updates: Mapping[int, Durations] | None
+    recalcs: Mapping[int, Durations] | None = None
+    vms: Mapping[int, str] = field(default_factory=dict)
+    by_vm: bool = False
+    traced: bool = True  # whether any probe is in place at the end
+    lost: str = ""  # in words
+    not_probed: tuple[str, ...] = ()
+
+    @property
+    def calls(self) -> Outcome | None:
+        """All calls together."""
+        return None if self.rows is None else _sum(row.outcome for row in self.rows)
+
+    @property
+    def all_updates(self) -> Durations | None:
+        """The filter updates of all VMs."""
+        return None if self.updates is None else sum(self.updates.values(), Durations())
+
+    @property
+    def all_recalcs(self) -> Durations | None:
+        """The recalculations of all VMs for other reasons than a new filter."""
+        return None if self.recalcs is None else sum(self.recalcs.values(), Durations())
+
+    @property
+    def per_update(self) -> tuple[Fraction, Fraction | None] | None:
+        """Calls per filter update, and redundant ones of them; None if there was no update, or not all was seen."""
+        updates = self.all_updates
+        if self.rows is None or updates is None or not updates.count or self.lost or self.not_probed:
+            return None
+        inside = _sum(row.outcome for row in self.rows if row.cause == FILTER_CHANGE)
+        known = inside.redundant is not None and self.redundancy == "exact"
+        return Fraction(inside.calls, updates.count), Fraction(inside.redundant or 0, updates.count) if known else None
+
+    def rate(self, count: int) -> float | None:
+        """COUNT per second; None where no time has passed."""
+        return count / self.seconds if self.seconds > 0 else None
+
+    def grouped(self, parts: Collection[str], sort: str) -> list[Row]:
+        """The rows with only PARTS of them told apart, in the order SORT, one of SORTS."""
+        sums: dict[tuple[object, ...], Outcome] = {}
+        names = ("pid", "msr", "access", "action", "cause")
+        for row in self.rows or ():
+            key = tuple(getattr(row, name) if name in parts else None for name in names)
+            sums[key] = sums[key] + row.outcome if key in sums else row.outcome
+        rows = [Row(outcome, *key) for key, outcome in sums.items()]  # type: ignore[arg-type]
+        return sorted(rows, key=lambda row: _order(row, sort))
+
+
+def _sum(outcomes: Iterable[Outcome]) -> Outcome:
+    return sum(outcomes, Outcome(0, 0, 0, 0, 0))
+
+
+def _order(row: Row, sort: str) -> tuple[object, ...]:
+    """Most first; what is unknown comes last, and what is equal in the order of the MSR and the other parts."""
+    share = row.share
+    first: dict[str, tuple[object, ...]] = {
+        "calls": (),
+        "redundant": (row.outcome.redundant is None, -(row.outcome.redundant or 0)),
+        "share": (share is None, -(share or 0)),
+        "msr": (row.msr or 0, row.access or "", row.action or ""),
+        "cause": (row.cause or "",),
+    }
+    parts = (row.msr or 0, row.access or "", row.action or "", row.cause or "", row.pid or 0)
+    return (*first[sort], -row.outcome.calls, *parts)
+
+
+def lost(counted: Snapshot) -> str:
+    """What COUNTED did not see, in words; empty if it saw all that is probed."""
+    parts = loss_of(counted).words()
+    parts += [f"kvm_intel unloaded: {counted.reattached:,}"] * bool(counted.reattached)
+    return ", ".join(parts)
+
+
+def frame(counted: Snapshot, seconds: float, *, whole: bool = False) -> Frame:
+    """COUNTED in SECONDS; WHOLE if those are all since the start."""
+    sums: dict[tuple[int, int, str, str, str], Outcome] = {}
+    for call, outcome in counted.calls.items():  # callers that stand for one cause are not told apart
+        key = (call.pid, call.msr, call.access, call.action, call.cause)
+        sums[key] = sums[key] + outcome if key in sums else outcome
+    probes = counted.probes
+    traced = any(p.attached for p in probes) or not probes
+    return Frame(
+        seconds=seconds,
+        whole=whole,
+        layout=counted.layout,
+        redundancy=counted.redundancy,
+        rows=tuple(Row(outcome, *key) for key, outcome in sums.items()) if counted.calls_observable else None,
+        updates=dict(counted.updates) if counted.updates_observable else None,
+        recalcs=dict(counted.recalcs) if counted.recalcs_observable else None,
+        vms=dict(counted.vms),
+        by_vm=counted.by_vm,
+        traced=traced,
+        lost=lost(counted),
+        not_probed=tuple(p.function for p in probes if not p.attached) if traced else (),
+    )
+
+
+def between(later: Snapshot, earlier: Snapshot) -> Snapshot:
+    """What happened between EARLIER and LATER, VMs that ended in between included.
+
+    LATER has those under pid 0, together with all that ended before; so EARLIER must have them there, too.
+    """
+    return later.since(earlier.without_vms(earlier.pids - later.vms.keys()))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The last interval and the time since the start, both up to the clock time `at`; `notes` are about the reading."""
+
+    at: str
+    interval: Frame | None = None
+    whole: Frame | None = None
+    notes: tuple[str, ...] = ()
+
+    def chosen(self, whole: bool) -> Frame | None:
+        """The frame since the start if WHOLE, else that of the interval."""
+        return self.whole if whole else self.interval
+
+
+class Source(Protocol):
+    """What `Tracer` is to this module."""
+
+    @property
+    def attached(self) -> bool:
+        """Whether probes are in place now."""
+
+    def snapshot(self) -> Snapshot:
+        """The counts of now."""
+
+    def follow(self) -> bool:
+        """Follow a reload of kvm_intel."""
+
+
+class Sampler:
+    """Takes a snapshot when told to, and gives what it means. Starts with one, which begins the first interval."""
+
+    def __init__(
+        self,
+        source: Source,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], str] = lambda: time.strftime("%H:%M:%S"),
+    ) -> None:
+        """CLOCK gives seconds, WALL the time of day."""
+        self._source, self._clock, self._wall = source, clock, wall
+        self._started = clock()
+        self._last: tuple[float, Snapshot] | None = None
+        self._failure = self._module = ""
+        self._retry = 0.0
+        self._sample = Sample(wall())
+        self.take()
+
+    @property
+    def sample(self) -> Sample:
+        """The last one; its notes are those of now."""
+        s = self._sample
+        return Sample(s.at, s.interval, s.whole, tuple(filter(None, (self._failure, self._module))))
+
+    def take(self) -> None:
+        """Read the counts. If that fails the last sample stays, with a note."""
+        began = self._clock()
+        try:
+            now = self._source.snapshot()
+        except Exception as error:  # whatever it was: what is known stays on show
+            self._failure = f"reading failed at {self._wall()}, the numbers are older: {type(error).__name__}: {error}"
+            return
+        self._failure = ""
+        interval = None
+        if self._last:
+            then, before = self._last
+            interval = frame(between(now, before), began - then)
+        self._last = (began, now)
+        self._sample = Sample(self._wall(), interval, frame(now, began - self._started, whole=True))
+
+    def follow(self) -> None:
+        """Follow a reload of kvm_intel; a note says so."""
+        if self._clock() < self._retry:
+            return
+        try:
+            if self._source.follow():
+                back = f"kvm_intel was loaded again, and is traced since {self._wall()}"
+                gone = "kvm_intel is not loaded; it is traced again when it comes back"
+                self._module = back if self._source.attached else gone
+        except MsrtraceError as error:
+            self._module = f"kvm_intel is not traced, trying again in {_RETRY_SECONDS:.0f} s: {error}"
+            self._retry = self._clock() + _RETRY_SECONDS
+
+
+def vm_name(shown: Frame, pid: int) -> str:
+    """What to call the VMM PID."""
+    return f"{pid} {shown.vms.get(pid, '')}".rstrip() if pid else "(ended)"
+
+
+def msr_name(row: Row) -> str:
+    """The MSR of ROW, in hex where it has no name."""
+    return "" if row.msr is None else msr.name(row.msr)
+
+
+def not_probed_line(shown: Frame) -> str:
+    """Which functions are not probed, as a sentence; empty if all are."""
+    return f"NOT PROBED: {listed(shown.not_probed)}" if shown.not_probed else ""

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How `msrtrace top` looks: lines of text for a terminal or a pipe, made by rich."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from io import StringIO
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tracer.live.top import Frame, Row, Sample, msr_name, not_probed_line, vm_name
+from tracer.model.snapshot import Durations, Outcome
+from tracer.model.text import printable
+from tracer.report.document import duration, share
+
+HELP = "sort by c calls, r redundant calls, s their share, m MSR, u cause; t totals or rates; "
+HELP_VM = "b MSRs of each VM, VMs, or all together; "
+HELP_MORE = "arrows scroll; space pauses; ^L draws anew; q quits"
+_GAP = 2
+_LONGEST_NAME = 36  # in tracer/model/msr/table.py
+_LONGEST_VM = 40
+_TEXT = 240  # characters of a note that are shown
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a terminal can show; no `height`: everything, one frame after another, without keys."""
+
+    width: int = 80
+    height: int | None = None
+    ascii: bool = False
+    styles: bool = False  # bold and reverse
+    colors: bool = False
+
+    def clean(self, text: str, limit: int = _TEXT) -> str:
+        """TEXT without what could move the cursor, and in ASCII if it must be: names come from elsewhere."""
+        text = printable(text.replace("µ", "u") if self.ascii else text, limit)
+        return text.encode("ascii", "replace").decode() if self.ascii else text
+
+
+@dataclass
+class View:
+    """What the user chose by keys and options. `level` is which rows: see `LEVELS`."""
+
+    sort: str = "calls"
+    level: int = 0
+    whole: bool = False
+    paused: bool = False
+    help: bool = False
+    offset: int = 0  # rows scrolled over
+
+
+_MSR_PARTS = ("msr", "access", "action", "cause")
+#: By which parts rows are told apart, where VMs are: `b` goes from one to the next.
+LEVELS: tuple[tuple[str, ...], ...] = (("pid", *_MSR_PARTS), ("pid",), _MSR_PARTS)
+
+
+@dataclass(frozen=True)
+class Column:
+    """`part` is what it tells apart, if anything; those with the highest `drop` go first when room is scarce."""
+
+    title: str
+    width: int
+    cell: Callable[[Row], str]
+    drop: int = 0
+    part: str | None = None
+
+
+def lines(sample: Sample, view: View, look: Look, host: str) -> list[str]:
+    """SAMPLE as lines of at most `look.width` columns. An offset of VIEW beyond the rows is corrected.
+
+    HOST says where this is: the host's name and its kernel.
+    """
+    shown = sample.chosen(view.whole)
+    head = _drawn(_header(sample, shown, look, host), look)
+    if look.height is None:
+        return head + _drawn([""], look) + _drawn([_table(shown, view, look, None)] if shown else [], look)
+    foot = _drawn([_footer(shown, view)], look)
+    room = max(1, look.height - len(head) - len(foot) - 1)  # less the titles
+    body = _drawn([_table(shown, view, look, room)], look) if shown else []
+    above = (head + body)[: max(0, look.height - len(foot))]
+    above += [""] * (look.height - len(foot) - len(above))
+    return (above + foot)[: look.height]
+
+
+def _drawn(parts: list[RenderableType], look: Look) -> list[str]:
+    console = Console(
+        file=StringIO(),
+        width=look.width,
+        height=100,  # without both, rich takes 80 columns where TERM=dumb
+        color_system="standard" if look.styles else None,
+        force_terminal=look.styles,
+        no_color=not look.colors,
+        force_jupyter=False,
+        legacy_windows=False,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+    for part in parts:
+        console.print(part)
+    written = console.file
+    assert isinstance(written, StringIO)
+    return [line.rstrip() for line in written.getvalue().split("\n")[:-1]]
+
+
+def _header(sample: Sample, shown: Frame | None, look: Look, host: str) -> list[RenderableType]:
+    first = Text(f"{sample.at} {look.clean(host)}", style="bold")
+    if shown:
+        first.append(f" layout {look.clean(shown.layout)}, ")
+        first.append(f"redundancy {look.clean(shown.redundancy)}, " if shown.rows is not None else "")
+        first.append(f"{'all' if shown.whole else 'over'} {_seconds(shown.seconds)}")
+    parts: list[RenderableType] = [first]
+    if shown:
+        parts += [Text(look.clean(line)) for line in _figures(shown)]
+        parts += [Text(look.clean(line), style="bold red") for line in _warnings(sample, shown)]
+    else:
+        parts.append(Text("the first numbers come when an interval has passed"))
+    return parts + [Text(look.clean(note), style="bold yellow") for note in sample.notes]
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 3600:
+        return f"{seconds:.1f} s"
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02} h"
+
+
+def _figures(shown: Frame) -> list[str]:
+    if not shown.whole and not shown.traced and not shown.rows:
+        return ["nothing is traced now"]
+    updates, recalcs, calls, each = shown.all_updates, shown.all_recalcs, shown.calls, shown.per_update
+    found = "filter updates not observable on this kernel"
+    if updates is not None:
+        found = f"filter updates {_timed(shown, updates)}"
+    made = "calls not observable on this kernel"
+    if calls is not None:
+        made = f"calls {_figure(shown, calls.calls)}"
+        if calls.calls:
+            made += f", {'?' if calls.redundant is None else share(calls.redundant, calls.calls)} redundant"
+    result = [f"{found}; {made}"]
+    if each:
+        result.append(_per_update(*each))
+    elif calls is not None and updates is not None and not updates.count:
+        result.append("no filter update")
+    if recalcs is not None:
+        result.append(f"recalculations for other reasons than a new filter {_timed(shown, recalcs)}")
+    return result
+
+
+def _timed(shown: Frame, durations: Durations) -> str:
+    """How many, and how long each took."""
+    each = f", {duration(durations.seconds / durations.timed)} each" if durations.timed else ""
+    return f"{_figure(shown, durations.count)}{each}"
+
+
+def _per_update(calls: Fraction, redundant: Fraction | None) -> str:
+    """Whole numbers are exact. Others come of updates under way while the counts were read, or of unlike VMs."""
+    exact = calls.denominator == 1 and (redundant is None or redundant.denominator == 1)
+    digits = 0 if exact else 1
+    waste = "?" if redundant is None else f"{float(redundant):,.{digits}f}"
+    return f"{'' if exact else 'about '}{float(calls):,.{digits}f} calls per filter update, {waste} of them redundant"
+
+
+def _warnings(sample: Sample, shown: Frame) -> list[str]:
+    result = []
+    if shown.lost:
+        result.append(f"LOWER BOUND, the true counts may be higher: {shown.lost}")
+    elif sample.whole and sample.whole.lost:
+        result.append(f"LOWER BOUND since the start, though not in this interval: {sample.whole.lost}")
+    return result + [line for line in (not_probed_line(shown),) if line]
+
+
+def _figure(shown: Frame, count: int) -> str:
+    return f"{count:,}" if shown.whole else f"{_rate(shown, count)}/s"
+
+
+def _rate(shown: Frame, count: int) -> str:
+    value = shown.rate(count)
+    if value is None:
+        return "?"
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 0.1 or not value else f"{value:.1g}"
+
+
+def _columns(shown: Frame, level: tuple[str, ...], look: Look) -> list[Column]:
+    """Those that fit. The MSR's, or else the VM's, takes what is left."""
+
+    def amount(count: int) -> str:
+        return f"{count:,}" if shown.whole else _rate(shown, count)
+
+    def redundant(row: Row) -> str:
+        return share(row.share, 1) if row.share is not None else "?" if row.outcome.calls else ""
+
+    def updates(row: Row) -> Durations:
+        return (shown.updates or {}).get(row.pid or 0, Durations())
+
+    def mean(row: Row) -> str:
+        of = updates(row)
+        return duration(of.seconds / of.timed) if of.timed else ""
+
+    unit = "" if shown.whole else "/s"
+    calls, seen = shown.rows is not None, shown.updates is not None
+    columns = [
+        Column("pid VM", 18, lambda row: vm_name(shown, row.pid or 0), 1 if "msr" in level else 0, "pid"),
+        Column("MSR", 20, msr_name, 0, "msr"),
+        Column("access", 6, lambda row: (row.access or "").replace("read_write", "both"), 4, "access"),
+        Column("action", 7, lambda row: row.action or "", 3, "action"),
+        Column("cause", 13, lambda row: row.cause or "", 2, "cause"),
+    ]
+    columns = [column for column in columns if column.part in level]
+    if level == ("pid",):
+        columns.append(Column(f"updates{unit}", 10, lambda row: amount(updates(row).count) if seen else "?", 2))
+        columns.append(Column("each", 8, mean, 3))
+    columns.append(Column(f"calls{unit}", 10, lambda row: amount(row.outcome.calls) if calls else "?"))
+    columns.append(Column("redundant", 9, redundant))
+    while _width(columns) > look.width and (drop := max(column.drop for column in columns)):
+        columns = [column for column in columns if column.drop != drop]
+    return columns
+
+
+def _width(columns: list[Column]) -> int:
+    return sum(column.width for column in columns) + _GAP * (len(columns) - 1)
+
+
+def _table(shown: Frame, view: View, look: Look, room: int | None) -> RenderableType:
+    """The rows that ROOM has, a line for how many there are beside them included."""
+    level = LEVELS[view.level % len(LEVELS)] if shown.by_vm else _MSR_PARTS
+    if shown.rows is None and level != ("pid",):
+        return Text("" if not shown.traced else "calls not observable on this kernel")
+    columns = _columns(shown, level, look)
+    rows = shown.grouped({column.part for column in columns if column.part}, view.sort)
+    if level == ("pid",):
+        missing = {*shown.vms, *(shown.updates or ())} - {row.pid for row in rows}
+        rows += [Row(Outcome(0, 0), pid=pid) for pid in sorted(missing)]
+    if not rows:
+        return Text("no calls" if shown.traced else "")
+    first, count = 0, len(rows)
+    if room is not None and count > room:
+        room = max(1, room - 1)
+        first = view.offset = max(0, min(view.offset, count - room))
+        rows = rows[first : first + room]
+    else:
+        view.offset = 0
+    left = look.width - _width(columns)
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="reverse")
+    for column in columns:
+        most = {"msr": _LONGEST_NAME, "pid": _LONGEST_VM}.get(column.part or "", column.width)
+        extra = max(min(left, most - column.width), min(0, left) if column is columns[0] else 0)
+        left -= extra
+        width, number = max(1, column.width + extra), column.part is None
+        table.add_column(
+            Text(column.title), width=width, justify="right" if number else "left", no_wrap=True, overflow="crop"
+        )
+    for row in rows:
+        *cells, last = (look.clean(column.cell(row)) for column in columns)
+        table.add_row(*map(Text, cells), Text(last, style=_style(row)))
+    if len(rows) == count:
+        return table
+    table.caption = Text(f"rows {first + 1} to {first + len(rows)} of {count}", no_wrap=True, overflow="crop")
+    table.caption_justify = "left"
+    return table
+
+
+def _style(row: Row) -> str:
+    part = row.share or 0
+    return "red" if part >= 0.9 else "yellow" if part >= 0.5 else ""
+
+
+def _footer(shown: Frame | None, view: View) -> Text:
+    line = Text(no_wrap=not view.help, overflow="crop")
+    if view.paused:
+        line.append("PAUSED", style="reverse").append(" ")
+    if view.help:
+        return line.append(HELP + (HELP_VM if shown and shown.by_vm else "") + HELP_MORE)
+    return line.append(f"sorted by {view.sort}; ? for help, q to quit", style="dim")

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What was counted up to one moment, as plain data: the only thing that the engine gives and that views show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain
+from typing import TypeVar
+
+from tracer.model.layout import LAYOUTS
+
+#: Upper bounds of the buckets of an update's duration, in seconds; bpf/msrtrace.c counts in powers of two.
+DURATION_BOUNDS = tuple((64 << i) * 1e-9 for i in range(1, 25))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kind of call. `pid` is that of the VMM, 0 where VMs are not told apart."""
+
+    msr: int
+    access: str  # read, write or read_write
+    action: str  # enable or disable
+    cause: str
+    caller: str  # the function that called, as /proc/kallsyms has it
+    pid: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How often, and how often with which result. All but `calls` are None where results cannot be seen."""
+
+    calls: int
+    redundant: int | None = None
+    changed_read: int | None = None
+    changed_write: int | None = None
+    refused: int | None = None
+
+    def __add__(self, other: Outcome) -> Outcome:
+        return self._with(other, 1)
+
+    def __sub__(self, other: Outcome) -> Outcome:
+        return self._with(other, -1)
+
+    def _with(self, other: Outcome, sign: int) -> Outcome:
+        def both(mine: int | None, others: int | None) -> int | None:
+            return None if mine is None or others is None else mine + sign * others
+
+        return Outcome(
+            self.calls + sign * other.calls,
+            both(self.redundant, other.redundant),
+            both(self.changed_read, other.changed_read),
+            both(self.changed_write, other.changed_write),
+            both(self.refused, other.refused),
+        )
+
+
+@dataclass(frozen=True)
+class Durations:
+    """Updates that began, and the time that those took which were seen to end: `timed` of them.
+
+    `buckets[i]` counts those in the i-th of DURATION_BOUNDS, the last the rest.
+
+    `seconds` is of whole nanoseconds, and so are sums: they must not depend on their order, or a counter could go back.
+    """
+
+    count: int = 0
+    seconds: float = 0.0
+    buckets: tuple[int, ...] = (0,) * (len(DURATION_BOUNDS) + 1)
+
+    def __add__(self, other: Durations) -> Durations:
+        buckets = tuple(a + b for a, b in zip(self.buckets, other.buckets, strict=True))
+        return Durations(self.count + other.count, _nanoseconds(self.seconds + other.seconds), buckets)
+
+    def __sub__(self, other: Durations) -> Durations:
+        buckets = tuple(a - b for a, b in zip(self.buckets, other.buckets, strict=True))
+        return Durations(self.count - other.count, _nanoseconds(self.seconds - other.seconds), buckets)
+
+    @property
+    def timed(self) -> int:
+        """How many updates `seconds` is the time of."""
+        return sum(self.buckets)
+
+    def cumulative(self) -> list[tuple[float, int]]:
+        """Pairs of an upper bound in seconds and how many updates took at most that long; the last is infinity."""
+        return list(zip((*DURATION_BOUNDS, float("inf")), accumulate(self.buckets), strict=True))
+
+
+def _nanoseconds(seconds: float) -> float:
+    """The float nearest to SECONDS in whole nanoseconds."""
+    return round(seconds * 1e9) / 1e9
+
+
+_K = TypeVar("_K")
+_V = TypeVar("_V", Outcome, Durations)
+
+
+def _sums(pairs: Iterable[tuple[_K, _V]]) -> dict[_K, _V]:
+    result: dict[_K, _V] = {}
+    for key, value in pairs:
+        result[key] = result[key] + value if key in result else value
+    return result
+
+
+def _merged(one: Mapping[_K, _V], other: Mapping[_K, _V]) -> dict[_K, _V]:
+    return _sums(chain(one.items(), other.items()))
+
+
+def _subtracted(later: Mapping[_K, _V], earlier: Mapping[_K, _V]) -> dict[_K, _V]:
+    return {key: value - earlier[key] if key in earlier else value for key, value in later.items()}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One probed function. `symbol` is what the probe sits on, if anything; `detail` where, or why not."""
+
+    function: str
+    symbol: str | None
+    attached: bool
+    detail: str
+    missed: int = 0  # runs of the function of which a probe saw only the entry or only the return, or neither
+
+
+@dataclass(frozen=True)
+class Map:
+    """A BPF map of the tracer; `dropped` updates found it full."""
+
+    name: str
+    entries: int
+    capacity: int
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Counts since the tracer was attached, and how far they can be trusted.
+
+    `updates` and `recalcs` are keyed by the pid of the VMM, 0 where VMs are not told apart: filter changes applied
+    by a vCPU, and recomputations of a bitmap for any other reason. `vms` names those pids that still run.
+    """
+
+    layout: str
+    redundancy: str = "exact"  # or "unknown"
+    backend: str = "kprobe"
+    calls: Mapping[Call, Outcome] = field(default_factory=dict)
+    updates: Mapping[int, Durations] = field(default_factory=dict)
+    recalcs: Mapping[int, Durations] = field(default_factory=dict)
+    probes: tuple[Probe, ...] = ()
+    maps: tuple[Map, ...] = ()
+    unpaired_returns: int = 0
+    read_failures: int = 0
+    open_calls: int = 0  # under way when this was taken: not counted yet
+    uncounted: tuple[str, ...] = ()  # what is known not to be seen, a phrase each
+    vcpus_seen: int = 0
+    vmms_seen: int = 0
+    reattached: int = 0
+    calls_observable: bool = True  # False: no call seen does not mean that none was made
+    updates_observable: bool = True
+    by_vm: bool = False
+    vms: Mapping[int, str] = field(default_factory=dict)
+    commands: Mapping[int, str] = field(default_factory=dict)  # by pid, of VMMs when they made their first vCPU
+
+    @property
+    def lower_bound(self) -> bool:
+        """Whether something was lost, so that the true counts may be higher."""
+        lost = self.unpaired_returns + self.read_failures + len(self.uncounted)
+        return bool(lost + sum(m.dropped for m in self.maps) + sum(p.missed for p in self.probes))
+
+    @property
+    def recalcs_observable(self) -> bool:
+        """Whether `recalcs` has them all: the kernel recomputes for other reasons, and they can be told apart."""
+        return self.updates_observable and any(known.filter_set for known in LAYOUTS if known.name == self.layout)
+
+    @property
+    def pids(self) -> set[int]:
+        """The VMMs that anything was counted for, 0 where VMs are not told apart."""
+        return {call.pid for call in self.calls} | self.updates.keys() | self.recalcs.keys()
+
+    def after(self, earlier: Snapshot) -> Snapshot:
+        """This snapshot with the counts of EARLIER, of another attachment of the same tracer, added to them."""
+        missed = {p.function: p.missed for p in earlier.probes}
+        dropped = {m.name: m.dropped for m in earlier.maps}
+        probes = [replace(p, missed=p.missed + missed.pop(p.function, 0)) for p in self.probes]
+        probes += [replace(p, attached=False) for p in earlier.probes if p.function in missed]
+        maps = [replace(m, dropped=m.dropped + dropped.pop(m.name, 0)) for m in self.maps]
+        maps += [replace(m, entries=0) for m in earlier.maps if m.name in dropped]
+        return replace(
+            self,
+            calls=_merged(earlier.calls, self.calls),
+            updates=_merged(earlier.updates, self.updates),
+            recalcs=_merged(earlier.recalcs, self.recalcs),
+            probes=tuple(probes),
+            maps=tuple(maps),
+            unpaired_returns=self.unpaired_returns + earlier.unpaired_returns,
+            read_failures=self.read_failures + earlier.read_failures,
+            uncounted=tuple(dict.fromkeys((*earlier.uncounted, *self.uncounted))),
+            vcpus_seen=self.vcpus_seen + earlier.vcpus_seen,
+            vmms_seen=self.vmms_seen + earlier.vmms_seen,
+            commands={**earlier.commands, **self.commands},
+            reattached=self.reattached + earlier.reattached,
+        )
+
+    def since(self, earlier: Snapshot) -> Snapshot:
+        """What happened between EARLIER and this snapshot of the same tracer."""
+        missed = {p.function: p.missed for p in earlier.probes}
+        dropped = {m.name: m.dropped for m in earlier.maps}
+        return replace(
+            self,
+            calls={k: v for k, v in _subtracted(self.calls, earlier.calls).items() if v.calls},
+            updates={k: v for k, v in _subtracted(self.updates, earlier.updates).items() if v.count},
+            recalcs={k: v for k, v in _subtracted(self.recalcs, earlier.recalcs).items() if v.count},
+            probes=tuple(replace(p, missed=p.missed - missed.get(p.function, 0)) for p in self.probes),
+            maps=tuple(replace(m, dropped=m.dropped - dropped.get(m.name, 0)) for m in self.maps),
+            unpaired_returns=self.unpaired_returns - earlier.unpaired_returns,
+            read_failures=self.read_failures - earlier.read_failures,
+            vcpus_seen=self.vcpus_seen - earlier.vcpus_seen,
+            vmms_seen=self.vmms_seen - earlier.vmms_seen,
+            reattached=self.reattached - earlier.reattached,
+        )
+
+    def without_vms(self, pids: set[int]) -> Snapshot:
+        """The same counts, with those of PIDS no longer told apart: they stay in every total, under pid 0."""
+
+        def folded(durations: Mapping[int, Durations]) -> dict[int, Durations]:
+            return _sums((0 if pid in pids else pid, value) for pid, value in durations.items())
+
+        calls = _sums((replace(c, pid=0) if c.pid in pids else c, outcome) for c, outcome in self.calls.items())
+        vms = {pid: name for pid, name in self.vms.items() if pid not in pids}
+        return replace(self, calls=calls, updates=folded(self.updates), recalcs=folded(self.recalcs), vms=vms)

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""BPF programs as the compiler leaves them: kept in files, so that each is compiled once, and loaded into the kernel.
+
+Loading is what any loader does: make the maps, put their descriptors into the instructions, and hand those to the
+kernel. What differs with every boot of a kernel (addresses, BTF ids) is put in then, too, so a kept program fits.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import resource
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from tracer.program import syscalls
+from tracer.program.syscalls import MMAPABLE, BpfMap, MappedArray
+
+_CACHE = Path("/var/cache/msrtrace")
+_KEPT = 16  # programs
+_DIGEST = 32  # bytes of SHA-256
+_LONGEST_LOG = 1 << 24  # bytes; what BPF_MAXINSNS programs take, as in libbpf
+
+# struct bpf_insn: code, the registers (source in the high half), offset, immediate
+_INSTRUCTION = struct.Struct("<BBhi")
+_LOAD_64, _CALL = 0x18, 0x85
+_PSEUDO_MAP_FD, _PSEUDO_KFUNC = 1, 2
+_VALUE_MARK = 0x6D737274  # the high half of what stands for a value in bpf/msrtrace.c
+
+# enum bpf_prog_type, bpf_attach_type
+_KPROBE, _RAW_TRACEPOINT, _TRACING = 2, 17, 26
+_FENTRY, _FEXIT = 24, 25
+
+
+class MapDefinition(msgspec.Struct, frozen=True):
+    """A map to make: `type` and `flags` as in include/uapi/linux/bpf.h, sizes in bytes."""
+
+    name: str
+    type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+
+
+class Program(msgspec.Struct, frozen=True):
+    """Maps, and the instructions of each function; where these load a map's descriptor, they have its index."""
+
+    maps: list[MapDefinition]
+    functions: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a function is loaded for: `kprobe`, `raw_tracepoint`, or `fentry` or `fexit` of a function of the kernel.
+
+    That function is given by its BTF id, and the module whose BTF has it (None: the kernel's own).
+    """
+
+    kind: str
+    function: int = 0
+    module: str | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to build and to load: `definitions` are the compiler's -D, `functions` says what each is for.
+
+    `values` are numbers for the program, by enum value of bpf/msrtrace.c; `kfuncs` the BTF ids of functions of the
+    kernel that it calls, by the numbers that it calls them by.
+    """
+
+    backend: str
+    definitions: Mapping[str, int]
+    functions: Mapping[str, Target]
+    values: Mapping[int, int] = field(default_factory=dict)
+    kfuncs: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is in the kernel as long as these descriptors are open; `arrays`: of `maps`, those in our memory."""
+
+    maps: dict[str, BpfMap]
+    functions: dict[str, int]
+    arrays: dict[str, MappedArray] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Let go of all of it."""
+        for array in self.arrays.values():
+            array.close()
+        for fd in (*(m.fd for m in self.maps.values()), *self.functions.values()):
+            os.close(fd)
+
+
+class Refused(Exception):
+    """The kernel refuses BPF to this process."""
+
+
+class Unfit(Exception):
+    """A variant cannot be had here; the reason in a line, and all that was said of it."""
+
+    def __init__(self, reason: str, said: str = "") -> None:
+        super().__init__(reason)
+        self.said = said
+
+
+# --- kept in files ---
+
+
+def folder() -> Path:
+    """Where programs are kept: what systemd's CacheDirectory= says, else where caches are by the FHS and by XDG."""
+    given = os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]
+    if given or not os.geteuid():
+        return Path(given or _CACHE)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msrtrace"
+
+
+def kept(key: str) -> Program | None:
+    """The program that was kept as KEY; None if it is not there, not whole, or was in reach of another user."""
+    path = folder() / key
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+                return None
+            content = file.read()
+        if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
+            return None
+        program = msgspec.msgpack.decode(content[_DIGEST:], type=Program)
+    except (OSError, msgspec.DecodeError):
+        return None
+    with suppress(OSError):
+        os.utime(path)
+    return program
+
+
+def keep(key: str, program: Program) -> None:
+    """Keep PROGRAM as KEY, if it can be written; and of all that is kept what was used last."""
+    content = msgspec.msgpack.encode(program)
+    path = folder() / key
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new = path.with_name(f"{key}.{os.getpid()}")
+        try:
+            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(hashlib.sha256(content).digest() + content)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
+        for old in sorted(path.parent.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)[_KEPT:]:
+            old.unlink(missing_ok=True)
+
+
+# --- loaded ---
+
+
+def without_descriptors(code: bytes, maps: Mapping[int, int]) -> bytes:
+    """CODE with the indices of maps in the place of their descriptors; MAPS gives those."""
+    changed = bytearray(code)
+    for at, operation, registers, offset, number in _instructions(code):
+        if operation == _LOAD_64 and registers >> 4 == _PSEUDO_MAP_FD:
+            _INSTRUCTION.pack_into(changed, at, operation, registers, offset, maps[number])
+    return bytes(changed)
+
+
+def _resolved(code: bytes, maps: list[int], variant: Variant) -> bytes:
+    """CODE with descriptors of maps, values, and calls of the kernel's functions put in."""
+    changed = bytearray(code)
+    for at, operation, registers, offset, number in _instructions(code):
+        if operation == _LOAD_64 and registers >> 4 == _PSEUDO_MAP_FD:
+            _INSTRUCTION.pack_into(changed, at, operation, registers, offset, maps[number])
+        elif operation == _LOAD_64 and struct.unpack_from("<12xI", code, at)[0] == _VALUE_MARK:
+            value = variant.values.get(number, 0)
+            struct.pack_into("<I", changed, at + 4, value & 0xFFFFFFFF)
+            struct.pack_into("<I", changed, at + 12, value >> 32)
+        elif operation == _CALL and registers == 0 and number in variant.kfuncs:
+            kfunc = variant.kfuncs[number]
+            _INSTRUCTION.pack_into(changed, at, operation, _PSEUDO_KFUNC << 4, offset, kfunc)
+    return bytes(changed)
+
+
+def _instructions(code: bytes) -> list[tuple[int, int, int, int, int]]:
+    """Where each is in CODE, and its fields; the second half of a wide one is left out."""
+    found, wide = [], False
+    for at, fields in zip(range(0, len(code), _INSTRUCTION.size), _INSTRUCTION.iter_unpack(code), strict=True):
+        if not wide:
+            found.append((at, *fields))
+        wide = not wide and fields[0] == _LOAD_64
+    return found
+
+
+def load(program: Program, variant: Variant) -> Loaded:
+    """Load those functions of PROGRAM that VARIANT has a target for. Raises Unfit, or Refused."""
+    with suppress(OSError, ValueError):  # before 5.11 maps are locked memory
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    loaded = Loaded({}, {})
+    modules: dict[str | None, int] = {None: 0}
+    try:
+        for one in program.maps:
+            with _said(f"makes no BPF map {one.name}"):
+                fd = syscalls.create_map(
+                    one.name,
+                    one.type,
+                    key_size=one.key_size,
+                    value_size=one.value_size,
+                    max_entries=one.max_entries,
+                    flags=one.flags,
+                )
+            loaded.maps[one.name] = BpfMap(fd, one.key_size, one.value_size)
+            if one.flags & MMAPABLE:
+                with _said(f"does not let the BPF map {one.name} be mapped"):
+                    loaded.arrays[one.name] = MappedArray(fd, one.value_size, one.max_entries)
+        descriptors = [one.fd for one in loaded.maps.values()]
+        for name, target in variant.functions.items():
+            if target.module not in modules:
+                with _said(f"gives no BTF of {target.module}"):
+                    modules[target.module] = syscalls.btf_of_module(str(target.module))
+            code = _resolved(program.functions[name], descriptors, variant)
+            loaded.functions[name] = _load_function(name, code, target, modules[target.module])
+    except BaseException:
+        loaded.close()
+        raise
+    finally:
+        for fd in filter(None, modules.values()):
+            os.close(fd)
+    return loaded
+
+
+def _load_function(name: str, code: bytes, target: Target, btf: int) -> int:
+    kinds = {"kprobe": (_KPROBE, 0), "raw_tracepoint": (_RAW_TRACEPOINT, 0)}
+    kinds |= {"fentry": (_TRACING, _FENTRY), "fexit": (_TRACING, _FEXIT)}
+
+    def attempt(log: bytearray | None) -> int:
+        kind, attach_type = kinds[target.kind]
+        return syscalls.load_program(
+            name, kind, code, attach_type=attach_type, function=target.function, btf=btf, log=log
+        )
+
+    with suppress(OSError):
+        return attempt(None)
+    log = bytearray(_LONGEST_LOG)
+    with _said(f"refuses the BPF program {name}", log):  # once more, for the reason
+        return attempt(log)
+
+
+@contextmanager
+def _said(what: str, log: bytearray | None = None) -> Iterator[None]:
+    """That the kernel says no to WHAT, for the reason in LOG if it gives one there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPERM:
+            raise Refused from None
+        text = log[: log.index(0)].decode(errors="replace") if log else ""
+        lines = [line for line in text.splitlines() if line and not line.startswith(("processed", "HINT"))]
+        raise Unfit(f"the kernel {what}: {lines[-1] if lines else error.strerror}", text) from None

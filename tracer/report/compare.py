@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reports side by side: what a filter update costs on one kernel and on another.
+
+Counts per filter update are exact, so they are compared as fractions, never rounded; repeats must agree. Times vary,
+so they get a median and an interval.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from math import comb
+from statistics import median
+
+from tracer.model.cause import FILTER_CHANGE
+from tracer.model.errors import MsrtraceError
+from tracer.model.text import printable
+from tracer.model.verdict import PATCH, Verdict
+from tracer.report.report import Bit, BitCounts, CallRow, Report, by_bit
+
+SCHEMA = "msrtrace-comparison/1"
+_CONFIDENCE = 0.95
+_COMMAND_SHOWN = 500
+_TITLES_SHOWN = 5
+
+
+class Incomparable(MsrtraceError):
+    """The reports cannot be compared."""
+
+    status = 3
+
+
+@dataclass(frozen=True)
+class PerUpdate:
+    """How many calls a filter update makes (or bits it names) and how many of them are redundant; None: unknown."""
+
+    calls: Fraction | None
+    redundant: Fraction | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A bit of the bitmap and what a filter update does to it on either side."""
+
+    bit: Bit
+    base: PerUpdate
+    new: PerUpdate
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds a filter update takes: the median of the reports' means, and an interval that covers the true median.
+
+    The interval is from order statistics, so it assumes no distribution. `coverage` is its probability: with fewer
+    than six reports it spans all of them and still covers less than 95%. One report gives no interval.
+    """
+
+    median: float
+    low: float | None
+    high: float | None
+    coverage: float | None
+    reports: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """The reports of one side, their counts pooled."""
+
+    title: str
+    reports: tuple[Report, ...]
+
+    @property
+    def report(self) -> Report:
+        """The first of them, which speaks for the host."""
+        return self.reports[0]
+
+    @cached_property
+    def updates(self) -> int:
+        """Filter updates seen."""
+        return sum(report.totals.filter_updates or 0 for report in self.reports)
+
+    @cached_property
+    def rows(self) -> list[CallRow]:
+        """The calls made by filter updates."""
+        return [row for report in self.reports for row in report.rows(FILTER_CHANGE)]
+
+    @cached_property
+    def by_bit(self) -> dict[Bit, BitCounts]:
+        """Those calls per bit that they name."""
+        return by_bit(self.rows)
+
+    @cached_property
+    def observable(self) -> bool:
+        """Whether there is something to count, and something to divide by."""
+        return bool(self.updates) and all(r.totals.calls is not None for r in self.reports)
+
+    @cached_property
+    def exact(self) -> bool:
+        """Whether redundancy is known."""
+        return all(report.host.redundancy == "exact" for report in self.reports)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """The verdict on the side's kernel: none if its reports disagree."""
+        by_patched: dict[bool | None, list[Report]] = {}
+        for report in self.reports:
+            by_patched.setdefault(report.verdict.patched, []).append(report)
+        if len(by_patched) == 1:
+            return self.report.verdict
+        parts = [
+            f"{PATCH[patched]} in {len(found):,} ({', '.join(sorted({r.title for r in found})[:_TITLES_SHOWN])}"
+            f"{', ...' if len(found) > _TITLES_SHOWN else ''})"
+            for patched, found in sorted(by_patched.items(), key=lambda pair: str(pair[0]))
+        ]
+        return Verdict(patched=None, why=f"its reports disagree: {', '.join(parts)}")
+
+    def calls(self) -> PerUpdate:
+        """Calls per filter update."""
+        return self._per_update(BitCounts(row.calls, row.redundant) for row in self.rows)
+
+    def bits(self) -> PerUpdate:
+        """Bits named per filter update: a call that names two counts twice."""
+        return self._per_update(self.by_bit.values())
+
+    def of(self, bit: Bit) -> PerUpdate:
+        """Calls per filter update that name BIT."""
+        found = self.by_bit.get(bit)
+        return self._per_update([found] if found else [])
+
+    def _per_update(self, counts: Iterable[BitCounts]) -> PerUpdate:
+        found = list(counts)
+        if not self.observable:
+            return PerUpdate(None, None)
+        calls = Fraction(sum(c.calls for c in found), self.updates)
+        known = self.exact and all(c.redundant is not None for c in found)
+        return PerUpdate(calls, Fraction(sum(c.redundant or 0 for c in found), self.updates) if known else None)
+
+    def time(self) -> Time | None:
+        """Seconds per filter update."""
+        seconds = [r.filter_update_seconds for r in self.reports]
+        means = sorted(s.sum / s.count for s in seconds if s and s.count)
+        return timed(means) if means else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something in which the two hosts differ."""
+
+    what: str
+    base: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides. `unit` is what is counted: `call`, or `bit` where the kernels' functions differ.
+
+    `forced` are the reasons against it that `--force` overruled.
+    """
+
+    base: Side
+    new: Side
+    unit: str
+    rows: tuple[Row, ...]
+    differences: tuple[Difference, ...]
+    warnings: tuple[str, ...]
+    forced: tuple[str, ...] = ()
+
+    def per_update(self, side: Side) -> PerUpdate:
+        """The sum of a SIDE in the unit of the comparison."""
+        return side.bits() if self.unit == "bit" else side.calls()
+
+
+def compare(
+    base: Sequence[Report], new: Sequence[Report], *, force: bool = False, titles: tuple[str, str] | None = None
+) -> Comparison:
+    """Put the reports of BASE beside those of NEW. Raises Incomparable, with every reason, unless FORCE.
+
+    TITLES are what to call the sides, if not by their first reports.
+    """
+    titles = titles or _titles(base, new)
+    one, other = Side(titles[0], tuple(base)), Side(titles[1], tuple(new))
+    reasons = [*_reasons(one), *_reasons(other), *_between(one, other)]
+    if reasons and not force:
+        raise Incomparable("; ".join(reasons) + " (--force compares them all the same)")
+    bits = sorted(one.by_bit.keys() | other.by_bit.keys(), key=lambda bit: (bit.msr, bit.direction))
+    return Comparison(
+        base=one,
+        new=other,
+        unit="call" if one.report.host.layout == other.report.host.layout else "bit",
+        rows=tuple(Row(bit, one.of(bit), other.of(bit)) for bit in bits),
+        differences=tuple(_differences(one.report, other.report)),
+        warnings=(*_spread(one), *_spread(other), *_warnings(one, other)),
+        forced=tuple(reasons),
+    )
+
+
+def _titles(base: Sequence[Report], new: Sequence[Report]) -> tuple[str, str]:
+    one, other = base[0].title, new[0].title
+    return (one, other) if one != other else ("base", "new")
+
+
+def _reasons(side: Side) -> list[str]:
+    """Why the reports of SIDE cannot be compared with any."""
+    found: dict[str, None] = {}
+    for report in side.reports:
+        if report.totals.calls is None:
+            found[f"{side.title}: calls cannot be observed on that kernel (layout {report.host.layout})"] = None
+        elif not report.totals.filter_updates:
+            found[f"{side.title}: no filter update was seen, so there is nothing to divide by"] = None
+        if report.lower_bound:
+            which = side.title if report.title == side.title else f"{side.title} ({report.title})"
+            found[f"{which} is a lower bound: {lost(report)}"] = None
+        if report.host.layout != side.report.host.layout:
+            found[f"{side.title} has reports of kernels with different layouts"] = None
+        if report.command != side.report.command:
+            found[f"{side.title} has reports of different workloads"] = None
+    return list(found)
+
+
+def _between(one: Side, other: Side) -> list[str]:
+    found = []
+    if one.report.command != other.report.command:
+        found.append(
+            f"another workload: {one.title} ran {said(one.report.command)}, {other.title} {said(other.report.command)}"
+        )
+    if one.report.host.layout != other.report.host.layout and one.observable and other.observable:
+        unknown = [side.title for side in (one, other) if side.bits().redundant is None]
+        if unknown:
+            found.append(
+                f"the kernels' functions differ (layouts {one.report.host.layout} and {other.report.host.layout}), "
+                f"which takes outcomes per bit, and those of {' and '.join(unknown)} are unknown"
+            )
+    return found
+
+
+def said(command: Sequence[str] | None) -> str:
+    """COMMAND as one would type it, if that is not too long to be shown."""
+    return printable(shlex.join(command), _COMMAND_SHOWN) if command else "no command"
+
+
+def lost(report: Report) -> str:
+    """What REPORT did not see, in words; "nothing" if it saw all."""
+    loss = report.loss
+    parts = loss.words()
+    parts += [f"kvm_intel loaded anew {loss.reattachments} times"] * bool(loss.reattachments)
+    parts += [f"{name} not probed" for name in loss.not_probed]
+    return ", ".join(parts) or "nothing"
+
+
+def _spread(side: Side) -> list[str]:
+    """Warnings where repeats, which should count the same per update, do not; or a side's counts do not divide."""
+    found = []
+    values = [Side(side.title, (report,)).calls() for report in side.reports]
+    for what in ("calls", "redundant"):
+        numbers = {getattr(value, what) for value in values} - {None}
+        if len(numbers) > 1:
+            found.append(
+                f"{side.title}: {what} per filter update differ between its reports, "
+                f"{float(min(numbers)):g} to {float(max(numbers)):g}; the table has their mean"
+            )
+        elif any(number.denominator != 1 for number in numbers):
+            found.append(
+                f"{side.title}: {what} per filter update is no whole number: VMs differ, or updates were under way "
+                "when the trace began or ended"
+            )
+    if not found and len({_profile(Side(side.title, (report,))) for report in side.reports}) > 1:
+        found.append(
+            f"{side.title}: its reports differ in which MSRs a filter update touches; the table has their mean"
+        )
+    return found
+
+
+def _profile(side: Side) -> frozenset[tuple[Bit, PerUpdate]]:
+    """Everything about a filter update."""
+    return frozenset((bit, side.of(bit)) for bit in side.by_bit)
+
+
+def _warnings(one: Side, other: Side) -> list[str]:
+    found = []
+    if one.report.command is None and other.report.command is None:
+        found.append("neither report ran a command: whether the workload was the same is not known")
+    if one.report.host.cpu != other.report.host.cpu:
+        found.append("the CPUs differ, so the times cannot be compared")
+    for side in (one, other):
+        kernels = sorted({report.host.kernel for report in side.reports})
+        if len(kernels) > 1:
+            found.append(f"{side.title} has reports of {len(kernels)} kernels: {', '.join(kernels)}")
+        failed = {r.exit_status for r in side.reports if r.exit_status}
+        if failed:
+            found.append(f"{side.title}: the command ended with status {', '.join(map(str, sorted(failed)))}")
+        if side.observable and not side.exact:
+            found.append(f"{side.title}: which calls are redundant is unknown")
+    return found
+
+
+def _differences(one: Report, other: Report) -> list[Difference]:
+    pairs = [
+        ("kernel", one.host.kernel, other.host.kernel),
+        ("version", one.host.version, other.host.version),
+        ("CPU", one.host.cpu, other.host.cpu),
+        ("layout", one.host.layout, other.host.layout),
+        ("backend", one.host.backend, other.host.backend),
+        ("redundancy", one.host.redundancy, other.host.redundancy),
+        ("msrtrace", one.msrtrace, other.msrtrace),
+        ("vCPUs seen", str(one.host.vcpus_seen), str(other.host.vcpus_seen)),
+        ("VMMs seen", str(one.host.vmms_seen), str(other.host.vmms_seen)),
+    ]
+    parameters = sorted(one.host.kvm_intel.keys() | other.host.kvm_intel.keys())
+    pairs += [
+        (f"kvm_intel.{name}", one.host.kvm_intel.get(name, "-"), other.host.kvm_intel.get(name, "-"))
+        for name in parameters
+    ]
+    return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
+
+
+def timed(means: Sequence[float]) -> Time:
+    """The median of MEANS (at least one), and its interval."""
+    ordered, count = sorted(means), len(means)
+    if count == 1:
+        return Time(ordered[0], None, None, None, 1)
+
+    # The median lies outside if fewer than RANK of COUNT coin tosses are heads, or fewer than RANK tails.
+    rank, outside = 1, 1
+    while rank < count // 2 and _coverage(outside + comb(count, rank), count) >= _CONFIDENCE:
+        outside += comb(count, rank)
+        rank += 1
+    return Time(median(ordered), ordered[rank - 1], ordered[count - rank], _coverage(outside, count), count)
+
+
+def _coverage(outside: int, count: int) -> float:
+    """The probability that none of the OUTSIDE outcomes of COUNT coin tosses comes true, nor its mirror image."""
+    return 1 - outside / (1 << (count - 1))

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a report or a comparison says, before it has a form: a leading line, then sections of lines and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from tracer.model.text import printable
+
+_CELL = 128  # characters; the names of VMs have no more
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. The first `names` columns are words, the others numbers, which are flush right."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    names: int = 1
+
+    def drawn(self, style: str, escaped: Callable[[str], str] = str) -> str:
+        """The table as text (STYLE `simple`) or Markdown (`github`), each cell ESCAPED.
+
+        A long cell is cut, as it would make all rows as long. Drawn here, as tabulate is slow to import.
+        """
+        cells = [[escaped(printable(cell, _CELL)) for cell in row] for row in (self.headers, *self.rows)]
+        widths = [max(map(len, (f"{header}  ", *column))) for header, *column in zip(*cells, strict=True)]
+        forms = [f"{'<' if column < self.names else '>'}{width}" for column, width in enumerate(widths)]
+        aligned = [list(map(format, row, forms)) for row in cells]
+        if style == "simple":
+            headers, *rows = ("  ".join(row).rstrip() for row in aligned)
+            return "\n".join([headers, "  ".join("-" * width for width in widths), *rows])
+        headers, *rows = (f"| {' | '.join(row)} |" for row in aligned)
+        return "\n".join([headers, f"|{'|'.join('-' * (width + 2) for width in widths)}|", *rows])
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part under a heading."""
+
+    title: str
+    lines: tuple[str, ...] = ()
+    table: Table | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """`lead` is the answer; the rest is how it came about."""
+
+    title: str
+    lead: str
+    lines: tuple[str, ...]
+    sections: tuple[Section, ...]
+
+    def text(self) -> str:
+        """For a terminal or a mail."""
+        parts = ["\n".join([self.lead, *self.lines])]
+        for section in self.sections:
+            block = [section.title, *(f"  {line}" for line in section.lines)]
+            if section.table and section.table.rows:
+                block += [f"  {line}".rstrip() for line in section.table.drawn("simple").splitlines()]
+            parts.append("\n".join(block))
+        return "\n\n".join(parts) + "\n"
+
+    def markdown(self) -> str:
+        """For an issue or a wiki."""
+        parts = [f"**{_escaped(self.lead)}**", *(_escaped(line) for line in self.lines)]
+        for section in self.sections:
+            parts.append(f"### {_escaped(section.title)}")
+            if section.lines:
+                parts.append("\n".join(f"- {_escaped(line)}" for line in section.lines))
+            if section.table and section.table.rows:
+                parts.append(section.table.drawn("github", _escaped))
+        return "\n\n".join(parts) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """TEXT as Markdown that shows it: names come from other people's command lines."""
+    for character in "\\`*_[]<>|#&~":
+        text = text.replace(character, "\\" + character)
+    return text
+
+
+def number(value: int | None) -> str:
+    """A count, or `?` where it is not known."""
+    return "?" if value is None else f"{value:,}"
+
+
+def rate(value: Fraction | float | None) -> str:
+    """A count per something: whole where it is, else to two decimals; `?` where it is not known."""
+    if value is None:
+        return "?"
+    return f"{int(value):,}" if value == int(value) else f"{float(value):,.2f}"
+
+
+def share(part: Fraction | float | None, of: Fraction | float | None) -> str:
+    """PART in percent of OF; empty where there is none."""
+    return "" if part is None or not of else f"{float(part / of):.1%}"
+
+
+def duration(seconds: float | None) -> str:
+    """A time with its unit, to three digits."""
+    if seconds is None:
+        return "?"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}" if seconds / size < 999.5 else f"{seconds / size:,.0f} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def listed(words: Iterable[str]) -> str:
+    """WORDS as a part of a sentence."""
+    *most, last = list(words)
+    return f"{', '.join(most)} and {last}" if most else last

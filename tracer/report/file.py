@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Report files: written whole or not at all, and read with suspicion."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tracer.model.errors import MsrtraceError
+from tracer.model.text import printable
+from tracer.report.report import SCHEMA, Report
+
+#: A report of 8,192 kinds of calls takes 2 MB.
+SIZE_LIMIT = 32 << 20
+_FORMAT, _MAJOR = SCHEMA.split("/")
+
+
+class _Head(msgspec.Struct):
+    schema: str
+
+
+def encode(report: Report) -> bytes:
+    """REPORT as the text of a JSON file."""
+    return msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
+
+
+def write(path: Path, text: bytes) -> None:
+    """Put TEXT into the file at PATH at once: whoever reads it sees the old one or the new one, whole.
+
+    What is there and is no file (a pipe, /dev/stdout) is written to as it is. Raises MsrtraceError.
+    """
+    try:
+        if _is_stream(path):
+            with path.open("ab") as stream:  # standard output may be a file with something in it
+                stream.write(text)
+            return
+        target = path.resolve()  # a link stays one
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name[:50]}.", dir=target.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            if target.exists():
+                before = target.stat()
+                with suppress(OSError):  # under sudo a user's file stays the user's
+                    os.chown(temporary, before.st_uid, before.st_gid)
+                os.chmod(temporary, before.st_mode & 0o7777)
+            else:
+                os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise _unwritable(path, error) from None
+
+
+def check_writable(path: Path) -> None:
+    """Raise the MsrtraceError that `write` would, as far as can be known before there is something to write."""
+    try:
+        if _is_stream(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        elif not (folder := path.resolve().parent).is_dir():
+            raise MsrtraceError(f"cannot write {path}: there is no directory {folder}")
+        else:
+            tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:
+        raise _unwritable(path, error) from None
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether PATH is there and no file, or a name for an open one, as /dev/stdout and /proc/self/fd/1 are."""
+    if not path.exists():
+        return False
+    folder = path.parent.resolve()
+    return not path.is_file() or folder == Path("/dev") or Path("/proc") in folder.parents
+
+
+def _unwritable(path: Path, error: OSError | RuntimeError) -> MsrtraceError:
+    return MsrtraceError(f"cannot write {path}: {(isinstance(error, OSError) and error.strerror) or error}")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read(path: Path) -> Report:
+    """The report in the file at PATH, or on standard input if that is `-`.
+
+    Unknown fields are ignored. Raises MsrtraceError, one line, for anything that is no report of this major version.
+    """
+    try:
+        if str(path) == "-":
+            data = sys.stdin.buffer.read(SIZE_LIMIT + 1)
+        else:
+            with path.open("rb") as file:
+                data = file.read(SIZE_LIMIT + 1)
+    except OSError as error:
+        raise MsrtraceError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        return decode(data)
+    except MsrtraceError as error:
+        raise MsrtraceError(f"{'standard input' if str(path) == '-' else path} {error}") from None
+
+
+def decode(data: bytes) -> Report:
+    """The report that DATA, a JSON text, holds. Raises MsrtraceError, whose text goes on after the file's name."""
+    if len(data) > SIZE_LIMIT:
+        raise MsrtraceError(f"is larger than any report ({SIZE_LIMIT >> 20} MB)")
+    if not data.strip():
+        raise MsrtraceError("is empty")
+    try:
+        schema = msgspec.json.decode(data, type=_Head).schema
+    except msgspec.ValidationError as error:
+        raise MsrtraceError(f"is no report of msrtrace: {_plain(error)}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MsrtraceError(f"is not JSON: {_plain(error)}") from None
+    kind, _, major = schema.partition("/")
+    if kind != _FORMAT:
+        raise MsrtraceError(f"is no report of msrtrace: its schema is {_short(schema)}")
+    if major != _MAJOR:
+        raise MsrtraceError(f"is a report of another version ({_short(schema)}); this msrtrace reads {SCHEMA}")
+    try:
+        return msgspec.json.decode(data, type=Report)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MsrtraceError(f"is a damaged report: {_plain(error)}") from None
+
+
+def _plain(error: Exception) -> str:
+    text = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+    return _short(text, 300)
+
+
+def _short(text: str, limit: int = 60) -> str:
+    """TEXT from a file, fit to be shown: printable, and not endless."""
+    return printable(text, limit)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a report, made from its types."""
+    title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA}
+    return title | msgspec.json.schema(Report)
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=1))

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reports of many hosts from what a Prometheus stored of them: the engine for more than one machine.
+
+Counts are taken from the stored samples themselves. PromQL's increase() extrapolates to the edges of its window, which
+makes 12.98 calls of 13. Whose a series is, targets.py says; what continues what, runs.py and lineage.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import msgspec
+
+from tracer.model.errors import MsrtraceError
+from tracer.report.fleet.counts import Grown, check_complete, snapshot
+from tracer.report.fleet.lineage import Process, processes
+from tracer.report.fleet.prometheus_api import Prometheus, Series, seconds
+from tracer.report.fleet.runs import runs
+from tracer.report.fleet.targets import (
+    INFO,
+    MACHINE_LABELS,
+    OWN,
+    REPLICA_LABELS,
+    START,
+    Stream,
+    Target,
+    differing,
+    innermost,
+    machine,
+    selector,
+    streams,
+)
+from tracer.report.making import Circumstances, make
+from tracer.report.report import Report
+
+__all__ = ["Fleet", "Prometheus", "compared", "reports", "seconds"]
+
+#: A process that starts this long before the last scrape of another is not the other, restarted.
+_OVERLAP_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The reports of each side, and what should be known of them all."""
+
+    sides: list[list[Report]]
+    warnings: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class _Host:
+    """The processes of a host, oldest first, that traced one kernel in one way."""
+
+    grown: tuple[Grown, ...]
+
+    @property
+    def target(self) -> Target:
+        return self.grown[-1].process.newest.target
+
+
+def reports(prometheus: Prometheus, selectors: Iterable[str], window: int, end: float) -> list[Report]:
+    """A report for each host that any of SELECTORS matches, in the WINDOW seconds before END (seconds since 1970).
+
+    A selector is what stands between the braces of an instant vector selector, with or without them: `patch="x"`.
+    Hosts on which no filter changed are left out, unless that leaves none. A host whose kernel changed has a report for
+    each. Raises MsrtraceError if no host matches, and where it cannot be told what the hosts counted.
+    """
+    return compared(prometheus, [selectors], window, end).sides[0]
+
+
+def compared(prometheus: Prometheus, sides: Sequence[Iterable[str]], window: int, end: float) -> Fleet:
+    """The reports as `reports` has them, for the selectors of each of SIDES.
+
+    Raises MsrtraceError if a host that counted something is on two sides, too.
+    """
+    matched = [_matched(prometheus, selectors, window, end) for selectors in sides]
+    stored: dict[Target, Stream] = {}
+    for side in matched:
+        for stream in side.values():
+            _add(stored, stream)
+    begin = end - window
+    found = [
+        Grown(process, process.increases())
+        for process in processes([run for stream in stored.values() for run in runs(stream, begin)], begin)
+    ]
+    for one in found:
+        check_complete(one)
+    hosts = [_hosts(_of_side(found, matched, number)) for number in range(len(matched))]
+    titles = _titles([host for side in hosts for host in side])
+    return Fleet([_reports(side, titles) for side in hosts], _warnings(found))
+
+
+def _matched(prometheus: Prometheus, selectors: Iterable[str], window: int, end: float) -> dict[Target, Stream]:
+    """The streams of msrtrace that any of SELECTORS matches."""
+    result: dict[Target, Stream] = {}
+    for text in selectors:
+        inside = text.strip().removeprefix("{").removesuffix("}").strip().rstrip(",")
+        found = streams(_stored(prometheus, inside, window, end))
+        ours = {target: stream for target, stream in found.items() if any(name != START for name, _ in stream.series)}
+        if not ours:
+            raise MsrtraceError(f"Prometheus has stored nothing of msrtrace for {{{inside}}} in the last {window} s")
+        if all(name == INFO for stream in ours.values() for name, _ in stream.series):
+            labels = ", ".join(OWN[INFO])
+            raise MsrtraceError(
+                f"{{{inside}}} matches {INFO} and no series with counts: select hosts by labels of their targets, "
+                f"not by labels of that metric ({labels})"
+            )
+        for stream in ours.values():
+            _add(result, stream)
+    return result
+
+
+def _add(streams: dict[Target, Stream], more: Stream) -> None:
+    """Add the series of MORE to what STREAMS has of its target."""
+    stream = streams.setdefault(more.target, Stream(more.target))
+    for key, samples in more.series.items():
+        stream.add(key, samples)
+
+
+def _stored(prometheus: Prometheus, inside: str, window: int, end: float) -> dict[str, list[Series]]:
+    """The stored series by the name of their metric."""
+    return {name: prometheus.series(name, inside, window, end) for name in OWN}
+
+
+def _of_side(found: Sequence[Grown], matched: Sequence[Mapping[Target, Stream]], number: int) -> list[Grown]:
+    """The processes that the selectors of side NUMBER match. Raises MsrtraceError if one is on another side, too."""
+    result = []
+    for one in found:
+        targets = {run.target for run in one.process.runs}
+        sides = [place for place, side in enumerate(matched) if not targets.isdisjoint(side)]
+        if len(sides) > 1 and one.counted:
+            labels = sorted({name for target in targets for name in differing(target, min(targets))})
+            under = f" under several labels ({', '.join(labels)})" if labels else ""
+            raise MsrtraceError(
+                f"{' and '.join(map(selector, sorted(targets)))}: one msrtrace{under} is on both sides of the "
+                "comparison; select it by a label for one of them"
+            )
+        if number in sides:
+            result.append(one)
+    return result
+
+
+def _hosts(found: Sequence[Grown]) -> list[_Host]:
+    """The processes FOUND by host, and by kernel where a host had several, in the order of their labels."""
+    ordered = sorted(found, key=lambda one: (one.process.first, one.process.newest.target))
+    number: list[int] = []  # of its host, for each
+    latest: dict[Target, int] = {}  # the newest process with those labels
+    for index, one in enumerate(ordered):
+        targets = {run.target for run in one.process.runs}
+        before = [latest[target] for target in targets if target in latest]
+        before = before or _restarted([one.process for one in ordered], index, number)
+        same = {number[place] for place in before}
+        number = [index if host in same else host for host in number] if same else number
+        number.append(index)
+        latest |= dict.fromkeys(targets, index)
+    hosts: dict[tuple[int, Target], list[Grown]] = defaultdict(list)
+    for host, one in zip(number, ordered, strict=True):
+        hosts[host, _kind(one)].append(one)
+    return sorted((_Host(tuple(grown)) for grown in hosts.values()), key=_order)
+
+
+def _kind(one: Grown) -> Target:
+    """What the counts of a report must have in common: the kernel, and what can be seen of it."""
+    return tuple((name, one.info.get(name, "?")) for name in ("kernel", "layout", "redundancy"))
+
+
+def _order(host: _Host) -> tuple[str, str, Target, float]:
+    labels = innermost(host.target)
+    return labels.get("job", ""), labels.get("instance", ""), host.target, host.grown[0].process.first
+
+
+def _restarted(ordered: Sequence[Process], index: int, number: Sequence[int]) -> list[int]:
+    """The process before number INDEX that it may be, restarted under another label, as of its pod; or none.
+
+    NUMBER says which of those before are of one host.
+    """
+    new = ordered[index]
+
+    def follows(old: Process, new: Process) -> bool:
+        apart = new.start is None or new.start > old.last - _OVERLAP_SECONDS
+        return new.from_zero and old.last < new.first and apart and _same_machine(old.newest.target, new.runs[0].target)
+
+    found = [place for place in range(index) if follows(ordered[place], new)]
+    if len({number[place] for place in found}) != 1:
+        return []
+    beside = (one for one in ordered if one is not new and one.first <= new.last and new.first <= one.last)
+    return [] if any(follows(ordered[found[-1]], one) for one in beside) else found
+
+
+def _same_machine(one: Target, other: Target) -> bool:
+    """Whether two targets have a job and name a machine in common; beside a label for that, the instance may differ."""
+    old, new = innermost(one), innermost(other)
+    apart = {name for name in MACHINE_LABELS if old.get(name) != new.get(name)}
+    beside = any(name in old for name in MACHINE_LABELS - apart - {"instance"})
+    return old.get("job") == new.get("job") and (not apart or (apart == {"instance"} and beside))
+
+
+def _titles(hosts: Sequence[_Host]) -> dict[_Host, str]:
+    """What to call HOSTS: their instance and, where several have it, the labels in which those differ."""
+    titles: dict[_Host, str] = {}
+    by_instance: dict[str, list[_Host]] = defaultdict(list)
+    for host in hosts:
+        by_instance[machine(host.target)].append(host)
+    for instance, same in by_instance.items():
+        labels = [dict(host.target) for host in same]
+        if len({host.target for host in same}) < len(same):
+            labels = [dict(_kind(host.grown[-1])) | dict(host.target) for host in same]
+        names = sorted({name for one in labels for name in one})
+        apart = [name for name in names if len({one.get(name) for one in labels}) > 1]
+        for host, one in zip(same, labels, strict=True):
+            more = ", ".join(f'{name}="{one[name]}"' for name in apart if name in one)
+            titles[host] = f"{instance} ({more})" if more else instance
+    return titles
+
+
+def _reports(hosts: Sequence[_Host], titles: Mapping[_Host, str]) -> list[Report]:
+    found = [_report(titles[host], host) for host in hosts]
+    return [report for report in found if report.totals.filter_updates] or found
+
+
+def _report(title: str, host: _Host) -> Report:
+    info = host.grown[-1].info
+    first = min(one.process.first for one in host.grown)
+    last = max(one.process.last for one in host.grown)
+    restarts = len(host.grown) - 1
+    notes = [f"{title}: msrtrace was restarted {'once' if restarts == 1 else f'{restarts} times'}"] if restarts else []
+    for one in host.grown:
+        notes += _copies(title, one.process)
+    made = make(
+        snapshot(info, host.grown),
+        Circumstances(kernel=info.get("kernel", "?"), version="", cpu="", kvm_intel={}),
+        started=datetime.fromtimestamp(first, UTC),
+        duration=last - first,
+        version=info.get("version", ""),
+        label=title,
+        notes=notes,
+    )
+    # Recalculations are not asked for, which is not the same as that there were none.
+    totals = msgspec.structs.replace(made.totals, recalculations=None)
+    return msgspec.structs.replace(made, totals=totals, recalculation_seconds=None)
+
+
+def _copies(title: str, process: Process) -> list[str]:
+    """Notes on a process that is stored under several sets of labels."""
+    targets = sorted({run.target for run in process.runs})
+    apart = sorted({name for target in targets for name in differing(target, targets[0])})
+    if not apart:
+        return []
+    if set(apart) <= REPLICA_LABELS:
+        return [f"{title}: stored {len(targets)} times ({', '.join(apart)}), counted once"]
+    return [f"{title}: one msrtrace under several labels ({', '.join(apart)}), counted once"]
+
+
+def _warnings(found: Sequence[Grown]) -> list[str]:
+    unknown = Counter(machine(one.process.newest.target) for one in found if one.process.start is None and one.counted)
+    if not unknown:
+        return []
+    names = ", ".join(sorted(unknown)[:3]) + (", ..." if len(unknown) > 3 else "")
+    return [
+        f"{START} is not stored of {names}: counts are from the first scrape in the window on, and a restart of "
+        "msrtrace is seen only if a counter is lower than before at the next scrape"
+    ]

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The report on what a trace counted, made from its Snapshot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+
+from tracer.model import msr
+from tracer.model.cause import FILTER_CHANGE
+from tracer.model.layout import counted_functions
+from tracer.model.snapshot import Call, Durations, Outcome, Snapshot
+from tracer.model.verdict import judge
+from tracer.report.report import (
+    ARGUMENTS,
+    NOTES,
+    Bucket,
+    CallRow,
+    Host,
+    Loss,
+    PerUpdate,
+    Report,
+    Totals,
+    UpdateSeconds,
+    Vm,
+    redundant_sum,
+    whole,
+)
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a report says beside the counts."""
+
+    kernel: str
+    version: str
+    cpu: str
+    kvm_intel: dict[str, str]
+
+    @classmethod
+    def here(cls, root: Path = Path("/")) -> Circumstances:
+        """Of the running machine: uname(2), and what /proc and /sys below ROOT say."""
+        parameters: dict[str, str] = {}
+        for file in sorted((root / "sys/module/kvm_intel/parameters").glob("*")):
+            try:
+                parameters[file.name] = file.read_text(errors="replace").strip()
+            except OSError:
+                continue  # some are for root alone
+        try:
+            info = (root / "proc/cpuinfo").read_text(errors="replace")
+        except OSError:
+            info = ""
+        models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+        uname = os.uname()
+        return cls(uname.release, uname.version, models[0] if models else "", parameters)
+
+
+def make(
+    counted: Snapshot,
+    circumstances: Circumstances,
+    *,
+    started: datetime,
+    duration: float,
+    version: str = "",
+    label: str = "",
+    command: Sequence[str] | None = None,
+    exit_status: int | None = None,
+    notes: Sequence[str] = (),
+) -> Report:
+    """The report on what was COUNTED in DURATION seconds from STARTED on."""
+    rows = call_rows(counted.calls.items())
+    updates = _host_sum(counted.updates) if counted.updates_observable else None
+    recalcs = _host_sum(counted.recalcs) if counted.recalcs_observable else None
+    loss = loss_of(counted)
+    incomplete = counted.lower_bound or bool(counted_functions(counted.layout).intersection(loss.not_probed))
+    lower_bound = incomplete or bool(loss.reattachments or loss.open_calls)
+    return Report(
+        msrtrace=version,
+        label=label,
+        started=started.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        duration_seconds=round(duration, 6),
+        host=Host(
+            kernel=circumstances.kernel,
+            version=circumstances.version,
+            cpu=circumstances.cpu,
+            vcpus_seen=counted.vcpus_seen,
+            vmms_seen=counted.vmms_seen,
+            kvm_intel=circumstances.kvm_intel,
+            layout=counted.layout,
+            backend=counted.backend,
+            redundancy="exact" if counted.redundancy == "exact" else "unknown",
+        ),
+        command=list(command[:ARGUMENTS]) if command else None,
+        exit_status=exit_status,
+        totals=Totals(
+            calls=sum(row.calls for row in rows) if counted.calls_observable else None,
+            redundant=_redundant(counted, rows),
+            filter_updates=updates.count if updates else None,
+            recalculations=recalcs.count if recalcs else None,
+            vcpus_seen=counted.vcpus_seen,
+        ),
+        per_filter_update=_per_update(counted, rows, updates.count if updates else 0),
+        calls=rows,
+        filter_update_seconds=_seconds(updates) if updates else None,
+        recalculation_seconds=_seconds(recalcs) if recalcs else None,
+        vms=_vms(counted) if counted.by_vm else None,
+        loss=loss,
+        lower_bound=lower_bound,
+        verdict=judge(
+            layout=counted.layout,
+            calls_observable=counted.calls_observable,
+            incomplete=incomplete,
+            reloaded=bool(loss.reattachments),
+            updates=updates.count if updates else None,
+            rows=rows,
+        ),
+        notes=list(notes[:NOTES]),
+    )
+
+
+def call_rows(calls: Iterable[tuple[Call, Outcome]]) -> list[CallRow]:
+    """CALLS as rows of a report, VMs not told apart, in the order of MSR, access, action, cause and caller."""
+    sums: dict[tuple[int, str, str, str, str], Outcome] = {}
+    for call, outcome in calls:
+        key = (call.msr, call.access, call.action, call.cause, call.caller)
+        sums[key] = sums[key] + outcome if key in sums else outcome
+    return [
+        CallRow(
+            msr=msr.hexadecimal(index),
+            name=msr.name(index),
+            access=access,  # type: ignore[arg-type]
+            action=action,  # type: ignore[arg-type]
+            cause=cause,
+            caller=caller,
+            calls=outcome.calls,
+            redundant=outcome.redundant,
+            changed_read=outcome.changed_read,
+            changed_write=outcome.changed_write,
+            refused=outcome.refused,
+        )
+        for (index, access, action, cause, caller), outcome in sorted(sums.items(), key=lambda pair: pair[0])
+    ]
+
+
+def _host_sum(by_pid: Mapping[int, Durations]) -> Durations:
+    return sum(by_pid.values(), Durations())
+
+
+def _redundant(counted: Snapshot, rows: list[CallRow]) -> int | None:
+    return redundant_sum(rows) if counted.calls_observable and counted.redundancy == "exact" else None
+
+
+def _per_update(counted: Snapshot, rows: list[CallRow], updates: int) -> PerUpdate | None:
+    if not (updates and counted.calls_observable):
+        return None
+    inside = [row for row in rows if row.cause == FILTER_CHANGE]
+
+    def calls(action: str) -> int:
+        return sum(row.calls for row in inside if row.action == action)
+
+    def redundant(action: str) -> int | None:
+        if counted.redundancy != "exact":
+            return None
+        return redundant_sum(row for row in inside if row.action == action)
+
+    def each(value: int | None) -> float | None:
+        return None if value is None else whole(value / updates)
+
+    enable, disable = calls("enable"), calls("disable")
+    enable_redundant, disable_redundant = redundant("enable"), redundant("disable")
+    both = None if enable_redundant is None or disable_redundant is None else enable_redundant + disable_redundant
+    return PerUpdate(
+        calls=whole((enable + disable) / updates),
+        redundant=each(both),
+        enable=whole(enable / updates),
+        enable_redundant=each(enable_redundant),
+        disable=whole(disable / updates),
+        disable_redundant=each(disable_redundant),
+    )
+
+
+def _seconds(updates: Durations) -> UpdateSeconds:
+    cumulative = updates.cumulative()
+    counts = [cumulative[0][1], *(b - a for (_, a), (_, b) in pairwise(cumulative))]
+    return UpdateSeconds(
+        buckets=[
+            Bucket(le=None if bound == float("inf") else float(f"{bound:.9g}"), count=count)
+            for (bound, _), count in zip(cumulative, counts, strict=True)
+        ],
+        sum=updates.seconds,
+        count=updates.timed,
+    )
+
+
+def loss_of(counted: Snapshot) -> Loss:
+    """What COUNTED did not see."""
+    return Loss(
+        dropped_updates={m.name: m.dropped for m in counted.maps if m.dropped},
+        probe_missed={p.function: p.missed for p in counted.probes if p.missed},
+        unpaired_returns=counted.unpaired_returns,
+        read_failures=counted.read_failures,
+        open_calls=counted.open_calls,
+        uncounted=list(counted.uncounted),
+        reattachments=counted.reattached,
+        not_probed=[p.function for p in counted.probes if not p.attached],
+    )
+
+
+def _vms(counted: Snapshot) -> list[Vm]:
+    def of(pid: int) -> Vm:
+        outcomes = [outcome for call, outcome in counted.calls.items() if call.pid == pid]
+        exact = counted.calls_observable and counted.redundancy == "exact"
+        updates = counted.updates.get(pid, Durations())
+        return Vm(
+            pid=pid,
+            name=counted.vms.get(pid, ""),
+            calls=sum(outcome.calls for outcome in outcomes) if counted.calls_observable else None,
+            redundant=sum(outcome.redundant or 0 for outcome in outcomes) if exact else None,
+            filter_updates=updates.count if counted.updates_observable else None,
+            recalculations=counted.recalcs.get(pid, Durations()).count if counted.recalcs_observable else None,
+            filter_update_seconds_sum=updates.seconds,
+        )
+
+    return [of(pid) for pid in sorted(counted.pids)]

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a trace found, as plain data that goes into a file: the JSON report, "msrtrace-report/1".
+
+The types below are the format: reportfile.py reads and writes them, report.schema.json is made from them
+(`python -m tracer.reportfile`), and every view of a report is made from one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, field
+
+from tracer.model import msr
+from tracer.model.sanitized import Shown, Text
+from tracer.model.verdict import Verdict
+
+SCHEMA = "msrtrace-report/1"
+
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+Rate = Annotated[float, Meta(ge=0, le=1e12)]
+#: The most that a report has. The tracer counts 2,048 kinds of calls, or 32,768 kinds of calls of VMs with --by-vm.
+ROWS, ARGUMENTS, NOTES = 20_000, 4096, 256
+Redundancy = Literal["exact", "unknown"]
+
+
+class Host(Shown, frozen=True, kw_only=True):
+    """The machine: `kernel` and `version` are uname(2)'s release and version, `cpu` is /proc/cpuinfo's model name."""
+
+    kernel: Text
+    version: Text = ""
+    cpu: Text = ""
+    vcpus_seen: Count = 0
+    vmms_seen: Count = 0
+    kvm_intel: Annotated[dict[Text, Text], Meta(max_length=256)] = field(default_factory=dict)
+    layout: Text
+    backend: Text
+    redundancy: Redundancy
+
+
+class Totals(msgspec.Struct, frozen=True, kw_only=True):
+    """Sums over everything; null where it cannot be observed on that kernel.
+
+    `recalculations` are recomputations of a bitmap for another reason than a new filter, which 6.17 and newer make.
+    """
+
+    calls: Count | None
+    redundant: Count | None
+    filter_updates: Count | None
+    recalculations: Count | None = None
+    vcpus_seen: Count = 0
+
+
+class PerUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """Calls made inside filter updates divided by their number; whole numbers where the division leaves no rest."""
+
+    calls: Rate
+    redundant: Rate | None
+    enable: Rate
+    enable_redundant: Rate | None
+    disable: Rate
+    disable_redundant: Rate | None
+
+
+class CallRow(Shown, frozen=True, kw_only=True):
+    """A kind of call and how often it had which result; those are null where redundancy is unknown.
+
+    `msr` is hexadecimal. `changed_read` and `changed_write` count calls that changed that bit of the MSR;
+    `refused` those that asked for no interception and did not get it, as the VM's filter denies the access.
+    """
+
+    msr: Annotated[str, Meta(pattern="^0x[0-9a-f]{1,8}$")]
+    name: Text
+    access: Literal["read", "write", "read_write"]
+    action: Literal["enable", "disable"]
+    cause: Text
+    caller: Text
+    calls: Count
+    redundant: Count | None
+    changed_read: Count | None
+    changed_write: Count | None
+    refused: Count | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = (self.redundant, self.changed_read, self.changed_write, self.refused)
+        if any(part is not None and part > self.calls for part in parts):
+            raise ValueError("more outcomes than calls")
+
+    @property
+    def index(self) -> int:
+        """The MSR's number."""
+        return int(self.msr, 16)
+
+
+class Bucket(msgspec.Struct, frozen=True, kw_only=True):
+    """Updates that took at most `le` seconds (null: any longer time), and more than the bucket before."""
+
+    le: Seconds | None
+    count: Count
+
+
+class UpdateSeconds(msgspec.Struct, frozen=True, kw_only=True):
+    """How long updates (or recalculations) took, probes included: a histogram, the sum in seconds, their number."""
+
+    buckets: Annotated[list[Bucket], Meta(max_length=1000)]
+    sum: Seconds
+    count: Count
+
+
+class Loss(Shown, frozen=True, kw_only=True):
+    """What was not seen: by map, by function, and the rest. `not_probed` names functions without their probe.
+
+    `uncounted` says, a phrase each, what was known from the start not to be seen, because of a livepatch say.
+    """
+
+    dropped_updates: Annotated[dict[Text, Count], Meta(max_length=256)] = field(default_factory=dict)
+    probe_missed: Annotated[dict[Text, Count], Meta(max_length=256)] = field(default_factory=dict)
+    unpaired_returns: Count = 0
+    read_failures: Count = 0
+    open_calls: Count = 0
+    reattachments: Count = 0
+    not_probed: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
+    uncounted: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
+
+    def words(self) -> list[str]:
+        """What probes that were in place did not see, a phrase each."""
+        return [
+            *(f"{count:,} updates of map {name} dropped" for name, count in self.dropped_updates.items()),
+            *(f"{count:,} runs of {name} missed" for name, count in self.probe_missed.items()),
+            *[f"{self.unpaired_returns:,} unpaired returns"] * bool(self.unpaired_returns),
+            *[f"{self.read_failures:,} bitmaps not read"] * bool(self.read_failures),
+            *[f"{self.open_calls:,} calls still under way"] * bool(self.open_calls),
+            *self.uncounted,
+        ]
+
+
+class Vm(Shown, frozen=True, kw_only=True):
+    """The counts of one VM, with `--by-vm`: `pid` is its VMM's, 0 for what could not be told apart."""
+
+    pid: Count
+    name: Text
+    calls: Count | None
+    redundant: Count | None
+    filter_updates: Count | None
+    recalculations: Count | None = None
+    filter_update_seconds_sum: Seconds = 0.0
+
+
+class Report(Shown, frozen=True, kw_only=True):
+    """A report. `started` is UTC (ISO 8601), `command` what was run while tracing, `exit_status` how that ended."""
+
+    schema: Annotated[str, Meta(max_length=64)] = SCHEMA
+    msrtrace: Text = ""
+    label: Text = ""
+    started: Text
+    duration_seconds: Seconds
+    host: Host
+    command: Annotated[list[Text], Meta(max_length=ARGUMENTS)] | None = None
+    exit_status: Annotated[int, Meta(ge=0, le=255)] | None = None
+    totals: Totals
+    per_filter_update: PerUpdate | None
+    calls: Annotated[list[CallRow], Meta(max_length=ROWS)]
+    filter_update_seconds: UpdateSeconds | None
+    recalculation_seconds: UpdateSeconds | None = None
+    vms: Annotated[list[Vm], Meta(max_length=ROWS)] | None = None
+    loss: Loss
+    lower_bound: bool
+    verdict: Verdict
+    notes: Annotated[list[Text], Meta(max_length=NOTES)] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """What to call it: its label, else its kernel."""
+        return self.label or self.host.kernel
+
+    def rows(self, cause: str | None = None) -> list[CallRow]:
+        """The calls, or those with CAUSE."""
+        return [row for row in self.calls if cause in (None, row.cause)]
+
+
+@dataclass(frozen=True)
+class Bit:
+    """One of an MSR's two bits in the bitmap: `direction` is read or write."""
+
+    msr: int
+    direction: str
+
+    def __str__(self) -> str:
+        return f"{msr.name(self.msr)} {self.direction}"
+
+
+@dataclass(frozen=True)
+class BitCounts:
+    """Calls that named a bit, and those of them that left it as it was; None where that is unknown."""
+
+    calls: int
+    redundant: int | None
+
+
+def by_bit(rows: Iterable[CallRow]) -> dict[Bit, BitCounts]:
+    """The calls of ROWS per bit that they name: what kernels that ask for both at once are compared by."""
+    result: dict[Bit, BitCounts] = {}
+    for row in rows:
+        for direction, changed in (("read", row.changed_read), ("write", row.changed_write)):
+            if row.access in (direction, "read_write"):
+                bit = Bit(row.index, direction)
+                before = result.get(bit, BitCounts(0, 0))
+                known = changed is not None and before.redundant is not None
+                result[bit] = BitCounts(
+                    before.calls + row.calls,
+                    (before.redundant or 0) + row.calls - (changed or 0) if known else None,
+                )
+    return dict(sorted(result.items(), key=lambda pair: (pair[0].msr, pair[0].direction)))
+
+
+def redundant_sum(rows: Iterable[CallRow]) -> int | None:
+    """How many calls of ROWS changed nothing; None if that is unknown."""
+    values = [row.redundant for row in rows]
+    return None if None in values else sum(value for value in values if value is not None)
+
+
+def whole(value: float) -> float:
+    """VALUE, as an int if it is one: 13 and not 13.0 in the file."""
+    return int(value) if value == int(value) else round(value, 6)

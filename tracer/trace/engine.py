@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The engine: BPF programs on the kernel's functions, and what they counted as a Snapshot. Needs BCC and rights."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from tracer.doctor.checks import Machine, explain_eperm
+from tracer.kernel.btf import Btf, BtfError
+from tracer.kernel.copies import holders
+from tracer.kernel.symbols import Symbol, Symbols
+from tracer.model.errors import MsrtraceError
+from tracer.model.layout import Layout
+from tracer.model.snapshot import Probe, Snapshot
+from tracer.program.compiler import Built, build, refused
+from tracer.program.program import Refused, syscalls
+from tracer.program.resources import resource
+from tracer.trace.capabilities import in_force
+from tracer.trace.kprobe import attach_kprobe
+from tracer.trace.plan import Options, Point, definitions, points, preemptible, variants
+from tracer.trace.reader import Reader
+
+
+class Engine:
+    """Attached probes. Closing it, or the death of its process, removes them: they hang on file descriptors."""
+
+    def __init__(self, layout: Layout, symbols: Symbols, options: Options, machine: Machine) -> None:
+        """Compile, load and attach. Raises MsrtraceError when nothing can be counted."""
+        self._layout, self._symbols, self._options, self._machine = layout, symbols, options, machine
+        self._defined, self._btf_problem, btf = self._plan(layout, symbols)
+        wanted = variants(layout, symbols, self._defined, options, btf)
+        try:
+            self._built: Built = build(resource("bpf/msrtrace.c"), wanted)
+        except Refused:
+            raise MsrtraceError(explain_eperm(machine)) from None
+        self._functions = self._built.loaded.functions
+        self._reader = Reader(
+            self._built.loaded.arrays, self._functions, exact=self.redundancy == "exact", by_vm=options.by_vm
+        )
+        self._links: dict[str, list[int]] = {}
+        self.probes: list[Probe] = []
+        self._missed_before: dict[str, int] = {}
+        try:
+            self._attach_all()
+        except MsrtraceError:
+            self.close()
+            raise
+
+    def _plan(self, layout: Layout, symbols: Symbols) -> tuple[dict[str, int], str, Btf | None]:
+        """How the program must be configured for a kernel; why it cannot see outcomes there, if so; the BTF if not."""
+        if not layout.calls:
+            return definitions(layout, None, symbols, self._options), "", None
+        try:
+            btf = Btf.of_module(symbols.module) if symbols.module else Btf.of_kernel()
+            return definitions(layout, btf, symbols, self._options), "", btf
+        except BtfError as error:
+            return definitions(layout, None, symbols, self._options), str(error), None
+
+    def reattach(self, layout: Layout, symbols: Symbols) -> bool:
+        """Attach to a kvm_intel that was loaded anew; False if the program does not fit it.
+
+        Raises MsrtraceError when nothing can be counted. `detach` went before, so counts start from 0.
+        """
+        defined, problem, _ = self._plan(layout, symbols)
+        if self._built.backend != "kprobe" or (layout, defined) != (self._layout, self._defined):
+            return False
+        self._symbols, self._btf_problem = symbols, problem
+        self._attach_all()
+        return True
+
+    def _attach_all(self) -> None:
+        self._points = points(self._layout, self._symbols, exact="BITMAP_OFFSET" in self._defined)
+        with in_force():
+            # Calls come last: whatever settles them is there by then.
+            self.probes = [self._attach(point) for point in self._points]
+        counted = (self._layout.update, *self._layout.calls)
+        if not self._attached(*counted):
+            reasons = "; ".join(f"{p.function}: {p.detail}" for p in self.probes if p.function in counted)
+            self._remove_probes()
+            raise MsrtraceError(f"no probe could be attached ({reasons})")
+        self._uncounted = tuple(holder.loss for holder in holders(self._symbols) if holder.loss)
+        self._reader.reset("unpaired_return")  # functions that were being run while their probes were attached
+
+    def detach(self) -> None:
+        """Remove the probes and forget what they counted; the program stays loaded, for `reattach`."""
+        self._remove_probes()
+        self._missed_before = {name: self._misses(name) for name in self._functions}
+        self._reader.clear()
+        taken = self._built.loaded.maps["taken"]
+        for place in taken.keys():  # noqa: SIM118 (a BPF map)
+            taken.delete(place)
+
+    def _remove_probes(self) -> None:
+        for fd in (fd for links in self._links.values() for fd in links):
+            os.close(fd)
+        self._links = {}
+
+    @property
+    def backend(self) -> str:
+        """By which of BACKENDS functions are probed."""
+        return self._built.backend
+
+    @property
+    def redundancy(self) -> str:
+        """Whether outcomes are seen: `exact`, or `unknown` where calls are counted without them."""
+        return "exact" if "BITMAP_OFFSET" in self._defined or not self._layout.calls else "unknown"
+
+    @property
+    def _filter_known(self) -> bool:
+        return not self._layout.filter_set or "FILTER_OFFSET" in self._defined
+
+    @property
+    def warnings(self) -> list[str]:
+        """What keeps the numbers from being complete, one line each."""
+        lines = [f"{p.function} is not probed: {p.detail}" for p in self.probes if not p.attached]
+        if not self._filter_known:
+            lines.append("filter updates cannot be told from other recalculations, so they are not counted")
+        if self._btf_problem:
+            lines.append(f"which calls are redundant is unknown: {self._btf_problem}")
+        if self.backend == "fentry" and preemptible():
+            lines.append(
+                "this kernel may preempt what runs at fentry; what is missed by that is counted as missed "
+                "(--backend kprobe misses nothing)"
+            )
+        lines += self._uncounted
+        if not self._layout.calls:
+            lines.append(
+                f"this kernel (layout {self._layout.name}) has no function to count MSR-intercept calls at: "
+                "only filter updates are counted"
+            )
+        return lines
+
+    def _attach(self, point: Point) -> Probe:
+        clones = self._symbols.find(point.function)
+        if not clones:
+            return Probe(point.function, None, False, "no such function in this kernel")
+        symbol = clones[0]
+        where = symbol.place
+        links: list[int] = []
+        try:
+            for program in reversed(point.programs):  # the return first: then nothing is seen half
+                links.append(self._link(symbol, program, at_return=program == point.returned))
+        except (OSError, KeyError) as error:
+            for fd in links:
+                os.close(fd)
+            reason = explain_eperm(self._machine) if refused(error, "") else str(error)
+            return Probe(point.function, symbol.name, False, f"{where}: {reason}")
+        self._links[point.function] = links
+        others = f", not on its clones {', '.join(s.name for s in clones[1:])}" if clones[1:] else ""
+        if copies := self._symbols.copies(point.function):
+            others += f", not on {', '.join(s.place for s in copies)}"
+        return Probe(point.function, symbol.name, True, where + others)
+
+    def _link(self, symbol: Symbol, program: str, *, at_return: bool) -> int:
+        fd = self._functions[program]
+        if self._built.backend == "fentry":
+            return syscalls.attach_tracing(fd)
+        return attach_kprobe(symbol, self._symbols, fd, at_return=at_return)
+
+    @property
+    def _updates_observable(self) -> bool:
+        needed = [f for f in (self._layout.update, self._layout.filter_set) if f]
+        return self._filter_known and all(map(self._attached, needed))
+
+    def _attached(self, *functions: str) -> bool:
+        return any(p.attached for p in self.probes if p.function in functions)
+
+    def snapshot(self, patience: float = 0) -> Snapshot:
+        """The counts of now. `vms` is left empty: names are not the kernel's.
+
+        A call is counted when its outcome is known; PATIENCE: how many seconds to wait for those that are open.
+        """
+        counted = self._reader.read(self._symbols, patience)
+        return Snapshot(
+            layout=self._layout.name,
+            backend=self.backend,
+            redundancy=self.redundancy,
+            calls=counted.calls,
+            updates=counted.updates,
+            recalcs=counted.recalcs,
+            probes=tuple(
+                replace(probe, missed=sum(counted.counts[c] for c in point.unpaired) + self._recursions(point))
+                for point, probe in zip(self._points, self.probes, strict=True)
+            ),
+            maps=counted.maps,
+            unpaired_returns=counted.counts["unpaired_return"],
+            read_failures=counted.counts["read_failed"],
+            open_calls=counted.open_calls,
+            uncounted=self._uncounted,
+            vcpus_seen=counted.counts["vcpus_seen"],
+            vmms_seen=counted.counts["vmms_seen"],
+            commands=counted.commands,
+            calls_observable=self._attached(*self._layout.calls),
+            updates_observable=self._updates_observable,
+            by_vm=self._options.by_vm,
+        )
+
+    def forget(self, pids: set[int]) -> None:
+        """Make room: the counts of PIDS, processes that have ended, become those of pid 0. None is lost."""
+        if self._options.by_vm:
+            self._reader.forget(pids)
+
+    def _recursions(self, point: Point) -> int:
+        """Runs of POINT's programs that the kernel skipped because another BPF program ran on that CPU.
+
+        A program that sits on several functions is counted at the first of them.
+        """
+        earlier = self._points[: self._points.index(point)]
+        counted = {name for p in earlier for name in p.programs}
+        own = [name for name in point.programs if name not in counted]
+        return sum(self._misses(name) - self._missed_before.get(name, 0) for name in own)
+
+    def _misses(self, program: str) -> int:
+        fd = self._functions.get(program)
+        return 0 if fd is None else syscalls.misses(fd)
+
+    def close(self) -> None:
+        """Detach everything."""
+        self._remove_probes()
+        self._built.loaded.close()

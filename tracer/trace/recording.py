@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A trace with an end: for a time, until a signal, or as long as a command runs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from tracer.model.errors import MsrtraceError
+from tracer.model.snapshot import Snapshot
+from tracer.trace.tracer import Tracer
+
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
+_PATIENCE_SECONDS = 1.0  # for calls that are under way when the trace ends
+_POLL_SECONDS = 0.2  # how often a reload of kvm_intel is looked for, and VMs are named
+_SI_KERNEL = 0x80  # siginfo(7): sent by the kernel, as a terminal's Ctrl-C is to all its processes
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was counted in `seconds` from `started` on; `status` is the command's, as a shell gives it."""
+
+    counted: Snapshot
+    started: datetime
+    seconds: float
+    status: int | None
+    notes: tuple[str, ...]
+
+
+class CommandError(MsrtraceError):
+    """The command could not be started; `status` is what a shell ends with then."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def check_command(command: Sequence[str]) -> None:
+    """Raise the CommandError that `record` would, as far as can be known without starting COMMAND."""
+    if not shutil.which(command[0]):
+        there = os.path.dirname(command[0]) and os.path.exists(command[0])
+        why, status = (errno.EACCES, 126) if there else (errno.ENOENT, 127)
+        raise CommandError(f"cannot run {command[0]}: {os.strerror(why)}", status)
+
+
+def record(
+    tracer: Tracer,
+    *,
+    seconds: float | None = None,
+    command: Sequence[str] = (),
+    by_vm: bool = False,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Recording:
+    """Trace for SECONDS, or while COMMAND runs, or (neither given) until a signal: that ends any trace in order.
+
+    PROGRESS is told the seconds that have passed. BY_VM: VMs are named while they live. A signal that ends the trace
+    is passed on to the command, unless the terminal gave it to both; the trace goes on until the command has ended.
+    Raises CommandError if COMMAND cannot be started.
+    """
+    notes: list[str] = []
+    # What is ignored (by nohup, or in the background of a script) stays so.
+    ignored = {number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_IGN}
+    heeded = _SIGNALS - ignored | {signal.SIGCHLD}
+    if signal.SIGCHLD in ignored:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the kernel would throw the command's status away
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, heeded)
+    try:
+        before = tracer.snapshot()
+        started, begin = datetime.now(UTC), time.monotonic()
+        child = _start(command, blocked, ignored) if command else None
+        interrupted = ""
+        while True:
+            passed = time.monotonic() - begin
+            with suppress(OSError):  # a terminal that is gone shows nothing
+                progress(passed)
+            if child.poll() is not None if child else interrupted or (seconds is not None and passed >= seconds):
+                break
+            wait = _POLL_SECONDS if seconds is None else min(_POLL_SECONDS, max(0.0, seconds - passed))
+            info = signal.sigtimedwait(heeded, wait)
+            if info and info.si_signo != signal.SIGCHLD:
+                interrupted = signal.Signals(info.si_signo).name
+                if child and info.si_code != _SI_KERNEL:
+                    child.send_signal(info.si_signo)
+            if not info:
+                _keep_up(tracer, by_vm, notes)
+        spent = time.monotonic() - begin
+        counted = tracer.snapshot(_PATIENCE_SECONDS).since(before)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+    if interrupted and (child or seconds is not None):
+        after = "" if child else f" of {seconds:g}"
+        notes.append(f"ended by {interrupted} after {spent:.1f}{after} s")
+    return Recording(counted, started, spent, _status(child), tuple(dict.fromkeys(notes)))
+
+
+def _start(
+    command: Sequence[str], mask: set[signal.Signals] | set[int], ignored: set[signal.Signals]
+) -> subprocess.Popen[bytes]:
+    """COMMAND, with the signal MASK and the IGNORED signals that we were started with."""
+
+    def restore() -> None:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    try:
+        return subprocess.Popen(command, preexec_fn=restore)  # noqa: PLW1509 (no other thread runs yet)
+    except OSError as error:
+        status = 127 if isinstance(error, FileNotFoundError) else 126
+        raise CommandError(f"cannot run {command[0]}: {os.strerror(error.errno or 0)}", status) from None
+    except ValueError as error:
+        raise CommandError(f"cannot run {command[0]!r}: {error}", 126) from None
+
+
+def _keep_up(tracer: Tracer, by_vm: bool, notes: list[str]) -> None:
+    """Follow a reload of kvm_intel and name new VMs. What fails is a note: the trace must come to its end."""
+    try:
+        if tracer.follow():
+            notes.append("kvm_intel was unloaded or loaded during the trace")
+        if by_vm:
+            tracer.snapshot()
+    except Exception as error:
+        notes.append(f"kvm_intel is not traced any more: {error}")
+
+
+def _status(child: subprocess.Popen[bytes] | None) -> int | None:
+    if child is None:
+        return None
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode

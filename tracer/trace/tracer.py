@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Tracing that goes on: attaches when kvm_intel comes, again when it comes back, and never counts backwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from tracer.kernel.symbols import Symbols
+from tracer.model.errors import MsrtraceError
+from tracer.model.layout import LAYOUTS, Layout, choose
+from tracer.model.snapshot import Probe, Snapshot
+from tracer.trace.vm_names import VmNames, safe_name
+
+_PATIENCE_SECONDS = 0.1  # when counts are read for the last time
+
+MODULE = Path("/sys/module/kvm_intel")
+
+
+class Attachment(Protocol):
+    """What `Engine` is to this module, and a stand-in for it in tests."""
+
+    probes: list[Probe]
+
+    @property
+    def backend(self) -> str:
+        """How functions are probed."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What keeps the numbers from being complete."""
+
+    def snapshot(self, patience: float = 0) -> Snapshot:
+        """The counts of now; PATIENCE: how many seconds calls may take to come to their end."""
+
+    def forget(self, pids: set[int]) -> None:
+        """Count what ended processes did as of pid 0 from now on, where that can be done; none of it is lost."""
+
+    def detach(self) -> None:
+        """Remove the probes and forget the counts."""
+
+    def reattach(self, layout: Layout, symbols: Symbols) -> bool:
+        """Attach again after `detach`; False if that takes a new attachment."""
+
+    def close(self) -> None:
+        """Give everything back to the kernel."""
+
+
+def loaded_module(module: Path = MODULE) -> tuple[int, int] | None:
+    """What identifies this loading of kvm_intel, another one after a reload; None while it is not loaded."""
+    try:
+        if (module / "initstate").exists() and (module / "initstate").read_text().strip() != "live":
+            return None
+        status = module.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
+
+
+def layout_of(symbols: Symbols) -> Layout:
+    """The layout of the running kernel. Raises MsrtraceError, naming what was looked for, if there is none."""
+    layout = choose(symbols)
+    if layout is None:
+        names = sorted({name for known in LAYOUTS for name in (*known.calls, known.update)})
+        raise MsrtraceError(
+            f"this kernel's kvm_intel has none of the functions that msrtrace knows ({', '.join(names)}); "
+            "run `msrtrace doctor` and report its output"
+        )
+    return layout
+
+
+class Tracer:
+    """The counts since its start, across reloads of kvm_intel. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        attach: Callable[[Layout, Symbols], Attachment],
+        *,
+        symbols: Callable[[], Symbols] = Symbols.read,
+        module: Callable[[], object | None] = loaded_module,
+        names: VmNames | None = None,
+        keep_gone: bool = False,
+    ) -> None:
+        """ATTACH makes an engine; SYMBOLS and MODULE say what the kernel is like, NAMES what a VM is called.
+
+        KEEP_GONE: VMs that are gone stay apart, under the name they had; for a trace that comes to an end.
+        """
+        self._attach_engine, self._read_symbols, self._module = attach, symbols, module
+        self._names = names or VmNames()
+        self._kept: dict[int, str] | None = {} if keep_gone else None
+        self._lock = threading.RLock()
+        self._engine: Attachment | None = None
+        self._idle: Attachment | None = None  # of a kvm_intel that was unloaded; fits the next one as a rule
+        self._traced_module: object | None = None
+        self._earlier: Snapshot | None = None  # the counts of earlier attachments and of VMs that are gone
+
+    @property
+    def attached(self) -> bool:
+        """Whether probes are in place now."""
+        return self._engine is not None
+
+    @property
+    def probes(self) -> list[Probe]:
+        """The probes of the present attachment."""
+        return self._engine.probes if self._engine else []
+
+    @property
+    def backend(self) -> str:
+        """How the functions are probed at present."""
+        return self._engine.backend if self._engine else ""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What keeps the numbers of the present attachment from being complete."""
+        return self._engine.warnings if self._engine else []
+
+    def attach(self, symbols: Symbols | None = None) -> None:
+        """Attach to the kvm_intel that is loaded, whose SYMBOLS may have been read already.
+
+        Raises MsrtraceError if that cannot be done.
+        """
+        with self._lock:
+            module = self._module()
+            symbols = symbols or self._read_symbols()
+            layout = layout_of(symbols)
+            if self._idle and self._idle.reattach(layout, symbols):
+                self._engine = self._idle  # without compiling again: nothing is seen in the meantime
+            else:
+                self._engine = self._attach_engine(layout, symbols)
+                if self._idle:
+                    self._idle.close()
+            self._idle = None
+            self._traced_module = module
+
+    def follow(self) -> bool:
+        """Follow an unload or reload of kvm_intel; True if that changed what is attached.
+
+        Probes of a module that was unloaded stay silent for good, so they are replaced. Raises MsrtraceError
+        when the kvm_intel that came back cannot be traced.
+        """
+        with self._lock:
+            module = self._module()
+            if module == self._traced_module:
+                return False
+            self._detach()
+            self._traced_module = None
+            if module is not None:
+                self.attach()
+            return True
+
+    def _detach(self) -> None:
+        if self._engine:
+            last = self._engine.snapshot(_PATIENCE_SECONDS)
+            self._engine.detach()
+            self._engine, self._idle = None, self._engine
+            if self._earlier:
+                last = last.after(self._earlier)
+            silent = tuple(replace(p, attached=False, detail="kvm_intel was unloaded") for p in last.probes)
+            maps = tuple(replace(m, entries=0) for m in last.maps)
+            self._earlier = replace(last, probes=silent, maps=maps, reattached=last.reattached + 1)
+
+    def snapshot(self, patience: float = 0) -> Snapshot:
+        """All counts since the start. VMs that are gone are in the totals, but no longer apart (but see KEEP_GONE).
+
+        One that was gone before any snapshot saw it has the name of the command that made its first vCPU, or "".
+        PATIENCE: how many seconds to wait for calls that are under way.
+        """
+        with self._lock:
+            total = self._total(patience)
+            pids = total.pids - {0}
+            # A pid that another process has by now is as good as gone.
+            names = {pid: name for pid in pids if self._names.alive(pid) and (name := self._names.name(pid))}
+            if self._kept is not None:
+                self._kept |= names
+                return replace(
+                    total, vms={pid: self._kept.get(pid) or safe_name(total.commands.get(pid, "")) for pid in pids}
+                )
+            gone = pids - names.keys()
+            if gone:
+                self._forget(gone)
+                total = self._total()
+            return replace(total, vms=names)
+
+    def _total(self, patience: float = 0) -> Snapshot:
+        now = self._engine.snapshot(patience) if self._engine else None
+        if now and self._earlier:
+            return now.after(self._earlier)
+        result = now or self._earlier
+        if result is None:
+            raise MsrtraceError("nothing is attached")
+        return result
+
+    def _forget(self, gone: set[int]) -> None:
+        """Tell the counts of ended processes apart no longer, and free their places in the engine's maps."""
+        if self._engine:
+            self._engine.forget(gone)
+        if self._earlier:
+            self._earlier = self._earlier.without_vms(gone)
+        for pid in gone:
+            self._names.name(pid)  # whoever has that pid now is named anew
+
+    def close(self) -> None:
+        """Detach, whatever state the kernel is in. The counts stay readable, if they could be read a last time."""
+        with self._lock:
+            with suppress(Exception):
+                self._detach()
+            for engine in (self._engine, self._idle):
+                if engine:
+                    engine.close()
+            self._engine = self._idle = None
