@@ -18,7 +18,7 @@ from dashboards.health import health
 from dashboards.patterns import label
 from dashboards.updates import comparison, filter_updates
 from dashboards.verdict import missing_by_kernel
-from tracer.model.layout import LAYOUTS, VCPU_CREATE
+from tracer.model.vendors import VENDORS, layouts
 from tracer.model.verdict import JUDGED
 
 FILE = Path(__file__).with_name("grafana.json")
@@ -47,8 +47,8 @@ def rules(template: Path = _TEMPLATE) -> str:
         "missing_by_kernel": missing_by_kernel(),
         "judged": label("layout", JUDGED),
         # each function once, whatever layouts share it
-        "call_functions": label("function", list(dict.fromkeys(f for layout in LAYOUTS for f in layout.calls))),
-        "no_births": label("function", VCPU_CREATE, other=True),
+        "call_functions": label("function", list(dict.fromkeys(f for layout in layouts() for f in layout.calls))),
+        "no_births": label("function", [name for vendor in VENDORS for name in vendor.vcpu_create], other=True),
     }
     text = template.read_text()
     text = re.sub(r"^( *)@(\w+)@$", lambda found: indent(parts[found[2]], found[1]), text, flags=re.MULTILINE)

@@ -12,7 +12,7 @@ from textwrap import indent
 from dashboards.patterns import label, msr_pattern
 from dashboards.queries import HOST, LOST, metric
 from tracer.model.cause import FILTER_CHANGE
-from tracer.model.layout import counted_functions
+from tracer.model.vendors import VENDORS
 from tracer.model.verdict import (
     ANY_ENABLES,
     DISABLES,
@@ -95,7 +95,7 @@ _PANELS = Dialect(
 )
 _BUILD = metric("build_info")
 #: Probes without which a call may escape.
-_COUNTED = [function for layout in JUDGED for function in sorted(counted_functions(layout))]
+_COUNTED = [f for vendor in VENDORS for layout in JUDGED for f in sorted(vendor.counted_functions(layout))]
 
 
 def _one_direction() -> str:

@@ -44,11 +44,12 @@ def start() -> dict[str, float]:
     from tracer.export.server import Server
     from tracer.kernel.btf import Btf, BtfError
     from tracer.kernel.symbols import Symbols
-    from tracer.model.layout import LAYOUTS
+    from tracer.model.options import Options
+    from tracer.model.vmx import VMX
     from tracer.program.compiler import compiled
     from tracer.program.program import load
     from tracer.program.resources import resource as file
-    from tracer.trace.plan import Options, definitions, variants
+    from tracer.trace.plan import definitions, variants
 
     step("imports")
     Symbols.read()
@@ -61,7 +62,7 @@ def start() -> dict[str, float]:
     from known import KnownBtf, symbols
     from made import crowd
 
-    layout = next(layout for layout in LAYOUTS if layout.name == "toggle")
+    layout = next(layout for layout in VMX.layouts if layout.name == "toggle")
     there, options = symbols(layout), Options(backend="kprobe")
     btf = KnownBtf()
     [variant] = variants(layout, there, definitions(layout, btf, there, options), options, btf)

@@ -8,78 +8,60 @@ import pty
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from standin import ATTACHED, CLOSED, COUNTED, MODULE
 
 from tracer.report.file import decode, read
 
 ROOT = Path(__file__).parents[2]
 VERDICT = "patch present: 101 filter updates asked for the MSRs that KVM passes through and left alone those that it"
 
-DRIVER = """
-import os, sys
-from functools import partial
-
-from made import HOOK, toggle
-
-import tracer.cli, tracer.engine, tracer.report_command, tracer.tracer
-from tracer.kernel.symbols import Symbol, Symbols
-from tracer.model.snapshot import Probe
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
 
 
-class Engine:
-    def __init__(self, layout, symbols, options, machine):
-        self.pid, self.updates = os.getpid() if options.by_vm else 0, -100
-        self.warnings = ["something is not as it should be"] * ("WARN" in os.environ)
-        self.probes = [Probe(HOOK, HOOK, True, HOOK)]
+class Done(NamedTuple):
+    """What came of a command, and the names of the files that the stand-in left."""
 
-    def snapshot(self, patience=0):
-        self.updates += 101
-        if "COUNTING" in os.environ:
-            open(os.environ["COUNTING"], "w").close()
-        return toggle(self.updates, pid=self.pid, vcpus=1 + (self.updates > 1), probes=tuple(self.probes))
-
-    def detach(self):
-        pass
-
-    def close(self):
-        if "CLOSED" in os.environ:
-            print("closed", file=sys.stderr)
+    returncode: int
+    stdout: str
+    stderr: str
+    left: set[str]
 
 
-FUNCTIONS = (HOOK, "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr")
-Symbols.read = lambda *_: Symbols.of([Symbol(64, name, "kvm_intel") for name in FUNCTIONS])
-tracer.report_command.obstacle = lambda machine: os.environ.get("OBSTACLE")
-tracer.engine.Engine = Engine
-tracer.tracer.Tracer = partial(tracer.tracer.Tracer, symbols=Symbols.read, module=lambda: 1)
-tracer.cli.main()
-"""
-COMMAND = [sys.executable, "-c", DRIVER, "report"]
-PYTHONPATH = f"{ROOT}:{ROOT / 'tests/support'}"
+def command(folder: str | Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "standin", str(folder), "report", *arguments]
 
 
-def run(*arguments: str, given: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """`msrtrace report ARGUMENTS`."""
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH, **environment},
-        input=given,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+def run(*arguments: str, given: str = "", **files: str) -> Done:
+    """`msrtrace report ARGUMENTS`, on a kernel that is FILES (see standin.py)."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in {MODULE: "1", **files}.items():
+            (Path(folder) / name).write_text(content)
+        done = subprocess.run(
+            command(folder, *arguments),
+            env=ENVIRONMENT,
+            input=given,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        return Done(done.returncode, done.stdout, done.stderr, {file.name for file in Path(folder).iterdir()})
 
 
 # --- report ---
 
 
 def test_for_a_time() -> None:
-    done = run("-d", "0.2", CLOSED="1")
-    assert (done.returncode, done.stderr) == (0, "closed\n")
+    done = run("-d", "0.2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert CLOSED in done.left
     assert done.stdout.startswith(VERDICT)
     assert "\n13 calls per filter update, 11 of them redundant" in done.stdout
 
@@ -146,9 +128,10 @@ def test_a_command_that_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_command_that_is_not_there() -> None:
-    done = run("no-such-command", CLOSED="1")
-    expected = "msrtrace: error: cannot run no-such-command: No such file or directory\n"  # nothing was attached
+    done = run("no-such-command")
+    expected = "msrtrace: error: cannot run no-such-command: No such file or directory\n"
     assert (done.returncode, done.stdout, done.stderr) == (127, "", expected)
+    assert ATTACHED not in done.left
     assert run("/").returncode == 126
 
 
@@ -160,10 +143,11 @@ def test_a_command_that_is_no_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_until_a_signal(number: signal.Signals, tmp_path: Path) -> None:
-    counting = tmp_path / "counting"
+    counting = tmp_path / COUNTED
+    (tmp_path / MODULE).write_text("1")
     with subprocess.Popen(
-        [*COMMAND, "--format", "json"],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH, "COUNTING": str(counting)},
+        command(tmp_path, "--format", "json"),
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
@@ -183,18 +167,18 @@ def test_by_vm() -> None:
 
 
 def test_warnings_are_said_and_kept() -> None:
-    done = run("-d", "0.01", "--format", "json", WARN="1")
+    done = run("-d", "0.01", "--format", "json", warning="something is not as it should be")
     assert done.stderr == "msrtrace: warning: something is not as it should be\n"
     assert decode(done.stdout.encode()).notes == ["something is not as it should be"]
 
 
 def test_an_obstacle() -> None:
-    done = run("-d", "9", OBSTACLE="kvm_intel is not loaded")
+    done = run("-d", "9", obstacle="kvm_intel is not loaded")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "msrtrace: error: kvm_intel is not loaded\n")
 
 
 def test_a_file_that_cannot_be_written_is_found_before_tracing(tmp_path: Path) -> None:
-    done = run("-d", "99", "-o", str(tmp_path / "none/a.json"), OBSTACLE="not asked")
+    done = run("-d", "99", "-o", str(tmp_path / "none/a.json"), obstacle="not asked")
     expected = f"msrtrace: error: cannot write {tmp_path}/none/a.json: there is no directory {tmp_path}/none\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
     assert run("-d", "99", "-o", str(tmp_path)).returncode == 2
@@ -240,10 +224,12 @@ def test_wrong_usage(main: Main, arguments: list[str], message: str) -> None:
 
 def on_a_terminal(*arguments: str) -> tuple[str, str]:
     """What `msrtrace report ARGUMENTS` writes to a terminal on standard error, and to standard output."""
+    folder = tempfile.mkdtemp()
+    (Path(folder) / MODULE).write_text("1")
     terminal, end = pty.openpty()
     process = subprocess.Popen(
-        [*COMMAND, *arguments],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH, "TERM": "xterm"},
+        command(folder, *arguments),
+        env={**ENVIRONMENT, "TERM": "xterm"},
         stdout=subprocess.PIPE,
         stderr=end,
         start_new_session=True,

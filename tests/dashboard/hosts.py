@@ -168,7 +168,7 @@ def _by_vm(t: float) -> Snapshot:
 
 
 #: Patched, unpatched and newer: one tells VMs apart, one hides its calls, one has no BTF and loses counts, one
-#: went down, one was idle since its kvm_intel was loaded anew, one shows Intel PT to guests.
+#: went down, one was idle since its kvm_intel was reloaded, one shows Intel PT to guests.
 FLEET = (
     Host("kvm1:9753", "6.1.0-53-amd64", _one(calm(22), 15e-6), {"patch": "patched"}),
     Host("kvm2:9753", "5.19.0-2-amd64", _one(calm(17, 0.6), 34e-6, patched=False), {"patch": "unpatched"}),

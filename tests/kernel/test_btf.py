@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from needs import tool
 
 from tracer.kernel.btf import Btf, BtfError
+from tracer.model.vmx import VMX
 
 INT, ARRAY, STRUCT, UNION, ENUM, FWD, FUNC, FUNC_PROTO, VAR, DATASEC = 1, 3, 4, 5, 6, 7, 12, 13, 14, 15
 DECL_TAG, ENUM64 = 17, 19
@@ -136,7 +137,7 @@ def test_split() -> None:
     assert b"vmcs01" not in module.strings  # in the base's
     assert btf(module).offset("loaded_vmcs", "msr_bitmap") == 0x18
     assert btf(module).offset("vcpu_vmx", "vmcs01") == 0x1AA0
-    assert btf(module).bitmap_offset() == 0x1AB8
+    assert btf(module).nested_offset(VMX.bitmap) == 0x1AB8
 
 
 def test_the_first_string_of_a_split_blob() -> None:
@@ -152,7 +153,7 @@ def test_a_module_has_the_kernels_structures_too() -> None:
 
 def test_a_split_blob_without_its_base_is_refused() -> None:
     with pytest.raises(BtfError):
-        Btf(bytes(kvm_intel())).bitmap_offset()
+        Btf(bytes(kvm_intel())).nested_offset(VMX.bitmap)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_cut_off_anywhere() -> None:
     whole, base = bytes(module), bytes(module.base)
     for length in range(len(whole)):
         with pytest.raises(BtfError):
-            Btf(whole[:length], Btf(base)).bitmap_offset()
+            Btf(whole[:length], Btf(base)).nested_offset(VMX.bitmap)
 
 
 def attempt(blob: bytes, base: bytes | None) -> None:
@@ -217,7 +218,7 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(BtfError, match=f"^{tmp_path}/kvm_intel: No such file or directory$"):
         Btf.of_module("kvm_intel", tmp_path)
     (tmp_path / "kvm_intel").write_bytes(bytes(module))
-    assert Btf.of_module("kvm_intel", tmp_path).bitmap_offset() == 0x1AB8
+    assert Btf.of_module("kvm_intel", tmp_path).nested_offset(VMX.bitmap) == 0x1AB8
 
 
 # --- real ones ---
@@ -300,7 +301,7 @@ def test_kvm_intel(host: Host, tmp_path: Path) -> None:
     image.unlink()
     expected = {name: members(pahole(name, elf, base)) for name in ("vcpu_vmx", "loaded_vmcs", "kvm_vcpu")}
     btf = Btf.of_module("kvm_intel", tmp_path)
-    offset = btf.bitmap_offset()
+    offset = btf.nested_offset(VMX.bitmap)
     assert offset == expected["vcpu_vmx"]["vmcs01"] + expected["loaded_vmcs"]["msr_bitmap"]
     assert offset == KNOWN.get(release, offset)
     assert btf.offset("kvm_vcpu", "kvm") == expected["kvm_vcpu"]["kvm"]

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tracer.kernel.layout import choose
 from tracer.kernel.symbols import Symbol, Symbols
-from tracer.model.layout import LAYOUTS, choose
+from tracer.model.vmx import VMX
 
 ENABLE, DISABLE, SET = "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_set_intercept_for_msr"
 HOOK, RECALC, RECALC_MSR = "vmx_msr_filter_changed", "vmx_recalc_intercepts", "vmx_recalc_msr_intercepts"
@@ -56,7 +57,7 @@ def test_layout(functions: list[str], layout: str | None) -> None:
 
 
 def test_what_a_layout_probes() -> None:
-    assert {layout.name: (layout.calls, layout.update, layout.filter_set) for layout in LAYOUTS} == {
+    assert {layout.name: (layout.calls, layout.update, layout.filter_set) for layout in VMX.layouts} == {
         "recalc": ((SET,), RECALC, FILTER),
         "set": ((SET,), RECALC_MSR, FILTER),
         "toggle": ((ENABLE, DISABLE), HOOK, None),

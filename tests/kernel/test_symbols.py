@@ -9,11 +9,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tracer.kernel.layout import choose
 from tracer.kernel.symbols import Symbol, Symbols
-from tracer.model.cause import cause_of
 from tracer.model.errors import MsrtraceError
-from tracer.model.layout import choose
 from tracer.model.symbol_name import plain_name
+from tracer.model.vmx import VMX
 
 # As in 6.12: clones, paddings, data, other modules, an alias, addresses in no order.
 KALLSYMS = """\
@@ -86,7 +86,7 @@ SUFFIXES += [".__uniq.245866110", ".localalias", ".cfi", ".cfi_jt", "$0ef1c3ba7a
 @example(".__uniq.245866110.llvm.3433979326929198294")
 def test_the_name_in_the_source(suffix: str) -> None:
     assert plain_name(f"vmx_set_msr{suffix}") == "vmx_set_msr"
-    assert cause_of(f"vmx_set_msr{suffix}") == "msr_write"
+    assert VMX.cause_of(f"vmx_set_msr{suffix}") == "msr_write"
 
 
 @pytest.mark.parametrize("name", ["vmx_partial", "vmx_cold", "isra", "vmx_llvm_1", ".E_copy", "$x"])
@@ -247,7 +247,7 @@ def test_a_livepatch_stands_for_what_it_replaces(tmp_path: Path, address: int, c
     folder = livepatch(tmp_path / "livepatch/kpatch_x", "kvm_intel/vmx_set_msr", "vmlinux/tcp_ack")
     symbols = Symbols.read(tmp_path / "kallsyms", folder)
     shown, function = symbols.caller(address)
-    assert (shown, cause_of(function)) == (caller, cause)
+    assert (shown, VMX.cause_of(function)) == (caller, cause)
     assert [patch.module for patch in symbols.replacing("vmx_set_msr")] == ["kpatch_x"]
     assert symbols.replacing("vmx_vcpu_create") == []
     assert [s.module for s in symbols.find("vmx_set_msr")] == ["kvm_intel"]
@@ -334,7 +334,7 @@ ffffffffc0d00000 t vmx_msr_filter_changed\t[kpatch_x]
     symbols = read(tmp_path, image)
     assert symbols.module is None
     assert [s.place for s in symbols.find("vmx_msr_filter_changed")] == [f"vmx_msr_filter_changed{suffix}"]
-    assert cause_of(symbols.caller(0xFFFFFFFF81066FFF)[1]) == "pt"
+    assert VMX.cause_of(symbols.caller(0xFFFFFFFF81066FFF)[1]) == "pt"
     assert symbols.caller(0xFFFFFFFF81067001)[1] in ("", "_etext")
     assert symbols.caller(0xFFFFFFFFC0D00001) == ("vmx_msr_filter_changed [kpatch_x]", "")
     folder = livepatch(tmp_path / "livepatch/kpatch_x", "vmlinux/vmx_msr_filter_changed")

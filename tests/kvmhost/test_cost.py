@@ -71,7 +71,7 @@ def test_the_process_that_stays_is_small_and_has_few_rights(collected: Collected
         assert int(process["Rss"]) < RSS_KB
         bpf, perfmon, syslog, sys_admin = 1 << 39, 1 << 38, 1 << 34, 1 << 21
         # The hosts have kernel.perf_event_paranoid at 3: there probing takes CAP_SYS_ADMIN.
-        again = scenario == "counts"  # kprobes are attached to a kvm_intel that is loaded anew
+        again = scenario == "counts"  # kprobes are attached to a kvm_intel that is reloaded
         effective = bpf | perfmon | syslog if again else bpf
         permitted = effective | sys_admin if again else bpf
         assert {int(one, 16) for one in process["threads"].split()} == {effective}

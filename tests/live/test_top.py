@@ -16,7 +16,7 @@ from tracer.cli.top import look
 from tracer.live.terminal import Screen, Signals
 from tracer.live.top import SORTS, Frame, Sample, Sampler, between, frame
 from tracer.live.view import Look, View, lines
-from tracer.model.errors import MsrtraceError
+from tracer.model.module_change import ModuleChange
 from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
 
 TSC = Call(0x10, "read", "disable", "filter_change", "vmx_msr_filter_changed")
@@ -58,9 +58,7 @@ class Kernel:
     def __init__(self, *readings: Snapshot | Exception) -> None:
         self.readings = list(readings)
         self.now = 1000.0
-        self.attached = True
-        self.events: list[bool | MsrtraceError] = []
-        self.asked = 0
+        self.events: list[ModuleChange] = []
 
     def snapshot(self, patience: float = 0) -> Snapshot:
         reading = self.readings.pop(0)
@@ -69,12 +67,8 @@ class Kernel:
             raise reading
         return reading
 
-    def follow(self) -> bool:
-        self.asked += 1
-        event = self.events.pop(0) if self.events else False
-        if isinstance(event, MsrtraceError):
-            raise event
-        return event
+    def follow(self) -> ModuleChange | None:
+        return self.events.pop(0) if self.events else None
 
     def sampler(self) -> Sampler:
         return Sampler(self, lambda: self.now, lambda: "15:04:05")
@@ -214,21 +208,19 @@ def test_a_reload() -> None:
     sampler = kernel.sampler()
     sampler.follow()
     assert notes(sampler) == ()
-    kernel.events, kernel.attached = [True], False
+    kernel.events = [ModuleChange("kvm_intel", traced=False)]
     sampler.follow()
-    assert notes(sampler) == ("kvm_intel is not loaded; it is traced again when it comes back",)
+    assert notes(sampler) == (
+        "kvm_intel was unloaded; its counts are kept, and it is traced again when it comes back (15:04:05)",
+    )
     sampler.follow()
     assert len(notes(sampler)) == 1
-    kernel.events = [MsrtraceError("why")]
+    kernel.events = [ModuleChange("kvm_intel", traced=False, problem="why")]
     sampler.follow()
-    assert notes(sampler) == ("kvm_intel is not traced, trying again in 10 s: why",)
-    asked = kernel.asked
+    assert notes(sampler) == ("kvm_intel is not traced, trying again in 10 s: why (15:04:05)",)
+    kernel.events = [ModuleChange("kvm_intel", traced=True)]
     sampler.follow()
-    assert kernel.asked == asked
-    kernel.now += 10.0
-    kernel.events, kernel.attached = [True], True
-    sampler.follow()
-    assert notes(sampler) == ("kvm_intel was loaded again, and is traced since 15:04:05",)
+    assert notes(sampler) == ("kvm_intel was loaded again (15:04:05)",)
 
 
 # --- how it looks ---

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import pytest
 from made import FS_BASE, HOOK, PASSED, POSSIBLE, RTIT_STATUS, SPEC_CTRL, TSC, outcome, recalc, report, toggle
 
-from tracer.model.layout import LAYOUTS
 from tracer.model.snapshot import Call, Map, Probe, Snapshot
+from tracer.model.vendors import layouts
 from tracer.model.verdict import BESIDES, JUDGED, LOOP, RULES, SUPERSEDED, Fact, Row, Verdict, judge
 from tracer.report.making import call_rows
 from tracer.report.report import CallRow
@@ -132,13 +132,13 @@ def test_what_was_lost_can_hide_enables_but_not_make_them(loss: str) -> None:
 def test_reload(patched: bool) -> None:
     seen = verdict(toggle(patched=patched, reattached=1))
     assert seen.patched is None
-    assert "loaded anew" in seen.why
+    assert "reloaded" in seen.why
 
 
 def test_superseded() -> None:
     assert verdict(recalc()).patched is None
     assert verdict(recalc()).why.startswith("superseded: since 6.17 (8a056ece45d2)")
-    assert {layout.name for layout in LAYOUTS if layout.set_} == set(SUPERSEDED)
+    assert {layout.name for layout in layouts() if layout.set_} == set(SUPERSEDED)
     assert verdict(replace(toggle(patched=False), layout="set")).patched is None
 
 

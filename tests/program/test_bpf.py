@@ -29,19 +29,21 @@ from hypothesis import strategies as st
 from known import KnownBtf, kernel_of, one_tree, symbols
 from needs import ROOT_ALONE, tool
 
-from tracer.doctor.checks import Machine
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.livepatch import Livepatch
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
-from tracer.model.layout import LAYOUTS, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout
+from tracer.model.options import BACKENDS, Options
 from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Snapshot
+from tracer.model.vendor import Layout
+from tracer.model.vmx import VMX
+from tracer.program import syscalls
 from tracer.program.compiler import build, compiled
-from tracer.program.program import Loaded, Target, Variant, syscalls
+from tracer.program.program import Loaded, Target, Variant
 from tracer.program.resources import resource
 from tracer.program.syscalls import MMAPABLE
 from tracer.trace.engine import Engine
-from tracer.trace.plan import BACKENDS, VALUES, Options, definitions, preemptible, variants
+from tracer.trace.plan import VALUES, definitions, preemptible, variants
 from tracer.trace.reader import COUNTS, WORDS, Reader
 
 SOURCE = resource("bpf/msrtrace.c")
@@ -56,7 +58,6 @@ pytestmark = [
 ]
 
 NOTHING = Symbols.of([])
-MACHINE = Machine.here()
 
 
 Configuration = tuple[str, ...]  # the -D
@@ -72,7 +73,7 @@ class CastingBtf(KnownBtf):
 def configurations() -> dict[Configuration, Variant]:
     """Every way in which the engine may configure the program, with the functions that it may then attach."""
     found: dict[Configuration, Variant] = {}
-    for layout in LAYOUTS:
+    for layout in VMX.layouts:
         for btf in (None, CastingBtf()) if layout.calls else (None,):
             for filter_known in (True, False) if layout.filter_set else (False,):
                 for by_vm in (False, True):
@@ -281,8 +282,8 @@ def test_buckets() -> None:
 
 # --- the engine and its maps, filled by hand ---
 
-TOGGLE = next(layout for layout in LAYOUTS if layout.name == "toggle")
-RECALC = next(layout for layout in LAYOUTS if layout.name == "recalc")
+TOGGLE = next(layout for layout in VMX.layouts if layout.name == "toggle")
+RECALC = next(layout for layout in VMX.layouts if layout.name == "recalc")
 
 
 HOOK, ENABLE, DISABLE = TOGGLE.update, "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr"
@@ -355,7 +356,7 @@ def by_pid(kind: int, pid: int) -> int:
 
 @pytest.mark.usefixtures("headers", "no_probes")
 def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(TOGGLE, symbols(TOGGLE), Options(by_vm=True, backend="kprobe"), MACHINE)
+    engine = Engine(TOGGLE, symbols(TOGGLE), Options(by_vm=True, backend="kprobe"))
     try:
         assert engine.warnings == []
         for index, (caller, pid, made, counted) in enumerate(
@@ -401,7 +402,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
             (HOOK, 6),
             (CREATE, 0),
             (FREE, 0),
-            (X2APIC_WRITE, 0),
+            (VMX.direct_write, 0),
             (ENABLE, 0),
             (DISABLE, 0),
         ]
@@ -433,7 +434,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
         functions = engine._functions
         engine.detach()
-        assert engine.reattach(TOGGLE, symbols(TOGGLE, X2APIC_WRITE))
+        assert engine.reattach(TOGGLE, symbols(TOGGLE, VMX.direct_write))
         fresh_snapshot = engine.snapshot()
         assert (fresh_snapshot.calls, fresh_snapshot.updates, fresh_snapshot.recalcs) == ({}, {}, {})
         assert (fresh_snapshot.vcpus_seen, fresh_snapshot.lower_bound) == (0, False)
@@ -452,7 +453,7 @@ def test_engine_without_btf(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Btf, "of_module", missing)
     assert RECALC.filter_set
-    engine = Engine(RECALC, symbols(RECALC, RECALC.filter_set), Options(), MACHINE)
+    engine = Engine(RECALC, symbols(RECALC, RECALC.filter_set), Options())
     try:
         assert engine.warnings == [
             f"{RECALC.filter_set} is not probed: no such function in this kernel",
@@ -473,9 +474,7 @@ def test_engine_beside_a_livepatch() -> None:
     replaced = frozenset({("kvm_intel", HOOK), ("kvm_intel", DISABLE), ("kvm_intel", CREATE)})
     copies = [Symbol(0x9000 + 0x100 * n, name, "kpatch_x") for n, name in enumerate((HOOK, DISABLE, CREATE, "helper"))]
     there = Symbols.of(symbols(TOGGLE).functions, others=copies, bounds=[0x9400])
-    engine = Engine(
-        TOGGLE, replace(there, livepatches=(Livepatch("kpatch_x", True, replaced),)), Options(by_vm=True), MACHINE
-    )
+    engine = Engine(TOGGLE, replace(there, livepatches=(Livepatch("kpatch_x", True, replaced),)), Options(by_vm=True))
     try:
         assert engine.backend == "kprobe"
         assert [probe.detail for probe in engine.probes if probe.function == HOOK] == [
@@ -497,7 +496,7 @@ def test_engine_beside_a_livepatch() -> None:
     finally:
         engine.close()
     with pytest.raises(MsrtraceError, match=r"have functions that are probed: .*kpatch_x.*; --backend kprobe can"):
-        Engine(TOGGLE, there, Options(backend="fentry"), MACHINE)
+        Engine(TOGGLE, there, Options(backend="fentry"))
 
 
 @pytest.mark.usefixtures("headers", "no_probes")
@@ -507,10 +506,10 @@ def test_runs_that_were_skipped_are_counted_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Engine, "_misses", lambda _, program: misses.get(program, 0))
     there = Symbols.of(
         Symbol(0x100 * n, name, "kvm_intel")
-        for n, name in enumerate((HOOK, CREATE, FREE, ENABLE, DISABLE, *X2APIC_WRITE_CALLERS))
+        for n, name in enumerate((HOOK, CREATE, FREE, ENABLE, DISABLE, *VMX.direct_write_callers))
     )
-    engine = Engine(TOGGLE, there, Options(), MACHINE)
-    one, other = X2APIC_WRITE_CALLERS
+    engine = Engine(TOGGLE, there, Options())
+    one, other = VMX.direct_write_callers
     try:
         missed = {probe.function: probe.missed for probe in engine.snapshot().probes}
         assert missed == {HOOK: 3, CREATE: 0, FREE: 0, one: 4, other: 0, ENABLE: 0, DISABLE: 8}
@@ -527,7 +526,7 @@ def test_runs_that_were_skipped_are_counted_once(monkeypatch: pytest.MonkeyPatch
 def test_updates_are_not_claimed_to_be_seen_without_the_probe_that_tells_them_apart(no_probes: Probing) -> None:
     assert RECALC.filter_set
     no_probes.refused = {RECALC.filter_set}
-    engine = Engine(RECALC, symbols(RECALC), Options(backend="kprobe"), MACHINE)
+    engine = Engine(RECALC, symbols(RECALC), Options(backend="kprobe"))
     try:
         assert not engine.snapshot().updates_observable
     finally:
@@ -536,9 +535,9 @@ def test_updates_are_not_claimed_to_be_seen_without_the_probe_that_tells_them_ap
 
 @pytest.mark.usefixtures("headers")
 def test_a_reattachment_that_fails_leaves_no_probe(no_probes: Probing) -> None:
-    engine = Engine(TOGGLE, symbols(TOGGLE), Options(backend="kprobe"), MACHINE)
+    engine = Engine(TOGGLE, symbols(TOGGLE), Options(backend="kprobe"))
     try:
-        held = {HOOK: 2, CREATE: 1, FREE: 1, X2APIC_WRITE: 1, ENABLE: 1, DISABLE: 1}
+        held = {HOOK: 2, CREATE: 1, FREE: 1, VMX.direct_write: 1, ENABLE: 1, DISABLE: 1}
         assert +no_probes.held == held
         engine.detach()
         assert not +no_probes.held
@@ -571,18 +570,18 @@ def test_where_programs_at_fentry_may_be_preempted(version: str, model: str | No
 def test_where_fentry_is_refused_kprobes_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine has no kvm_intel, so the kernel has no BTF of it."""
     monkeypatch.setattr("tracer.trace.plan.preemptible", lambda: False)
-    engine = Engine(TOGGLE, symbols(TOGGLE), Options(backend="auto"), MACHINE)
+    engine = Engine(TOGGLE, symbols(TOGGLE), Options(backend="auto"))
     try:
         assert engine.snapshot().backend == "kprobe"
         assert engine._built.passed_over == ("the kernel gives no BTF of kvm_intel: No such file or directory",)
     finally:
         engine.close()
     with pytest.raises(MsrtraceError, match="the kernel gives no BTF of kvm_intel"):
-        Engine(TOGGLE, symbols(TOGGLE), Options(backend="fentry"), MACHINE)
-    callers = symbols(TOGGLE, X2APIC_WRITE).functions
-    inlined = Symbols.of([*callers, *(Symbol(0x9000, name, "kvm_intel") for name in X2APIC_WRITE_CALLERS)])
+        Engine(TOGGLE, symbols(TOGGLE), Options(backend="fentry"))
+    callers = symbols(TOGGLE, VMX.direct_write).functions
+    inlined = Symbols.of([*callers, *(Symbol(0x9000, name, "kvm_intel") for name in VMX.direct_write_callers)])
     with pytest.raises(MsrtraceError, match="there is no vmx_update_msr_bitmap_x2apic to probe; --backend kprobe can"):
-        Engine(TOGGLE, inlined, Options(backend="fentry"), MACHINE)
+        Engine(TOGGLE, inlined, Options(backend="fentry"))
 
 
 # --- the program at work, on a stand-in for KVM ---
@@ -633,7 +632,7 @@ class StandIn:
         self.vcpus: list[Vcpu] = []
         self.callers: dict[tuple[int, int, bool], str] = {}
         self.inside(lambda: None)
-        names: list[str] = [*layout.calls, layout.update, CREATE, FREE, X2APIC_WRITE, *CALLERS]
+        names: list[str] = [*layout.calls, layout.update, CREATE, FREE, VMX.direct_write, *CALLERS]
         names += [layout.filter_set] if layout.filter_set else []
         self.symbols = Symbols.of(Symbol(self.address(name), name, "kvm_intel") for name in names)
 
@@ -645,7 +644,7 @@ class StandIn:
         return syscalls.attach_probe("uprobe", str(self.path), program, at_return=at_return, **where)
 
     def start(self, options: Options) -> None:
-        self.engine = Engine(self.layout, self.symbols, options, MACHINE)
+        self.engine = Engine(self.layout, self.symbols, options)
         self.last = self.taken()
 
     def taken(self) -> Snapshot:
@@ -960,7 +959,7 @@ def test_bits_that_are_written_without_a_call_are_not_taken_for_its_outcome(togg
     toggle.counted()
     toggle.call("vmx_set_msr", vcpu, 0x808, READ, False, CLEAR)
     toggle.next.raw = FULL
-    toggle.library[X2APIC_WRITE](ctypes.byref(vcpu))
+    toggle.library[VMX.direct_write](ctypes.byref(vcpu))
     assert toggle.page.raw == FULL
     assert outcomes(toggle.counted()) == [CHANGED]
 

@@ -72,7 +72,7 @@ def test_a_child_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_the_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
     """Even if the compiler takes forever."""
     (tmp_path / "bcc.py").write_text("import time\ntime.sleep(60)\n")
-    script = "from pathlib import Path; import tracer.compiler as c; c._compile(Path('none.c'), {})"
+    script = "from pathlib import Path; import tracer.program.compiler as c; c._compile(Path('none.c'), {})"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as parent:

@@ -113,7 +113,9 @@ def test_unknown_redundancy() -> None:
 
 
 def test_differences_of_the_hosts() -> None:
-    host = replace(HOST, kernel="6.12", version="#2", cpu="Xeon", kvm_intel={"ept": "Y", "nested": "N", "pml": "Y"})
+    host = replace(
+        HOST, kernel="6.12", version="#2", cpu="Xeon", module_parameters={"ept": "Y", "nested": "N", "pml": "Y"}
+    )
     comparison = side_by_side(patched(), report(toggle(vcpus=3, backend="fentry"), host, label="other", version="0.2"))
     assert {d.what: (d.base, d.new) for d in comparison.differences} == {
         "kernel": ("6.1.0-53-amd64", "6.12"),
@@ -142,7 +144,7 @@ LOST: list[tuple[dict[str, Any], str]] = [
     ({"maps": (Map("calls", 9, 9, 1234),)}, "1,234 updates of map calls dropped"),
     ({"probes": (Probe("f", "f", True, "", 2), Probe("g", None, False, ""))}, "2 runs of f missed, g not probed"),
     ({"unpaired_returns": 3, "read_failures": 4}, "3 unpaired returns, 4 bitmaps not read"),
-    ({"reattached": 1}, "kvm_intel loaded anew 1 times"),
+    ({"reattached": 1}, "kvm_intel reloaded once"),
 ]
 REFUSED: dict[str, tuple[Callable[[], Report], str]] = {
     **{

@@ -371,7 +371,7 @@ def test_pipes_are_written_to(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
-WRITER = "import sys; from pathlib import Path; from tracer.reportfile import *; print('before', flush=True); "
+WRITER = "import sys; from pathlib import Path; from tracer.report.file import *; print('before', flush=True); "
 WRITER += "check_writable(Path(sys.argv[1])); write(Path(sys.argv[1]), b'text'); print(' after')"
 
 

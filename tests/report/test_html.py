@@ -16,10 +16,11 @@ from made import any_reports, patched, report, toggle, unpatched
 from pages import COMPARISONS, EITHER, REPORTS, Element, Page, bars, chart, many, page, shape
 
 from tracer.model.text import printable
+from tracer.report import html
 from tracer.report.compare import Comparison, compare
 from tracer.report.document import Document
 from tracer.report.html import report_html
-from tracer.report.report import Bucket, Report, UpdateSeconds, html
+from tracer.report.report import Bucket, Report, UpdateSeconds
 from tracer.report.views import comparison_document, report_document
 
 STYLE = (Path(html.__file__).parent / "templates" / "style.css").read_text()
@@ -117,7 +118,7 @@ def test_no_name_becomes_part_of_the_page(hostile: str) -> None:
     def made(name: str) -> tuple[Report, Comparison]:
         mine = unpatched()
         call = msgspec.structs.replace(mine.calls[0], cause=name, caller=name, name=name)
-        host = msgspec.structs.replace(mine.host, kernel=name, cpu=name, version=name, kvm_intel={name: name})
+        host = msgspec.structs.replace(mine.host, kernel=name, cpu=name, version=name, module_parameters={name: name})
         vm = report(toggle(pid=7, vms={7: name}), label="by VM").vms
         mine = msgspec.structs.replace(
             mine, label=name, calls=[call, *mine.calls], host=host, command=[name], notes=[name], vms=vm
@@ -148,7 +149,7 @@ def test_nothing_comes_from_outside() -> None:
 
 
 def test_other_views_do_not_load_the_template_engine() -> None:
-    code = "import sys, tracer.cli, tracer.views; sys.exit('jinja2' in sys.modules)"
+    code = "import sys, tracer.cli.report, tracer.report.views; sys.exit('jinja2' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

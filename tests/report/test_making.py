@@ -32,7 +32,7 @@ from made import (
 
 from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
 from tracer.report.file import decode, encode
-from tracer.report.making import Circumstances, call_rows
+from tracer.report.making import HostInfo, call_rows
 from tracer.report.report import Bit, BitCounts, CallRow, PerUpdate, Vm, by_bit, redundant_sum, whole
 
 
@@ -172,7 +172,7 @@ def test_host_and_circumstances() -> None:
         "#1 SMP Debian 6.1.192-1",
         "Intel(R) Core(TM) i7",
     )
-    assert (host.vcpus_seen, host.vmms_seen, host.kvm_intel) == (3, 1, {"ept": "Y", "nested": "Y"})
+    assert (host.vcpus_seen, host.vmms_seen, host.module_parameters) == (3, 1, {"ept": "Y", "nested": "Y"})
     assert (host.layout, host.backend, host.redundancy) == ("toggle", "kprobe", "exact")
     assert report(recalc(), command=()).command is None
     assert report().title == "6.1.0-53-amd64"
@@ -186,10 +186,13 @@ def test_circumstances_of_a_machine(tmp_path: Path) -> None:
     (parameters / "gone").symlink_to("nowhere")
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text("processor\t: 0\nmodel name\t: A: b\nmodel name\t: C\n")
-    found = Circumstances.here(tmp_path)
-    assert (found.cpu, found.kvm_intel) == ("A: b", {"ept": "\N{REPLACEMENT CHARACTER}", "nested": "Y"})
+    found = HostInfo.here("kvm_intel", tmp_path)
+    assert (found.cpu, found.module_parameters) == ("A: b", {"ept": "\N{REPLACEMENT CHARACTER}", "nested": "Y"})
     assert (found.kernel, found.version) == (os.uname().release, os.uname().version)
-    assert (Circumstances.here(tmp_path / "none").cpu, Circumstances.here(tmp_path / "none").kvm_intel) == ("", {})
+    assert (
+        HostInfo.here("kvm_intel", tmp_path / "none").cpu,
+        HostInfo.here("kvm_intel", tmp_path / "none").module_parameters,
+    ) == ("", {})
 
 
 # --- VMs ---

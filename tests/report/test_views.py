@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from made import HOST, HOSTILE, any_reports, patched, recalc, recalculated, report, times, toggle, unpatched, views
 from tabulate import tabulate
 
+from tracer.model.quantity import duration, listed, number, rate, share
 from tracer.model.snapshot import Map, Snapshot
 from tracer.model.text import LIMIT, printable
 from tracer.report.compare import compare
-from tracer.report.document import Document, Section, Table, duration, listed, number, rate, share
+from tracer.report.document import Document, Section, Table
 from tracer.report.report import Bucket, Report, UpdateSeconds
 from tracer.report.views import changelog, comparison_json, percent, quantile, report_document
 
@@ -254,7 +255,7 @@ def test_everything_is_made_printable(text: str, limit: int) -> None:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_everywhere(text: str) -> None:
-    host = replace(HOST, kernel=text, version=text, cpu=text, kvm_intel={text: text})
+    host = replace(HOST, kernel=text, version=text, cpu=text, module_parameters={text: text})
     counted = toggle(pid=100, vms={100: text}, maps=(Map(text, 9, 9, 3),), layout="toggle", backend=text)
     harmless(views(report(counted, host, label=text, command=[text, text], notes=[text], version=text), patched()))
 

@@ -11,7 +11,8 @@ from needs import checking, missing
 
 from tracer.kernel.btf import Btf
 from tracer.kernel.symbols import Symbol, Symbols
-from tracer.model.layout import X2APIC_WRITE, Layout
+from tracer.model.vendor import Layout
+from tracer.model.vmx import VMX
 
 
 class KnownBtf(Btf):
@@ -30,7 +31,7 @@ class KnownBtf(Btf):
 
 def symbols(layout: Layout, *without: str) -> Symbols:
     """Each function is 0x100 long, the first begins at 0x1000."""
-    names = [layout.update, *layout.calls, "vmx_vcpu_create", "vmx_vcpu_free", X2APIC_WRITE]
+    names = [layout.update, *layout.calls, "vmx_vcpu_create", "vmx_vcpu_free", VMX.direct_write]
     names += [layout.filter_set] if layout.filter_set else []
     there = [name for name in names if name not in without]
     return Symbols.of(Symbol(0x1000 + 0x100 * n, name, "kvm_intel") for n, name in enumerate(there))

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from tracer.cli.compare import _comparison_as
 from tracer.cli.report import _report_as
+from tracer.model.loss import Loss
 from tracer.model.snapshot import Call, Durations, Outcome, Snapshot
 from tracer.model.verdict import Verdict
 from tracer.report.compare import compare
-from tracer.report.making import Circumstances, make
-from tracer.report.report import Bucket, CallRow, Host, Loss, PerUpdate, Report, Totals, UpdateSeconds, Vm
+from tracer.report.making import HostInfo, make
+from tracer.report.report import Bucket, CallRow, Host, PerUpdate, Report, Totals, UpdateSeconds, Vm
 
 TSC, SPEC_CTRL, XFD_ERR, FS_BASE, RTIT_STATUS = 0x10, 0x48, 0x1C5, 0xC0000100, 0x571
 #: vmx_possible_passthrough_msrs[] of 6.1, and which halves KVM passes through on the emulated host.
@@ -25,7 +26,7 @@ POSSIBLE = (SPEC_CTRL, 0x49, TSC, 0x1C4, XFD_ERR, *BOTH_PASSED, 0x660, 0x3FC, 0x
 PASSED = {(TSC, "read"), *((index, access) for index in BOTH_PASSED for access in ("read", "write"))}
 HOOK = "vmx_msr_filter_changed"
 WORKLOAD = ("workload", "--updates", "101")
-HOST = Circumstances("6.1.0-53-amd64", "#1 SMP Debian 6.1.192-1", "Intel(R) Core(TM) i7", {"ept": "Y", "nested": "Y"})
+HOST = HostInfo("6.1.0-53-amd64", "#1 SMP Debian 6.1.192-1", "Intel(R) Core(TM) i7", {"ept": "Y", "nested": "Y"})
 STARTED = datetime(2026, 11, 22, 15, 0, 0, 987654, tzinfo=UTC)
 
 
@@ -107,7 +108,7 @@ def recalculated(recalculations: int = 7, *, exact: bool = True, **changes: Any)
     return replace(replace(made, calls=calls, recalcs=recalcs, redundancy=redundancy), **changes)
 
 
-def report(counted: Snapshot | None = None, host: Circumstances = HOST, **circumstances: Any) -> Report:
+def report(counted: Snapshot | None = None, host: HostInfo = HOST, **circumstances: Any) -> Report:
     """The report on what was COUNTED, in 2.5 seconds."""
     given: dict[str, Any] = {
         "started": STARTED,
@@ -193,7 +194,7 @@ hosts = st.builds(
     cpu=names,
     vcpus_seen=counts,
     vmms_seen=counts,
-    kvm_intel=st.dictionaries(names, names, max_size=2),
+    module_parameters=st.dictionaries(names, names, max_size=2),
     layout=st.one_of(st.sampled_from(["toggle", "recalc"]), names),
     backend=names,
     redundancy=st.sampled_from(["exact", "exact", "unknown"]),

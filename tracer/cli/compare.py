@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command `msrtrace compare`."""
+"""`msrtrace compare`: Put two reports (JSON) side by side: what a filter update costs with each, and what NEW
+saves.
+"""
 
 from __future__ import annotations
 

@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the commands share: how they speak to the user, and checks of what the user said."""
+"""How the commands speak to the user."""
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import click
-
-from tracer.model.errors import MsrtraceError
 
 
 def say(line: str) -> None:
@@ -29,28 +24,3 @@ def version() -> str:
     from importlib import metadata
 
     return metadata.version("msrtrace")
-
-
-def backend_option(function: Callable[..., None]) -> Callable[..., None]:
-    """The option --backend of what traces."""
-    return click.option(
-        "--backend",
-        type=click.Choice(["auto", "fentry", "kprobe"]),
-        default="auto",
-        show_default=True,
-        help="How functions are probed; auto: by fentry, which is cheaper, where the kernel can. While fentry is "
-        "in use kvm_intel cannot be unloaded.",
-    )(function)
-
-
-def check_pid(pid: int | None) -> None:
-    """Raise MsrtraceError unless PID is a process: BPF programs see those, and not their threads' ids."""
-    if pid is None:
-        return
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        raise MsrtraceError(f"there is no process {pid}") from None
-    found = re.search(r"^Tgid:\s*(\d+)", status, re.MULTILINE)
-    if found and int(found[1]) != pid:
-        raise MsrtraceError(f"{pid} is a thread of process {found[1]}; give --pid {found[1]}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command `msrtrace doctor`."""
+"""`msrtrace doctor`: Check everything that tracing needs, and say how to fix what is missing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import sys
 
 import click
 
-from tracer.doctor.checks import Machine, State, as_json, as_text, examine
+from tracer.doctor.check import State
+from tracer.doctor.examination import examine
+from tracer.doctor.output import as_json, as_text
+from tracer.kernel.machine import Machine
 
 
 @click.command()
 @click.option("--json", "as_json_", is_flag=True, help="Print JSON.")
 def doctor(as_json_: bool) -> None:
-    """Check everything that tracing needs, and say how to mend what is missing."""
+    """Check everything that tracing needs, and say how to fix what is missing."""
     machine = Machine.here()
     checks = examine(machine)
     if as_json_:

@@ -4,22 +4,26 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 
 import click
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.text import printable
 
-#: What each command does, as its help begins. The module of that name is imported when the command is used.
-_COMMANDS = {
-    "compare": "Put two reports (JSON) side by side: what a filter update costs with each, and what NEW saves.",
-    "doctor": "Check everything that tracing needs, and say how to mend what is missing.",
-    "report": "Trace for a time, until Ctrl-C, or while COMMAND runs; then report what was counted.",
-    "run": "Trace, and serve the counts to Prometheus until SIGINT or SIGTERM.",
-    "top": "Show live which MSR intercepts KVM updates, why, and how many of the calls change nothing.",
-}
+_COMMAND = re.compile(r'"""`msrtrace (\w+)`: (.+?)(?:\n\n|""")', re.DOTALL)
+
+
+@cache
+def commands() -> dict[str, str]:
+    """What each command does, as its help begins, by name: the modules here whose docstrings say that they are one."""
+    heads = (path.read_text()[:1000] for path in sorted(Path(__file__).parent.glob("*.py")))
+    found = (_COMMAND.search(head) for head in heads)
+    return {match[1]: " ".join(match[2].split()) for match in found if match}
 
 
 class _Commands(click.Group):
@@ -27,11 +31,11 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names, in the order in which they are shown."""
-        return list(_COMMANDS)
+        return list(commands())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name, if there is one."""
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in commands():
             return None
         command: click.Command = getattr(import_module(f"tracer.cli.{cmd_name}"), cmd_name)
         return command
@@ -39,7 +43,7 @@ class _Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of the commands."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+            formatter.write_dl(list(commands().items()))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command `msrtrace report`."""
+"""`msrtrace report`: Trace for a time, until Ctrl-C, or while COMMAND runs; then report what was counted."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracer.cli.console import backend_option, check_pid, version, warn
+from tracer.cli.console import version, warn
+from tracer.cli.options import tracing_options
 from tracer.cli.output import check_outputs, deliver, output_option
-from tracer.doctor.checks import Machine, obstacle
-from tracer.model.errors import MsrtraceError
+from tracer.cli.session import ready_machine, tracing
+from tracer.model.options import Options
 
 if TYPE_CHECKING:
     from tracer.report.report import Report
@@ -27,18 +28,14 @@ _LONGEST_SECONDS = 366 * 86400.0
 @output_option
 @click.option("--format", "form", type=click.Choice(["text", "json", "markdown", "html"]), help="[default: text]")
 @click.option("--label", default="", help="What to call this side in comparisons, such as `patched`.")
-@click.option("--by-vm", is_flag=True, help="Tell VMs apart, too.")
-@click.option("--pid", type=click.IntRange(min=1), help="Trace the VMM with this process id alone.")
-@backend_option
+@tracing_options
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def report(  # noqa: PLR0917 (click passes them by name)
     duration: float | None,
     outputs: tuple[Path, ...],
     form: str | None,
     label: str,
-    by_vm: bool,
-    pid: int | None,
-    backend: str,
+    options: Options,
     command: tuple[str, ...],
 ) -> None:
     """Trace for a time, until Ctrl-C, or while COMMAND runs; then report what was counted.
@@ -51,33 +48,23 @@ def report(  # noqa: PLR0917 (click passes them by name)
     if duration is not None and not duration <= _LONGEST_SECONDS:  # not a number, too
         raise click.UsageError(f"-d {duration:g}: at most {_LONGEST_SECONDS:g} seconds")
     check_outputs(outputs)
-    machine = Machine.here()
-    check_pid(pid)
-    problem = obstacle(machine)
-    if problem:
-        raise MsrtraceError(problem)
+    machine = ready_machine(options)
 
     from tracer.trace.recording import check_command, record
 
     if command:
         check_command(command)
 
-    from tracer.report.making import Circumstances, make
-    from tracer.trace.engine import Engine
-    from tracer.trace.plan import Options
-    from tracer.trace.tracer import Tracer
+    from tracer.report.making import HostInfo, make
 
-    options = Options(by_vm=by_vm, pid=pid, backend=backend)
-    tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, machine), keep_gone=True)
-    tracer.attach(machine.symbols)
-    try:
+    with tracing(machine, options, keep_gone=True) as tracer:
         for warning in tracer.warnings:
             warn(warning)
         with _progress(duration, bool(command)) as progress:
-            recording = record(tracer, seconds=duration, command=command, by_vm=by_vm, progress=progress)
+            recording = record(tracer, seconds=duration, command=command, by_vm=options.by_vm, progress=progress)
         made = make(
             recording.counted,
-            Circumstances.here(),
+            HostInfo.here(machine.vendor.module),
             started=recording.started,
             duration=recording.seconds,
             version=version(),
@@ -86,8 +73,6 @@ def report(  # noqa: PLR0917 (click passes them by name)
             exit_status=recording.status,
             notes=(*tracer.warnings, *recording.notes),
         )
-    finally:
-        tracer.close()
     deliver(lambda form: _report_as(made, form), form, outputs, aside=bool(command))
     sys.exit(recording.status or 0)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command `msrtrace run`."""
+"""`msrtrace run`: Trace, and serve the counts to Prometheus until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracer.cli.console import backend_option, check_pid, say, version, warn
-from tracer.doctor.checks import Machine, obstacle
-from tracer.model.errors import MsrtraceError
+from tracer.cli.console import say, version, warn
+from tracer.cli.options import tracing_options
+from tracer.cli.session import module_is_loaded, ready_machine, tracing, wait_for_module
+from tracer.model.module_change import FOLLOW_SECONDS
+from tracer.model.options import Options
 
 if TYPE_CHECKING:
     from tracer.trace.tracer import Tracer
 
 DEFAULT_ADDRESS = "127.0.0.1:9753"
-_FOLLOW_SECONDS = 0.2  # how often a reload of kvm_intel is looked for
-_RETRY_SECONDS = 10.0  # how long one that cannot be traced is left alone
 
 
 class Address(click.ParamType[tuple[str, int]]):
@@ -55,18 +55,14 @@ class Address(click.ParamType[tuple[str, int]]):
     type=click.Path(dir_okay=False),
     help="Ask clients for a certificate by this CA.",
 )
-@click.option("--by-vm", is_flag=True, help="Label the metrics with each VM's name and the pid of its VMM.")
-@click.option("--pid", type=click.IntRange(min=1), help="Trace the VMM with this process id alone.")
-@backend_option
-@click.option("--wait-module", is_flag=True, help="Wait until kvm_intel is loaded.")
+@tracing_options
+@click.option("--wait-module", is_flag=True, help="Wait until KVM's module for this CPU is loaded.")
 def run(  # noqa: PLR0917 (click passes them by name)
     address: tuple[str, int],
     cert: str | None,
     key: str | None,
     ca: str | None,
-    by_vm: bool,
-    pid: int | None,
-    backend: str,
+    options: Options,
     wait_module: bool,
 ) -> None:
     """Trace, and serve the counts to Prometheus until SIGINT or SIGTERM."""
@@ -74,46 +70,32 @@ def run(  # noqa: PLR0917 (click passes them by name)
         raise click.UsageError("--web.tls-key-file and --web.tls-client-ca-file need --web.tls-cert-file")
     if cert and not key:
         raise click.UsageError("--web.tls-cert-file needs --web.tls-key-file")
-    machine = Machine.here()
-    check_pid(pid)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    problem = obstacle(machine, ignore=("kvm-intel", "symbols") if wait_module else ())
-    if problem:
-        raise MsrtraceError(problem)
+    machine = ready_machine(options, module_may_be_missing=wait_module)
 
     from prometheus_client import CollectorRegistry, ProcessCollector
 
     from tracer.export.metrics import SnapshotCollector
     from tracer.export.server import Server
-    from tracer.trace.engine import Engine
-    from tracer.trace.plan import Options
-    from tracer.trace.tracer import Tracer, loaded_module
 
-    if wait_module and loaded_module() is None:
-        say("waiting for kvm_intel to be loaded")
-        while loaded_module() is None:
-            if stop.wait(_FOLLOW_SECONDS):
-                return
+    if wait_module and not module_is_loaded():
+        say(f"waiting for {machine.vendor.module} to be loaded")
+        if not wait_for_module(stop):
+            return
     # Before the work of attaching, so that an address that is taken is said at once.
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     server = Server(registry, address, cert=cert, key=key, ca=ca, complain=warn)
-    options = Options(by_vm=by_vm, pid=pid, backend=backend)
-    tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, machine))
-    tracer.attach(None if wait_module else machine.symbols)
-    try:
+    with tracing(machine, options) as tracer:
         _give_up_rights(attaches_again=tracer.backend == "kprobe")  # fentry holds the module
         _show_probes(tracer)
         registry.register(SnapshotCollector(tracer.snapshot, version(), complain=warn))
         server.start()
         say(f"serving {server.url}")
-        pause = _FOLLOW_SECONDS
-        while not stop.wait(pause):
-            pause = _follow(tracer)
-    finally:
-        tracer.close()
+        while not stop.wait(FOLLOW_SECONDS):
+            _follow(tracer)
 
 
 def _give_up_rights(attaches_again: bool) -> None:
@@ -133,16 +115,14 @@ def _show_probes(tracer: Tracer) -> None:
         warn(warning)
 
 
-def _follow(tracer: Tracer) -> float:
-    """Follow a reload of kvm_intel, and say so; how long to wait before looking again, in seconds."""
-    try:
-        if tracer.follow():
-            if tracer.attached:
-                say("kvm_intel was loaded again")
-                _show_probes(tracer)
-            else:
-                say("kvm_intel was unloaded; its counts are kept, and it is traced again when it comes back")
-    except MsrtraceError as error:
-        warn(f"kvm_intel is not traced, trying again in {_RETRY_SECONDS:.0f} s: {error}")
-        return _RETRY_SECONDS
-    return _FOLLOW_SECONDS
+def _follow(tracer: Tracer) -> None:
+    """Follow a reload of the module, and say so."""
+    change = tracer.follow()
+    if change is None:
+        return
+    if change.problem:
+        warn(str(change))
+        return
+    say(str(change))
+    if change.traced:
+        _show_probes(tracer)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command `msrtrace top`."""
+"""`msrtrace top`: Show live which MSR intercepts KVM updates, why, and how many of the calls change nothing."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracer.cli.console import backend_option, check_pid, warn
-from tracer.doctor.checks import Machine, obstacle
-from tracer.model.errors import MsrtraceError
+from tracer.cli.console import warn
+from tracer.cli.options import tracing_options
+from tracer.cli.session import ready_machine, tracing
+from tracer.model.module_change import FOLLOW_SECONDS
+from tracer.model.options import Options
 
 if TYPE_CHECKING:
     from tracer.live.terminal import Screen, Signals
     from tracer.live.top import Sampler
     from tracer.live.view import Look, View
 
-_FOLLOW_SECONDS = 0.2  # how often a reload of kvm_intel is looked for
 _KEYS, _SCREEN = 0, 1  # file descriptors
 _LONGEST_DELAY = 86400.0
 _SORTS = ("calls", "redundant", "share", "msr", "cause")
@@ -45,13 +46,9 @@ _NO_COLOR = re.compile(r"vt\d")
     help="How long an interval is.",
 )
 @click.option("-n", "--iterations", type=click.IntRange(min=1), metavar="N", help="End after N intervals.")
-@click.option("--by-vm", is_flag=True, help="Tell VMs apart, too.")
-@click.option("--pid", type=click.IntRange(min=1), help="Trace the VMM with this process id alone.")
-@backend_option
+@tracing_options
 @click.option("--sort", type=click.Choice(_SORTS), default="calls", show_default=True, help="The order of the rows.")
-def top(  # noqa: PLR0917 (click passes them by name)
-    delay: float, iterations: int | None, by_vm: bool, pid: int | None, backend: str, sort: str
-) -> None:
+def top(delay: float, iterations: int | None, options: Options, sort: str) -> None:
     """Show live which MSR intercepts KVM updates, why, and how many of the calls change nothing.
 
     In a terminal `?` shows the keys, and q quits. Elsewhere, and where TERM=dumb, each interval is printed after the
@@ -59,30 +56,20 @@ def top(  # noqa: PLR0917 (click passes them by name)
     """
     if not delay <= _LONGEST_DELAY:  # not a number
         raise click.UsageError("-d: give a number of seconds")
-    machine = Machine.here()
-    check_pid(pid)
 
     from tracer.live.terminal import Screen, Signals
 
     with Signals() as signals:
-        problem = obstacle(machine)
-        if problem:
-            raise MsrtraceError(problem)
+        machine = ready_machine(options)
 
         from tracer.live.top import Sampler
         from tracer.live.view import View
-        from tracer.trace.engine import Engine
-        from tracer.trace.plan import Options
-        from tracer.trace.tracer import Tracer
 
         term = os.environ.get("TERM", "")
         live = os.isatty(_KEYS) and os.isatty(_SCREEN) and term not in _NO_CURSOR
         if live:
             click.echo("msrtrace: attaching the probes", err=True)
-        options = Options(by_vm=by_vm, pid=pid, backend=backend)
-        tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, machine))
-        tracer.attach(machine.symbols)
-        try:
+        with tracing(machine, options) as tracer:
             for warning in tracer.warnings:
                 warn(warning)
             sampler, view = Sampler(tracer), View(sort=sort)
@@ -91,8 +78,6 @@ def top(  # noqa: PLR0917 (click passes them by name)
                 return
             with Screen(signals, _KEYS, _SCREEN, alternate=not _CONSOLE.match(term)) as screen:
                 _Live(sampler, screen, view).run(signals, delay, iterations)
-        finally:
-            tracer.close()
 
 
 def look(width: int, height: int | None, environment: Mapping[str, str], encoding: str) -> Look:
@@ -139,7 +124,7 @@ def _ticks(sampler: Sampler, signals: Signals, delay: float, iterations: int | N
     while not signals.ended:
         left = due - time.monotonic()
         if left > 0:
-            yield min(left, _FOLLOW_SECONDS)
+            yield min(left, FOLLOW_SECONDS)
             sampler.follow()
             continue
         sampler.take()

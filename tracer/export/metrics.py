@@ -232,6 +232,6 @@ def _health(snapshot: Snapshot) -> Iterator[Metric]:
     )
     yield CounterMetricFamily(
         "msrtrace_reattachments",
-        "Times that kvm_intel was unloaded and its probes were lost.",
+        "Times that KVM's module was unloaded and its probes were lost.",
         value=snapshot.reattached,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -70,13 +70,9 @@ class Btf:
         what = f"member {member} in struct {structure}" if found else f"struct {structure}"
         raise BtfError(f"the BTF has no {what}")
 
-    def bitmap_offset(self) -> int:
-        """Where struct vcpu_vmx, and so a struct kvm_vcpu, has the address of its MSR bitmap, in bytes.
-
-        That is vmcs01.msr_bitmap, arch/x86/kvm/vmx/vmx.h and vmcs.h; vmcs01 is the one that the traced functions
-        write, also while a nested guest runs.
-        """
-        return self.offset("vcpu_vmx", "vmcs01") + self.offset("loaded_vmcs", "msr_bitmap")
+    def nested_offset(self, path: Iterable[tuple[str, str]]) -> int:
+        """Where the last of PATH is, structures and members of which each holds the next, in bytes. Raises BtfError."""
+        return sum(self.offset(structure, member) for structure, member in path)
 
     def kernel_ids(self, function: str, structure: str) -> tuple[int, int]:
         """The ids of FUNCTION and of `struct STRUCTURE` of the kernel itself. Raises BtfError unless it has both."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tracer.kernel.symbols import Symbols
-from tracer.model.layout import LAYOUTS, PROBED
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ def holders(symbols: Symbols) -> list[Holder]:
     what is called through the original is counted; what a livepatch's function calls in its own module is not.
     """
     patches = {patch.module: patch for patch in symbols.livepatches}
-    known = [function for function in PROBED if symbols.find(function)]
+    known = [function for function in symbols.vendor.probed if symbols.find(function)]
+    calls = {function for layout in symbols.vendor.layouts for function in layout.calls}
     found = []
     for module in sorted({str(s.module) for s in symbols.others if s.module} | patches.keys()):
         patch = patches.get(module)
@@ -60,8 +60,8 @@ def holders(symbols: Symbols) -> list[Holder]:
         if not copied and not replaced:
             continue
         enabled = not patch or patch.enabled
-        counted = tuple(f for f in copied if f in _CALLS and enabled)
-        callers = tuple(sorted(symbols.held_by(module) - _CALLS)) if counted else ()
+        counted = tuple(f for f in copied if f in calls and enabled)
+        callers = tuple(sorted(symbols.held_by(module) - calls)) if counted else ()
         uncounted = counted if callers else ()
         found.append(Holder(module, patch is not None, enabled, copied, replaced, callers, uncounted))
     return found
@@ -80,6 +80,3 @@ def describe(symbols: Symbols) -> tuple[str, str | None]:
         return f"{detail}, so every call is counted", None
     fix = f"to count these too, trace a host without {' and '.join(holder.module for holder in losses)}"
     return f"{detail}; {'; '.join(holder.loss for holder in losses)}", fix
-
-
-_CALLS = {function for layout in LAYOUTS for function in layout.calls}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain
@@ -16,6 +16,8 @@ from typing import BinaryIO
 from tracer.kernel.livepatch import IMAGE, LIVEPATCHES, Livepatch, read_livepatches
 from tracer.model.errors import MsrtraceError
 from tracer.model.symbol_name import plain_name
+from tracer.model.vendor import Vendor
+from tracer.model.vendors import FIRST, VENDORS, layouts
 
 KALLSYMS = Path("/proc/kallsyms")
 
@@ -25,9 +27,8 @@ TRAMPOLINES = {
     "fgraph_trampoline": ("return_to_handler",),
 }
 
-_KVM_INTEL, _KVM = "kvm_intel", "kvm"
-#: Tells a kernel image that has KVM: its loop that runs a guest, and its ioctl.
-_IN_IMAGE = {_KVM_INTEL: "vmx_vcpu_run", _KVM: "kvm_vcpu_ioctl"}
+#: What the vendors' modules have in common, and what tells a kernel image that has it.
+_KVM, _KVM_MARKER = "kvm", "kvm_vcpu_ioctl"
 
 #: Parts of a symbol's name that say that nothing begins there: what was moved out of a function, and a jump to one.
 _NO_ENTRY = re.compile(r"\.(cold|cfi_jt)(\.|$)")
@@ -45,10 +46,17 @@ _PAGE_SHIFT = 12
 _UNKNOWN_END = 1 << 64
 _CHUNK = 1 << 16  # bytes; all of them are 20 MB, and larger buffers cost more than they save
 
+
+def _beginnings() -> Iterator[str]:
+    """Prefixes of vendors, and the functions to probe that have none of them."""
+    prefixes = tuple(vendor.prefix for vendor in VENDORS)
+    yield from prefixes
+    yield from (name for layout in layouts() for name in layout.functions if not name.startswith(prefixes))
+
+
 #: What may begin the name of a function that is probed, and the trampolines.
 _NAMED = (
-    b" vmx_",
-    b" kvm_vm_ioctl_set_msr_filter",
+    *dict.fromkeys(f" {name}".encode() for name in _beginnings()),
     *(f" {name}\n".encode() for names in TRAMPOLINES.values() for name in names),
 )
 
@@ -115,11 +123,13 @@ class _Image:
 
 @dataclass(frozen=True)
 class Symbols:
-    """The functions of kvm and kvm_intel in the running kernel, in the order of their addresses."""
+    """The functions of kvm and of a vendor's module in the running kernel, in the order of their addresses."""
 
     functions: tuple[Symbol, ...]
-    #: kvm_intel, or None if the functions are part of the kernel image itself
-    module: str | None = _KVM_INTEL
+    #: the vendor's module, or None if the functions are part of the kernel image itself
+    module: str | None = FIRST.module
+    #: the one whose functions they are; FIRST if there are none
+    vendor: Vendor = FIRST
     #: the addresses of those of TRAMPOLINES that the kernel has
     trampolines: Mapping[str, int] = field(default_factory=dict)
     #: functions of livepatches of KVM, and of what else has names like those that are probed
@@ -139,14 +149,15 @@ class Symbols:
             with kallsyms.open("rb") as file:
                 named, listed = _scan(file)
             in_image = [row for row in named if b"\t[" not in row]
-            rows = {module: _rows_of(module, listed) for module in (_KVM_INTEL, _KVM)}
+            vendor, own = _vendor(listed, in_image)
+            rows = {vendor.module: own, _KVM: _rows_of(_KVM, listed)}
             image = None
-            if not rows[_KVM_INTEL] and _has(in_image, _IN_IMAGE[_KVM_INTEL]):  # CONFIG_KVM_INTEL=y
+            if not own and _has(in_image, vendor.marker):  # CONFIG_KVM_INTEL=y
                 image = _Image.read(kallsyms)
                 rows = {}
-            elif rows[_KVM_INTEL] and not rows[_KVM]:
+            elif own and not rows[_KVM]:
                 found = _Image.read(kallsyms)
-                image = found if found.has(_IN_IMAGE[_KVM]) else None  # CONFIG_KVM=y, CONFIG_KVM_INTEL=m
+                image = found if found.has(_KVM_MARKER) else None  # CONFIG_KVM=y, CONFIG_KVM_INTEL=m
         except OSError as error:
             raise MsrtraceError(f"cannot read {kallsyms}: {error.strerror}") from None
         objects = {*rows} | ({IMAGE} if image else set())
@@ -156,7 +167,8 @@ class Symbols:
         modules = _modules(kallsyms.with_name("modules"))
         symbols = cls.of(
             _functions(chain(*rows.values(), in_image if image else ())),
-            module=_KVM_INTEL if rows or not image else None,
+            module=vendor.module if rows or not image else None,
+            vendor=vendor,
             others=_functions(chain(*strange.values(), () if image else in_image)),
             bounds=_bounds(rows | strange, listed, modules),
             ends=modules,
@@ -168,8 +180,9 @@ class Symbols:
     def of(
         cls,
         functions: Iterable[Symbol],
-        module: str | None = _KVM_INTEL,
+        module: str | None = FIRST.module,
         *,
+        vendor: Vendor = FIRST,
         others: Iterable[Symbol] = (),
         bounds: Iterable[int] = (),
         ends: Mapping[str, range] | None = None,
@@ -187,13 +200,13 @@ class Symbols:
         starts = tuple(symbol.address for symbol in there)
         edges = sorted({*starts, *bounds})
         found = tuple(_end(symbol, edges, ends or {}) for symbol in there)
-        return cls(own, module, others=strange, _starts=starts, _ends=found, _placed=tuple(there), _image=image)
+        return cls(own, module, vendor, others=strange, _starts=starts, _ends=found, _placed=tuple(there), _image=image)
 
     def find(self, function: str) -> list[Symbol]:
         """What a probe on FUNCTION can sit on, what is preferred first: the function itself if it has a symbol, else
         what compilers made of it, whole ones before those that lack their beginning (`.part.0`).
 
-        All are KVM's own, and of kvm_intel rather than kvm or the kernel image.
+        All are KVM's own, and of the vendor's module rather than kvm or the kernel image.
         """
         named = self._named(plain_name(function))
         return [s for s in named if s.name == function] or [s for s in named if s.function == function]
@@ -261,7 +274,7 @@ class Symbols:
 
     def _named(self, function: str) -> list[Symbol]:
         """KVM's own of this plain name that a probe can sit on, what is preferred first."""
-        order = {_KVM_INTEL: 0, _KVM: 1}
+        order = {self.vendor.module: 0, _KVM: 1}
         found = (s for s in self._by_name.get(function, ()) if s.is_entry)
         return sorted(found, key=lambda s: (order.get(s.module or "", 2), bool(_PART.search(s.name)), s.address))
 
@@ -306,6 +319,14 @@ def _lines_with(part: bytes, lines: bytes) -> list[bytes]:
         found.append(lines[lines.rfind(b"\n", 0, at) + 1 : end])
         at = lines.find(part, end)
     return found
+
+
+def _vendor(listed: list[bytes], in_image: list[bytes]) -> tuple[Vendor, list[bytes]]:
+    """The vendor whose module is loaded, with its lines; else the one whose functions are in the image, or FIRST."""
+    for vendor in VENDORS:
+        if rows := _rows_of(vendor.module, listed):
+            return vendor, rows
+    return next((vendor for vendor in VENDORS if _has(in_image, vendor.marker)), FIRST), []
 
 
 def _rows_of(module: str, listed: list[bytes]) -> list[bytes]:

@@ -11,13 +11,13 @@ from typing import Protocol
 
 from tracer.model import msr
 from tracer.model.cause import FILTER_CHANGE
-from tracer.model.errors import MsrtraceError
+from tracer.model.loss import loss_of
+from tracer.model.module_change import ModuleChange
+from tracer.model.quantity import listed
 from tracer.model.snapshot import Durations, Outcome, Snapshot
-from tracer.report.document import listed
-from tracer.report.making import loss_of
+from tracer.model.vendors import vendor_named
 
 SORTS = ("calls", "redundant", "share", "msr", "cause")
-_RETRY_SECONDS = 10.0  # how long a kvm_intel that cannot be traced is left alone
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def _order(row: Row, sort: str) -> tuple[object, ...]:
 def lost(counted: Snapshot) -> str:
     """What COUNTED did not see, in words; empty if it saw all that is probed."""
     parts = loss_of(counted).words()
-    parts += [f"kvm_intel unloaded: {counted.reattached:,}"] * bool(counted.reattached)
+    if counted.reattached:
+        parts.append(f"{vendor_named(counted.vendor).module} unloaded: {counted.reattached:,}")
     return ", ".join(parts)
 
 
@@ -174,15 +175,11 @@ class Sample:
 class Source(Protocol):
     """What `Tracer` is to this module."""
 
-    @property
-    def attached(self) -> bool:
-        """Whether probes are in place now."""
-
     def snapshot(self) -> Snapshot:
         """The counts of now."""
 
-    def follow(self) -> bool:
-        """Follow a reload of kvm_intel."""
+    def follow(self) -> ModuleChange | None:
+        """Follow a reload of the module."""
 
 
 class Sampler:
@@ -199,7 +196,6 @@ class Sampler:
         self._started = clock()
         self._last: tuple[float, Snapshot] | None = None
         self._failure = self._module = ""
-        self._retry = 0.0
         self._sample = Sample(wall())
         self.take()
 
@@ -226,17 +222,9 @@ class Sampler:
         self._sample = Sample(self._wall(), interval, frame(now, began - self._started, whole=True))
 
     def follow(self) -> None:
-        """Follow a reload of kvm_intel; a note says so."""
-        if self._clock() < self._retry:
-            return
-        try:
-            if self._source.follow():
-                back = f"kvm_intel was loaded again, and is traced since {self._wall()}"
-                gone = "kvm_intel is not loaded; it is traced again when it comes back"
-                self._module = back if self._source.attached else gone
-        except MsrtraceError as error:
-            self._module = f"kvm_intel is not traced, trying again in {_RETRY_SECONDS:.0f} s: {error}"
-            self._retry = self._clock() + _RETRY_SECONDS
+        """Follow a reload of the module; a note says so."""
+        if change := self._source.follow():
+            self._module = f"{change} ({self._wall()})"
 
 
 def vm_name(shown: Frame, pid: int) -> str:

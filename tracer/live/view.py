@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tracer.live.top import Frame, Row, Sample, msr_name, not_probed_line, vm_name
+from tracer.model.quantity import duration, share
 from tracer.model.snapshot import Durations, Outcome
 from tracer.model.text import printable
-from tracer.report.document import duration, share
 
 HELP = "sort by c calls, r redundant calls, s their share, m MSR, u cause; t totals or rates; "
 HELP_VM = "b MSRs of each VM, VMs, or all together; "

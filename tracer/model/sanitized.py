@@ -11,9 +11,10 @@ from msgspec import Meta
 from tracer.model.text import LIMIT, printable
 
 Text = Annotated[str, Meta(max_length=LIMIT)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
-class Shown(msgspec.Struct, frozen=True, kw_only=True):
+class Sanitized(msgspec.Struct, frozen=True, kw_only=True):
     """A struct whose every text is `printable`, so that no view has to mind, wherever it was made or read."""
 
     def __post_init__(self) -> None:

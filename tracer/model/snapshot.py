@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from typing import TypeVar
 
-from tracer.model.layout import LAYOUTS
+from tracer.model.vendors import FIRST, vendor_named
 
 #: Upper bounds of the buckets of an update's duration, in seconds; bpf/msrtrace.c counts in powers of two.
 DURATION_BOUNDS = tuple((64 << i) * 1e-9 for i in range(1, 25))
@@ -151,6 +151,7 @@ class Snapshot:
     read_failures: int = 0
     open_calls: int = 0  # under way when this was taken: not counted yet
     uncounted: tuple[str, ...] = ()  # what is known not to be seen, a phrase each
+    vendor: str = FIRST.name
     vcpus_seen: int = 0
     vmms_seen: int = 0
     reattached: int = 0
@@ -169,7 +170,8 @@ class Snapshot:
     @property
     def recalcs_observable(self) -> bool:
         """Whether `recalcs` has them all: the kernel recomputes for other reasons, and they can be told apart."""
-        return self.updates_observable and any(known.filter_set for known in LAYOUTS if known.name == self.layout)
+        layout = vendor_named(self.vendor).layout(self.layout)
+        return self.updates_observable and bool(layout and layout.filter_set)
 
     @property
     def pids(self) -> set[int]:

@@ -20,8 +20,8 @@ from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
 from tracer.model.cause import FILTER_CHANGE
-from tracer.model.layout import LAYOUTS
-from tracer.model.sanitized import Shown, Text
+from tracer.model.sanitized import Sanitized, Text
+from tracer.model.vendors import layouts
 
 #: Every vmx_possible_passthrough_msrs[] there has been, arch/x86/kvm/vmx/vmx.c. Read: 5.10.13, 5.12.9, 5.14.2, 5.15.16,
 #: 5.17, 5.19, 6.0, 6.3.8, 6.4.6, 6.8.1, 6.14, 6.16.1, Debian's 6.1 and 6.12, a Rocky Linux vendor's with KVM of about
@@ -51,8 +51,8 @@ BESIDES = (
     range(0x800, 0x900),
 )
 #: The layouts whose calls show the patch, and those of which it is no longer a question.
-JUDGED = tuple(layout.name for layout in LAYOUTS if layout.enable and layout.disable)
-SUPERSEDED = tuple(layout.name for layout in LAYOUTS if layout.set_)
+JUDGED = tuple(layout.name for layout in layouts() if layout.enable and layout.disable)
+SUPERSEDED = tuple(layout.name for layout in layouts() if layout.set_)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Rule(NamedTuple):
 RULES = (
     Rule(Fact.SUPERSEDED, None, "superseded: since 6.17 (8a056ece45d2) every update recomputes all intercepts"),
     Rule(Fact.CALLS_UNSEEN, None, "calls cannot be observed on this kernel (layout {layout})"),
-    Rule(Fact.RELOADED, None, "kvm_intel was loaded anew during the trace, so the counts may be of two modules"),
+    Rule(Fact.RELOADED, None, "kvm_intel was reloaded during the trace, so the counts may be of two modules"),
     Rule(
         Fact.CHANGED,
         None,
@@ -142,7 +142,7 @@ RULES = (
 )
 
 
-class Verdict(Shown, frozen=True, kw_only=True):
+class Verdict(Sanitized, frozen=True, kw_only=True):
     """`patched` is null where the trace proves neither; `why` says in a sentence what was seen."""
 
     patched: bool | None

@@ -18,6 +18,7 @@ from statistics import median
 from tracer.model.cause import FILTER_CHANGE
 from tracer.model.errors import MsrtraceError
 from tracer.model.text import printable
+from tracer.model.vendors import FIRST
 from tracer.model.verdict import PATCH, Verdict
 from tracer.report.report import Bit, BitCounts, CallRow, Report, by_bit
 
@@ -246,7 +247,9 @@ def lost(report: Report) -> str:
     """What REPORT did not see, in words; "nothing" if it saw all."""
     loss = report.loss
     parts = loss.words()
-    parts += [f"kvm_intel loaded anew {loss.reattachments} times"] * bool(loss.reattachments)
+    if loss.reattachments:
+        times = "once" if loss.reattachments == 1 else f"{loss.reattachments} times"
+        parts.append(f"{FIRST.module} reloaded {times}")
     parts += [f"{name} not probed" for name in loss.not_probed]
     return ", ".join(parts) or "nothing"
 
@@ -309,9 +312,13 @@ def _differences(one: Report, other: Report) -> list[Difference]:
         ("vCPUs seen", str(one.host.vcpus_seen), str(other.host.vcpus_seen)),
         ("VMMs seen", str(one.host.vmms_seen), str(other.host.vmms_seen)),
     ]
-    parameters = sorted(one.host.kvm_intel.keys() | other.host.kvm_intel.keys())
+    parameters = sorted(one.host.module_parameters.keys() | other.host.module_parameters.keys())
     pairs += [
-        (f"kvm_intel.{name}", one.host.kvm_intel.get(name, "-"), other.host.kvm_intel.get(name, "-"))
+        (
+            f"{FIRST.module}.{name}",
+            one.host.module_parameters.get(name, "-"),
+            other.host.module_parameters.get(name, "-"),
+        )
         for name in parameters
     ]
     return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]

@@ -17,9 +17,10 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tracer.model import msr
+from tracer.model.quantity import duration, number, rate
 from tracer.report.compare import Comparison, PerUpdate, Side
 from tracer.report.compare import Row as BitRow
-from tracer.report.document import Document, Section, duration, number, rate
+from tracer.report.document import Document, Section
 from tracer.report.report import CallRow, Report, UpdateSeconds, redundant_sum
 from tracer.report.views import comparison_document, report_document
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tracer.model import msr
 from tracer.model.cause import FILTER_CHANGE
-from tracer.model.layout import counted_functions
+from tracer.model.loss import loss_of
 from tracer.model.snapshot import Call, Durations, Outcome, Snapshot
+from tracer.model.vendors import vendor_named
 from tracer.model.verdict import judge
 from tracer.report.report import (
     ARGUMENTS,
@@ -21,7 +22,6 @@ from tracer.report.report import (
     Bucket,
     CallRow,
     Host,
-    Loss,
     PerUpdate,
     Report,
     Totals,
@@ -33,19 +33,19 @@ from tracer.report.report import (
 
 
 @dataclass(frozen=True)
-class Circumstances:
+class HostInfo:
     """What a report says beside the counts."""
 
     kernel: str
     version: str
     cpu: str
-    kvm_intel: dict[str, str]
+    module_parameters: dict[str, str]
 
     @classmethod
-    def here(cls, root: Path = Path("/")) -> Circumstances:
-        """Of the running machine: uname(2), and what /proc and /sys below ROOT say."""
+    def here(cls, module: str, root: Path = Path("/")) -> HostInfo:
+        """Of the running machine, which has KVM's MODULE: uname(2), and what /proc and /sys below ROOT say."""
         parameters: dict[str, str] = {}
-        for file in sorted((root / "sys/module/kvm_intel/parameters").glob("*")):
+        for file in sorted((root / "sys/module" / module / "parameters").glob("*")):
             try:
                 parameters[file.name] = file.read_text(errors="replace").strip()
             except OSError:
@@ -61,7 +61,7 @@ class Circumstances:
 
 def make(
     counted: Snapshot,
-    circumstances: Circumstances,
+    host: HostInfo,
     *,
     started: datetime,
     duration: float,
@@ -76,7 +76,8 @@ def make(
     updates = _host_sum(counted.updates) if counted.updates_observable else None
     recalcs = _host_sum(counted.recalcs) if counted.recalcs_observable else None
     loss = loss_of(counted)
-    incomplete = counted.lower_bound or bool(counted_functions(counted.layout).intersection(loss.not_probed))
+    counting = vendor_named(counted.vendor).counted_functions(counted.layout)
+    incomplete = counted.lower_bound or bool(counting.intersection(loss.not_probed))
     lower_bound = incomplete or bool(loss.reattachments or loss.open_calls)
     return Report(
         msrtrace=version,
@@ -84,12 +85,12 @@ def make(
         started=started.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         duration_seconds=round(duration, 6),
         host=Host(
-            kernel=circumstances.kernel,
-            version=circumstances.version,
-            cpu=circumstances.cpu,
+            kernel=host.kernel,
+            version=host.version,
+            cpu=host.cpu,
             vcpus_seen=counted.vcpus_seen,
             vmms_seen=counted.vmms_seen,
-            kvm_intel=circumstances.kvm_intel,
+            module_parameters=host.module_parameters,
             layout=counted.layout,
             backend=counted.backend,
             redundancy="exact" if counted.redundancy == "exact" else "unknown",
@@ -193,20 +194,6 @@ def _seconds(updates: Durations) -> UpdateSeconds:
         ],
         sum=updates.seconds,
         count=updates.timed,
-    )
-
-
-def loss_of(counted: Snapshot) -> Loss:
-    """What COUNTED did not see."""
-    return Loss(
-        dropped_updates={m.name: m.dropped for m in counted.maps if m.dropped},
-        probe_missed={p.function: p.missed for p in counted.probes if p.missed},
-        unpaired_returns=counted.unpaired_returns,
-        read_failures=counted.read_failures,
-        open_calls=counted.open_calls,
-        uncounted=list(counted.uncounted),
-        reattachments=counted.reattached,
-        not_probed=[p.function for p in counted.probes if not p.attached],
     )
 
 

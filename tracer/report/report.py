@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a trace found, as plain data that goes into a file: the JSON report, "msrtrace-report/1".
 
-The types below are the format: reportfile.py reads and writes them, report.schema.json is made from them
-(`python -m tracer.reportfile`), and every view of a report is made from one.
+The types below are the format: file.py reads and writes them, report.schema.json is made from them
+(`python -m tracer.report.file`), and every view of a report is made from one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import msgspec
 from msgspec import Meta, field
 
 from tracer.model import msr
-from tracer.model.sanitized import Shown, Text
+from tracer.model.loss import Loss
+from tracer.model.sanitized import Count, Sanitized, Text
+from tracer.model.vendors import FIRST
 from tracer.model.verdict import Verdict
 
 SCHEMA = "msrtrace-report/1"
 
-Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 Rate = Annotated[float, Meta(ge=0, le=1e12)]
 #: The most that a report has. The tracer counts 2,048 kinds of calls, or 32,768 kinds of calls of VMs with --by-vm.
@@ -28,7 +29,7 @@ ROWS, ARGUMENTS, NOTES = 20_000, 4096, 256
 Redundancy = Literal["exact", "unknown"]
 
 
-class Host(Shown, frozen=True, kw_only=True):
+class Host(Sanitized, frozen=True, kw_only=True):
     """The machine: `kernel` and `version` are uname(2)'s release and version, `cpu` is /proc/cpuinfo's model name."""
 
     kernel: Text
@@ -36,7 +37,9 @@ class Host(Shown, frozen=True, kw_only=True):
     cpu: Text = ""
     vcpus_seen: Count = 0
     vmms_seen: Count = 0
-    kvm_intel: Annotated[dict[Text, Text], Meta(max_length=256)] = field(default_factory=dict)
+    module_parameters: Annotated[dict[Text, Text], Meta(max_length=256)] = field(
+        name=FIRST.module, default_factory=dict
+    )
     layout: Text
     backend: Text
     redundancy: Redundancy
@@ -66,7 +69,7 @@ class PerUpdate(msgspec.Struct, frozen=True, kw_only=True):
     disable_redundant: Rate | None
 
 
-class CallRow(Shown, frozen=True, kw_only=True):
+class CallRow(Sanitized, frozen=True, kw_only=True):
     """A kind of call and how often it had which result; those are null where redundancy is unknown.
 
     `msr` is hexadecimal. `changed_read` and `changed_write` count calls that changed that bit of the MSR;
@@ -112,34 +115,7 @@ class UpdateSeconds(msgspec.Struct, frozen=True, kw_only=True):
     count: Count
 
 
-class Loss(Shown, frozen=True, kw_only=True):
-    """What was not seen: by map, by function, and the rest. `not_probed` names functions without their probe.
-
-    `uncounted` says, a phrase each, what was known from the start not to be seen, because of a livepatch say.
-    """
-
-    dropped_updates: Annotated[dict[Text, Count], Meta(max_length=256)] = field(default_factory=dict)
-    probe_missed: Annotated[dict[Text, Count], Meta(max_length=256)] = field(default_factory=dict)
-    unpaired_returns: Count = 0
-    read_failures: Count = 0
-    open_calls: Count = 0
-    reattachments: Count = 0
-    not_probed: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
-    uncounted: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
-
-    def words(self) -> list[str]:
-        """What probes that were in place did not see, a phrase each."""
-        return [
-            *(f"{count:,} updates of map {name} dropped" for name, count in self.dropped_updates.items()),
-            *(f"{count:,} runs of {name} missed" for name, count in self.probe_missed.items()),
-            *[f"{self.unpaired_returns:,} unpaired returns"] * bool(self.unpaired_returns),
-            *[f"{self.read_failures:,} bitmaps not read"] * bool(self.read_failures),
-            *[f"{self.open_calls:,} calls still under way"] * bool(self.open_calls),
-            *self.uncounted,
-        ]
-
-
-class Vm(Shown, frozen=True, kw_only=True):
+class Vm(Sanitized, frozen=True, kw_only=True):
     """The counts of one VM, with `--by-vm`: `pid` is its VMM's, 0 for what could not be told apart."""
 
     pid: Count
@@ -151,7 +127,7 @@ class Vm(Shown, frozen=True, kw_only=True):
     filter_update_seconds_sum: Seconds = 0.0
 
 
-class Report(Shown, frozen=True, kw_only=True):
+class Report(Sanitized, frozen=True, kw_only=True):
     """A report. `started` is UTC (ISO 8601), `command` what was run while tracing, `exit_status` how that ended."""
 
     schema: Annotated[str, Meta(max_length=64)] = SCHEMA

@@ -13,10 +13,12 @@ import msgspec
 
 from tracer.model import msr
 from tracer.model.cause import RECALC
+from tracer.model.quantity import duration, number, rate, share
 from tracer.model.text import printable
+from tracer.model.vendors import FIRST
 from tracer.model.verdict import PATCH
 from tracer.report.compare import SCHEMA, Comparison, PerUpdate, Side, Time, lost, said
-from tracer.report.document import Document, Section, Table, duration, number, rate, share
+from tracer.report.document import Document, Section, Table
 from tracer.report.report import Bit, CallRow, Report, UpdateSeconds, redundant_sum, whole
 
 _CELL, _CHANGE = 20, 10  # characters in a column of a changelog's table, which has 75 with its two indents
@@ -167,8 +169,10 @@ def _host_lines(report: Report) -> list[str]:
         lines.append(f"which ended with status {report.exit_status}")
     lines.append(f"started {report.started}; msrtrace {report.msrtrace or '?'}, layout {host.layout}, {host.backend}, ")
     lines[-1] += f"redundancy {host.redundancy}"
-    if host.kvm_intel:
-        lines.append("kvm_intel: " + " ".join(f"{name}={value}" for name, value in host.kvm_intel.items()))
+    if host.module_parameters:
+        lines.append(
+            f"{FIRST.module}: " + " ".join(f"{name}={value}" for name, value in host.module_parameters.items())
+        )
     return [line for line in lines if line]
 
 

@@ -4,36 +4,43 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 
-from tracer.doctor.checks import Machine, explain_eperm
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.copies import holders
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
-from tracer.model.layout import Layout
+from tracer.model.options import Options
 from tracer.model.snapshot import Probe, Snapshot
+from tracer.model.vendor import Layout
+from tracer.program import syscalls
 from tracer.program.compiler import Built, build, refused
-from tracer.program.program import Refused, syscalls
+from tracer.program.program import Refused
 from tracer.program.resources import resource
 from tracer.trace.capabilities import in_force
 from tracer.trace.kprobe import attach_kprobe
-from tracer.trace.plan import Options, Point, definitions, points, preemptible, variants
+from tracer.trace.plan import Point, definitions, points, preemptible, variants
 from tracer.trace.reader import Reader
 
 
 class Engine:
     """Attached probes. Closing it, or the death of its process, removes them: they hang on file descriptors."""
 
-    def __init__(self, layout: Layout, symbols: Symbols, options: Options, machine: Machine) -> None:
-        """Compile, load and attach. Raises MsrtraceError when nothing can be counted."""
-        self._layout, self._symbols, self._options, self._machine = layout, symbols, options, machine
+    def __init__(
+        self, layout: Layout, symbols: Symbols, options: Options, explain: Callable[[], str] = lambda: "not permitted"
+    ) -> None:
+        """Compile, load and attach. EXPLAIN says in a line why the kernel probably did not permit it.
+
+        Raises MsrtraceError when nothing can be counted.
+        """
+        self._layout, self._symbols, self._options, self._explain = layout, symbols, options, explain
         self._defined, self._btf_problem, btf = self._plan(layout, symbols)
         wanted = variants(layout, symbols, self._defined, options, btf)
         try:
             self._built: Built = build(resource("bpf/msrtrace.c"), wanted)
         except Refused:
-            raise MsrtraceError(explain_eperm(machine)) from None
+            raise MsrtraceError(explain()) from None
         self._functions = self._built.loaded.functions
         self._reader = Reader(
             self._built.loaded.arrays, self._functions, exact=self.redundancy == "exact", by_vm=options.by_vm
@@ -58,7 +65,7 @@ class Engine:
             return definitions(layout, None, symbols, self._options), str(error), None
 
     def reattach(self, layout: Layout, symbols: Symbols) -> bool:
-        """Attach to a kvm_intel that was loaded anew; False if the program does not fit it.
+        """Attach to a module that was loaded again; False if the program does not fit it.
 
         Raises MsrtraceError when nothing can be counted. `detach` went before, so counts start from 0.
         """
@@ -144,7 +151,7 @@ class Engine:
         except (OSError, KeyError) as error:
             for fd in links:
                 os.close(fd)
-            reason = explain_eperm(self._machine) if refused(error, "") else str(error)
+            reason = self._explain() if refused(error, "") else str(error)
             return Probe(point.function, symbol.name, False, f"{where}: {reason}")
         self._links[point.function] = links
         others = f", not on its clones {', '.join(s.name for s in clones[1:])}" if clones[1:] else ""
@@ -174,6 +181,7 @@ class Engine:
         counted = self._reader.read(self._symbols, patience)
         return Snapshot(
             layout=self._layout.name,
+            vendor=self._symbols.vendor.name,
             backend=self.backend,
             redundancy=self.redundancy,
             calls=counted.calls,

@@ -13,7 +13,8 @@ from pathlib import Path
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
-from tracer.model.layout import VCPU_CREATE, VCPU_FREE, X2APIC_WRITE, X2APIC_WRITE_CALLERS, Layout
+from tracer.model.options import Options
+from tracer.model.vendor import Layout
 from tracer.program.program import Target, Variant
 from tracer.trace.reader import WITHIN_FILTER_CHANGE, WITHIN_RECALC
 
@@ -31,17 +32,9 @@ VALUES = [
 _RDONLY_CAST = 0x7F000001  # the number by which the program calls it
 _CAST = ("bpf_rdonly_cast", "timespec64")
 
-BACKENDS = ("kprobe", "fentry")
+#: struct kvm_vcpu -> stat.exits
+_EXITS = (("kvm_vcpu", "stat"), ("kvm_vcpu_stat", "exits"))
 _PREEMPTION_MODEL = Path("/sys/kernel/debug/sched/preempt")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user chose: to see the VMs apart, the VMM with one pid alone, and by which of BACKENDS or `auto`."""
-
-    by_vm: bool = False
-    pid: int | None = None
-    backend: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -66,14 +59,16 @@ def points(layout: Layout, symbols: Symbols, exact: bool) -> list[Point]:
     def present(names: tuple[str, ...]) -> str:
         return next((name for name in names if symbols.find(name)), names[0])
 
+    vendor = symbols.vendor
     found = [Point(layout.update, "update_entered", "update_returned", ("unpaired_update",))]
     if layout.filter_set:
         found.append(Point(layout.filter_set, "filter_set_entered", "filter_set_returned"))
-    found.append(Point(present(VCPU_CREATE), "vcpu_created"))
-    found.append(Point(present(VCPU_FREE), "vcpu_freed"))
+    found.append(Point(present(vendor.vcpu_create), "vcpu_created"))
+    found.append(Point(present(vendor.vcpu_free), "vcpu_freed"))
     if exact and layout.calls:
-        whole = symbols.find(X2APIC_WRITE) or not any(map(symbols.find, X2APIC_WRITE_CALLERS))
-        found += [Point(name, "x2apic_entered") for name in ((X2APIC_WRITE,) if whole else X2APIC_WRITE_CALLERS)]
+        whole = symbols.find(vendor.direct_write) or not any(map(symbols.find, vendor.direct_write_callers))
+        places = (vendor.direct_write,) if whole else vendor.direct_write_callers
+        found += [Point(name, "x2apic_entered") for name in places]
     called = {"enable_entered": layout.enable, "disable_entered": layout.disable, "set_entered": layout.set_}
     return found + [Point(function, entry) for entry, function in called.items() if function]
 
@@ -82,9 +77,9 @@ def definitions(layout: Layout, btf: Btf | None, symbols: Symbols, options: Opti
     """The -D by which bpf/msrtrace.c is configured; without BTF the outcome of calls stays unknown."""
     result = {}
     if btf:
-        result["BITMAP_OFFSET"] = btf.bitmap_offset()
+        result["BITMAP_OFFSET"] = btf.nested_offset(symbols.vendor.bitmap)
         with suppress(BtfError):
-            result["EXITS_OFFSET"] = btf.offset("kvm_vcpu", "stat") + btf.offset("kvm_vcpu_stat", "exits")
+            result["EXITS_OFFSET"] = btf.nested_offset(_EXITS)
         with suppress(BtfError):
             result["CAST_TYPE"] = btf.kernel_ids(*_CAST)[1]
     if layout.filter_set and symbols.find(layout.filter_set):
@@ -196,7 +191,7 @@ def _without_cast(variant: Variant) -> Variant:
 def _no_fentry(layout: Layout, symbols: Symbols, wanted: list[Point], exact: bool) -> str:
     """Why fentry cannot be used, as far as can be known without trying."""
     if not exact:
-        return "it needs the BTF of kvm_intel, and a layout whose calls can be counted"
+        return f"it needs the BTF of {symbols.vendor.module}, and a layout whose calls can be counted"
     places = [symbol for point in wanted for symbol in symbols.find(point.function)[:1]]
     clones = [symbol.name for symbol in places if symbol.name != symbol.function]
     if clones:
@@ -208,5 +203,5 @@ def _no_fentry(layout: Layout, symbols: Symbols, wanted: list[Point], exact: boo
     if copies or patches:
         return f"livepatches or others have functions that are probed: {', '.join(sorted(copies or patches))}"
     if len({point.entry for point in wanted}) < len(wanted):
-        return f"there is no {X2APIC_WRITE} to probe"
+        return f"there is no {symbols.vendor.direct_write} to probe"
     return ""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tracer.kernel.symbols import Symbols
-from tracer.model.cause import FILTER_CHANGE, RECALC, cause_of
+from tracer.model.cause import FILTER_CHANGE, RECALC
 from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome
 from tracer.program.syscalls import MappedArray, run_program
 from tracer.trace.capabilities import sees_processes
@@ -234,7 +234,7 @@ def _call(symbols: Symbols, what: int, caller: int) -> Call:
         msr=what & 0xFFFFFFFF,
         access=_ACCESS.get(how & 3, "none"),
         action="enable" if how & _ENABLES else "disable",
-        cause=within.get(how >> 16 & 0xFF) or cause_of(function),
+        cause=within.get(how >> 16 & 0xFF) or symbols.vendor.cause_of(function),
         caller=name,
     )
 

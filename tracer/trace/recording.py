@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Protocol
 
 from tracer.model.errors import MsrtraceError
+from tracer.model.module_change import FOLLOW_SECONDS, ModuleChange
 from tracer.model.snapshot import Snapshot
-from tracer.trace.tracer import Tracer
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
 _PATIENCE_SECONDS = 1.0  # for calls that are under way when the trace ends
-_POLL_SECONDS = 0.2  # how often a reload of kvm_intel is looked for, and VMs are named
 _SI_KERNEL = 0x80  # siginfo(7): sent by the kernel, as a terminal's Ctrl-C is to all its processes
 
 
@@ -33,6 +33,16 @@ class Recording:
     seconds: float
     status: int | None
     notes: tuple[str, ...]
+
+
+class Traced(Protocol):
+    """What `Tracer` is to this module."""
+
+    def snapshot(self, patience: float = 0) -> Snapshot:
+        """The counts of now."""
+
+    def follow(self) -> ModuleChange | None:
+        """Follow a reload of the module."""
 
 
 class CommandError(MsrtraceError):
@@ -52,7 +62,7 @@ def check_command(command: Sequence[str]) -> None:
 
 
 def record(
-    tracer: Tracer,
+    tracer: Traced,
     *,
     seconds: float | None = None,
     command: Sequence[str] = (),
@@ -83,7 +93,7 @@ def record(
                 progress(passed)
             if child.poll() is not None if child else interrupted or (seconds is not None and passed >= seconds):
                 break
-            wait = _POLL_SECONDS if seconds is None else min(_POLL_SECONDS, max(0.0, seconds - passed))
+            wait = FOLLOW_SECONDS if seconds is None else min(FOLLOW_SECONDS, max(0.0, seconds - passed))
             info = signal.sigtimedwait(heeded, wait)
             if info and info.si_signo != signal.SIGCHLD:
                 interrupted = signal.Signals(info.si_signo).name
@@ -122,15 +132,15 @@ def _start(
         raise CommandError(f"cannot run {command[0]!r}: {error}", 126) from None
 
 
-def _keep_up(tracer: Tracer, by_vm: bool, notes: list[str]) -> None:
-    """Follow a reload of kvm_intel and name new VMs. What fails is a note: the trace must come to its end."""
+def _keep_up(tracer: Traced, by_vm: bool, notes: list[str]) -> None:
+    """Follow a reload of the module and name new VMs. What fails is a note: the trace must come to its end."""
     try:
-        if tracer.follow():
-            notes.append("kvm_intel was unloaded or loaded during the trace")
+        if change := tracer.follow():
+            notes.append(f"during the trace {change}")
         if by_vm:
             tracer.snapshot()
     except Exception as error:
-        notes.append(f"kvm_intel is not traced any more: {error}")
+        notes.append(f"reloads are not followed any more: {error}")
 
 
 def _status(child: subprocess.Popen[bytes] | None) -> int | None:

@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Tracing that goes on: attaches when kvm_intel comes, again when it comes back, and never counts backwards."""
+"""Tracing that goes on: attaches when the module comes, again when it comes back, and never counts backwards."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from tracer.kernel.layout import layout_of
 from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
-from tracer.model.layout import LAYOUTS, Layout, choose
+from tracer.model.module_change import RETRY_SECONDS, ModuleChange
 from tracer.model.snapshot import Probe, Snapshot
+from tracer.model.vendor import Layout
+from tracer.model.vendors import FIRST, VENDORS
 from tracer.trace.vm_names import VmNames, safe_name
 
 _PATIENCE_SECONDS = 0.1  # when counts are read for the last time
 
-MODULE = Path("/sys/module/kvm_intel")
+MODULES = Path("/sys/module")
 
 
 class Attachment(Protocol):
@@ -50,31 +54,19 @@ class Attachment(Protocol):
         """Give everything back to the kernel."""
 
 
-def loaded_module(module: Path = MODULE) -> tuple[int, int] | None:
-    """What identifies this loading of kvm_intel, another one after a reload; None while it is not loaded."""
-    try:
-        if (module / "initstate").exists() and (module / "initstate").read_text().strip() != "live":
-            return None
-        status = module.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_ctime_ns
-
-
-def layout_of(symbols: Symbols) -> Layout:
-    """The layout of the running kernel. Raises MsrtraceError, naming what was looked for, if there is none."""
-    layout = choose(symbols)
-    if layout is None:
-        names = sorted({name for known in LAYOUTS for name in (*known.calls, known.update)})
-        raise MsrtraceError(
-            f"this kernel's kvm_intel has none of the functions that msrtrace knows ({', '.join(names)}); "
-            "run `msrtrace doctor` and report its output"
-        )
-    return layout
+def loaded_module(modules: Path = MODULES) -> tuple[str, int, int] | None:
+    """What identifies this loading of a vendor's module, another one after a reload; None while there is none."""
+    for module in (modules / vendor.module for vendor in VENDORS):
+        with suppress(OSError):
+            if (module / "initstate").exists() and (module / "initstate").read_text().strip() != "live":
+                continue
+            status = module.stat()
+            return module.name, status.st_ino, status.st_ctime_ns
+    return None
 
 
 class Tracer:
-    """The counts since its start, across reloads of kvm_intel. Safe to use from several threads."""
+    """The counts since its start, across reloads of the module. Safe to use from several threads."""
 
     def __init__(
         self,
@@ -84,18 +76,25 @@ class Tracer:
         module: Callable[[], object | None] = loaded_module,
         names: VmNames | None = None,
         keep_gone: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """ATTACH makes an engine; SYMBOLS and MODULE say what the kernel is like, NAMES what a VM is called.
+
+        CLOCK gives seconds.
 
         KEEP_GONE: VMs that are gone stay apart, under the name they had; for a trace that comes to an end.
         """
         self._attach_engine, self._read_symbols, self._module = attach, symbols, module
         self._names = names or VmNames()
+        self._clock = clock
         self._kept: dict[int, str] | None = {} if keep_gone else None
         self._lock = threading.RLock()
         self._engine: Attachment | None = None
-        self._idle: Attachment | None = None  # of a kvm_intel that was unloaded; fits the next one as a rule
+        self._idle: Attachment | None = None  # of a module that was unloaded; fits the next one as a rule
         self._traced_module: object | None = None
+        self._refused_module: object | None = None  # what could not be traced, and is not tried before then:
+        self._retry_at = 0.0
+        self._vendor = FIRST
         self._earlier: Snapshot | None = None  # the counts of earlier attachments and of VMs that are gone
 
     @property
@@ -119,7 +118,7 @@ class Tracer:
         return self._engine.warnings if self._engine else []
 
     def attach(self, symbols: Symbols | None = None) -> None:
-        """Attach to the kvm_intel that is loaded, whose SYMBOLS may have been read already.
+        """Attach to the module that is loaded, whose SYMBOLS may have been read already.
 
         Raises MsrtraceError if that cannot be done.
         """
@@ -127,6 +126,7 @@ class Tracer:
             module = self._module()
             symbols = symbols or self._read_symbols()
             layout = layout_of(symbols)
+            self._vendor = symbols.vendor
             if self._idle and self._idle.reattach(layout, symbols):
                 self._engine = self._idle  # without compiling again: nothing is seen in the meantime
             else:
@@ -136,21 +136,28 @@ class Tracer:
             self._idle = None
             self._traced_module = module
 
-    def follow(self) -> bool:
-        """Follow an unload or reload of kvm_intel; True if that changed what is attached.
+    def follow(self) -> ModuleChange | None:
+        """Follow an unload or reload of the module; what changed by that, if anything did.
 
-        Probes of a module that was unloaded stay silent for good, so they are replaced. Raises MsrtraceError
-        when the kvm_intel that came back cannot be traced.
+        Probes of a module that was unloaded stay silent for good, so they are replaced. One that cannot be traced is
+        left alone for RETRY_SECONDS, or until another one takes its place.
         """
         with self._lock:
             module = self._module()
             if module == self._traced_module:
-                return False
+                return None
+            if module is not None and module == self._refused_module and self._clock() < self._retry_at:
+                return None
             self._detach()
-            self._traced_module = None
-            if module is not None:
+            self._traced_module = self._refused_module = None
+            if module is None:
+                return ModuleChange(self._vendor.module, traced=False)
+            try:
                 self.attach()
-            return True
+            except MsrtraceError as error:
+                self._refused_module, self._retry_at = module, self._clock() + RETRY_SECONDS
+                return ModuleChange(self._vendor.module, traced=False, problem=str(error))
+            return ModuleChange(self._vendor.module, traced=True)
 
     def _detach(self) -> None:
         if self._engine:
@@ -159,7 +166,9 @@ class Tracer:
             self._engine, self._idle = None, self._engine
             if self._earlier:
                 last = last.after(self._earlier)
-            silent = tuple(replace(p, attached=False, detail="kvm_intel was unloaded") for p in last.probes)
+            silent = tuple(
+                replace(p, attached=False, detail=f"{self._vendor.module} was unloaded") for p in last.probes
+            )
             maps = tuple(replace(m, entries=0) for m in last.maps)
             self._earlier = replace(last, probes=silent, maps=maps, reattached=last.reattached + 1)
 

@@ -40,10 +40,11 @@ from kerneltracer import TRACING, define
 from metrics_text import Metrics
 
 from tracer.kernel.btf import Btf
+from tracer.model.options import BACKENDS
+from tracer.model.vmx import VMX
 from tracer.program.compiler import compiled
 from tracer.program.program import Program, Target, Variant, folder, load
 from tracer.program.syscalls import attach_probe, attach_tracing
-from tracer.trace.plan import BACKENDS
 
 ENABLE, DISABLE, UPDATE = FUNCTIONS = (
     "vmx_enable_intercept_for_msr",
@@ -205,7 +206,7 @@ def bpftrace(program: str) -> Any:
 
 def classify() -> Any:
     """What msrtrace knows of a call, by bpftrace."""
-    return bpftrace(CLASSIFY.replace("BITMAP_OFFSET", str(Btf.of_module("kvm_intel").bitmap_offset())))
+    return bpftrace(CLASSIFY.replace("BITMAP_OFFSET", str(Btf.of_module(VMX.module).nested_offset(VMX.bitmap))))
 
 
 def kprobe_events() -> None:

@@ -74,7 +74,7 @@ def counts() -> Any:
         load(variant)
         found["ticks"]["untraced"][variant] = filter_update_ticks()
     idle = kernel_state()
-    msrtrace = Msrtrace("--backend", "kprobe")  # under which kvm_intel can be loaded anew
+    msrtrace = Msrtrace("--backend", "kprobe")  # under which kvm_intel can be reloaded
     found["process"] = msrtrace.process_state()
     for number, variant in enumerate(VARIANTS):
         if number:

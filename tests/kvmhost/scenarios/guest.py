@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tracer.kernel.btf import Btf, BtfError
+from tracer.model.vmx import VMX
 
 OUT = Path("/out")
 ADDRESS = "127.0.0.1:9753"
@@ -64,7 +65,7 @@ def filter_update_ticks() -> int:
 def bitmap_offset() -> int | None:
     """Where a vCPU has the address of its MSR bitmap; None where the kernel does not say."""
     try:
-        return Btf.of_module("kvm_intel").bitmap_offset()
+        return Btf.of_module(VMX.module).nested_offset(VMX.bitmap)
     except BtfError:
         return None
 

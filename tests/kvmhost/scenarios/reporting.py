@@ -9,11 +9,11 @@ from typing import Any
 
 from guest import OUT, load, output_of
 
-from tracer.doctor.checks import Machine
+from tracer.model.options import Options
+from tracer.model.vmx import VMX
 from tracer.report.file import encode
-from tracer.report.making import Circumstances, make
+from tracer.report.making import HostInfo, make
 from tracer.trace.engine import Engine
-from tracer.trace.plan import Options
 from tracer.trace.recording import record
 from tracer.trace.tracer import Tracer
 
@@ -34,10 +34,9 @@ CASES = {
 
 def make_reports(variants: Sequence[str]) -> dict[str, list[str]]:
     """/out/reports/VARIANT-CASE.json for each of VARIANTS and CASES."""
-    machine = Machine.here()
-    options = Options(by_vm=True, backend="kprobe")  # under which kvm_intel can be loaded anew
+    options = Options(by_vm=True, backend="kprobe")  # under which kvm_intel can be reloaded
     load(variants[0])
-    tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, machine), keep_gone=True)
+    tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options), keep_gone=True)
     tracer.attach()
     (OUT / "reports").mkdir()
     for number, variant in enumerate(variants):
@@ -49,7 +48,7 @@ def make_reports(variants: Sequence[str]) -> dict[str, list[str]]:
             recording = record(tracer, command=command, by_vm=True)
             made = make(
                 recording.counted,
-                Circumstances.here(),
+                HostInfo.here(VMX.module),
                 started=recording.started,
                 duration=recording.seconds,
                 version="test",

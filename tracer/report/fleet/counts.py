@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tracer.model.errors import MsrtraceError
-from tracer.model.layout import LAYOUTS
 from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.model.vendors import FIRST
 from tracer.report.fleet.lineage import Process
 from tracer.report.fleet.targets import (
     ATTACHED,
@@ -65,7 +65,7 @@ def check_complete(one: Grown) -> None:
     if calls and info.get("redundancy") == "exact" and not one.family(REDUNDANT):
         raise refuse(REDUNDANT, "which calls changed nothing cannot be told without it")
     updates = sum(value for _, value in one.family(UPDATES))
-    layout = next((known for known in LAYOUTS if known.name == info.get("layout")), None)
+    layout = FIRST.layout(info.get("layout", ""))
     if updates and layout and layout.calls and not one.family(CALLS) and all(_attached([one]).values()):
         raise refuse(CALLS, "filter updates were counted, and each makes calls")
 
@@ -84,7 +84,7 @@ def _attached(grown: Sequence[Grown]) -> dict[str, bool]:
 
 def snapshot(info: Mapping[str, str], grown: Sequence[Grown]) -> Snapshot:
     """What all processes of GROWN counted, of a host with the labels INFO of msrtrace_build_info."""
-    layout = next((known for known in LAYOUTS if known.name == info.get("layout")), None)
+    layout = FIRST.layout(info.get("layout", ""))
     exact = info.get("redundancy") == "exact"
 
     def family(metric: str) -> list[tuple[dict[str, str], float]]:

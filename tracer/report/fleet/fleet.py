@@ -33,7 +33,7 @@ from tracer.report.fleet.targets import (
     selector,
     streams,
 )
-from tracer.report.making import Circumstances, make
+from tracer.report.making import HostInfo, make
 from tracer.report.report import Report
 
 __all__ = ["Fleet", "Prometheus", "compared", "reports", "seconds"]
@@ -231,7 +231,7 @@ def _report(title: str, host: _Host) -> Report:
         notes += _copies(title, one.process)
     made = make(
         snapshot(info, host.grown),
-        Circumstances(kernel=info.get("kernel", "?"), version="", cpu="", kvm_intel={}),
+        HostInfo(kernel=info.get("kernel", "?"), version="", cpu="", module_parameters={}),
         started=datetime.fromtimestamp(first, UTC),
         duration=last - first,
         version=info.get("version", ""),

@@ -13,7 +13,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from tracer.doctor.checks import Check, Machine, State, as_json, as_text, examine, explain_eperm, obstacle
+from tracer.doctor.check import Check, State
+from tracer.doctor.examination import examine, explain_eperm, obstacle
+from tracer.doctor.output import as_json, as_text
+from tracer.kernel.machine import Machine
 from tracer.kernel.symbols import Symbols
 
 RELEASE = "6.1.0-56-amd64"
@@ -227,7 +230,8 @@ def test_symbols_are_read_once_before_tracing(host: Host, monkeypatch: pytest.Mo
 
 def test_this_machine_without_bcc_and_click() -> None:
     code = (
-        "import sys\nfrom tracer.doctor import *\nmachine = Machine.here()\nchecks = examine(machine)\n"
+        "import sys\nfrom tracer.doctor.examination import *\nfrom tracer.doctor.output import *\n"
+        "machine = Machine.here()\nchecks = examine(machine)\n"
         "obstacle(machine), explain_eperm(machine), as_text(checks), as_json(checks, machine)\n"
         "assert not {'bcc', 'click'} & set(sys.modules)\nprint(*(check.name for check in checks))\n"
     )
@@ -284,10 +288,10 @@ def test_arm(host: Host) -> None:
 def test_module_not_loaded(host: Host) -> None:
     host.unload()
     assert host.found("kvm-intel") == (FAILED, MODPROBE)
-    assert host.found("symbols") == (UNKNOWN, "mend kvm-intel first")
-    assert host.found("btf") == (UNKNOWN, "mend symbols first")
+    assert host.found("symbols") == (UNKNOWN, "fix kvm-intel first")
+    assert host.found("btf") == (UNKNOWN, "fix symbols first")
     assert obstacle(host.machine) == f"kvm_intel is not loaded: {MODPROBE}"
-    assert obstacle(host.machine, ignore=["kvm-intel"]) is None
+    assert obstacle(host.machine, ignore=["module"]) is None
 
 
 def test_module_not_loaded_and_no_module_tree_in_a_container(host: Host) -> None:
@@ -831,7 +835,7 @@ def test_eperm_by_something_unknown(host: Host) -> None:
 CHECKS = [
     Check("cpu", OK, "has VMX"),
     Check("kvm-intel", FAILED, "not loaded", MODPROBE),
-    Check("btf", UNKNOWN, "not yet", "mend kvm-intel first"),
+    Check("btf", UNKNOWN, "not yet", "fix kvm-intel first"),
     Check("tracefs", WARNING, "not mounted", "mount it"),
 ]
 
@@ -842,11 +846,11 @@ def test_text() -> None:
         "FAILED   kvm-intel  not loaded\n"
         "                    -> sudo modprobe kvm_intel\n"
         "unknown  btf        not yet\n"
-        "                    -> mend kvm-intel first\n"
+        "                    -> fix kvm-intel first\n"
         "warning  tracefs    not mounted\n"
         "                    -> mount it\n"
         "\n"
-        "1 to mend before msrtrace can trace here"
+        "1 to fix before msrtrace can trace here"
     )
     assert as_text(CHECKS[:1]).endswith("\n\nnothing found that prevents tracing here")
     assert as_text([]) == "\nnothing found that prevents tracing here"

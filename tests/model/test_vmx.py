@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Causes of calls, by the functions that make them in Linux 5.13 to 7.3."""
+"""The table of Intel's VMX: causes of calls, by the functions that make them in Linux 5.13 to 7.3."""
 
 from __future__ import annotations
 
 import pytest
 
-from tracer.model.cause import cause_of
+from tracer.model.vmx import VMX
 
 
 @pytest.mark.parametrize(
@@ -31,4 +31,4 @@ from tracer.model.cause import cause_of
     ],
 )
 def test_cause(cause: str, callers: list[str]) -> None:
-    assert {caller: cause_of(caller) for caller in callers} == dict.fromkeys(callers, cause)
+    assert {caller: VMX.cause_of(caller) for caller in callers} == dict.fromkeys(callers, cause)

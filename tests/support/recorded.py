@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`python -m recorded OPTIONS`: record(**OPTIONS), as JSON, with a tracer that only writes down what it is asked.
+
+What became of it is the last line on standard output. `follows` of OPTIONS says what comes of following reloads.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from typing import Any
+
+from tracer.model.module_change import ModuleChange
+from tracer.model.snapshot import Call, Outcome, Snapshot
+from tracer.trace.recording import CommandError, record
+
+CHANGES = {
+    "loaded": ModuleChange("kvm_intel", traced=True),
+    "refused": ModuleChange("kvm_intel", traced=False, problem="why"),
+}
+
+
+class Tracer:
+    """Ten calls between two snapshots."""
+
+    def __init__(self, follows: list[str]) -> None:
+        self.follows, self.snapshots = follows, 0
+
+    def snapshot(self, patience: float = 0) -> Snapshot:
+        """Those before, and ten."""
+        self.snapshots += 1
+        return Snapshot("toggle", calls={Call(1, "read", "enable", "other", "f"): Outcome(10 * self.snapshots)})
+
+    def follow(self) -> ModuleChange | None:
+        """What comes next."""
+        change = self.follows.pop(0) if self.follows else ""
+        if change == "broken":
+            raise OSError(change)
+        return CHANGES.get(change)
+
+
+def signals() -> list[Any]:
+    """The mask and the dispositions of this process."""
+    return [signal.pthread_sigmask(signal.SIG_BLOCK, []), [signal.getsignal(n) for n in range(1, 32)]]
+
+
+def main() -> None:
+    """See the module."""
+    options = json.loads(sys.argv[1])
+    tracer, before = Tracer(options.pop("follows", [])), signals()
+    passed: list[float] = []
+
+    def progress(seconds: float) -> None:
+        if not passed:
+            print("started", flush=True)
+        passed.append(seconds)
+
+    result: dict[str, Any] = {}
+    try:
+        made = record(tracer, progress=progress, **options)
+    except CommandError as error:
+        result |= {"error": str(error), "status": error.status}
+    else:
+        counts = [outcome.calls for outcome in made.counted.calls.values()]
+        result |= {"seconds": made.seconds, "status": made.status, "notes": made.notes, "counts": counts}
+        result |= {"started": made.started.isoformat()}
+    result |= {"snapshots": tracer.snapshots, "progress": len(passed), "restored": before == signals()}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`python -m standin FOLDER COMMAND...`: `msrtrace COMMAND...` on a made-up kernel, which is files in FOLDER.
+
+`module` is there while the module is loaded, and another one when its content has changed; the engine leaves `attached`
+and `closed`. What each command counts is made so that its output is known.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from made import HOOK, toggle
+
+from tracer.cli import main as command_line
+from tracer.cli import session
+from tracer.kernel.symbols import Symbol, Symbols
+from tracer.model.errors import MsrtraceError
+from tracer.model.options import Options
+from tracer.model.snapshot import Call, Durations, Outcome, Probe, Snapshot
+from tracer.model.vendor import Layout
+from tracer.model.vmx import VMX
+from tracer.trace import engine, tracer
+
+CALLS = ("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr")
+MODULE, REFUSAL, OBSTACLE, WARNING = "module", "refusal", "obstacle", "warning"
+ATTACHED, CLOSED, COUNTED, BROKEN, INTERRUPT = "attached", "closed", "counted", "broken", "interrupt"
+
+
+class Engine:
+    """What counts nothing, and says that it did."""
+
+    backend = "kprobe"
+    functions: tuple[str, ...] = (*CALLS, HOOK)
+    folder = Path()
+
+    def __init__(self, layout: Layout, symbols: Symbols, options: Options, explain: Callable[[], str]) -> None:
+        (self.folder / ATTACHED).touch()
+        self.layout, self.options, self.taken = layout, options, 0
+        warning = self.folder / WARNING
+        self.warnings = [warning.read_text()] if warning.exists() else []
+        self.probes = [Probe(name, name, True, f"{name} [{VMX.module}]") for name in self.functions]
+
+    @property
+    def pid(self) -> int:
+        """Of the one VMM that there is, if it is told apart."""
+        return os.getpid() if self.options.by_vm else 0
+
+    def snapshot(self, patience: float = 0) -> Snapshot:
+        """More each time."""
+        if (self.folder / BROKEN).exists():
+            raise OSError("broken map")
+        if (self.folder / INTERRUPT).exists():
+            (self.folder / INTERRUPT).unlink()
+            raise KeyboardInterrupt
+        self.taken += 1
+        (self.folder / COUNTED).touch()
+        return self.counted()
+
+    def counted(self) -> Snapshot:
+        """What is in the next snapshot."""
+        raise NotImplementedError
+
+    def forget(self, pids: set[int]) -> None:
+        """Nothing is kept of anybody."""
+
+    def detach(self) -> None:
+        """There are no probes."""
+
+    def reattach(self, layout: Layout, symbols: Symbols) -> bool:
+        """Works, unless it is refused."""
+        if (self.folder / REFUSAL).exists():
+            raise MsrtraceError((self.folder / REFUSAL).read_text())
+        return True
+
+    def close(self) -> None:
+        """Leave a trace of it."""
+        (self.folder / CLOSED).touch()
+
+
+class RunEngine(Engine):
+    """Seven calls, from the first moment on, on a kernel of which only updates can be probed."""
+
+    functions = (HOOK,)
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.warnings.append("vmx_vcpu_create is not probed: none")
+        self.probes.append(Probe("vmx_vcpu_create", None, False, "none"))
+
+    def counted(self) -> Snapshot:
+        """The seven."""
+        call = Call(0x10, "read", "disable", "vcpu_create", "vmx_vcpu_create", self.options.pid or 0)
+        calls = {call: Outcome(7, 0, 7, 0, 0)}
+        return Snapshot(self.layout.name, calls=calls, probes=tuple(self.probes), by_vm=self.options.by_vm)
+
+
+class ReportEngine(Engine):
+    """101 filter updates between two snapshots."""
+
+    def counted(self) -> Snapshot:
+        """Those before, and 101."""
+        updates = 101 * self.taken - 100
+        return toggle(updates, pid=self.pid, vcpus=1 + (self.taken > 1), probes=tuple(self.probes))
+
+
+class TopEngine(Engine):
+    """Ten filter updates between two snapshots, each with two calls, and as many others."""
+
+    def counted(self) -> Snapshot:
+        """Those before, and ten."""
+        n, pid = 10 * self.taken, self.pid
+        calls = {
+            Call(0x10, "read", "disable", "filter_change", "x", pid): Outcome(2 * n, n, n, 0, 0),
+            Call(0x48, "read", "disable", "vcpu_create", "x", pid): Outcome(n, n, 0, 0, 0),
+        }
+        updates = {pid: Durations(n, n * 1e-4, (n, *[0] * 24))}
+        return Snapshot(
+            self.layout.name, calls=calls, updates=updates, probes=tuple(self.probes), by_vm=self.options.by_vm
+        )
+
+
+ENGINES: dict[str, type[Engine]] = {"run": RunEngine, "report": ReportEngine, "top": TopEngine}
+
+
+def main() -> None:
+    """Put the stand-ins in their places, and run the command."""
+    folder, command = Path(sys.argv.pop(1)), sys.argv[1]
+    chosen = ENGINES[command]
+    chosen.folder = folder
+
+    def symbols(*_: Path) -> Symbols:
+        return Symbols.of(Symbol(64 + n, name, VMX.module) for n, name in enumerate(chosen.functions))
+
+    def module(*_: Path) -> str | None:
+        return (folder / MODULE).read_text() if (folder / MODULE).exists() else None
+
+    def obstacle(*_: object, **__: object) -> str | None:
+        return (folder / OBSTACLE).read_text() if (folder / OBSTACLE).exists() else None
+
+    places: tuple[tuple[Any, str, Any], ...] = (
+        (Symbols, "read", symbols),
+        (session, "obstacle", obstacle),
+        (engine, "Engine", chosen),
+        (tracer, "loaded_module", module),
+        (tracer, "Tracer", partial(tracer.Tracer, symbols=symbols, module=module)),
+    )
+    for place, name, standin in places:
+        setattr(place, name, standin)
+    command_line.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which rooms of tracer/ may import which, and that what differs between vendors is said in their tables alone."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+FILES = sorted((REPO / "tracer").rglob("*.py"))
+
+#: Each room, and those that it may import beside its own files.
+ARROWS = {
+    "model": set[str](),
+    "kernel": {"model"},
+    "program": {"model"},
+    "trace": {"program", "kernel", "model"},
+    "report": {"model"},
+    "live": {"model"},
+    "export": {"model"},
+    "doctor": {"kernel", "model"},
+    "cli": {"report", "live", "export", "doctor", "trace", "kernel", "model"},
+}
+TABLES = {REPO / "tracer/model/vmx.py", REPO / "tracer/model/msr/table.py", REPO / "tracer/model/msr/generate.py"}
+_IDENTIFIER = re.compile(r"\w*(vmx|svm|kvm_intel|kvm_amd|kvm-intel|kvm-amd)[\w.]*", re.IGNORECASE)
+
+
+def room(file: Path) -> str:
+    return file.relative_to(REPO / "tracer").parts[0]
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """The modules of ours that a file imports, at its top or in a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "tracer")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where they lead"
+            if node.module and node.module.split(".")[0] == "tracer":
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def vendors_words(tree: ast.Module) -> Iterator[str]:
+    """Names, and strings that are a name or the path of a module, which only one vendor has; sentences are none."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words = re.split(r"[/\s|]", node.value) if " " not in node.value else []
+        elif isinstance(node, ast.Name):
+            words = [node.id]
+        elif isinstance(node, ast.Attribute):
+            words = [node.attr]
+        elif isinstance(node, ast.arg | ast.keyword):
+            words = [node.arg or ""]
+        else:
+            continue
+        yield from (word for word in words if _IDENTIFIER.fullmatch(word))
+
+
+def test_every_file_is_in_a_room() -> None:
+    assert {room(file) for file in FILES} == {"__init__.py", *ARROWS}
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_arrows_point_one_way(name: str) -> None:
+    wrong = [
+        f"{file.relative_to(REPO)} imports {module}"
+        for file in FILES
+        if room(file) == name
+        for module in imported(ast.parse(file.read_text()))
+        if module.split(".")[1] not in ARROWS[name] | {name}
+    ]
+    assert wrong == []
+
+
+def test_the_arrows_have_no_circle() -> None:
+    done: set[str] = set()
+    while ready := [name for name in ARROWS if name not in done and ARROWS[name] <= done]:
+        done.update(ready)
+    assert done == ARROWS.keys()
+
+
+def test_vendors_are_named_in_their_tables_alone() -> None:
+    exempt = {REPO / "tracer/model/vendors.py"}  # the list of the tables
+    found = {
+        str(file.relative_to(REPO)): sorted(set(vendors_words(ast.parse(file.read_text()))))
+        for file in FILES
+        if file not in TABLES | exempt
+    }
+    assert {file: words for file, words in found.items() if words} == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("vmx_free = 1", ["vmx_free"]),
+        ("x = '/sys/module/kvm_intel'", ["kvm_intel"]),
+        ("x = f'{y}vcpu_svm'", ["vcpu_svm"]),
+        ("x.kvm_amd(vmx=1)", ["kvm_amd", "vmx"]),
+        ("x = 'a sentence on kvm_intel'", []),
+    ],
+)
+def test_vendors_words_are_found(code: str, words: list[str]) -> None:
+    assert sorted(vendors_words(ast.parse(code))) == words

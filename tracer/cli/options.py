@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The options of every command that traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+from tracer.model.options import BACKENDS, Options
+
+_OPTIONS = (
+    click.option("--by-vm", is_flag=True, help="Break down by VM: its name, and the process id of its VMM."),
+    click.option("--pid", type=click.IntRange(min=1), help="Trace the VMM with this process id alone."),
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", *sorted(BACKENDS)]),
+        default="auto",
+        show_default=True,
+        help="How functions are probed; auto: by fentry, which is cheaper, where the kernel can. While fentry is "
+        "in use KVM's module cannot be unloaded.",
+    ),
+)
+
+
+def tracing_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options --by-vm, --pid and --backend; FUNCTION gets them as `options`."""
+
+    @wraps(function)
+    def with_options(by_vm: bool, pid: int | None, backend: str, **others: Any) -> None:
+        function(options=Options(by_vm=by_vm, pid=pid, backend=backend), **others)
+
+    result: Callable[..., None] = with_options
+    for option in reversed(_OPTIONS):
+        result = option(result)
+    return result

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How a trace begins and ends, for every command that traces: run, report and top."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tracer.doctor.examination import MODULE, SYMBOLS, explain_eperm, obstacle
+from tracer.kernel.machine import Machine
+from tracer.model.errors import MsrtraceError
+from tracer.model.module_change import FOLLOW_SECONDS
+from tracer.model.options import Options
+
+if TYPE_CHECKING:
+    from tracer.trace.tracer import Tracer
+
+
+def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> Machine:
+    """This machine, if it can be traced with OPTIONS. Raises MsrtraceError, which says what to do, if it cannot."""
+    machine = Machine.here()
+    check_pid(options.pid)
+    problem = obstacle(machine, ignore=(MODULE, SYMBOLS) if module_may_be_missing else ())
+    if problem:
+        raise MsrtraceError(problem)
+    return machine
+
+
+def check_pid(pid: int | None) -> None:
+    """Raise MsrtraceError unless PID is a process: BPF programs see those, and not their threads' ids."""
+    if pid is None:
+        return
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        raise MsrtraceError(f"there is no process {pid}") from None
+    found = re.search(r"^Tgid:\s*(\d+)", status, re.MULTILINE)
+    if found and int(found[1]) != pid:
+        raise MsrtraceError(f"{pid} is a thread of process {found[1]}; give --pid {found[1]}")
+
+
+def module_is_loaded() -> bool:
+    """Whether there is a module to trace now."""
+    from tracer.trace.tracer import loaded_module
+
+    return loaded_module() is not None
+
+
+def wait_for_module(stop: threading.Event) -> bool:
+    """Wait until a module that can be traced is loaded; False if STOP came first."""
+    while not module_is_loaded():
+        if stop.wait(FOLLOW_SECONDS):
+            return False
+    return True
+
+
+@contextmanager
+def tracing(machine: Machine, options: Options, *, keep_gone: bool = False) -> Iterator[Tracer]:
+    """A trace of MACHINE, whose probes are in place, and gone at the end. KEEP_GONE: as Tracer has it.
+
+    Raises MsrtraceError where nothing can be counted.
+    """
+    from tracer.trace.engine import Engine
+    from tracer.trace.tracer import Tracer
+
+    def explain() -> str:
+        return explain_eperm(machine)
+
+    tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, explain), keep_gone=keep_gone)
+    tracer.attach(machine.symbols)
+    try:
+        yield tracer
+    finally:
+        tracer.close()

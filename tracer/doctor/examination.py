@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What msrtrace needs of a machine: found or not, and the exact step that fixes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+
+from tracer.doctor import host, rights, tools
+from tracer.doctor.check import Check, Found, State
+from tracer.kernel.machine import Machine, search
+
+MODULE, SYMBOLS = "module", "symbols"
+#: In the order in which they are fixed. MODULE is shown under the name of the vendor's module.
+_CHECKS: dict[str, Callable[[Machine], Found]] = {
+    "cpu": host.check_cpu,
+    MODULE: host.check_module,
+    SYMBOLS: host.check_symbols,
+    "livepatch": host.check_livepatch,
+    "headers": tools.check_headers,
+    "bcc": tools.check_bcc,
+    "btf": host.check_btf,
+    "lockdown": rights.check_lockdown,
+    "capabilities": rights.check_capabilities,
+    "perf-event-paranoid": rights.check_perf_event_paranoid,
+    "bpf": rights.check_bpf,
+    "tracefs": rights.check_tracefs,
+}
+
+
+def examine(machine: Machine) -> list[Check]:
+    """Every check, in the order in which a user would fix them. Never raises."""
+    return list(_checked(replace(machine)))  # a copy: what it keeps of what it has read is for this examination alone
+
+
+def obstacle(machine: Machine, ignore: Collection[str] = ()) -> str | None:
+    """What prevents tracing first, as one line "what is wrong: what to do", or None. IGNORE names checks to skip.
+
+    MACHINE keeps the symbols that were read, which takes 0.1 s, for the tracing that comes next. BTF prevents nothing.
+    """
+    failed = (check for check in _checked(machine, ("btf", *ignore)) if check.state is State.FAILED)
+    return next((f"{check.detail}: {check.fix}" for check in failed), None)
+
+
+def explain_eperm(machine: Machine) -> str:
+    """Why the kernel probably said EPERM, which BCC calls "Need super-user privileges", to root too: one line."""
+    checks = {check.name: check for check in _checked(replace(machine), ("btf", "bcc"))}
+    for check in (checks["lockdown"], checks["capabilities"], checks["perf-event-paranoid"]):
+        if check.state in (State.FAILED, State.WARNING):
+            return f"the kernel refused: {check.detail}: {check.fix}"
+    why, fix = "probably SELinux or another security module", "see sudo dmesg and sudo ausearch -m avc -ts recent"
+    if search(r"^Seccomp:\s*(\d)", machine.text("/proc/self/status", "")) == "2":
+        why = "probably the seccomp filter of the container or service"
+        fix = "allow bpf and perf_event_open (docker run --security-opt seccomp=unconfined, SystemCallFilter=)"
+    return f"the kernel refused: {why}: {fix}"
+
+
+def _checked(machine: Machine, ignore: Collection[str] = ()) -> Iterator[Check]:
+    for name in (name for name in _CHECKS if name not in ignore):
+        try:
+            state, detail, fix = _CHECKS[name](machine)
+        except OSError as error:
+            state, fix = State.UNKNOWN, f"{machine.command} doctor" if machine.euid else None
+            detail = f"cannot read {error.filename}: {error.strerror}"
+        except Exception as error:  # whatever a strange machine holds, the other checks still count
+            state, detail, fix = State.UNKNOWN, f"cannot be told: {error}", None
+        yield Check(machine.vendor.module_name if name == MODULE else name, state, " ".join(detail.split()), fix)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Checks of what compiles the BPF program: BCC, and headers. BCC is looked for but not imported: that loads LLVM."""
+
+from __future__ import annotations
+
+import re
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from tracer.doctor.check import Found, State
+from tracer.doctor.packages import install_command
+from tracer.kernel.machine import Machine, search
+
+
+def check_headers(machine: Machine) -> Found:
+    """Where BCC looks (src/cc/frontends/clang/loader.cc), the kernel's own copy (CONFIG_IKHEADERS) included."""
+    modules, override = f"/lib/modules/{machine.release}", machine.environ.get("BCC_KERNEL_SOURCE")
+    build = override or f"{modules}/build"
+    # Debian and SUSE split the tree: what is common is in source, what was configured in build.
+    split = not override and machine.at(build).is_dir() and machine.at(f"{modules}/source").is_dir()
+    common = f"{modules}/source/include/linux/kconfig.h" if split else f"{build}/include/linux/kconfig.h"
+    lacking = [f for f in (common, f"{build}/include/generated/autoconf.h") if not machine.at(f).is_file()]
+    if not lacking:
+        return State.OK, build, None
+    copy, module = "/sys/kernel/kheaders.tar.xz", "/kheaders.ko" in machine.text(f"{modules}/modules.dep", "")
+    if common in lacking and (module or machine.at(copy).exists()):
+        return State.OK, f"the kernel's own copy, {copy}, which BCC unpacks", None
+    if override:
+        return State.FAILED, f"BCC_KERNEL_SOURCE is set, but there is no {lacking[0]}", "unset BCC_KERNEL_SOURCE"
+    detail = f"no headers of kernel {machine.release}, which BCC needs to compile: {lacking[0]} does not exist"
+    if machine.at("/.dockerenv").exists() or machine.at("/run/.containerenv").exists():
+        detail += " (in a container, the host's will do: -v /lib/modules:/lib/modules:ro -v /usr/src:/usr/src:ro)"
+    otherwise = f"install the headers of kernel {machine.release}, or set BCC_KERNEL_SOURCE to them"
+    return State.FAILED, detail, install_command(machine, 0) or otherwise
+
+
+def check_bcc(machine: Machine) -> Found:
+    """BCC's Python module, for the Python that runs this, and its library."""
+    install = install_command(machine, 1) or "install BCC's Python module with the system's package manager"
+    spec = PathFinder.find_spec("bcc", list(machine.python_path))
+    if spec is None or spec.origin is None:
+        if not any(machine.at("/usr/lib").glob("python3*/*-packages/bcc")):
+            return State.FAILED, "BCC is not installed (and PyPI's bcc is something else)", install
+        detail = f"BCC is installed for /usr/bin/python3, but {machine.python} does not see it"
+        venv = f"/usr/bin/python3 -m venv --clear --system-site-packages {machine.venv or 'msrtrace-venv'}"
+        return State.FAILED, detail, f"{venv}, then install msrtrace there"
+    origin = Path(spec.origin)
+    package = origin.parent if origin.name == "__init__.py" else origin
+    if not re.search(r"^class BPF\b", origin.read_text(errors="replace"), re.MULTILINE):
+        if package.parent == Path.cwd():
+            return State.FAILED, f"{package} in the working directory hides BCC", "start msrtrace elsewhere: cd /"
+        detail = f"{package} is not BCC but PyPI's unrelated package bcc (it has no BPF)"
+        return State.FAILED, detail, f"{machine.python} -m pip uninstall bcc && {install}"
+    version = search(r"__version__ = '([^']+)'", (package / "version.py").read_text())
+    library, cache = search(r'CDLL\("([^"/]+)"', (package / "libbcc.py").read_text()), machine.at("/etc/ld.so.cache")
+    # The dynamic linker lists every library it knows by name; musl has no such list.
+    if cache.exists() and library.encode() not in cache.read_bytes() and "LD_LIBRARY_PATH" not in machine.environ:
+        return State.FAILED, f"BCC {version} is in {package}, but its library {library} is missing", install
+    return State.OK, f"{version} in {package}", None

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a trace did not see, as reports have it and as every view says it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, field
+
+from tracer.model.sanitized import Count, Sanitized, Text
+from tracer.model.snapshot import Snapshot
+
+
+class Loss(Sanitized, frozen=True, kw_only=True):
+    """What was not seen: by map, by function, and the rest. `not_probed` names functions without their probe.
+
+    `uncounted` says, a phrase each, what was known from the start not to be seen, because of a livepatch say.
+    """
+
+    dropped_updates: Annotated[dict[Text, Count], Meta(max_length=256)] = field(default_factory=dict)
+    probe_missed: Annotated[dict[Text, Count], Meta(max_length=256)] = field(default_factory=dict)
+    unpaired_returns: Count = 0
+    read_failures: Count = 0
+    open_calls: Count = 0
+    reattachments: Count = 0
+    not_probed: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
+    uncounted: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
+
+    def words(self) -> list[str]:
+        """What probes that were in place did not see, a phrase each."""
+        found = [f"{count:,} updates of map {name} dropped" for name, count in self.dropped_updates.items()]
+        found += [f"{count:,} runs of {name} missed" for name, count in self.probe_missed.items()]
+        if self.unpaired_returns:
+            found.append(f"{self.unpaired_returns:,} unpaired returns")
+        if self.read_failures:
+            found.append(f"{self.read_failures:,} bitmaps not read")
+        if self.open_calls:
+            found.append(f"{self.open_calls:,} calls still under way")
+        return found + self.uncounted
+
+
+def loss_of(counted: Snapshot) -> Loss:
+    """What COUNTED did not see."""
+    return Loss(
+        dropped_updates={m.name: m.dropped for m in counted.maps if m.dropped},
+        probe_missed={p.function: p.missed for p in counted.probes if p.missed},
+        unpaired_returns=counted.unpaired_returns,
+        read_failures=counted.read_failures,
+        open_calls=counted.open_calls,
+        uncounted=list(counted.uncounted),
+        reattachments=counted.reattached,
+        not_probed=[p.function for p in counted.probes if not p.attached],
+    )
