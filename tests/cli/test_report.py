@@ -82,7 +82,6 @@ def test_json() -> None:
         ("a.JSON", '{\n "schema": "msrtrace-report/1"'),
         ("a.txt", "patch present: "),
         ("a", "patch present: "),
-        ("a.json.gz", "patch present: "),
         ("a.md", "**patch present: "),
         ("a.html", "<!doctype html>"),
         ("a.htm", "<!doctype html>"),
@@ -95,6 +94,15 @@ def test_the_suffix_says_the_format_unless_the_option_does(tmp_path: Path, name:
     assert file.read_text().lower().startswith(start)
     run("-d", "0.01", "-o", str(file), "--format", "markdown")
     assert file.read_text().startswith("**patch present: ")
+
+
+def test_a_suffix_that_says_no_format_is_wrong_usage(tmp_path: Path) -> None:
+    done = run("-d", "99", "-o", str(tmp_path / "x.pdf"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no format is called .pdf (.txt, .md, .json, .html, .htm); --format chooses one" in done.stderr
+    assert ATTACHED not in done.left
+    done = run("-d", "0.01", "-o", str(tmp_path / "x.pdf"), "--format", "text")
+    assert (done.returncode, (tmp_path / "x.pdf").read_text()[:13]) == (0, "patch present")
 
 
 def test_several_files(tmp_path: Path) -> None:

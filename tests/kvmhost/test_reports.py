@@ -15,9 +15,9 @@ from jsonschema import Draft202012Validator
 from reporting import BRIEF, REPEATS, UPDATES, VCPUS
 
 from tracer.report.compare import compare
+from tracer.report.comparison_view import comparison_document, sentence
 from tracer.report.file import read, schema
 from tracer.report.report import Report
-from tracer.report.views import comparison_document, sentence
 
 APPLIED = UPDATES * VCPUS
 WHY = {"sid": "superseded", "filter-only": "calls cannot be observed on this kernel (layout filter-only)"}

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from made import FS_BASE, HOST, XFD_ERR, any_reports, patched, recalc, report, times, toggle, unpatched, views
 
 from tracer.model.snapshot import Map, Probe, Snapshot
+from tracer.report.changelog import changelog
 from tracer.report.compare import Comparison, Incomparable, PerUpdate, Side, compare, lost, said, timed
+from tracer.report.comparison_view import comparison_document, comparison_table, sentence
 from tracer.report.report import Bit, Report, by_bit
-from tracer.report.views import changelog, comparison_document, comparison_table, sentence
 
 SENTENCE = (
     "unpatched makes 30 calls a filter update, 28 of them redundant; patched 13, 11 redundant: 17 fewer calls, -56.7%"

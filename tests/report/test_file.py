@@ -26,7 +26,7 @@ from tracer.model.snapshot import Map, Snapshot
 from tracer.report import file as reportfile
 from tracer.report.file import SIZE_LIMIT, check_writable, decode, encode, read, write
 from tracer.report.report import Report
-from tracer.report.views import report_document
+from tracer.report.report_view import report_document
 
 SCHEMA = Path(reportfile.__file__).with_name("report.schema.json")
 EXAMPLES = {

@@ -18,10 +18,11 @@ from pages import COMPARISONS, EITHER, REPORTS, Element, Page, bars, chart, many
 from tracer.model.text import printable
 from tracer.report import html
 from tracer.report.compare import Comparison, compare
+from tracer.report.comparison_view import comparison_document
 from tracer.report.document import Document
 from tracer.report.html import report_html
 from tracer.report.report import Bucket, Report, UpdateSeconds
-from tracer.report.views import comparison_document, report_document
+from tracer.report.report_view import report_document
 
 STYLE = (Path(html.__file__).parent / "templates" / "style.css").read_text()
 UNSEEN = ["\0", "\x1b", "\x9b", "\u061c", "\u200b", "\u200f", "\u2028", "\u202e", "\u2066", "\ufeff"]
@@ -149,7 +150,7 @@ def test_nothing_comes_from_outside() -> None:
 
 
 def test_other_views_do_not_load_the_template_engine() -> None:
-    code = "import sys, tracer.cli.report, tracer.report.views; sys.exit('jinja2' in sys.modules)"
+    code = "import sys, tracer.cli.report, tracer.report.formats; sys.exit('jinja2' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

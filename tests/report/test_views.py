@@ -17,10 +17,13 @@ from tabulate import tabulate
 from tracer.model.quantity import duration, listed, number, rate, share
 from tracer.model.snapshot import Map, Snapshot
 from tracer.model.text import LIMIT, printable
+from tracer.report.changelog import changelog
 from tracer.report.compare import compare
+from tracer.report.comparison_json import comparison_json
+from tracer.report.comparison_view import percent
 from tracer.report.document import Document, Section, Table
 from tracer.report.report import Bucket, Report, UpdateSeconds
-from tracer.report.views import changelog, comparison_json, percent, quantile, report_document
+from tracer.report.report_view import quantile, report_document
 
 # --- figures ---
 

@@ -10,12 +10,11 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tracer.cli.compare import _comparison_as
-from tracer.cli.report import _report_as
 from tracer.model.loss import Loss
 from tracer.model.snapshot import Call, Durations, Outcome, Snapshot
 from tracer.model.verdict import Verdict
 from tracer.report.compare import compare
+from tracer.report.formats import OF_COMPARISONS, OF_REPORTS, write_comparison, write_report
 from tracer.report.making import HostInfo, make
 from tracer.report.report import Bucket, CallRow, Host, PerUpdate, Report, Totals, UpdateSeconds, Vm
 
@@ -128,16 +127,13 @@ def unpatched(**circumstances: Any) -> Report:
     return report(toggle(patched=False), label="unpatched", **circumstances)
 
 
-FORMS = ("text", "markdown", "json", "html")
-
-
 def views(one: Report, other: Report | None = None) -> dict[str, str]:
     """Every view of ONE, and of it beside OTHER both ways."""
     other = other or patched()
-    found = {form: _report_as(one, form).decode() for form in FORMS}
+    found = {name: write_report(one, name).decode() for name in OF_REPORTS}
     for name, sides in {"base": ([one], [other]), "new": ([other], [one])}.items():
         comparison = compare(*sides, force=True)
-        found |= {f"{name} {form}": _comparison_as(comparison, form).decode() for form in (*FORMS, "changelog")}
+        found |= {f"{name} {fmt}": write_comparison(comparison, fmt).decode() for fmt in OF_COMPARISONS}
     return found
 
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracer.cli.output import check_outputs, deliver, output_option
-from tracer.report.compare import Comparison
+from tracer.cli.output import check_outputs, deliver, output_options
 from tracer.report.compare import compare as put_together
 from tracer.report.file import read
-from tracer.report.views import changelog, comparison_document, comparison_json
+from tracer.report.formats import OF_COMPARISONS, write_comparison
 
 if TYPE_CHECKING:
     from tracer.report.fleet.fleet import Fleet
@@ -51,13 +50,7 @@ class _Sides(click.Command):
     help="Compare what this Prometheus stored of many hosts; --base and --new are then label selectors.",
 )
 @click.option("--since", metavar="DURATION", help="How far back to look there, such as 15m or 2d.  [default: 1h]")
-@output_option
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["text", "markdown", "json", "html", "changelog"]),
-    help="[default: text]; changelog: 75 columns, for a commit message.",
-)
+@output_options(OF_COMPARISONS, "; changelog: 75 columns, for a commit message.")
 @click.option("--force", is_flag=True, help="Compare what should not be compared; the result says why.")
 @click.argument("files", nargs=-1, metavar="[BASE NEW]")
 def compare(  # noqa: PLR0917 (click passes them by name)
@@ -66,7 +59,7 @@ def compare(  # noqa: PLR0917 (click passes them by name)
     prometheus: str | None,
     since: str | None,
     outputs: tuple[Path, ...],
-    form: str | None,
+    fmt: str | None,
     force: bool,
     files: tuple[str, ...],
 ) -> None:
@@ -90,14 +83,14 @@ def compare(  # noqa: PLR0917 (click passes them by name)
         raise click.UsageError("give two reports, BASE and NEW")
     if since and not prometheus:
         raise click.UsageError("--since is for --prometheus")
-    check_outputs(outputs)
+    check_outputs(outputs, fmt)
     if prometheus:
         fleet, titles = _stored(prometheus, base, new, since or "1h"), (", ".join(base), ", ".join(new))
         comparison = put_together(*fleet.sides, force=force, titles=titles)
         comparison = replace(comparison, warnings=(*fleet.warnings, *comparison.warnings))
     else:
         comparison = put_together(*([read(Path(name)) for name in names] for names in (base, new)), force=force)
-    deliver(lambda form: _comparison_as(comparison, form), form, outputs)
+    deliver(lambda name: write_comparison(comparison, name), fmt, outputs)
 
 
 def _stored(url: str, base: Sequence[str], new: Sequence[str], since: str) -> Fleet:
@@ -110,16 +103,3 @@ def _stored(url: str, base: Sequence[str], new: Sequence[str], since: str) -> Fl
         raise click.UsageError(f"--since: {error}") from None
     server = Prometheus(url)
     return compared(server, [base, new], window, server.now())
-
-
-def _comparison_as(comparison: Comparison, form: str) -> bytes:
-    if form == "json":
-        return comparison_json(comparison)
-    if form == "changelog":
-        return changelog(comparison).encode()
-    if form == "html":
-        from tracer.report.html import comparison_html
-
-        return comparison_html(comparison).encode()
-    document = comparison_document(comparison)
-    return (document.markdown() if form == "markdown" else document.text()).encode()

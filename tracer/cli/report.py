@@ -13,27 +13,27 @@ import click
 
 from tracer.cli.console import version, warn
 from tracer.cli.options import tracing_options
-from tracer.cli.output import check_outputs, deliver, output_option
+from tracer.cli.output import check_outputs, deliver, output_options
 from tracer.cli.session import ready_machine, tracing
 from tracer.model.options import Options
+from tracer.report.formats import OF_REPORTS, write_report
 
 if TYPE_CHECKING:
-    from tracer.report.report import Report
+    pass
 
 _LONGEST_SECONDS = 366 * 86400.0
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option("-d", "--duration", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Trace so long.")
-@output_option
-@click.option("--format", "form", type=click.Choice(["text", "json", "markdown", "html"]), help="[default: text]")
+@output_options(OF_REPORTS)
 @click.option("--label", default="", help="What to call this side in comparisons, such as `patched`.")
 @tracing_options
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def report(  # noqa: PLR0917 (click passes them by name)
     duration: float | None,
     outputs: tuple[Path, ...],
-    form: str | None,
+    fmt: str | None,
     label: str,
     options: Options,
     command: tuple[str, ...],
@@ -47,7 +47,7 @@ def report(  # noqa: PLR0917 (click passes them by name)
         raise click.UsageError("-d and COMMAND exclude each other: a COMMAND is traced as long as it runs")
     if duration is not None and not duration <= _LONGEST_SECONDS:  # not a number, too
         raise click.UsageError(f"-d {duration:g}: at most {_LONGEST_SECONDS:g} seconds")
-    check_outputs(outputs)
+    check_outputs(outputs, fmt)
     machine = ready_machine(options)
 
     from tracer.trace.recording import check_command, record
@@ -73,22 +73,8 @@ def report(  # noqa: PLR0917 (click passes them by name)
             exit_status=recording.status,
             notes=(*tracer.warnings, *recording.notes),
         )
-    deliver(lambda form: _report_as(made, form), form, outputs, aside=bool(command))
+    deliver(lambda name: write_report(made, name), fmt, outputs, to_stderr=bool(command))
     sys.exit(recording.status or 0)
-
-
-def _report_as(report: Report, form: str) -> bytes:
-    from tracer.report.file import encode
-    from tracer.report.views import report_document
-
-    if form == "json":
-        return encode(report)
-    if form == "html":
-        from tracer.report.html import report_html
-
-        return report_html(report).encode()
-    document = report_document(report)
-    return (document.markdown() if form == "markdown" else document.text()).encode()
 
 
 @contextmanager

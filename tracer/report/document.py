@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tracer.model.text import printable
@@ -73,6 +73,12 @@ class Document:
             if section.table and section.table.rows:
                 parts.append(section.table.drawn("github", _escaped))
         return "\n\n".join(parts) + "\n"
+
+
+def document(title: str, lead: str, lines: Sequence[str], sections: Sequence[Section]) -> Document:
+    """A document without the sections that have nothing to say."""
+    shown = tuple(s for s in sections if s.lines or (s.table and s.table.rows))
+    return Document(title, lead, tuple(lines), shown)
 
 
 def _escaped(text: str) -> str:

@@ -20,9 +20,10 @@ from tracer.model import msr
 from tracer.model.quantity import duration, number, rate
 from tracer.report.compare import Comparison, PerUpdate, Side
 from tracer.report.compare import Row as BitRow
+from tracer.report.comparison_view import comparison_document
 from tracer.report.document import Document, Section
 from tracer.report.report import CallRow, Report, UpdateSeconds, redundant_sum
-from tracer.report.views import comparison_document, report_document
+from tracer.report.report_view import report_document
 
 #: At most so many rows are drawn; the table below the chart has them all.
 MOST_ROWS = 40

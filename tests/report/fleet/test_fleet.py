@@ -24,9 +24,9 @@ from fleets import host as made_up
 
 from tracer.model.errors import MsrtraceError
 from tracer.report.compare import compare
+from tracer.report.comparison_view import sentence
 from tracer.report.fleet.fleet import Prometheus, compared, reports
 from tracer.report.report import Report
-from tracer.report.views import sentence
 
 NOW = 1_000_000.0
 SCRAPES = [NOW - 60, NOW - 45, NOW - 30, NOW - 15, NOW]

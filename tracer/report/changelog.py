@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A comparison for a kernel commit message."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from fractions import Fraction
+
+from tracer.model import msr
+from tracer.model.quantity import rate
+from tracer.model.text import printable
+from tracer.report.compare import Comparison, Side, said
+from tracer.report.comparison_view import percent, sentence
+from tracer.report.report import Bit
+
+_CELL, _CHANGE = 20, 10  # characters in a column of a changelog's table, which has 75 with its two indents
+
+
+_COLUMNS = 75  # Documentation/process/submitting-patches.rst: changelogs are wrapped at 75
+
+
+def changelog(comparison: Comparison) -> str:
+    """COMPARISON for the message of a kernel commit: plain text, at most 75 columns."""
+    base, new = comparison.base, comparison.new
+    lines = [*_wrapped(f"{_capital(sentence(comparison))}."), ""]
+    what = "MSR-intercept calls" if comparison.unit == "call" else "Bits that MSR-intercept calls name"
+    lines += [
+        *_wrapped(f"{what}, per filter update of a vCPU, counted by msrtrace on {_kernels(comparison)} under"),
+        "",
+    ]
+    for command in dict.fromkeys(said(side.report.command) for side in (base, new)):
+        lines += _wrapped(command, "  ")
+    rows: list[tuple[str, ...]] = []
+    one, other = comparison.per_update(base), comparison.per_update(new)
+    for label, left, right in (
+        (f"{comparison.unit}s", one.calls, other.calls),
+        ("of them redundant", one.redundant, other.redundant),
+        *((f"{action} calls", _action(base, action), _action(new, action)) for action in ("enable", "disable")),
+    ):
+        figures = [printable(rate(figure), _CELL) for figure in (left, right)]
+        rows.append((label, *figures, printable(percent(left, right), _CHANGE)))
+    titles = [printable(side.title, _CELL) for side in (base, new)]
+    lines += ["", *_columns(("", *titles, "change"), *rows), ""]
+    gone = [row.bit for row in comparison.rows if row.base.calls and not row.new.calls]
+    come = [row.bit for row in comparison.rows if row.new.calls and not row.base.calls]
+    for side, bits in ((base, gone), (new, come)):
+        if bits:
+            lines += [*_wrapped(f"Touched by {side.title} alone: {_short(bits)}."), ""]
+    for warning in (*comparison.forced, *comparison.warnings):
+        lines += _wrapped(f"Note: {warning}.")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _columns(*rows: tuple[str, ...]) -> list[str]:
+    """ROWS below each other, the first with a line below it, as narrow as can be, which a Table's are not."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        figures = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return "  ".join(["", row[0].ljust(widths[0]), *figures]).rstrip()
+
+    return [line(rows[0]), line(["-" * width for width in widths]), *map(line, rows[1:])]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _short(bits: Sequence[Bit]) -> str:
+    """BITS by MSR, with R, W or RW as in the kernel's MSR_TYPE_*."""
+    directions: dict[int, str] = {}
+    for bit in bits:
+        directions[bit.msr] = directions.get(bit.msr, "") + bit.direction[0].upper()
+    return ", ".join(f"{msr.name(index)} {letters}" for index, letters in directions.items())
+
+
+def _kernels(comparison: Comparison) -> str:
+    found = dict.fromkeys(f"Linux {side.report.host.kernel}" for side in (comparison.base, comparison.new))
+    return " and ".join(found)
+
+
+def _action(side: Side, action: str) -> Fraction | None:
+    if not side.observable:
+        return None
+    return Fraction(sum(row.calls for row in side.rows if row.action == action), side.updates)
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, _COLUMNS, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)

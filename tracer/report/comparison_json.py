@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A comparison for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from fractions import Fraction
+
+import msgspec
+
+from tracer.model import msr
+from tracer.report.compare import SCHEMA, Comparison, PerUpdate, Side
+from tracer.report.comparison_view import lost_by, sentence
+from tracer.report.report import whole
+
+
+def comparison_json(comparison: Comparison) -> bytes:
+    """COMPARISON for programs: `schema` is "msrtrace-comparison/1"; unknown figures are null."""
+
+    def plain(value: Fraction | None) -> float | None:
+        return None if value is None else whole(float(value))
+
+    def per_update(figures: PerUpdate) -> dict[str, float | None]:
+        return {"calls": plain(figures.calls), "redundant": plain(figures.redundant)}
+
+    def side(which: Side) -> dict[str, object]:
+        time = which.time()
+        return {
+            "title": which.title,
+            "reports": len(which.reports),
+            "host": which.report.host,
+            "command": which.report.command,
+            "filter_updates": which.updates,
+            "verdict": which.verdict,
+            "per_filter_update": per_update(comparison.per_update(which)),
+            "filter_update_seconds": asdict(time) if time else None,
+            "lost": lost_by(which),
+        }
+
+    made = {
+        "schema": SCHEMA,
+        "sentence": sentence(comparison),
+        "unit": comparison.unit,
+        "base": side(comparison.base),
+        "new": side(comparison.new),
+        "bits": [
+            {
+                "msr": msr.hexadecimal(row.bit.msr),
+                "name": msr.name(row.bit.msr),
+                "direction": row.bit.direction,
+                "base": per_update(row.base),
+                "new": per_update(row.new),
+            }
+            for row in comparison.rows
+        ],
+        "differences": [asdict(difference) for difference in comparison.differences],
+        "warnings": list(comparison.warnings),
+        "forced": list(comparison.forced),
+    }
+    return msgspec.json.format(msgspec.json.encode(made), indent=1) + b"\n"

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a comparison says: its sentences and tables."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from tracer.model import msr
+from tracer.model.quantity import duration, rate
+from tracer.model.verdict import PATCH
+from tracer.report.compare import Comparison, PerUpdate, Side, Time, lost, said
+from tracer.report.document import Document, Section, Table, document
+
+
+def sentence(comparison: Comparison) -> str:
+    """The figures in a sentence."""
+    one, other = (comparison.per_update(side) for side in (comparison.base, comparison.new))
+    base, new = comparison.base.title, comparison.new.title
+    unit = comparison.unit
+    if one.calls is None or other.calls is None:
+        unknown = [
+            side.title for side in (comparison.base, comparison.new) if comparison.per_update(side).calls is None
+        ]
+        return f"calls per filter update are unknown for {' and '.join(unknown)}"
+    does = "makes" if unit == "call" else "names"
+    left = f"{base} {does} {rate(one.calls)} {unit}s a filter update, {rate(one.redundant)} of them redundant"
+    right = f"{new} {rate(other.calls)}, {rate(other.redundant)} redundant"
+    return f"{left}; {right}: {_change(one.calls, other.calls, unit)}"
+
+
+def _change(one: Fraction, other: Fraction, unit: str) -> str:
+    if one == other:
+        return f"as many {unit}s"
+    change = abs(other - one)
+    units = f"{rate(change)} {'fewer' if other < one else 'more'} {unit}{'' if change == 1 else 's'}"
+    return f"{units}, {percent(one, other)}"
+
+
+def percent(one: Fraction | None, other: Fraction | None) -> str:
+    """The change from ONE to OTHER with its sign; empty where there is none to give."""
+    if not one or other is None:
+        return ""
+    return "0.0%" if one == other else f"{float((other - one) / one):+.1%}"
+
+
+def difference(one: Fraction | None, other: Fraction | None) -> str:
+    """The change from ONE to OTHER as a figure with its sign; `?` where one is not known."""
+    if one is None or other is None:
+        return "?"
+    change = other - one
+    return "0" if not change else f"{'+' if change > 0 else '-'}{rate(abs(change))}"
+
+
+def comparison_document(comparison: Comparison) -> Document:
+    """What COMPARISON says."""
+    base, new = comparison.base, comparison.new
+    lines = [f"FORCED in spite of: {reason}" for reason in comparison.forced]
+    if comparison.unit == "bit" and base.observable and new.observable:
+        lines.append(
+            f"Compared per bit of the MSR bitmap, as the kernels' functions differ (layouts {base.report.host.layout} "
+            f"and {new.report.host.layout}): a call that names both bits of an MSR counts twice."
+        )
+    lines += [f"warning: {warning}" for warning in comparison.warnings]
+    sections = [
+        Section("Verdicts", tuple(_verdict_line(side) for side in (base, new))),
+        Section("Calls per filter update that name a bit (of them redundant)", table=comparison_table(comparison)),
+        Section("Time of a filter update", tuple(_times(comparison))),
+        Section("Not seen", tuple(f"{side.title}: {lost_by(side)}" for side in (base, new))),
+    ]
+    if comparison.differences:
+        cells = tuple((d.what, d.base, d.new) for d in comparison.differences)
+        sections.append(Section("The hosts differ in", table=Table(("", base.title, new.title), cells, names=3)))
+    sections.append(Section("What was run", tuple(_ran(side) for side in (base, new))))
+    return document(f"{base.title} and {new.title}", sentence(comparison), lines, sections)
+
+
+def _verdict_line(side: Side) -> str:
+    verdict = side.verdict
+    return f"{side.title}: {PATCH[verdict.patched]}: {verdict.why}"
+
+
+def _ran(side: Side) -> str:
+    count = len(side.reports)
+    times = "" if count == 1 else f", {count} reports"
+    return f"{side.title}: {said(side.report.command)} ({side.updates:,} filter updates{times})"
+
+
+def lost_by(side: Side) -> str:
+    """What the reports of SIDE did not see, in words."""
+    return "; ".join(sorted({lost(report) for report in side.reports}))
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A row for each bit of an MSR that either side touches in a filter update, and the sums."""
+
+    def cells(one: PerUpdate, other: PerUpdate) -> tuple[str, ...]:
+        change = f"{difference(one.calls, other.calls)} ({difference(one.redundant, other.redundant)})"
+        return (*(f"{rate(side.calls)} ({rate(side.redundant)})" for side in (one, other)), change)
+
+    rows = [
+        (f"{row.bit.msr:#x}", msr.name(row.bit.msr), row.bit.direction, *cells(row.base, row.new))
+        for row in comparison.rows
+    ]
+    if rows:
+        sums = (comparison.per_update(comparison.base), comparison.per_update(comparison.new))
+        rows.append((f"all {comparison.unit}s", "", "", *cells(*sums)))
+    titles = (comparison.base.title, comparison.new.title)
+    return Table(("MSR", "name", "direction", *titles, "change"), tuple(rows), names=3)
+
+
+def _times(comparison: Comparison) -> list[str]:
+    lines = []
+    for side in (comparison.base, comparison.new):
+        time = side.time()
+        lines.append(f"{side.title}: {_time(time) if time else 'unknown'}")
+    return [*lines, "The probes' own time is included, so less is saved without them than it seems."]
+
+
+def _time(time: Time) -> str:
+    if time.low is None or time.coverage is None:
+        return f"{duration(time.median)} on average in one report, so how far it varies is not known"
+    covers = f"{duration(time.low)} to {duration(time.high)} covers it with {time.coverage:.1%}"
+    return f"{duration(time.median)}, the median of {time.reports} reports; {covers}"

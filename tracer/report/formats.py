@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The formats in which reports and comparisons are written: the one place that lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from tracer.model.errors import MsrtraceError
+from tracer.report.changelog import changelog
+from tracer.report.compare import Comparison
+from tracer.report.comparison_json import comparison_json
+from tracer.report.comparison_view import comparison_document
+from tracer.report.file import encode
+from tracer.report.report import Report
+from tracer.report.report_view import report_document
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a report and a comparison are written, None where there is no such thing, and what files are called then."""
+
+    report: Callable[[Report], bytes] | None
+    comparison: Callable[[Comparison], bytes] | None
+    suffixes: tuple[str, ...] = ()
+
+
+def _report_html(report: Report) -> bytes:
+    from tracer.report.html import report_html  # the template engine takes long to import
+
+    return report_html(report).encode()
+
+
+def _comparison_html(comparison: Comparison) -> bytes:
+    from tracer.report.html import comparison_html
+
+    return comparison_html(comparison).encode()
+
+
+#: By name; the first is what a file is without a suffix.
+FORMATS = {
+    "text": Format(
+        lambda report: report_document(report).text().encode(),
+        lambda comparison: comparison_document(comparison).text().encode(),
+        (".txt",),
+    ),
+    "markdown": Format(
+        lambda report: report_document(report).markdown().encode(),
+        lambda comparison: comparison_document(comparison).markdown().encode(),
+        (".md",),
+    ),
+    "json": Format(encode, comparison_json, (".json",)),
+    "html": Format(_report_html, _comparison_html, (".html", ".htm")),
+    "changelog": Format(None, lambda comparison: changelog(comparison).encode()),
+}
+DEFAULT = next(iter(FORMATS))
+#: What may be asked for.
+OF_REPORTS = [name for name, known in FORMATS.items() if known.report]
+OF_COMPARISONS = [name for name, known in FORMATS.items() if known.comparison]
+SUFFIXES = {suffix: name for name, known in FORMATS.items() for suffix in known.suffixes}
+
+
+def format_of(path: PurePath) -> str | None:
+    """The format that the suffix of PATH stands for, DEFAULT if it has none; None if that is not known."""
+    suffix = path.suffix.lower()
+    return SUFFIXES.get(suffix) if suffix else DEFAULT
+
+
+def write_report(report: Report, name: str) -> bytes:
+    """REPORT in the format NAME, one of OF_REPORTS."""
+    write = FORMATS[name].report
+    if write is None:
+        raise MsrtraceError(f"reports are not written as {name}")
+    return write(report)
+
+
+def write_comparison(comparison: Comparison, name: str) -> bytes:
+    """COMPARISON in the format NAME, one of OF_COMPARISONS."""
+    write = FORMATS[name].comparison
+    if write is None:
+        raise MsrtraceError(f"comparisons are not written as {name}")
+    return write(comparison)
