@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 
 from tracer import syscalls
+from tracer.bcc_library import attach_tracing
 from tracer.btf import Btf, BtfError
 from tracer.compiler import Built, build, refused
 from tracer.copies import holders
@@ -156,7 +157,7 @@ class Engine:
     def _link(self, symbol: Symbol, program: str, *, at_return: bool) -> int:
         fd = self._functions[program]
         if self._built.backend == "fentry":
-            return syscalls.attach_tracing(fd)
+            return attach_tracing(fd)
         return attach_kprobe(symbol, self._symbols, fd, at_return=at_return)
 
     @property

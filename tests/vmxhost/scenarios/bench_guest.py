@@ -39,11 +39,11 @@ from guest import (
 from kerneltracer import TRACING, define
 from metrics_text import Metrics
 
+from tracer.bcc_library import attach_kprobe, attach_tracing
 from tracer.btf import Btf
 from tracer.compiler import compiled
 from tracer.plan import BACKENDS
 from tracer.program import Program, Target, Variant, folder, load
-from tracer.syscalls import attach_probe, attach_tracing
 
 ENABLE, DISABLE, UPDATE = FUNCTIONS = (
     "vmx_enable_intercept_for_msr",
@@ -270,7 +270,7 @@ def attached(*kinds: str, function: str = "empty") -> Any:
                 one.update(bytes(one.key_size), bytes(one.value_size * (os.cpu_count() or 1)))
             fd = loaded.functions[function]
             returns = kind == "kretprobe"
-            links.append(attach_tracing(fd) if tracing else attach_probe("kprobe", traced, fd, at_return=returns))
+            links.append(attach_tracing(fd) if tracing else attach_kprobe(fd, traced, at_return=returns))
     ticks = filter_update_ticks()
     for link in links:
         os.close(link)
