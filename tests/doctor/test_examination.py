@@ -662,7 +662,7 @@ def test_bcc_without_its_library(host: Host) -> None:
     host.write("etc/ld.so.cache", b"glibc-ld.so.cache1.1\0libc.so.6\0")
     check = host.check("bcc")
     assert check.detail == f"BCC 0.26.0 is in {host.site}/bcc, but its library libbcc.so.0 is missing"
-    assert (check.state, check.fix) == (FAILED, "sudo apt-get install python3-bpfcc")
+    assert (check.state, check.fix) == (FAILED, "sudo apt-get install libbpfcc")
     host.be(environ={"LD_LIBRARY_PATH": "/opt/bcc/lib"})
     assert host.found("bcc") == (OK, None)
 

@@ -49,6 +49,54 @@ def test_vms_do_not_notice_that_msrtrace_is_killed(collected: Collected) -> None
     assert collected.scenario("killed")["workload"] == 0
 
 
+@pytest.mark.parametrize("way", ["MODULE:NAME", "address", "NAME", "few rights"])
+def test_kprobes_are_attached_by_every_way_to_name_a_function(collected: Collected, way: str) -> None:
+    found = collected.scenario("attaching")
+    done = found["attached"][way]
+    assert "raised" not in done, done
+    kinds = [line.split()[0] for line in done["returned"] if f" {found['function']}+0x0 " in line]
+    assert kinds == ["k", "r"], done["returned"]
+    assert done["stderr"] == ""
+
+
+#: How a kprobe is refused: the exception, and its one line. Nothing else is printed.
+REFUSED = {
+    "blacklisted": ("FunctionRefused", r"the kernel takes no kprobe on \S+: see /sys/kernel/debug/kprobes/blacklist"),
+    "missing": ("FunctionRefused", r"the kernel takes no kprobe on kvm_intel:msrtrace_has_none: .*"),
+    "nowhere": ("FunctionRefused", r"the kernel takes no kprobe on 0x1000: .*"),
+    "not a program": ("OSError", r"ioctl\(PERF_EVENT_IOC_SET_BPF\): Invalid argument"),
+    "no right": ("PermissionError", r"perf_event_open: Permission denied"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_kprobe_that_is_refused_is_one_clear_line(collected: Collected, case: str) -> None:
+    done = collected.scenario("attaching")["refused"][case]
+    kind, line = REFUSED[case]
+    assert done.get("raised") == kind, done
+    assert re.fullmatch(rf"\[Errno \d+\] {line}", done["text"]), done
+    assert done["stderr"] == ""
+
+
+def test_kprobes_leave_nothing_where_they_are_refused_or_their_process_is_killed(collected: Collected) -> None:
+    found = collected.scenario("attaching")
+    before = found["before"]
+    assert (before["events"], before["group"]) == ("", False)
+    assert found["after refusals"] == before
+    between = found["between"]
+    assert len(between["during"]["probes"]) == len(before["probes"]) + 1
+    assert between["after"] == before
+    assert found["amid"]["left"] == []
+    assert found["amid"]["killed"].keys() >= {"entry", "return", "refused"}
+    assert found["after kills"] == before
+    # That there is something to guard against, and that it would be seen.
+    plain = found["plainly"]
+    assert plain["returned"] == -1
+    assert "plain_bcc_" in plain["left"]["events"]
+    assert plain["left"]["group"]
+    assert (found["cleaned"]["events"], found["cleaned"]["group"]) == ("", False)
+
+
 def test_it_waits_for_the_module(whole: Collected) -> None:
     found = whole.scenario("waits")
     assert found["status"] == 0

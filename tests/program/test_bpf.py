@@ -28,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from known import KnownBtf, kernel_of, one_tree, symbols
 from needs import ROOT_ALONE, tool
+from uprobe import attach_uprobe
 
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.livepatch import Livepatch
@@ -640,8 +641,7 @@ class StandIn:
         return int(ctypes.cast(self.library[name], ctypes.c_void_p).value or 0)
 
     def link(self, symbol: str, program: int, at_return: bool) -> int:
-        where = {"offset": self.address(symbol) - self.base, "pid": os.getpid()}
-        return syscalls.attach_probe("uprobe", str(self.path), program, at_return=at_return, **where)
+        return attach_uprobe(self.path, self.address(symbol) - self.base, program, at_return=at_return)
 
     def start(self, options: Options) -> None:
         self.engine = Engine(self.layout, self.symbols, options)

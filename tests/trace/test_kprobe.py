@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tracer.kernel.symbols import Symbol, Symbols
-from tracer.program import syscalls
+from tracer.program.bcc_library import FunctionRefused
 from tracer.trace.kprobe import attach_kprobe
 
 HOOK = "vmx_msr_filter_changed"
@@ -32,23 +30,23 @@ class Kernel:
         self.probed: list[Symbol] = []
         self.asked: list[str | int] = []
 
-    def attach(self, pmu: str, where: str | None, program: int, *, at_return: bool, offset: int) -> int:
-        assert (pmu, program, at_return) == ("kprobe", 5, True)
-        assert (where is None) == bool(offset)
-        self.asked.append(where or offset)
-        self.probed = [self._of_name(where) if where else next(s for s in self.functions if s.address == offset)]
+    def attach(self, program: int, function: str, address: int, *, at_return: bool) -> int:
+        assert (program, at_return) == (5, True)
+        assert bool(function) != bool(address)
+        self.asked.append(function or address)
+        self.probed = [self._of_name(function) if function else next(s for s in self.functions if s.address == address)]
         return 7
 
     def _of_name(self, name: str) -> Symbol:
         module, colon, function = name.rpartition(":")
         if colon and not self.qualified:
-            raise OSError(errno.ENOENT, "No such file or directory")
+            raise FunctionRefused(errno.EINVAL, "no such function")
         found = [s for s in self.functions if s.name == function and (not colon or s.module == module)]
         if self.counts and len(found) > 1:
-            raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+            raise FunctionRefused(errno.EINVAL, "several functions")
         found.sort(key=lambda s: (s.module is not None, -s.address))  # the image first, then the latest module
         if not found:
-            raise OSError(errno.ENOENT, "No such file or directory")
+            raise FunctionRefused(errno.EINVAL, "no such function")
         return found[0]
 
 
@@ -82,7 +80,7 @@ def test_how_the_kernel_is_asked(
     monkeypatch: pytest.MonkeyPatch, kernel: str, functions: list[Symbol], addresses: bool, asked: list[str | int]
 ) -> None:
     there = Kernel(functions, **KERNELS[kernel])
-    monkeypatch.setattr("tracer.trace.kprobe.attach_probe", there.attach)
+    monkeypatch.setattr("tracer.program.bcc_library.attach_kprobe", there.attach)
     seen = functions if addresses else list(map(hidden, functions))
     own, others = ([s for s in seen if (s.module == seen[0].module) == same] for same in (True, False))
     symbols = Symbols.of(own, seen[0].module, others=others)
@@ -103,7 +101,7 @@ def test_nothing_else_of_that_name_is_probed(
     see: Callable[[Symbol], Symbol] = (lambda s: s) if addresses else hidden
     symbols = Symbols.of(map(see, own), own[0].module, others=map(see, others))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tracer.trace.kprobe.attach_probe", there.attach)
+        patch.setattr("tracer.program.bcc_library.attach_kprobe", there.attach)
         try:
             attach_kprobe(see(own[0]), symbols, 5, at_return=True)
         except OSError as error:
@@ -113,7 +111,7 @@ def test_nothing_else_of_that_name_is_probed(
     if refusal is None:
         assert there.probed == own[:1]
     else:
-        assert refusal in (errno.ENOENT, errno.EADDRNOTAVAIL)
+        assert refusal in (errno.EINVAL, errno.EADDRNOTAVAIL)
         assert not addresses
 
 
@@ -121,29 +119,6 @@ def test_another_refusal_is_not_talked_round(monkeypatch: pytest.MonkeyPatch) ->
     def attach(*_: object, **__: object) -> int:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr("tracer.trace.kprobe.attach_probe", attach)
+    monkeypatch.setattr("tracer.program.bcc_library.attach_kprobe", attach)
     with pytest.raises(PermissionError):
         attach_kprobe(KVM_INTEL, Symbols.of([KVM_INTEL]), 5, at_return=False)
-
-
-@pytest.mark.parametrize(("where", "offset"), [(f"kvm_intel:{HOOK}", 0), (None, 0xFFFFFFFFC0B00010)])
-def test_what_perf_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str | None, offset: int) -> None:
-    """struct perf_event_attr, include/uapi/linux/perf_event.h: type, size, config; kprobe_func, kprobe_addr."""
-    for file, text in {"kprobe/type": "6\n", "kprobe/format/retprobe": "config:0\n"}.items():
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text(text)
-    told: list[tuple[int, int, int, str | None, int]] = []
-
-    class Library:
-        def syscall(self, number: int, attributes: bytes, *_: int) -> int:
-            assert number == 298
-            kind, size, config = (int.from_bytes(attributes[a:b], "little") for a, b in ((0, 4), (4, 8), (8, 16)))
-            name, address = (int.from_bytes(attributes[at : at + 8], "little") for at in (56, 64))
-            told.append((kind, size, config, ctypes.string_at(name).decode() if name else None, address))
-            return 9
-
-    monkeypatch.setattr(syscalls, "_PMUS", tmp_path)
-    monkeypatch.setattr(syscalls, "_libc", Library())
-    monkeypatch.setattr("tracer.program.syscalls.fcntl.ioctl", lambda *_: 0)
-    assert syscalls.attach_probe("kprobe", where, 5, at_return=True, offset=offset) == 9
-    assert told == [(6, 112, 1, where, offset)]

@@ -55,5 +55,6 @@ def check_bcc(machine: Machine) -> Found:
     library, cache = search(r'CDLL\("([^"/]+)"', (package / "libbcc.py").read_text()), machine.at("/etc/ld.so.cache")
     # The dynamic linker lists every library it knows by name; musl has no such list.
     if cache.exists() and library.encode() not in cache.read_bytes() and "LD_LIBRARY_PATH" not in machine.environ:
-        return State.FAILED, f"BCC {version} is in {package}, but its library {library} is missing", install
+        detail = f"BCC {version} is in {package}, but its library {library} is missing"
+        return State.FAILED, detail, install_command(machine, 2) or install
     return State.OK, f"{version} in {package}", None

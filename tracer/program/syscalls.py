@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""bpf(2) and perf_event_open(2): BPF programs and maps, from their loading to their end.
+"""bpf(2): BPF programs and maps, from their loading to their end. Programs are attached by tracer/bcc_library.py.
 
-BCC can do it too, but brings a compiler along, which stays in memory and runs at each start. Numbers and structures
-are those of include/uapi/linux/bpf.h and perf_event.h, on x86-64.
+BCC's library has no way to run a program once or to find a module's BTF, and that of Debian 12 (0.26) loses the BTF of
+a program for a module's function (attach_btf_obj_fd, bcc_prog_load_xattr()). Numbers and structures are those of
+include/uapi/linux/bpf.h, on x86-64.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import re
@@ -19,18 +19,14 @@ from itertools import compress
 from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_SYS_PERF_EVENT_OPEN, _SYS_BPF = 298, 321
+_SYS_BPF = 321
 
 # enum bpf_cmd
 _MAP_CREATE, _, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY, _PROG_LOAD = range(6)
-_PROG_TEST_RUN, _OBJ_GET_INFO_BY_FD, _RAW_TRACEPOINT_OPEN = 10, 15, 17
+_PROG_TEST_RUN, _OBJ_GET_INFO_BY_FD = 10, 15
 _BTF_GET_FD_BY_ID, _BTF_GET_NEXT_ID = 19, 23
 
 MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
-_PMUS = Path("/sys/bus/event_source/devices")
-_ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5
-_PERF_FLAG_FD_CLOEXEC = 8
-_PERF_EVENT_IOC_ENABLE, _PERF_EVENT_IOC_SET_BPF = 0x2400, 0x40042408
 
 
 def _bpf(command: int, attributes: bytes) -> tuple[int, bytes]:
@@ -180,41 +176,6 @@ class MappedArray:
         """Give the memory back; the map stays as long as it has a descriptor or a program."""
         self._words.release()
         self._memory.close()
-
-
-def attach_probe(pmu: str, where: str | None, program: int, *, at_return: bool, offset: int = 0, pid: int = -1) -> int:
-    """Run PROGRAM (of type kprobe) at the entry or the return of a function, as long as the descriptor is open: it.
-
-    PMU is `kprobe`, and WHERE a symbol, with or without its module and a colon before it, or None if OFFSET is an
-    address (kprobe_addr and probe_offset are one field); or `uprobe`, and WHERE a file, the function's OFFSET in it,
-    and the PID of who runs it. The probe hangs on a perf event of its own (perf_kprobe and perf_uprobe,
-    kernel/events/core.c), so nothing is left in tracefs. Raises OSError.
-    """
-    kind = int((_PMUS / pmu / "type").read_text())
-    bit = int((_PMUS / pmu / "format/retprobe").read_text().partition(":")[2])
-    name = ctypes.create_string_buffer(where.encode()) if where is not None else None
-    # struct perf_event_attr: type, size, config, sample_period, ... kprobe_func or uprobe_path, probe_offset
-    fields = (kind, _ATTR_SIZE, int(at_return) << bit, 1, 0, 0, 0, 0, 0, ctypes.addressof(name) if name else 0, offset)
-    attributes = struct.pack("IIQQQQQIIQQ", *fields).ljust(_ATTR_SIZE, b"\0")
-    cpu = 0 if pid < 0 else -1
-    fd = _libc.syscall(_SYS_PERF_EVENT_OPEN, attributes, pid, cpu, -1, _PERF_FLAG_FD_CLOEXEC)
-    if fd < 0:
-        raise last_error()
-    try:
-        fcntl.ioctl(fd, _PERF_EVENT_IOC_SET_BPF, program)
-        fcntl.ioctl(fd, _PERF_EVENT_IOC_ENABLE, 0)
-    except OSError:
-        os.close(fd)
-        raise
-    return int(fd)
-
-
-def attach_tracing(program: int) -> int:
-    """Run PROGRAM (of type tracing) at the function it was loaded for, as long as the descriptor is open: it.
-
-    Raises OSError.
-    """
-    return _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("QIxxxx", 0, program))[0]
 
 
 def run_program(program: int, *arguments: int) -> int:

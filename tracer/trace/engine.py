@@ -15,6 +15,7 @@ from tracer.model.options import Options
 from tracer.model.snapshot import Probe, Snapshot
 from tracer.model.vendor import Layout
 from tracer.program import syscalls
+from tracer.program.bcc_library import attach_tracing
 from tracer.program.compiler import Built, build, refused
 from tracer.program.program import Refused
 from tracer.program.resources import resource
@@ -162,7 +163,7 @@ class Engine:
     def _link(self, symbol: Symbol, program: str, *, at_return: bool) -> int:
         fd = self._functions[program]
         if self._built.backend == "fentry":
-            return syscalls.attach_tracing(fd)
+            return attach_tracing(fd)
         return attach_kprobe(symbol, self._symbols, fd, at_return=at_return)
 
     @property

@@ -7,10 +7,7 @@ import errno
 from collections.abc import Iterator
 
 from tracer.kernel.symbols import Symbol, Symbols
-from tracer.program.syscalls import attach_probe
-
-#: What the kernel says of a name that it does not take.
-_NAME_REFUSED = (errno.ENOENT, errno.EINVAL, errno.EADDRNOTAVAIL)
+from tracer.program import bcc_library
 
 
 def attach_kprobe(symbol: Symbol, symbols: Symbols, program: int, *, at_return: bool) -> int:
@@ -19,18 +16,16 @@ def attach_kprobe(symbol: Symbol, symbols: Symbols, program: int, *, at_return: 
     Raises OSError, also where there are several functions of that name and their addresses are hidden.
     """
     refusal = OSError(errno.EADDRNOTAVAIL, "there are several functions of this name, and addresses are hidden")
-    for where, address in _ways(symbol, symbols):
+    for name, address in _ways(symbol, symbols):
         try:
-            return attach_probe("kprobe", where, program, at_return=at_return, offset=address)
-        except OSError as error:
-            if error.errno not in _NAME_REFUSED:
-                raise
+            return bcc_library.attach_kprobe(program, name, address, at_return=at_return)
+        except bcc_library.FunctionRefused as error:
             refusal = error
     raise refusal
 
 
-def _ways(symbol: Symbol, symbols: Symbols) -> Iterator[tuple[str | None, int]]:
-    """How SYMBOL can be named to the kernel so that nothing else is meant: a name, or None and an address.
+def _ways(symbol: Symbol, symbols: Symbols) -> Iterator[tuple[str, int]]:
+    """How SYMBOL can be named to the kernel so that nothing else is meant: a name, or "" and an address.
 
     A bare name means the first that has it, of the kernel image and then of the module that was loaded last
     (kallsyms_lookup_name()); since b022f0c7e404 (6.6, and stable kernels of its time) it is refused where several have
@@ -42,6 +37,6 @@ def _ways(symbol: Symbol, symbols: Symbols) -> Iterator[tuple[str | None, int]]:
     if symbol.module or all(namesake.module for namesake in namesakes):
         yield symbol.full_name, 0
     if symbol.address:
-        yield None, symbol.address
+        yield "", symbol.address
     if symbol.module and not namesakes:
         yield symbol.name, 0

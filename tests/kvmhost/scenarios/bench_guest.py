@@ -42,9 +42,9 @@ from metrics_text import Metrics
 from tracer.kernel.btf import Btf
 from tracer.model.options import BACKENDS
 from tracer.model.vmx import VMX
+from tracer.program.bcc_library import attach_kprobe, attach_tracing
 from tracer.program.compiler import compiled
 from tracer.program.program import Program, Target, Variant, folder, load
-from tracer.program.syscalls import attach_probe, attach_tracing
 
 ENABLE, DISABLE, UPDATE = FUNCTIONS = (
     "vmx_enable_intercept_for_msr",
@@ -271,7 +271,7 @@ def attached(*kinds: str, function: str = "empty") -> Any:
                 one.update(bytes(one.key_size), bytes(one.value_size * (os.cpu_count() or 1)))
             fd = loaded.functions[function]
             returns = kind == "kretprobe"
-            links.append(attach_tracing(fd) if tracing else attach_probe("kprobe", traced, fd, at_return=returns))
+            links.append(attach_tracing(fd) if tracing else attach_kprobe(fd, traced, at_return=returns))
     ticks = filter_update_ticks()
     for link in links:
         os.close(link)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from attaching import attach_and_be_killed
 from guest import (
     OUT,
     Msrtrace,
@@ -228,6 +229,12 @@ def killed() -> Any:
     return found | {"started_in": msrtrace.started_in} | ended
 
 
+def attaching() -> Any:
+    """Kprobes as BCC's library attaches them, and processes that are killed meanwhile."""
+    load(STOCK)
+    return attach_and_be_killed()
+
+
 def waits() -> Any:
     """--wait-module: started before kvm_intel is there; and ended by a signal while it waits."""
     load("none")
@@ -300,7 +307,7 @@ def bound(source: Path, target: str, *command: str) -> Any:
 
 def main() -> None:
     """Run every scenario; what they return goes to /out/NAME.json. Ends with a status that pytest looks for."""
-    of_the_kernel = [host, counts, fentry, stress, reports, unknown_redundancy, killed]
+    of_the_kernel = [host, counts, fentry, stress, reports, unknown_redundancy, killed, attaching]
     of_the_program = [by_vm, one_pid, waits, misuse, report_command]
     scenarios: list[Callable[[], Any]] = of_the_kernel if KERNEL_ALONE else [*of_the_kernel, *of_the_program]
     only = os.environ.get("ONLY", "").split()
