@@ -44,7 +44,7 @@ def start() -> dict[str, float]:
     from tracer.exposition import exposed
     from tracer.layout import LAYOUTS
     from tracer.metrics import SnapshotCollector
-    from tracer.plan import Options, definitions, variants
+    from tracer.plan import Options, values, variants
     from tracer.program import load
     from tracer.resources import resource as file
     from tracer.server import Server
@@ -64,7 +64,7 @@ def start() -> dict[str, float]:
     layout = next(layout for layout in LAYOUTS if layout.name == "toggle")
     there, options = symbols(layout), Options(backend="kprobe")
     btf = KnownBtf()
-    [variant] = variants(layout, there, definitions(layout, btf, there, options), options, btf)
+    [variant] = variants(layout, there, values(layout, btf, there, options), options, btf)
     step("of this measurement")
     program = compiled(file("bpf/msrtrace.c"), variant.definitions)
     step("BCC and LLVM, or what was kept of them")
