@@ -49,7 +49,7 @@ def start() -> dict[str, float]:
     from tracer.program.compiler import compiled
     from tracer.program.program import load
     from tracer.program.resources import resource as file
-    from tracer.trace.plan import definitions, variants
+    from tracer.trace.plan import values, variants
 
     step("imports")
     Symbols.read()
@@ -65,7 +65,7 @@ def start() -> dict[str, float]:
     layout = next(layout for layout in VMX.layouts if layout.name == "toggle")
     there, options = symbols(layout), Options(backend="kprobe")
     btf = KnownBtf()
-    [variant] = variants(layout, there, definitions(layout, btf, there, options), options, btf)
+    [variant] = variants(layout, there, values(layout, btf, there, options), options, btf)
     step("of this measurement")
     program = compiled(file("bpf/msrtrace.c"), variant.definitions)
     step("BCC and LLVM, or what was kept of them")

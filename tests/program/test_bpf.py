@@ -11,12 +11,13 @@ import ctypes
 import errno
 import os
 import re
+import shutil
 import struct
 import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,13 +40,13 @@ from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome
 from tracer.model.vendor import Layout
 from tracer.model.vmx import VMX
 from tracer.program import syscalls
-from tracer.program.compiler import build, compiled
-from tracer.program.program import Loaded, Target, Variant
+from tracer.program.compiler import build, compiled, whole_text
+from tracer.program.program import Loaded, Target, Variant, load
 from tracer.program.resources import resource
 from tracer.program.syscalls import MMAPABLE
 from tracer.trace.engine import Engine
-from tracer.trace.plan import VALUES, definitions, preemptible, variants
-from tracer.trace.reader import COUNTS, WORDS, Reader
+from tracer.trace.plan import preemptible, values, variants
+from tracer.trace.reader import WITHIN_FILTER_CHANGE, WITHIN_RECALC, Reader
 
 SOURCE = resource("bpf/msrtrace.c")
 TRIVIAL = "#include <uapi/linux/ptrace.h>\nint trivial(struct pt_regs *ctx)\n{\n\treturn 0;\n}\n"
@@ -61,9 +62,6 @@ pytestmark = [
 NOTHING = Symbols.of([])
 
 
-Configuration = tuple[str, ...]  # the -D
-
-
 class CastingBtf(KnownBtf):
     """Of a kernel that has bpf_rdonly_cast(), with numbers that are not this machine's."""
 
@@ -71,9 +69,9 @@ class CastingBtf(KnownBtf):
         return 1, 2
 
 
-def configurations() -> dict[Configuration, Variant]:
-    """Every way in which the engine may configure the program, with the functions that it may then attach."""
-    found: dict[Configuration, Variant] = {}
+def configurations() -> dict[str, Variant]:
+    """Every way in which the engine may load the program, by its name."""
+    found: dict[str, Variant] = {}
     for layout in VMX.layouts:
         for btf in (None, CastingBtf()) if layout.calls else (None,):
             for filter_known in (True, False) if layout.filter_set else (False,):
@@ -81,17 +79,14 @@ def configurations() -> dict[Configuration, Variant]:
                     for pid in (None, 4711):
                         options = Options(by_vm, pid)
                         there = symbols(layout, "" if filter_known else str(layout.filter_set))
-                        defined = definitions(layout, btf, there, options)
-                        both_ways = [
-                            variant
-                            for backend in BACKENDS
-                            if backend == "kprobe" or (btf and layout.calls)
-                            for variant in variants(layout, there, defined, replace(options, backend=backend), btf)
-                        ]
-                        for variant in both_ways:
-                            key = tuple(f"{k}={v}" for k, v in sorted(variant.definitions.items()))
-                            both = {**found[key].functions, **variant.functions} if key in found else variant.functions
-                            found[key] = replace(variant, functions=both)
+                        given = values(layout, btf, there, options)
+                        for backend in BACKENDS:
+                            if backend == "kprobe" or (btf and layout.calls):
+                                wanted = replace(options, backend=backend)
+                                for variant in variants(layout, there, given, wanted, btf):
+                                    words = [layout.name, backend, *(["cast"] if variant.kfuncs else [])]
+                                    words += [f"{name}={value}" for name, value in given.items()]
+                                    found["-".join(words)] = variant
     return found
 
 
@@ -138,14 +133,20 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 KPROBE = {name: variant for name, variant in CONFIGURATIONS.items() if variant.backend == "kprobe"}
-FENTRY = {name: variant for name, variant in CONFIGURATIONS.items() if variant.backend == "fentry"}
 #: Loaded for functions of the kernel that this machine may not have; the emulated hosts do that.
-ELSEWHERE = {name: variant for name, variant in CONFIGURATIONS.items() if variant.backend == "fentry" or variant.kfuncs}
+ELSEWHERE = {name for name, variant in CONFIGURATIONS.items() if variant.backend == "fentry" or variant.kfuncs}
 
 
-@pytest.mark.parametrize("configuration", [name for name in KPROBE if name not in ELSEWHERE], ids="-".join)
+def test_two_programs_are_compiled() -> None:
+    """All else that differs is put in at loading."""
+    found = {variant.backend: {*variant.definitions} for variant in CONFIGURATIONS.values()}
+    assert found == {"kprobe": set(), "fentry": {"FENTRY"}}
+    assert set(re.findall(r"^#if(?:n?def)? (.+)", whole_text(SOURCE), re.MULTILINE)) == {"FENTRY"}
+
+
+@pytest.mark.parametrize("configuration", [name for name in KPROBE if name not in ELSEWHERE])
 @pytest.mark.usefixtures("headers")
-def test_program(configuration: Configuration) -> None:
+def test_the_verifier_takes_it(configuration: str) -> None:
     made = build(SOURCE, [KPROBE[configuration]]).loaded
     try:
         assert set(made.functions) == set(KPROBE[configuration].functions)
@@ -153,37 +154,46 @@ def test_program(configuration: Configuration) -> None:
         made.close()
 
 
-@pytest.mark.parametrize("configuration", ELSEWHERE, ids="-".join)
-@pytest.mark.usefixtures("headers")
-def test_program_for_other_kernels(configuration: Configuration) -> None:
-    """Here the compiler alone judges."""
-    variant = ELSEWHERE[configuration]
-    assert set(compiled(SOURCE, variant.definitions).functions) >= set(variant.functions)
-
-
-@pytest.mark.parametrize("which", [KPROBE, FENTRY], ids=BACKENDS)
-def test_the_headers_make_no_difference(
-    host: str, which: dict[Configuration, Variant], headers: None, tmp_path: Path
-) -> None:
-    """The program that has all there is. So it may be kept by what was said of the kernel by -D."""
-    variant = max(which.values(), key=lambda variant: len(variant.definitions))
-    made = compiled(SOURCE, variant.definitions)
+@pytest.mark.parametrize("definitions", [{}, {"FENTRY": 1}], ids=BACKENDS)
+def test_the_headers_make_no_difference(host: str, definitions: dict[str, int], headers: None, tmp_path: Path) -> None:
+    """So a program may be kept whatever the kernel's are."""
+    made = compiled(SOURCE, definitions)
     with headers_of(host, tmp_path):
-        assert compiled(SOURCE, variant.definitions) == made
+        assert compiled(SOURCE, definitions) == made
 
 
-@pytest.mark.parametrize(("backend", "found"), [("kprobe", KPROBE), ("fentry", FENTRY)])
-def test_each_configuration_is_compiled(backend: str, found: dict[Configuration, Variant]) -> None:
-    """Each name that the program asks for is defined in some of them, and not in others."""
-    asked = set(re.findall(r"^#ifn?def (\w+)", SOURCE.read_text(), re.MULTILINE)) - {"FENTRY"}
-    if backend == "fentry":
-        asked -= {"BITMAP_OFFSET", "EXITS_OFFSET"}  # which fentry is not used without
-    for name in asked:
-        assert {name in variant.definitions for variant in found.values()} == {True, False}, name
+@pytest.mark.parametrize(("backend", "definitions"), [("kprobe", {}), ("fentry", {"FENTRY": 1})])
+@pytest.mark.usefixtures("headers")
+def test_values_and_functions_are_those_of_the_program(backend: str, definitions: dict[str, int]) -> None:
+    """Each is used in some configuration, and none is asked for that is not there."""
+    program = compiled(SOURCE, definitions)
+    used = [variant for variant in CONFIGURATIONS.values() if variant.backend == backend]
+    assert {name for variant in used for name in variant.functions} == set(program.functions)
+    unused = {"kretprobe_trampoline", "fgraph_trampoline"}  # which these symbols are without
+    unused |= {"enable_at", "disable_at", "set_at"} if backend == "kprobe" else set()
+    assert {name for variant in used for name in variant.values} == set(program.values) - unused
+    calls = {one.number for code in program.functions.values() for one in code.relocations if one.what == "kfunc"}
+    assert {number for variant in used for number in variant.kfuncs} == calls
+    capacities = {name for variant in used for name in variant.capacities}
+    assert capacities == {"counters", "updates", "taken"} <= {one.name for one in program.maps}
 
 
-def test_what_is_verified() -> None:
-    whole = KPROBE["BITMAP_OFFSET=6840", "BY_PID=1", "EXITS_OFFSET=5008", "FILTER_OFFSET=0", "ONE_PID=1", "SETS=1"]
+@pytest.mark.usefixtures("headers")
+def test_there_is_room_to_say_that_every_place_is_taken() -> None:
+    for variant in KPROBE.values():
+        size = {one.name: one.max_entries for one in compiled(SOURCE, {}).maps} | {**variant.capacities}
+        assert size["taken"] == sum(size[name] for name in TABLES)
+
+
+def test_what_is_loaded() -> None:
+    whole, least = (
+        KPROBE[name]
+        for name in (
+            "recalc-kprobe-cast-bitmap_offset=6840-exits_offset=5008-cast_type=2-filter_offset=0"
+            "-wanted_pid=4711-by_pid=1-leader_offset=1416-command_offset=1896",
+            "toggle-kprobe-update_kind=1",
+        )
+    )
     assert set(whole.functions) == {
         "update_entered",
         "update_returned",
@@ -197,7 +207,7 @@ def test_what_is_verified() -> None:
         "counter_ended",
         "update_ended",
     }
-    assert set(KPROBE[("UPDATE_KIND=1",)].functions) == {
+    assert set(least.functions) == {
         "update_entered",
         "update_returned",
         "vcpu_created",
@@ -205,10 +215,56 @@ def test_what_is_verified() -> None:
         "enable_entered",
         "disable_entered",
     }
-    functions = set(re.findall(r"^int (\w+)\(.* \*ctx\)$", SOURCE.read_text(), re.MULTILINE))
-    for backend in BACKENDS:
-        used = (v.functions for v in CONFIGURATIONS.values() if v.backend == backend)
-        assert {name for one in used for name in one} == functions
+
+
+# --- what cannot be reached ---
+
+CALL, ATOMIC, CMPXCHG = 0x85, 0xDB, 0xF1
+
+
+def translated(program: int) -> list[tuple[int, int, int, int]]:
+    """The instructions that a loaded PROGRAM has after verification: code, registers, offset, immediate."""
+    sizes, code = struct.Struct("20xI"), bytearray()  # of struct bpf_prog_info: xlated_prog_len
+    for _ in range(2):
+        info = bytearray(256)
+        struct.pack_into("<I8xQ", info, 20, len(code), syscalls._address(code) if code else 0)
+        attributes = struct.pack("IIQ", program, len(info), syscalls._address(info))
+        syscalls._bpf(syscalls._OBJ_GET_INFO_BY_FD, attributes)
+        code = code or bytearray(sizes.unpack_from(info)[0])
+    return list(struct.iter_unpack("<BBhi", code))
+
+
+def test_what_no_value_leads_to_is_gone_once_it_is_loaded(headers: None) -> None:
+    """Each condition that is not met leaves its constant alone."""
+    program = compiled(SOURCE, {})
+    everything = {name: Target("kprobe") for name in ("update_entered", "vcpu_freed", "enable_entered")}
+
+    def left(**given: int) -> dict[str, list[tuple[int, int, int, int]]]:
+        made = load(program, Variant("kprobe", {}, everything, given, cmpxchg="bitmap_offset" in given))
+        try:
+            return {name: translated(fd) for name, fd in made.functions.items()}
+        finally:
+            made.close()
+
+    def calls(code: list[tuple[int, int, int, int]]) -> int:
+        return sum(operation == CALL for operation, *_ in code)
+
+    def exchanges(code: list[tuple[int, int, int, int]]) -> int:
+        return sum((operation, number) == (ATOMIC, CMPXCHG) for operation, *_, number in code)
+
+    exact = {"bitmap_offset": 6840, "update_kind": 1}
+    blind, seen = left(update_kind=1), left(**exact)
+    assert {name: exchanges(code) for name, code in blind.items()} == dict.fromkeys(everything, 0)
+    assert {name: exchanges(code) for name, code in seen.items()} == dict.fromkeys(everything, 1)
+    # Nothing is read of the kernel; the place is given back.
+    assert (calls(blind["vcpu_freed"]), calls(seen["vcpu_freed"])) == (1, 3)
+    for more in ({"wanted_pid": 1}, {"by_pid": 1}, {"leader_offset": 8}):
+        with_it = left(**exact, **more)
+        assert len(with_it["enable_entered"]) > len(seen["enable_entered"]), more
+    # What tells updates apart: in that function, and not in that of calls.
+    told = left(bitmap_offset=6840)
+    assert len(told["update_entered"]) > len(seen["update_entered"])
+    assert len(told["enable_entered"]) == len(seen["enable_entered"])
 
 
 @pytest.mark.usefixtures("headers")
@@ -216,11 +272,11 @@ def test_the_verifier_refuses(tmp_path: Path) -> None:
     """An unbounded read, by the same way; with a bound it passes."""
     source = (
         "#include <uapi/linux/ptrace.h>\n"
-        "BPF_ARRAY(values, u64, 1);\n"
+        "BPF_ARRAY(numbers, u64, 1);\n"
         "int reads(struct pt_regs *ctx)\n"
         "{\n"
         "\tint zero = 0;\n"
-        "\tu64 index = PT_REGS_PARM2(ctx), *value = values.lookup(&zero);\n\n"
+        "\tu64 index = PT_REGS_PARM2(ctx), *value = numbers.lookup(&zero);\n\n"
         "\treturn value && CONDITION ? value[index] : 0;\n"
         "}\n"
     )
@@ -233,9 +289,9 @@ def test_the_verifier_refuses(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("headers")
 def test_what_the_compiler_says_is_passed_on(tmp_path: Path) -> None:
     with pytest.raises(MsrtraceError) as failure:
-        loaded(TRIVIAL.replace("return 0", "return UPDATE_KIND"), tmp_path, "trivial")
+        loaded(TRIVIAL.replace("return 0", "return NOTHING"), tmp_path, "trivial")
     message = str(failure.value)
-    assert "error: use of undeclared identifier 'UPDATE_KIND'" in message
+    assert "error: use of undeclared identifier 'NOTHING'" in message
     assert "\n" not in message
 
 
@@ -243,40 +299,29 @@ def test_what_the_compiler_says_is_passed_on(tmp_path: Path) -> None:
 
 
 def enumeration(name: str) -> list[str]:
-    found = re.search(rf"^enum {name} {{(.*?)}};", SOURCE.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^enum {name} {{(.*?)}};", whole_text(SOURCE), re.MULTILINE | re.DOTALL)
     assert found
     return re.findall(r"\b[A-Z_]+\b", re.sub(r"/\*.*?\*/", "", found[1]))
-
-
-def test_counts() -> None:
-    assert [*map(str.upper, COUNTS), "COUNTS"] == enumeration("count")
 
 
 TABLES = [name.lower() for name in enumeration("table")]
 
 
-def test_words(headers: None) -> None:
-    """The engine reads structs by the names of their words: as many as there are, in their order."""
-    program = compiled(SOURCE, {"BY_PID": 1, "UPDATE_KIND": 1})
-    sizes = {one.name: one.value_size for one in program.maps if one.flags & MMAPABLE}
-    assert sizes == {name: 8 * len(words) for name, words in WORDS.items()}
-    source = re.sub(r"/\*.*?\*/", "", SOURCE.read_text(), flags=re.DOTALL)
-    for struct_, words in (
-        ("vcpu", WORDS["vcpus"]),
-        ("counter", WORDS["counters"][len(OUTCOMES) :]),
-        ("outcome", OUTCOMES),
-    ):
-        found = re.search(rf"^struct {struct_} {{(.*?)}};", source, re.MULTILINE | re.DOTALL)
-        assert found
-        assert re.findall(r"u(?:32|64) (\w+)", found[1]) == ", ".join(words).split(", ")
+def test_what_an_update_is_for() -> None:
+    assert enumeration("within") == ["NONE", "FILTER_CHANGE", "RECALC"]
+    assert (WITHIN_FILTER_CHANGE, WITHIN_RECALC) == (1, 2)
 
 
-def test_values() -> None:
-    assert [*map(str.upper, VALUES)] == enumeration("value")
+@pytest.mark.usefixtures("headers")
+def test_members_are_all_that_there_is() -> None:
+    for one in compiled(SOURCE, {}).maps:
+        if one.flags & MMAPABLE:
+            ranges = (range(member.offset, member.offset + member.bytes) for member in one.members.values())
+            assert {place for places in ranges for place in places} == {*range(one.value_size)}, one.name
 
 
 def test_buckets() -> None:
-    [buckets] = map(int, re.findall(r"^#define BUCKETS (\d+)\b", SOURCE.read_text(), re.MULTILINE))
+    [buckets] = map(int, re.findall(r"^#define BUCKETS (\d+)\b", whole_text(SOURCE), re.MULTILINE))
     assert buckets >= len(DURATION_BOUNDS) + 2  # the first is not used, the last has the rest
     assert buckets.bit_count() == 1  # it is the mask that bounds an index, too
 
@@ -326,33 +371,31 @@ def no_probes(monkeypatch: pytest.MonkeyPatch) -> Probing:
 OUTCOMES = ("changed_read", "changed_write", "refused", "redundant", "changed", "unknown")
 
 
-def write(engine: Engine, array: str, index: int, **words: int) -> None:
-    """Fill a place of ARRAY, and say that it is taken."""
-    for word, value in words.items():
-        engine._reader._arrays[array].set_word(index, WORDS[array].index(word), value)
+def write(engine: Engine, array: str, index: int, **members: int | Sequence[int]) -> None:
+    """Fill a place of ARRAY, and say that it is taken; `outcome` and `call` are left out of the names of members."""
+    there = engine._reader._arrays[array]
+    for name, value in members.items():
+        size, at = there._place(index, next(whole for whole in there.members if whole.rpartition(".")[2] == name))
+        for n, one in enumerate([value] if isinstance(value, int) else value):
+            there._views[size][at + n] = one
     if array in TABLES:
         engine._built.loaded.maps["taken"].update(struct.pack("II", index, TABLES.index(array)), b"\1")
         engine._reader._in_use = {}
 
 
-def what(msr: int, type_: int, action: int, within: int) -> int:
-    """`msr` and `how` of struct vcpu."""
-    return msr | (type_ | action << 8 | within << 16 | 1 << 24) << 32
+def what(msr: int, type_: int, enables: int, within: int) -> dict[str, int]:
+    """The members of struct call."""
+    return {"msr": msr, "type": type_, "enables": enables, "within": within, "state": 1}
 
 
 def put(engine: Engine, **counts: int) -> None:
     for name, value in counts.items():
-        engine._reader._arrays["counts"].set_word(COUNTS.index(name), 0, value)
+        engine._reader._arrays["counts"].set(0, name, value)
 
 
 IN_HOOK, IN_CREATE, OUTSIDE = 0x1010, 0x13FF, 0x0FFF
 NO_UPDATE, FILTER_CHANGE, RECOMPUTED = 0, 1, 2
 READ, WRITE, BOTH = 1, 2, 3
-
-
-def by_pid(kind: int, pid: int) -> int:
-    """The last word of a struct update."""
-    return pid | kind << 32
 
 
 @pytest.mark.usefixtures("headers", "no_probes")
@@ -376,16 +419,14 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
                 (IN_HOOK, 0, what(0x48, READ, 0, FILTER_CHANGE), {"redundant": 4}),  # of those that ended
             )
         ):
-            words = {"caller": caller, "site": caller if caller != IN_HOOK else 0, "pid": pid, "what": made}
-            write(engine, "counters", 5 + index, **words, **counted)
-        seconds = {"bucket_1": 2, "bucket_2": 1, "bucket_25": 1, "bucket_31": 1}
-        changes, recomputed = {"pid, kind": by_pid(FILTER_CHANGE, 100)}, {"pid, kind": by_pid(RECOMPUTED, 200)}
-        write(engine, "updates", 7, count=5, nanoseconds=2_500_000_000, **seconds, **changes)
-        write(engine, "updates", 9, count=1, nanoseconds=500_000_000, **recomputed)
-        write(engine, "updates", 10, **{"pid, kind": by_pid(NO_UPDATE, 300)})  # free again
+            site = caller if caller != IN_HOOK else 0
+            write(engine, "counters", 5 + index, caller=caller, site=site, pid=pid, **made, **counted)
+        buckets = [0, 2, 1, *[0] * 22, 1, *[0] * 5, 1]
+        write(engine, "updates", 7, count=5, nanoseconds=2_500_000_000, buckets=buckets, pid=100, kind=FILTER_CHANGE)
+        write(engine, "updates", 9, count=1, nanoseconds=500_000_000, pid=200, kind=RECOMPUTED)
+        write(engine, "updates", 10, pid=300, kind=NO_UPDATE)  # free again
         write(engine, "vcpus", 3, vcpu=0xFFFF)
-        name, rest = (int.from_bytes(part, "little") for part in (b"qemu-sys", b"tem-x86\0"))
-        write(engine, "vmms", 17, pid=200, command=name, **{"command's second half": rest})
+        write(engine, "vmms", 17, pid=200, command=b"qemu-system-x86\0")
         losses = {"dropped_calls": 1, "dropped_vcpus": 2, "dropped_updates": 3}
         losses |= {"unpaired_update": 6, "unpaired_return": 7, "read_failed": 8}
         put(engine, **losses, vcpus_seen=9, vmms_seen=4)
@@ -420,11 +461,11 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (left.updates, list(left.recalcs), left.vcpus_seen) == ({0: taken.updates[100]}, [200], 9)
         assert left.commands == {200: "qemu-system-x86"}
         # The one with an open call stays as it is until that is counted.
-        write(engine, "vcpus", 3, number=1, **{"pid, tid": 200})
+        write(engine, "vcpus", 3, seq=1, pid=200)
         monkeypatch.setattr(Reader, "_is_open", lambda *_: True)
         engine.forget({200})
         assert engine.snapshot().calls == left.calls
-        write(engine, "vcpus", 3, number=2)
+        write(engine, "vcpus", 3, seq=2)
         engine.forget({200})
         gone = engine.snapshot()
         assert gone.calls == taken.without_vms({100, 200}).calls
@@ -461,7 +502,7 @@ def test_engine_without_btf(monkeypatch: pytest.MonkeyPatch) -> None:
             "filter updates cannot be told from other recalculations, so they are not counted",
             "which calls are redundant is unknown: /sys/kernel/btf/kvm_intel: No such file or directory",
         ]
-        write(engine, "counters", 3, caller=0x1010, what=what(0x10, READ, 0, RECOMPUTED), unknown=7)
+        write(engine, "counters", 3, caller=0x1010, **what(0x10, READ, 0, RECOMPUTED), unknown=7)
         taken = engine.snapshot()
         assert taken.calls == {Call(0x10, "read", "disable", "recalc", RECALC.update): Outcome(7)}
         assert (taken.redundancy, taken.calls_observable, taken.updates_observable) == ("unknown", True, False)
@@ -485,8 +526,8 @@ def test_engine_beside_a_livepatch() -> None:
             f"calls that kpatch_x may make to its own {DISABLE} are not counted (it has {HOOK}, {CREATE}, too)"
         ]
         for index, caller in enumerate((0x9210, 0x9310, 0x9410)):
-            words = {"caller": caller, "site": caller, "pid": 7, "what": what(0x10, READ, 0, NO_UPDATE)}
-            write(engine, "counters", index, **words, redundant=1)
+            made = what(0x10, READ, 0, NO_UPDATE)
+            write(engine, "counters", index, caller=caller, site=caller, pid=7, **made, redundant=1)
         taken = engine.snapshot()
         assert (list(taken.uncounted), taken.lower_bound) == (engine.warnings, True)
         assert {(call.cause, call.caller) for call in taken.calls} == {
@@ -709,7 +750,7 @@ def running(
     library: Path, layout: Layout, btf: Btf | None, options: Options, edit: tuple[str, str] = ("", "")
 ) -> Iterator[StandIn]:
     """The program reads the kernel's memory; here that is this process's, and nothing else differs but by EDIT."""
-    source, code = library.parent / "msrtrace.c", SOURCE.read_text()
+    source, code = library.parent / "msrtrace.c", whole_text(SOURCE)
     for old, new in (("BPF_FUNC_probe_read_kernel", "BPF_FUNC_probe_read_user"), edit):
         assert old in code
         code = code.replace(old, new) if old else code
@@ -755,13 +796,13 @@ def recalc(headers: None, library: Path) -> Iterator[StandIn]:
         yield stand_in
 
 
-DIRECT = 0x200  # of `how`
+DIRECT = 2  # of `state`
 
 
 @pytest.fixture(scope="module")
 def narrow(request: pytest.FixtureRequest, headers: None, library: Path) -> Iterator[StandIn]:
     """With as few counters as there may be; also as where bitmaps are read without asking: other kinds of calls."""
-    known = ("#ifdef CAST_TYPE\n\tif (!read_kernel(", "#if 1\n\tif (!read_kernel(")
+    known = ("VALUE(cast_type) && !read_kernel(", "!read_kernel(")
     edit = known if request.param else ("", "")
     with running(library, RECALC, StandInBtf(), Options(backend="kprobe"), edit) as stand_in:
         yield stand_in
@@ -866,11 +907,10 @@ UPDATED += [0x606, 0xC0000100, 0xC0000101, 0xC0000102, 0x560, 0x561, 0x570, 0x57
 
 
 def places(stand_in: StandIn, kinds: list[tuple[int, int, bool]], filter_change: bool) -> dict[int, int]:
-    """Where the program counts KINDS of calls, by `what` they are, if an update makes them in that order."""
+    """Where the program counts KINDS of calls, by their keys, if an update makes them in that order."""
     counters, taken = stand_in.engine._reader._arrays["counters"], stand_in.engine._built.loaded.maps["taken"]
-    word = WORDS["counters"].index("what")
     for index in range(counters.entries):
-        counters.set_word(index, word, 0)
+        counters.set(index, "key", 0)
     for key in taken.keys():  # noqa: SIM118 (a map of the kernel's)
         if struct.unpack("II", key)[1] == TABLES.index("counters"):
             taken.delete(key)
@@ -887,7 +927,7 @@ def places(stand_in: StandIn, kinds: list[tuple[int, int, bool]], filter_change:
     stand_in.inside(update)
     stand_in.update(vcpu)
     stand_in.free(vcpu)
-    return {what: index for index in range(counters.entries) if (what := counters.word(index, word))}
+    return {counters.get(index, "key"): index for index in counters.used("key")}
 
 
 @pytest.mark.parametrize("filter_change", [True, False])
@@ -900,7 +940,9 @@ def test_counters_of_updates(
     kinds = [(msr, type_, enable) for msr in UPDATED for type_ in types for enable in (False, True)]
     found = places(narrow, kinds, filter_change)
     assert len(found) == len(kinds)
-    assert {what >> 32 & DIRECT for what in found} == {request.node.callspec.params["narrow"]}
+    counters = narrow.engine._reader._arrays["counters"]
+    states = {counters.get(index, "call.state") & DIRECT for index in found.values()}
+    assert states == {request.node.callspec.params["narrow"]}
     assert places(narrow, kinds[::-1], filter_change) == found
 
 
@@ -1028,21 +1070,18 @@ def test_a_cpu_without_msr_bitmaps(toggle: StandIn) -> None:
 @pytest.mark.parametrize("array", ["counters", "updates"])
 def test_what_finds_its_map_full_is_counted_as_dropped(recalc: StandIn, array: str) -> None:
     vcpu = recalc.vcpu()
-    mapped, word = (
-        recalc.engine._reader._arrays[array],
-        WORDS[array].index({"counters": "what", "updates": "pid, kind"}[array]),
-    )
-    before = [mapped.word(index, word) for index in range(mapped.entries)]
+    mapped, member = recalc.engine._reader._arrays[array], {"counters": "key", "updates": "kind"}[array]
+    before = [mapped.get(index, member) for index in range(mapped.entries)]
     recalc.inside(lambda: recalc.call("vmx_set_msr", vcpu, 0x1234, READ, True))
     recalc.counted()
     for index in range(mapped.entries):
-        mapped.set_word(index, word, 1 << 56)
+        mapped.set(index, member, 1 << 31)
     try:
         for _ in range(3):
             recalc.update(vcpu)
     finally:
         for index, value in enumerate(before):
-            mapped.set_word(index, word, value)
+            mapped.set(index, member, value)
     counted = recalc.counted()
     dropped = {one.name: one.dropped for one in counted.maps}
     calls, updates = (sum(one.calls for one in counted.calls.values()), sum(d.count for d in counted.recalcs.values()))
@@ -1088,6 +1127,25 @@ def test_without_offsets_calls_are_counted(blind: StandIn) -> None:
     }
 
 
+@pytest.mark.parametrize(("pid", "seen"), [(os.getpid(), True), (os.getppid(), False)], ids=["its own", "another"])
+def test_one_process_alone(pid: int, seen: bool, headers: None, library: Path, tmp_path: Path) -> None:
+    """Of others nothing is counted, and so nothing is missed."""
+    own = Path(shutil.copy(library, tmp_path))  # which no other engine probes
+    with running(own, TOGGLE, StandInBtf(), Options(backend="kprobe", pid=pid)) as stand_in:
+        vcpu = stand_in.vcpu()
+        stand_in.inside(lambda: stand_in.call("vmx_set_msr", vcpu, 0x10, READ, False))
+        stand_in.create(vcpu)
+        stand_in.update(vcpu)
+        stand_in.free(vcpu)
+        counted = stand_in.counted()
+        calls, updates = (
+            sum(one.calls for one in counted.calls.values()),
+            sum(d.count for d in counted.updates.values()),
+        )
+        assert (calls, updates, counted.vcpus_seen) == ((2, 1, 1) if seen else (0, 0, 0))
+        assert (counted.unpaired_returns, counted.lower_bound) == (0, False)
+
+
 # --- updates ---
 
 
@@ -1128,6 +1186,22 @@ def test_an_update_whose_return_is_not_seen_is_counted_without_its_time(toggle: 
     assert (durations.count, durations.timed, missed[HOOK], counted.lower_bound) == (3, 1, 2, True)
     toggle.update(vcpu)
     assert kinds(toggle) == (1, 0)
+
+
+def test_a_thread_whose_place_another_has(toggle: StandIn) -> None:
+    """It finds its vCPU in the hash table, and leaves the other's place alone."""
+    toggle.inside(lambda: None)
+    toggle.counted()
+    tid, maps = threading.get_native_id(), toggle.engine._built.loaded.maps
+    place, members = struct.pack("I", tid % 4096), struct.Struct("QQ")
+    assert struct.pack("I", tid) not in maps["threads"].keys()  # noqa: SIM118 (a map of the kernel's)
+    for claims, elsewhere in ((0, False), (1, True), (2, True), (0, True)):
+        maps["threads_here"].update(place, members.pack(claims, (tid + 4096 << 32) * bool(claims)))
+        toggle.update(toggle.vcpu())
+        counted = toggle.counted()
+        [durations] = counted.updates.values()
+        assert (durations.count, durations.timed, counted.lower_bound) == (1, 1, False)
+        assert (struct.pack("I", tid) in maps["threads"].keys()) == elsewhere  # noqa: SIM118
 
 
 def test_every_update_is_a_filter_change_where_nothing_else_is(toggle: StandIn) -> None:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,19 @@ from needs import ROOT_ALONE
 from tracer.model.errors import MsrtraceError
 from tracer.program import compiler, program
 from tracer.program.compiler import build, compiled
-from tracer.program.program import MapDefinition, Program, Target, Unfit, Variant, keep, kept, load
+from tracer.program.program import (
+    Function,
+    MapDefinition,
+    Program,
+    Relocation,
+    Target,
+    Unfit,
+    Variant,
+    keep,
+    kept,
+    load,
+)
+from tracer.program.structs import Member
 from tracer.program.syscalls import MMAPABLE, BpfMap, MappedArray, create_map
 
 ROOT = str(Path(__file__).parents[2])
@@ -103,7 +116,11 @@ def test_nothing_is_imported_from_the_current_directory(tmp_path: Path, monkeypa
 
 # --- what is kept ---
 
-ANY = Program([MapDefinition("m", 2, 4, 8, 1, 0)], {"f": bytes(range(16))})
+ANY = Program(
+    [MapDefinition("m", 2, 4, 8, 1, 0, {"a": Member(0, 4), "b": Member(4, 1, 4)})],
+    {"f": Function(bytes(range(16)), [Relocation(8, "value", 0)])},
+    ["v"],
+)
 
 
 def test_what_was_kept_is_what_comes_back(cache: Path) -> None:
@@ -171,15 +188,18 @@ def test_it_is_compiled_once_for_each_thing_that_makes_a_difference(
     made: list[Program] = []
 
     def compile_(*_: object) -> Program:
-        made.append(Program([], {"f": bytes([len(made)] * 8)}))
+        made.append(Program([], {"f": Function(bytes([len(made)] * 8))}))
         return made[-1]
 
     monkeypatch.setattr(compiler, "_compile", compile_)
     source = tmp_path / "program.c"
-    source.write_text("one")
+    source.write_text('one\n#include "part.h"\n')
+    (tmp_path / "part.h").write_text("part of one")
     assert compiled(source, {"A": 1}) == compiled(source, {"A": 1}) == made[-1]
     assert len(made) == 1
     seen = [compiled(source, {"A": 2}), compiled(source, {"B": 1}), compiled(source, {"A": 1, "B": 1})]
+    (tmp_path / "part.h").write_text("part of another")
+    seen.append(compiled(source, {"A": 1}))
     source.write_text("other")
     seen.append(compiled(source, {"A": 1}))
     monkeypatch.setenv("BCC_KERNEL_SOURCE", "/elsewhere")
@@ -198,27 +218,35 @@ def instruction(code: int, registers: int, immediate: int, offset: int = 0) -> b
 
 def test_what_is_put_in_at_loading() -> None:
     """Descriptors, values and ids go where they belong, and nowhere else."""
-    mark = program._VALUE_MARK
+    mark, kfunc, cmpxchg = program._VALUE_MARK, program._FIRST_KFUNC + 1, instruction(0xDB, 0x1A, 0xF1, -8)
     code = b"".join(
         (
-            instruction(0x18, 0x12, 1) + instruction(0, 0, 0),  # a map
-            instruction(0x18, 0x03, 2) + instruction(0, 0, mark),  # a value
-            instruction(0x18, 0x03, 9) + instruction(0, 0, mark),  # one that is not given
-            instruction(0x18, 0x03, 2) + instruction(0, 0, 7),  # any number
+            instruction(0x18, 0x12, 7) + instruction(0, 0, 0),  # a map
+            instruction(0x18, 0x03, 1) + instruction(0, 0, mark),  # a value
+            instruction(0x18, 0x03, 0) + instruction(0, 0, mark),  # one that is not given
+            instruction(0x18, 0x03, 1) + instruction(0, 0, 7),  # any number
             instruction(0x18, 0x03, 0x85) + instruction(0, 0, 0x18),
             instruction(0x85, 0, 14),  # a helper
-            instruction(0x85, 0, 99),  # a function of the kernel
+            instruction(0x85, 0, kfunc),  # a function of the kernel
             instruction(0x85, 0x10, 99),  # a function of the program
+            cmpxchg,
+            instruction(0xDB, 0x1A, 0, -8),  # another atomic operation
             instruction(0x95, 0, 0),
         )
     )
-    variant = Variant("kprobe", {}, {}, values={2: 0xFFFFFFFF81234567}, kfuncs={99: 4242})
-    resolved = program._resolved(code, [50, 51], variant)
-    assert program.without_descriptors(resolved[:16], {51: 1}) == code[:16]
+    variant = Variant("kprobe", {}, {}, values={"given": 0xFFFFFFFF81234567}, kfuncs={kfunc: 4242})
+    function = program.relocated(code, {7: 1})
+    assert function == program.relocated(code.replace(b"\7", b"\x08", 1), {8: 1})  # whatever it was
+    resolved = program._resolved(function, [50, 51], ["absent", "given"], variant)
     words = list(struct.iter_unpack("<BBhi", resolved))
-    assert [words[n][3] for n in (0, 2, 4, 6, 8, 10, 11, 12)] == [51, 0x81234567 - 2**32, 0, 2, 0x85, 14, 4242, 99]
+    assert [words[n][3] for n in (0, 2, 4, 6, 8, 10, 11, 12)] == [51, 0x81234567 - 2**32, 0, 1, 0x85, 14, 4242, 99]
     assert [words[n][3] for n in (3, 5, 7, 9)] == [-1, 0, 7, 0x18]
     assert [words[n][1] for n in (10, 11, 12)] == [0, 0x20, 0x10]
+    assert resolved[13 * 8 :] == code[13 * 8 :]
+    without = program._resolved(function, [50, 51], ["absent", "given"], replace(variant, kfuncs={}, cmpxchg=False))
+    # A jump to the next instruction; and the call stays what BCC made of it.
+    assert without[13 * 8 :] == instruction(0x05, 0, 0) + code[14 * 8 :]
+    assert without[11 * 8 : 12 * 8] == instruction(0x85, 0, kfunc)
 
 
 RETURN_0 = instruction(0xB7, 0, 0) + instruction(0x95, 0, 0)
@@ -230,7 +258,9 @@ def test_what_the_kernel_refuses_is_said_and_nothing_stays() -> None:
         return set(os.listdir("/proc/self/fd"))
 
     before = descriptors()
-    good = Program([MapDefinition("m", 2, 4, 8, 1, 0)], {"f": RETURN_0, "g": instruction(0x95, 0, 0)})
+    good = Program(
+        [MapDefinition("m", 2, 4, 8, 1, 0)], {"f": Function(RETURN_0), "g": Function(instruction(0x95, 0, 0))}
+    )
     both = {"f": Target("kprobe"), "g": Target("kprobe")}
     with pytest.raises(Unfit, match=r"^the kernel refuses the BPF program g: R0 !read_ok$") as failure:
         load(good, Variant("kprobe", {}, both))
@@ -269,16 +299,23 @@ def test_a_map_is_emptied(used: int) -> None:
 @as_root
 def test_an_array_is_read_and_written_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The map itself has what was written, and what others write is seen: it is one memory."""
-    fd = create_map("test", 2, key_size=4, value_size=24, max_entries=5000, flags=MMAPABLE)
-    array, other = MappedArray(fd, 24, 5000), MappedArray(fd, 24, 5000)
-    BpfMap(fd, 4, 24).update(struct.pack("I", 4999), struct.pack("QQQ", 2**64 - 1, 0, 7))
+    fd = create_map("test", 2, key_size=4, value_size=32, max_entries=5000, flags=MMAPABLE)
+    members = {"key": Member(0, 8), "half": Member(8, 4), "byte": Member(12, 1), "text": Member(13, 1, 3)}
+    members |= {"pair": Member(16, 8, 2)}
+    array, other = (MappedArray(fd, 32, 5000, members) for _ in range(2))
+    BpfMap(fd, 4, 32).update(struct.pack("I", 4999), struct.pack("QIB3sQQ", 2**64 - 1, 2**32 - 1, 255, b"ab", 7, 9))
     monkeypatch.setattr("tracer.program.syscalls._bpf", lambda *_: pytest.fail("a system call"))
     try:
-        assert (array.entries, array.value(4999), array.used(0), array.used(1)) == (5000, [2**64 - 1, 0, 7], [4999], [])
-        array.set_word(0, 1, 5)
-        assert (other.word(0, 1), other.value(0), other.used(1)) == (5, [0, 5, 0], [0])
+        assert array.getter("pair", "key")(4999) == (7, 9, 2**64 - 1)
+        assert [array.get(4999, name) for name in ("half", "byte")] == [2**32 - 1, 255]
+        assert array.text(4999, "text") == b"ab"
+        assert (array.entries, array.used("key"), array.used("byte")) == (5000, [4999], [4999])
+        array.set(0, "half", 5)
+        assert (other.get(0, "half"), other.used("half"), other.get(0, "byte")) == (5, [0, 4999], 0)
+        with pytest.raises(ValueError, match="not a word"):
+            array.getter("key", "half")
         array.clear()
-        assert (other.used(0), other.used(1), other.used(2)) == ([], [], [])
+        assert [other.used(name) for name in ("key", "half", "byte")] == [[]] * 3
     finally:
         array.close()
         other.close()

@@ -2,8 +2,8 @@
 """Compiling the BPF program by BCC, in a process of its own, which ends: the compiler takes 100 MB of memory.
 
 And a second, so what it made is kept. The program asks for nothing of the kernel's headers but the registers that a
-kprobe sees, which never change; all else comes by -D. So it is kept by that, and by the compiler's and the kernel's
-versions for good measure.
+kprobe sees, which never change; all else is put in at loading. So it is kept by its text, and by the compiler's and the
+kernel's versions for good measure.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from pathlib import Path
 import msgspec
 
 from tracer.model.errors import MsrtraceError
+from tracer.program import program, structs
 from tracer.program.program import (
     Loaded,
     MapDefinition,
@@ -35,9 +37,12 @@ from tracer.program.program import (
     keep,
     kept,
     load,
-    without_descriptors,
+    relocated,
 )
+from tracer.program.structs import members
 
+#: What makes a Program of what BCC compiles.
+_MADE_BY = [Path(str(file)) for file in (__file__, program.__file__, structs.__file__)]
 _DEBUG_HINT = " (MSRTRACE_DEBUG=1 shows all)"
 #: What tells BCC where to find headers (src/cc/frontends/clang/loader.cc).
 _BCC_SETTINGS = ("BCC_KERNEL_SOURCE", "BCC_KERNEL_MODULES_SUFFIX", "BCC_LINUX_VERSION_CODE", "BCC_PROBEREAD_KERNEL")
@@ -79,14 +84,31 @@ def compiled(source: Path, definitions: Mapping[str, int]) -> Program:
     return program
 
 
+def whole_text(source: Path) -> str:
+    """SOURCE with the headers that lie beside it put in, as BCC makes functions of maps in one file alone."""
+
+    def header(found: re.Match[str]) -> str:
+        return f'#line 1 "{found[1]}"\n{(source.parent / found[1]).read_text()}'
+
+    return re.sub(r'^#include "(\w+\.h)"\n', header, source.read_text(), flags=re.MULTILINE)
+
+
 def _key(source: Path, definitions: Mapping[str, int]) -> str:
     found = importlib.util.find_spec("bcc")
     bcc = [path / "version.py" for path in map(Path, (found and found.submodule_search_locations) or ())]
     made_from = [
-        *(_content(path) for path in (source, Path(__file__), *bcc)),
+        _text(source),
+        *(_content(path) for path in (*_MADE_BY, *bcc)),
         json.dumps([sorted(definitions.items()), *os.uname()[2:], *map(os.environ.get, _BCC_SETTINGS)]).encode(),
     ]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in made_from)).hexdigest()
+
+
+def _text(source: Path) -> bytes:
+    try:
+        return whole_text(source).encode()
+    except OSError:  # which the compiler will say
+        return b""
 
 
 def _content(path: Path) -> bytes:
@@ -153,7 +175,9 @@ _OF_A_TABLE = {
     "bpf_table_max_entries_id": ctypes.c_size_t,
     "bpf_table_flags_id": ctypes.c_int,
     "bpf_table_fd_id": ctypes.c_int,
+    "bpf_table_leaf_desc_id": ctypes.c_char_p,
 }
+_VALUES = "values"  # the map that only says what values there are
 
 
 def _compile_here(source: str, flags: list[str]) -> Program:
@@ -166,29 +190,34 @@ def _compile_here(source: str, flags: list[str]) -> Program:
         def _trace_autoload(self) -> None:
             pass
 
-    bpf = Quiet(src_file=source, cflags=["-Wno-macro-redefined", *flags])
+    bpf = Quiet(text=whole_text(Path(source)), cflags=["-Wno-macro-redefined", *flags])
     # Of bcc_common.h; BCC's Python declares some of it.
     for name, result in _OF_A_TABLE.items():
         getattr(lib, name).argtypes, getattr(lib, name).restype = [ctypes.c_void_p, ctypes.c_size_t], result
-    tables = range(lib.bpf_num_tables(bpf.module))
-    maps = [
-        MapDefinition(
+    maps: list[MapDefinition] = []
+    indices: dict[int, int] = {}
+    values: list[str] = []
+    for n in range(lib.bpf_num_tables(bpf.module)):
+        found = MapDefinition(
             lib.bpf_table_name(bpf.module, n).decode(),
             lib.bpf_table_type_id(bpf.module, n),
             lib.bpf_table_key_size_id(bpf.module, n),
             lib.bpf_table_leaf_size_id(bpf.module, n),
             lib.bpf_table_max_entries_id(bpf.module, n),
             lib.bpf_table_flags_id(bpf.module, n),
+            members(lib.bpf_table_leaf_desc_id(bpf.module, n).decode()),
         )
-        for n in tables
-    ]
-    indices = {lib.bpf_table_fd_id(bpf.module, n): n for n in tables}
+        if found.name == _VALUES:
+            values = list(found.members)
+        else:
+            indices[lib.bpf_table_fd_id(bpf.module, n)] = len(maps)
+            maps.append(found)
     functions = {}
     for n in range(lib.bpf_num_functions(bpf.module)):
         name = lib.bpf_function_name(bpf.module, n)
         code = ctypes.string_at(lib.bpf_function_start(bpf.module, name), lib.bpf_function_size(bpf.module, name))
-        functions[name.decode()] = without_descriptors(code, indices)
-    return Program(maps, functions)
+        functions[name.decode()] = relocated(code, indices)
+    return Program(maps, functions, values)
 
 
 def main() -> None:

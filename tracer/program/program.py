@@ -2,7 +2,8 @@
 """BPF programs as the compiler leaves them: kept in files, so that each is compiled once, and loaded into the kernel.
 
 Loading is what any loader does: make the maps, put their descriptors into the instructions, and hand those to the
-kernel. What differs with every boot of a kernel (addresses, BTF ids) is put in then, too, so a kept program fits.
+kernel. All that differs between kernels, boots and options (offsets, addresses, BTF ids) is put in then, too, so a kept
+program fits. What it keeps from being reached the verifier removes (opt_remove_dead_code(), kernel/bpf/verifier.c).
 """
 
 from __future__ import annotations
@@ -16,22 +17,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from tracer.program import syscalls
+from tracer.program.structs import Member
 from tracer.program.syscalls import MMAPABLE, BpfMap, MappedArray
 
 _CACHE = Path("/var/cache/msrtrace")
-_KEPT = 16  # programs
+_KEPT = 16  # programs: two of a kernel
 _DIGEST = 32  # bytes of SHA-256
 _LONGEST_LOG = 1 << 24  # bytes; what BPF_MAXINSNS programs take, as in libbpf
 
 # struct bpf_insn: code, the registers (source in the high half), offset, immediate
 _INSTRUCTION = struct.Struct("<BBhi")
-_LOAD_64, _CALL = 0x18, 0x85
+_LOAD_64, _CALL, _ATOMIC = 0x18, 0x85, 0xDB
 _PSEUDO_MAP_FD, _PSEUDO_KFUNC = 1, 2
-_VALUE_MARK = 0x6D737274  # the high half of what stands for a value in bpf/msrtrace.c
+_CMPXCHG = 0xF1  # of an atomic operation
+_GO_ON = _INSTRUCTION.pack(0x05, 0, 0, 0)  # a jump to the next instruction
+_VALUE_MARK = 0x6D737274  # the high half of what stands for a value in bpf/values.h
+_FIRST_KFUNC = 0x7F000001  # and the first number that stands for a function of the kernel
 
 # enum bpf_prog_type, bpf_attach_type
 _KPROBE, _RAW_TRACEPOINT, _TRACING = 2, 17, 26
@@ -39,7 +45,7 @@ _FENTRY, _FEXIT = 24, 25
 
 
 class MapDefinition(msgspec.Struct, frozen=True):
-    """A map to make: `type` and `flags` as in include/uapi/linux/bpf.h, sizes in bytes."""
+    """A map to make: `type` and `flags` as in include/uapi/linux/bpf.h, sizes in bytes; the members of its values."""
 
     name: str
     type: int
@@ -47,13 +53,34 @@ class MapDefinition(msgspec.Struct, frozen=True):
     value_size: int
     max_entries: int
     flags: int
+    members: dict[str, Member] = {}  # msgspec copies it
+
+
+class Relocation(msgspec.Struct, frozen=True):
+    """Of the instruction at a byte: what is put in at loading.
+
+    That is the descriptor of map NUMBER, value NUMBER, or the id of the function of the kernel that it calls NUMBER;
+    `cmpxchg` is itself put out where the kernel may not know it.
+    """
+
+    at: int
+    what: Literal["map", "value", "kfunc", "cmpxchg"]
+    number: int
+
+
+class Function(msgspec.Struct, frozen=True):
+    """The instructions of a function, and what has to be put into them."""
+
+    code: bytes
+    relocations: list[Relocation] = []
 
 
 class Program(msgspec.Struct, frozen=True):
-    """Maps, and the instructions of each function; where these load a map's descriptor, they have its index."""
+    """Maps, functions by their names, and the names of values by their numbers."""
 
     maps: list[MapDefinition]
-    functions: dict[str, bytes]
+    functions: dict[str, Function]
+    values: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -72,15 +99,19 @@ class Target:
 class Variant:
     """One way to build and to load: `definitions` are the compiler's -D, `functions` says what each is for.
 
-    `values` are numbers for the program, by enum value of bpf/msrtrace.c; `kfuncs` the BTF ids of functions of the
-    kernel that it calls, by the numbers that it calls them by.
+    `values` are numbers for the program, by the names in struct values of bpf/values.h; what is not there is 0.
+    `kfuncs` are the BTF ids of functions of the kernel that it calls, by the numbers that it calls them by.
+    `capacities`: of maps, by name, where it is another than was compiled. Without `cmpxchg` that instruction cannot be
+    reached, and is put out: 5.11 and older refuse it even so.
     """
 
     backend: str
     definitions: Mapping[str, int]
     functions: Mapping[str, Target]
-    values: Mapping[int, int] = field(default_factory=dict)
+    values: Mapping[str, int] = field(default_factory=dict)
     kfuncs: Mapping[int, int] = field(default_factory=dict)
+    capacities: Mapping[str, int] = field(default_factory=dict)
+    cmpxchg: bool = True
 
 
 @dataclass(frozen=True)
@@ -161,39 +192,44 @@ def keep(key: str, program: Program) -> None:
 # --- loaded ---
 
 
-def without_descriptors(code: bytes, maps: Mapping[int, int]) -> bytes:
-    """CODE with the indices of maps in the place of their descriptors; MAPS gives those."""
-    changed = bytearray(code)
-    for at, operation, registers, offset, number in _instructions(code):
-        if operation == _LOAD_64 and registers >> 4 == _PSEUDO_MAP_FD:
-            _INSTRUCTION.pack_into(changed, at, operation, registers, offset, maps[number])
-    return bytes(changed)
+def relocated(code: bytes, maps: Mapping[int, int]) -> Function:
+    """The function that BCC compiled to CODE; MAPS: the indices of maps by the descriptors that are there now."""
+    found: list[Relocation] = []
+    without = bytearray(code)
+    wide = False
+    for n, (operation, registers, _, number) in enumerate(_INSTRUCTION.iter_unpack(code)):
+        at = n * _INSTRUCTION.size
+        if wide:  # the second half of an instruction
+            wide = False
+        elif operation == _LOAD_64:
+            wide = True
+            if registers >> 4 == _PSEUDO_MAP_FD:
+                found.append(Relocation(at, "map", maps[number]))
+                without[at + 4 : at + 8] = bytes(4)
+            elif struct.unpack_from("<12xI", code, at)[0] == _VALUE_MARK:
+                found.append(Relocation(at, "value", number))
+        elif operation == _CALL and registers == 0 and number >= _FIRST_KFUNC:
+            found.append(Relocation(at, "kfunc", number))
+        elif operation == _ATOMIC and number == _CMPXCHG:
+            found.append(Relocation(at, "cmpxchg", number))
+    return Function(bytes(without), found)
 
 
-def _resolved(code: bytes, maps: list[int], variant: Variant) -> bytes:
-    """CODE with descriptors of maps, values, and calls of the kernel's functions put in."""
-    changed = bytearray(code)
-    for at, operation, registers, offset, number in _instructions(code):
-        if operation == _LOAD_64 and registers >> 4 == _PSEUDO_MAP_FD:
-            _INSTRUCTION.pack_into(changed, at, operation, registers, offset, maps[number])
-        elif operation == _LOAD_64 and struct.unpack_from("<12xI", code, at)[0] == _VALUE_MARK:
-            value = variant.values.get(number, 0)
-            struct.pack_into("<I", changed, at + 4, value & 0xFFFFFFFF)
-            struct.pack_into("<I", changed, at + 12, value >> 32)
-        elif operation == _CALL and registers == 0 and number in variant.kfuncs:
-            kfunc = variant.kfuncs[number]
-            _INSTRUCTION.pack_into(changed, at, operation, _PSEUDO_KFUNC << 4, offset, kfunc)
-    return bytes(changed)
-
-
-def _instructions(code: bytes) -> list[tuple[int, int, int, int, int]]:
-    """Where each is in CODE, and its fields; the second half of a wide one is left out."""
-    found, wide = [], False
-    for at, fields in zip(range(0, len(code), _INSTRUCTION.size), _INSTRUCTION.iter_unpack(code), strict=True):
-        if not wide:
-            found.append((at, *fields))
-        wide = not wide and fields[0] == _LOAD_64
-    return found
+def _resolved(function: Function, maps: list[int], names: list[str], variant: Variant) -> bytes:
+    """The code of FUNCTION with descriptors of MAPS, values by their NAMES, and the kernel's functions put in."""
+    code = bytearray(function.code)
+    for one in function.relocations:
+        immediate = one.at + 4
+        if one.what == "map":
+            struct.pack_into("<i", code, immediate, maps[one.number])
+        elif one.what == "value":
+            value = variant.values.get(names[one.number], 0)
+            struct.pack_into("<I4xI", code, immediate, value & 0xFFFFFFFF, value >> 32)
+        elif one.what == "cmpxchg" and not variant.cmpxchg:
+            code[one.at : immediate + 4] = _GO_ON
+        elif one.what == "kfunc" and one.number in variant.kfuncs:
+            _INSTRUCTION.pack_into(code, one.at, _CALL, _PSEUDO_KFUNC << 4, 0, variant.kfuncs[one.number])
+    return bytes(code)
 
 
 def load(program: Program, variant: Variant) -> Loaded:
@@ -204,25 +240,26 @@ def load(program: Program, variant: Variant) -> Loaded:
     modules: dict[str | None, int] = {None: 0}
     try:
         for one in program.maps:
+            entries = variant.capacities.get(one.name, one.max_entries)
             with _said(f"makes no BPF map {one.name}"):
                 fd = syscalls.create_map(
                     one.name,
                     one.type,
                     key_size=one.key_size,
                     value_size=one.value_size,
-                    max_entries=one.max_entries,
+                    max_entries=entries,
                     flags=one.flags,
                 )
             loaded.maps[one.name] = BpfMap(fd, one.key_size, one.value_size)
             if one.flags & MMAPABLE:
                 with _said(f"does not let the BPF map {one.name} be mapped"):
-                    loaded.arrays[one.name] = MappedArray(fd, one.value_size, one.max_entries)
+                    loaded.arrays[one.name] = MappedArray(fd, one.value_size, entries, one.members)
         descriptors = [one.fd for one in loaded.maps.values()]
         for name, target in variant.functions.items():
             if target.module not in modules:
                 with _said(f"gives no BTF of {target.module}"):
                     modules[target.module] = syscalls.btf_of_module(str(target.module))
-            code = _resolved(program.functions[name], descriptors, variant)
+            code = _resolved(program.functions[name], descriptors, program.values, variant)
             loaded.functions[name] = _load_function(name, code, target, modules[target.module])
     except BaseException:
         loaded.close()

@@ -14,10 +14,15 @@ import mmap
 import os
 import re
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import compress
+from operator import itemgetter
 from pathlib import Path
 
+from tracer.program.structs import Member
+
+_WORD = 8  # bytes
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_BPF = 321
 
@@ -142,31 +147,55 @@ class MappedArray:
 
     So it keeps no probe from running, as other ways to read a map do: bpf(2) raises bpf_prog_active on its CPU
     (bpf_disable_instrumentation(), kernel/bpf/syscall.c), may be preempted then, and meanwhile trace_call_bpf() runs
-    no program at a kprobe. Values are of 64-bit words, each of which is read at once, in the order of their addresses.
+    no program at a kprobe. A member is read at once, and several are in the order of their addresses.
     """
 
-    def __init__(self, fd: int, value_size: int, entries: int) -> None:
-        """FD: of the map; VALUE_SIZE in bytes, a multiple of 8. Raises OSError."""
-        self.entries, self._stride = entries, value_size // 8
+    def __init__(self, fd: int, value_size: int, entries: int, members: Mapping[str, Member]) -> None:
+        """FD: of the map; VALUE_SIZE in bytes, a multiple of 8; MEMBERS: of a value. Raises OSError."""
+        self.entries, self.members, self._value_size = entries, members, value_size
         self._memory = mmap.mmap(fd, value_size * entries, flags=mmap.MAP_SHARED)
-        self._words = memoryview(self._memory).cast("Q")
+        whole = memoryview(self._memory)
+        self._views = {1: whole, 2: whole.cast("H"), 4: whole.cast("I"), _WORD: whole.cast("Q")}
 
-    def word(self, index: int, word: int) -> int:
-        """The WORD of the value at INDEX."""
-        return int(self._words[index * self._stride + word])
+    def get(self, index: int, member: str) -> int:
+        """A MEMBER of the value at INDEX."""
+        size, at = self._place(index, member)
+        return self._views[size][at]
 
-    def set_word(self, index: int, word: int, value: int) -> None:
-        """Write the WORD of the value at INDEX."""
-        self._words[index * self._stride + word] = value
+    def set(self, index: int, member: str, value: int) -> None:
+        """Make a MEMBER of the value at INDEX another."""
+        size, at = self._place(index, member)
+        self._views[size][at] = value
 
-    def value(self, index: int) -> list[int]:
-        """All words of the value at INDEX."""
-        start = index * self._stride
-        return self._words[start : start + self._stride].tolist()
+    def _place(self, index: int, member: str) -> tuple[int, int]:
+        """The size of a MEMBER, and where it is among all that have that size."""
+        found = self.members[member]
+        return found.size, (index * self._value_size + found.offset) // found.size
 
-    def used(self, word: int) -> list[int]:
-        """The indices of the values whose WORD is not 0."""
-        return list(compress(range(self.entries), self._words[word :: self._stride].tolist()))
+    def text(self, index: int, member: str) -> bytes:
+        """A MEMBER that is an array of characters, of the value at INDEX, up to the first 0."""
+        _, at = self._place(index, member)
+        return bytes(self._views[1][at : at + self.members[member].length]).partition(b"\0")[0]
+
+    def getter(self, *members: str) -> Callable[[int], tuple[int, ...]]:
+        """What gives the MEMBERS, which are words or arrays of them, of the value at an index, quickly."""
+        places: list[int] = []
+        for member in (self.members[name] for name in members):
+            if member.size != _WORD:
+                raise ValueError("a member that is not a word")
+            places += range(member.offset // _WORD, (member.offset + member.bytes) // _WORD)
+        pick, words, stride = itemgetter(*places), self._views[_WORD], self._value_size // _WORD
+
+        def get(index: int) -> tuple[int, ...]:
+            start = index * stride
+            return pick(words[start : start + stride].tolist())  # type: ignore[no-any-return] # one of several
+
+        return get
+
+    def used(self, member: str) -> list[int]:
+        """The indices of the values whose MEMBER is not 0."""
+        size, first = self._place(0, member)
+        return list(compress(range(self.entries), self._views[size][first :: self._value_size // size].tolist()))
 
     def clear(self) -> None:
         """Make all of it 0."""
@@ -174,7 +203,8 @@ class MappedArray:
 
     def close(self) -> None:
         """Give the memory back; the map stays as long as it has a descriptor or a program."""
-        self._words.release()
+        for view in self._views.values():
+            view.release()
         self._memory.close()
 
 

@@ -21,7 +21,7 @@ from tracer.program.program import Refused
 from tracer.program.resources import resource
 from tracer.trace.capabilities import in_force
 from tracer.trace.kprobe import attach_kprobe
-from tracer.trace.plan import Point, definitions, points, preemptible, variants
+from tracer.trace.plan import Point, points, preemptible, values, variants
 from tracer.trace.reader import Reader
 
 
@@ -36,8 +36,8 @@ class Engine:
         Raises MsrtraceError when nothing can be counted.
         """
         self._layout, self._symbols, self._options, self._explain = layout, symbols, options, explain
-        self._defined, self._btf_problem, btf = self._plan(layout, symbols)
-        wanted = variants(layout, symbols, self._defined, options, btf)
+        self._values, self._btf_problem, btf = self._plan(layout, symbols)
+        wanted = variants(layout, symbols, self._values, options, btf)
         try:
             self._built: Built = build(resource("bpf/msrtrace.c"), wanted)
         except Refused:
@@ -56,29 +56,29 @@ class Engine:
             raise
 
     def _plan(self, layout: Layout, symbols: Symbols) -> tuple[dict[str, int], str, Btf | None]:
-        """How the program must be configured for a kernel; why it cannot see outcomes there, if so; the BTF if not."""
+        """What the program must be given for a kernel; why it cannot see outcomes there, if so; the BTF if not."""
         if not layout.calls:
-            return definitions(layout, None, symbols, self._options), "", None
+            return values(layout, None, symbols, self._options), "", None
         try:
             btf = Btf.of_module(symbols.module) if symbols.module else Btf.of_kernel()
-            return definitions(layout, btf, symbols, self._options), "", btf
+            return values(layout, btf, symbols, self._options), "", btf
         except BtfError as error:
-            return definitions(layout, None, symbols, self._options), str(error), None
+            return values(layout, None, symbols, self._options), str(error), None
 
     def reattach(self, layout: Layout, symbols: Symbols) -> bool:
         """Attach to a module that was loaded again; False if the program does not fit it.
 
         Raises MsrtraceError when nothing can be counted. `detach` went before, so counts start from 0.
         """
-        defined, problem, _ = self._plan(layout, symbols)
-        if self._built.backend != "kprobe" or (layout, defined) != (self._layout, self._defined):
+        given, problem, _ = self._plan(layout, symbols)
+        if self._built.backend != "kprobe" or (layout, given) != (self._layout, self._values):
             return False
         self._symbols, self._btf_problem = symbols, problem
         self._attach_all()
         return True
 
     def _attach_all(self) -> None:
-        self._points = points(self._layout, self._symbols, exact="BITMAP_OFFSET" in self._defined)
+        self._points = points(self._layout, self._symbols, exact="bitmap_offset" in self._values)
         with in_force():
             # Calls come last: whatever settles them is there by then.
             self.probes = [self._attach(point) for point in self._points]
@@ -112,11 +112,11 @@ class Engine:
     @property
     def redundancy(self) -> str:
         """Whether outcomes are seen: `exact`, or `unknown` where calls are counted without them."""
-        return "exact" if "BITMAP_OFFSET" in self._defined or not self._layout.calls else "unknown"
+        return "exact" if "bitmap_offset" in self._values or not self._layout.calls else "unknown"
 
     @property
     def _filter_known(self) -> bool:
-        return not self._layout.filter_set or "FILTER_OFFSET" in self._defined
+        return not self._layout.filter_set or "filter_offset" in self._values
 
     @property
     def warnings(self) -> list[str]:

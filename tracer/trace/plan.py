@@ -18,18 +18,10 @@ from tracer.model.vendor import Layout
 from tracer.program.program import Target, Variant
 from tracer.trace.reader import WITHIN_FILTER_CHANGE, WITHIN_RECALC
 
-#: enum value of bpf/msrtrace.c
-VALUES = [
-    "enable_at",
-    "disable_at",
-    "set_at",
-    "kretprobe_trampoline",
-    "fgraph_trampoline",
-    "wanted_pid",
-    "leader_offset",
-    "command_offset",
-]
-_RDONLY_CAST = 0x7F000001  # the number by which the program calls it
+#: How many places there are where processes are not told apart: bpf/counters.h and updates.h make no index beyond.
+_OF_ONE = {"counters": 2048, "updates": 16}
+_OF_ONE["taken"] = sum(_OF_ONE.values()) + 16384  # and the vCPUs'
+_RDONLY_CAST = 0x7F000001  # the number by which bpf/bitmap.h calls it
 _CAST = ("bpf_rdonly_cast", "timespec64")
 
 #: struct kvm_vcpu -> stat.exits
@@ -73,27 +65,26 @@ def points(layout: Layout, symbols: Symbols, exact: bool) -> list[Point]:
     return found + [Point(function, entry) for entry, function in called.items() if function]
 
 
-def definitions(layout: Layout, btf: Btf | None, symbols: Symbols, options: Options) -> dict[str, int]:
-    """The -D by which bpf/msrtrace.c is configured; without BTF the outcome of calls stays unknown."""
-    result = {}
+def values(layout: Layout, btf: Btf | None, symbols: Symbols, options: Options) -> dict[str, int]:
+    """What is put into the program of bpf/values.h; without BTF the outcome of calls stays unknown."""
+    found: dict[str, int] = dict(symbols.trampolines)
     if btf:
-        result["BITMAP_OFFSET"] = btf.nested_offset(symbols.vendor.bitmap)
+        found["bitmap_offset"] = btf.nested_offset(symbols.vendor.bitmap)
         with suppress(BtfError):
-            result["EXITS_OFFSET"] = btf.nested_offset(_EXITS)
+            found["exits_offset"] = btf.nested_offset(_EXITS)
         with suppress(BtfError):
-            result["CAST_TYPE"] = btf.kernel_ids(*_CAST)[1]
+            found["cast_type"] = btf.kernel_ids(*_CAST)[1]
     if layout.filter_set and symbols.find(layout.filter_set):
         # `kvm` is the first member of struct kvm_vcpu since 2.6; BTF confirms it where there is any.
-        result["FILTER_OFFSET"] = btf.offset("kvm_vcpu", "kvm") if btf else 0
+        found["filter_offset"] = btf.offset("kvm_vcpu", "kvm") if btf else 0
     else:
-        result["UPDATE_KIND"] = WITHIN_RECALC if layout.filter_set else WITHIN_FILTER_CHANGE
-    if layout.set_:
-        result["SETS"] = 1
+        found["update_kind"] = WITHIN_RECALC if layout.filter_set else WITHIN_FILTER_CHANGE
     if options.pid is not None:
-        result["ONE_PID"] = 1
+        found["wanted_pid"] = options.pid
     if options.by_vm:
-        result["BY_PID"] = 1
-    return result
+        found["by_pid"] = 1
+        found |= _command_offsets(btf)
+    return found
 
 
 def preemptible(model: Path = _PREEMPTION_MODEL, version: str | None = None) -> bool:
@@ -113,24 +104,20 @@ def preemptible(model: Path = _PREEMPTION_MODEL, version: str | None = None) -> 
 
 
 def variants(
-    layout: Layout, symbols: Symbols, defined: Mapping[str, int], options: Options, btf: Btf | None = None
+    layout: Layout, symbols: Symbols, given: Mapping[str, int], options: Options, btf: Btf | None = None
 ) -> list[Variant]:
-    """How the program may be built, what is preferred first.
+    """How the program may be loaded, what is preferred first; GIVEN: its `values`.
 
     BTF gives the ids of functions; it must be there if outcomes are seen. Raises MsrtraceError if the user's choice
     cannot be.
     """
-    exact = "BITMAP_OFFSET" in defined
-    # What tells filter updates apart is compiled only where its offset is defined.
-    wanted = [
-        p for p in points(layout, symbols, exact) if p.function != layout.filter_set or "FILTER_OFFSET" in defined
-    ]
+    exact = "bitmap_offset" in given
+    # Without the function that sets a filter, nothing tells filter updates apart.
+    wanted = [p for p in points(layout, symbols, exact) if p.function != layout.filter_set or "filter_offset" in given]
     read_by = (["settle_call"] if exact else []) + (["counter_ended", "update_ended"] if options.by_vm else [])
     reader = {name: Target("raw_tracepoint") for name in read_by}
-    named = {**symbols.trampolines, "wanted_pid": options.pid or 0, **(_command_offsets(btf) if options.by_vm else {})}
-    values = {VALUES.index(name): value for name, value in named.items()}
     kprobe = {name: Target("kprobe") for point in wanted for name in point.programs}
-    found = [Variant("kprobe", defined, kprobe | reader, values)]
+    found = [Variant("kprobe", {}, kprobe | reader, given, capacities={} if options.by_vm else _OF_ONE, cmpxchg=exact)]
     problem = _no_fentry(layout, symbols, wanted, exact)
     if btf and not problem:
         try:
@@ -139,22 +126,28 @@ def variants(
             problem = str(error)
         else:
             called = (("enable_at", layout.enable), ("disable_at", layout.disable), ("set_at", layout.set_))
-            values |= {
-                VALUES.index(name): symbols.find(function)[0].address
+            at = {
+                name: symbols.find(function)[0].address
                 for name, function in called
                 if function and symbols.find(function)
             }
-            found.insert(0, Variant("fentry", {**defined, "FENTRY": 1}, tracing | reader, values))
+            functions, filled = tracing | reader, {**given, **at}
+            fentry = replace(found[0], backend="fentry", definitions={"FENTRY": 1}, functions=functions, values=filled)
+            found.insert(0, fentry)
     if problem and options.backend == "fentry":
         raise MsrtraceError(f"the backend fentry cannot be used here: {problem}; --backend kprobe can")
     if options.backend == "auto":
         found = [v for v in found if v.backend == "kprobe" or not preemptible()]
     else:
         found = [v for v in found if v.backend == options.backend]
-    if not btf or "CAST_TYPE" not in defined:
+    if not btf or "cast_type" not in given:
         return found
     kfuncs = {_RDONLY_CAST: btf.kernel_ids(*_CAST)[0]}
-    return [faster for variant in found for faster in (replace(variant, kfuncs=kfuncs), _without_cast(variant))]
+    return [
+        either
+        for variant in found
+        for either in (replace(variant, kfuncs=kfuncs), replace(variant, values={**variant.values, "cast_type": 0}))
+    ]
 
 
 def _command_offsets(btf: Btf | None) -> dict[str, int]:
@@ -182,10 +175,6 @@ def _tracing(symbols: Symbols, wanted: list[Point], btf: Btf) -> dict[str, Targe
             for kind, program in zip(("fentry", "fexit"), point.programs, strict=False):
                 found[program] = Target(kind, function, symbol.module)
     return found
-
-
-def _without_cast(variant: Variant) -> Variant:
-    return replace(variant, definitions={k: v for k, v in variant.definitions.items() if k != "CAST_TYPE"})
 
 
 def _no_fentry(layout: Layout, symbols: Symbols, wanted: list[Point], exact: bool) -> str:

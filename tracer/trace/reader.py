@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,57 +16,16 @@ from tracer.program.syscalls import MappedArray, run_program
 from tracer.trace.capabilities import sees_processes
 
 _ACCESS = {1: "read", 2: "write", 3: "read_write"}
-_ENABLES = 0x100
-# enum within and enum count of bpf/msrtrace.c
+#: enum within of bpf/maps.h
 WITHIN_FILTER_CHANGE, WITHIN_RECALC = 1, 2
-COUNTS = [
-    "dropped_calls",
-    "dropped_vcpus",
-    "dropped_updates",
-    "unpaired_update",
-    "unpaired_return",
-    "read_failed",
-    "vcpus_seen",
-    "vmms_seen",
-    "places_taken",
-]
-# The 64-bit words of struct counter, update, vcpu and vmm; of two members in one the first is the low half.
-_COUNTER = [
-    "changed_read",
-    "changed_write",
-    "refused",
-    "redundant",
-    "changed",
-    "unknown",
-    "caller",
-    "site",
-    "pid",
-    "what",
-]
-_UPDATE = ["count", "nanoseconds", *(f"bucket_{n}" for n in range(32)), "pid, kind"]
-_VCPU = [
-    "vcpu",
-    "number",
-    "address",
-    "msr, how",
-    "before, counter",
-    "pid, tid",
-    "inside",
-    "started",
-    "bitmap",
-    "filter",
-]
-_VCPU += ["update", "looked_at", "exits"]
-_VMM = ["pid", "command", "command's second half"]
-WORDS = {"counters": _COUNTER, "updates": _UPDATE, "vcpus": _VCPU, "vmms": _VMM, "counts": ["count"]}
-#: The word that is not 0 where a value is in use, and the count that grows when another comes into use.
+_CAUSES = {WITHIN_FILTER_CHANGE: FILTER_CHANGE, WITHIN_RECALC: RECALC}
+#: The member that is not 0 where a value is in use, and the count that grows when another comes into use.
 _PLACES = {
-    "counters": (_COUNTER.index("what"), "places_taken"),
-    "updates": (_UPDATE.index("pid, kind"), "places_taken"),
-    "vcpus": (_VCPU.index("vcpu"), "vcpus_seen"),
-    "vmms": (_VMM.index("pid"), "vmms_seen"),
+    "counters": ("key", "places_taken"),
+    "updates": ("kind", "places_taken"),
+    "vcpus": ("vcpu", "vcpus_seen"),
+    "vmms": ("pid", "vmms_seen"),
 }
-_OPEN = 1  # of enum settled
 
 _INIT_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _SETTLE_PAUSE_SECONDS = 0.002
@@ -74,7 +33,7 @@ _SETTLE_PAUSE_SECONDS = 0.002
 
 @dataclass(frozen=True)
 class Counted:
-    """What is in the arrays: `counts` by the names of COUNTS, `updates` and `recalcs` by pid; what is open still."""
+    """What is in the arrays: `counts` by the members of struct counts, `updates` and `recalcs` by pid; what is open."""
 
     calls: Mapping[Call, Outcome]
     updates: Mapping[int, Durations]
@@ -93,6 +52,10 @@ class Reader:
     ) -> None:
         """ARRAYS and FUNCTIONS (descriptors) are by name; EXACT: the outcomes of calls are seen."""
         self._arrays, self._functions, self._exact, self._by_vm = arrays, functions, exact, by_vm
+        self._counts = arrays["counts"]
+        outcome = ("redundant", "changed", "unknown", "changed_read", "changed_write", "refused")
+        self._counter = arrays["counters"].getter(*(f"outcome.{name}" for name in outcome), "caller", "pid", "key")
+        self._update = arrays["updates"].getter("count", "nanoseconds", "buckets")
         self._in_use: dict[str, tuple[int, list[int]]] = {}
         self._symbols: Symbols | None = None
         self._called: dict[tuple[int, int], Call] = {}
@@ -101,21 +64,23 @@ class Reader:
     def read(self, symbols: Symbols, patience: float = 0) -> Counted:
         """What is counted now; SYMBOLS say who called. PATIENCE: how many seconds to wait for calls that are open."""
         open_calls = self._settle(patience)
-        counts = {name: self._arrays["counts"].word(index, 0) for index, name in enumerate(COUNTS)}
+        counts = {name: self._counts.get(0, name) for name in self._counts.members}
         calls: dict[Call, Outcome] = {}
         counters = self._arrays["counters"]
         taken = self._places("counters")
         for index in taken:
-            *numbers, caller, _, pid, what = counters.value(index)
-            outcome = self._outcome(numbers)
-            if what and outcome.calls:  # a place may have been taken for a call that is not counted yet
-                call = self._call(symbols, what, caller, pid)
+            *numbers, caller, pid, key = self._counter(index)
+            outcome = self._outcome(*numbers)
+            if key and outcome.calls:  # a place may have been taken for a call that is not counted yet
+                call = self._call(symbols, index, caller, pid, key)
                 calls[call] = calls[call] + outcome if call in calls else outcome
         durations: dict[int, dict[int, Durations]] = {WITHIN_FILTER_CHANGE: {}, WITHIN_RECALC: {}}
-        updates = [*self._updates()]
-        for kind, pid, value in updates:
-            if value[0]:
-                durations[kind][pid] = _durations(value)
+        updates = self._places("updates")
+        for index in updates:
+            count, nanoseconds, *buckets = self._update(index)
+            if count:
+                kind, pid = (self._arrays["updates"].get(index, name) for name in ("kind", "pid"))
+                durations[kind][pid] = _durations(count, nanoseconds, buckets)
         entries = {"calls": len(taken), "vcpus": len(self._places("vcpus"))}
         capacity = {"calls": counters.entries, "vcpus": self._arrays["vcpus"].entries}
         if self._by_vm:  # otherwise it has a place for each kind
@@ -130,18 +95,30 @@ class Reader:
             open_calls=open_calls,
         )
 
-    def _call(self, symbols: Symbols, what: int, caller: int, pid: int) -> Call:
-        """As _call() makes it: once for all processes, and for all readings while the SYMBOLS are the same."""
+    def _call(self, symbols: Symbols, index: int, caller: int, pid: int, key: int) -> Call:
+        """What the counter at INDEX counts: found once for all processes, and readings with the same SYMBOLS."""
         if symbols is not self._symbols:
             self._symbols, self._called = symbols, {}
-        found = self._called.get((what, caller))
+        found = self._called.get((key, caller))
         if found is None:
-            found = self._called[what, caller] = _call(symbols, what, caller)
+            found = self._called[key, caller] = self._found(symbols, index, caller)
         return replace(found, pid=pid) if pid else found
+
+    def _found(self, symbols: Symbols, index: int, caller: int) -> Call:
+        name, function = symbols.caller(caller)
+        members = ("call.msr", "call.type", "call.enables", "call.within")
+        msr, type_, enables, within = (self._arrays["counters"].get(index, member) for member in members)
+        return Call(
+            msr=msr,
+            access=_ACCESS.get(type_, "none"),
+            action="enable" if enables else "disable",
+            cause=_CAUSES.get(within) or symbols.vendor.cause_of(function),
+            caller=name,
+        )
 
     def reset(self, count: str) -> None:
         """Make a COUNT 0."""
-        self._arrays["counts"].set_word(COUNTS.index(count), 0, 0)
+        self._counts.set(0, count, 0)
 
     def clear(self) -> None:
         """Make everything 0, while no program counts."""
@@ -164,84 +141,59 @@ class Reader:
 
     def _is_open(self, program: int, index: int) -> bool:
         vcpus = self._arrays["vcpus"]
-        number, tid = vcpus.word(index, _VCPU.index("number")), vcpus.word(index, _VCPU.index("pid, tid")) >> 32
-        if not number & 1:
+        seq, tid = vcpus.get(index, "seq"), vcpus.get(index, "tid")
+        if not seq & 1:
             return False
-        # The number was read before the thread is looked at: where it is now, it has left that call behind.
+        # That was read before the thread is looked at: where it is now, it has left that call behind.
         returned = self._sees_threads and _is_at_rest(tid)
-        return run_program(program, index, number, returned) == _OPEN
+        return bool(run_program(program, index, seq, returned))
 
     def _places(self, array: str) -> list[int]:
         """Which values of ARRAY are in use. It is looked through only if another came into use since the last time."""
-        word, count = _PLACES[array]
-        taken = self._arrays["counts"].word(COUNTS.index(count), 0)
+        member, count = _PLACES[array]
+        taken = self._counts.get(0, count)
         if self._in_use.get(array, (-1, []))[0] != taken:  # a place is counted once it can be seen
-            self._in_use[array] = taken, self._arrays[array].used(word)
-        return [index for index in self._in_use[array][1] if self._arrays[array].word(index, word)]
+            self._in_use[array] = taken, self._arrays[array].used(member)
+        return [index for index in self._in_use[array][1] if self._arrays[array].get(index, member)]
 
-    def _updates(self) -> Iterator[tuple[int, int, list[int]]]:
-        """The kind, the pid, and the words of all updates that were counted."""
-        updates = self._arrays["updates"]
-        for index in self._places("updates"):
-            value = updates.value(index)
-            if value[-1] >> 32:
-                yield value[-1] >> 32, value[-1] & 0xFFFFFFFF, value
-
-    def _outcome(self, numbers: list[int]) -> Outcome:
-        """NUMBERS: of struct outcome."""
-        changed_read, changed_write, refusals, redundant, changed, unknown = numbers
+    def _outcome(self, redundant: int, changed: int, unknown: int, *details: int) -> Outcome:
+        """DETAILS: the changed bits for reads and for writes, and the refusals."""
         calls = redundant + changed + unknown
-        if not self._exact:
-            return Outcome(calls)
-        return Outcome(calls, redundant, changed_read, changed_write, refusals)
+        return Outcome(calls, redundant, *details) if self._exact else Outcome(calls)
 
     def _commands(self) -> dict[int, str]:
         """By pid, what processes were called when they made their first vCPU."""
         vmms = self._arrays["vmms"]
         found = {}
         for index in self._places("vmms"):
-            pid, *command = vmms.value(index)
-            if pid == vmms.word(index, 0):  # or it was being written
-                found[pid] = b"".join(word.to_bytes(8, "little") for word in command)
-        return {pid: command.partition(b"\0")[0].decode(errors="replace") for pid, command in found.items()}
+            pid, command = vmms.get(index, "pid"), vmms.text(index, "command")
+            if pid == vmms.get(index, "pid"):  # or it was being written
+                found[pid] = command.decode(errors="replace")
+        return found
 
     def forget(self, pids: set[int]) -> None:
         """Make room: the counts of processes that have ended become those of pid 0, in the kernel, where none is lost.
 
         Those of a process with a call that is not counted yet stay, to be asked for again.
         """
-        counters, vcpus, vmms = self._arrays["counters"], self._arrays["vcpus"], self._arrays["vmms"]
-        open_ = [index for index in self._places("vcpus") if vcpus.word(index, _VCPU.index("number")) & 1]
-        ended = pids - {vcpus.word(index, _VCPU.index("pid, tid")) & 0xFFFFFFFF for index in open_}
-        for index in self._places("counters"):
-            if counters.word(index, _COUNTER.index("pid")) in ended:
-                run_program(self._functions["counter_ended"], index)
-        updates = self._arrays["updates"]
-        for index in self._places("updates"):
-            if updates.word(index, _UPDATE.index("pid, kind")) & 0xFFFFFFFF in ended:
-                run_program(self._functions["update_ended"], index)
+        arrays = self._arrays
+        open_ = {
+            arrays["vcpus"].get(index, "pid")
+            for index in self._places("vcpus")
+            if arrays["vcpus"].get(index, "seq") & 1
+        }
+        ended = pids - open_
+        for array, program in (("counters", "counter_ended"), ("updates", "update_ended")):
+            for index in self._places(array):
+                if arrays[array].get(index, "pid") in ended:
+                    run_program(self._functions[program], index)
         for index in self._places("vmms"):
-            if vmms.word(index, _VMM.index("pid")) in ended:
-                vmms.set_word(index, _VMM.index("pid"), 0)
+            if arrays["vmms"].get(index, "pid") in ended:
+                arrays["vmms"].set(index, "pid", 0)
 
 
-def _call(symbols: Symbols, what: int, caller: int) -> Call:
-    """WHAT: `msr` and `how` of struct vcpu."""
-    name, function = symbols.caller(caller)
-    within = {WITHIN_FILTER_CHANGE: FILTER_CHANGE, WITHIN_RECALC: RECALC}
-    how = what >> 32
-    return Call(
-        msr=what & 0xFFFFFFFF,
-        access=_ACCESS.get(how & 3, "none"),
-        action="enable" if how & _ENABLES else "disable",
-        cause=within.get(how >> 16 & 0xFF) or symbols.vendor.cause_of(function),
-        caller=name,
-    )
-
-
-def _durations(value: list[int]) -> Durations:
-    """VALUE: the words of a struct update, whose time is that of updates that were seen to return."""
-    count, nanoseconds, *buckets, _ = value  # the first bucket is never used
+def _durations(count: int, nanoseconds: int, buckets: list[int]) -> Durations:
+    """Of a struct update, whose time is that of updates that were seen to return; its first bucket is never used."""
     last = len(DURATION_BOUNDS) + 1
     return Durations(count, nanoseconds / 1e9, (*buckets[1:last], sum(buckets[last:])))
 

@@ -1,0 +1,163 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What is counted, where readers find it: in arrays that they have mapped into their memory. A system call on a map would
+ * keep the kernel from running kprobe programs on that CPU until it is done, and it may be preempted in the middle of it
+ * (bpf_disable_instrumentation(), include/linux/bpf.h; trace_call_bpf(), kernel/trace/bpf_trace.c).
+ *
+ * They know these structs by the names of their members (tracer/structs.py). Capacities are powers of two; those of
+ * counters and updates are smaller where processes are not told apart (tracer/trace/plan.py).
+ */
+#define COUNTERS_CAPACITY 32768
+#define UPDATES_CAPACITY 4096
+#define VCPUS_CAPACITY 16384
+#define VMMS_CAPACITY 4096
+#define BUCKETS 32 /* a power of two, so that masking bounds an index for every verifier */
+
+/* What the vCPU is inside of; the kinds of an update. */
+enum within { NONE, FILTER_CHANGE, RECALC };
+
+/* A kind of call, as readers see it. The program has all but the MSR in one number, and the whole in one word. */
+struct call {
+	u32 msr;
+	u8 type; /* MSR_TYPE_* */
+	u8 enables;
+	u8 within; /* of enum within */
+	u8 state;
+};
+#define MSR_TYPE_R 1
+#define MSR_TYPE_W 2
+#define ENABLES 0x100
+#define INSIDE(within) ((within) << 16)
+#define VALID 0x1000000 /* so none is 0 */
+#define DIRECT 0x2000000 /* the bitmap is known to be readable, and may be read without asking */
+
+/*
+ * A call adds to one of the last three, of which the sum is the number of calls. A reader copies upwards, a writer
+ * adds to `changed` first: a copy never has more changed bits than calls.
+ */
+struct outcome {
+	u64 changed_read;
+	u64 changed_write;
+	u64 refused; /* a disable that left a named bit set: the filter said no */
+	u64 redundant; /* the named bits are after the call what they were before */
+	u64 changed; /* they are not */
+	u64 unknown; /* the bitmap could not be read */
+};
+
+/*
+ * The outcomes of a kind of call, found without a hash table. Inside an update `site` is 0 and `caller` that of the
+ * first such call.
+ */
+struct counter {
+	struct outcome outcome;
+	u64 caller;
+	u64 site;
+	u64 pid; /* 0 unless by_pid; of processes that have ended, too */
+	union {
+		u64 key; /* 0: free */
+		struct call call;
+	};
+};
+
+struct vcpu {
+	u64 vcpu; /* struct kvm_vcpu *; 0: free */
+	u64 seq; /* of the last call: odd while it is open, one more when it was counted */
+	/* the call that is open */
+	u64 address; /* of the byte with its read bits; its write bits are 0x800 further on. 0: it has none */
+	union {
+		u64 key; /* these two, together */
+		struct {
+			u32 msr;
+			u32 flags; /* the rest of struct call */
+		};
+	};
+	u32 before; /* bits_at() its entry */
+	u32 counter;
+	u32 pid; /* 0 unless by_pid */
+	u32 tid;
+	u64 order; /* order_of() its counters */
+	/* the update that is under way */
+	u64 inside; /* INSIDE(), maybe DIRECT */
+	u64 started; /* ns */
+	u64 bitmap;
+	u64 filter; /* the generation of the VM's filter that the bitmap was last computed from */
+	u64 update; /* where it is counted */
+	/* settle_call()'s alone */
+	u64 looked_at;
+	u64 exits;
+};
+
+struct update {
+	u64 count; /* entered */
+	u64 nanoseconds; /* of those that were seen to return, and so are in a bucket */
+	u64 buckets[BUCKETS]; /* [i], i > 0: up to 64 << i ns, and more than 64 << (i - 1) unless i is 1; the last: any more */
+	u32 pid; /* as in struct counter */
+	u32 kind; /* of enum within; NONE: free */
+};
+#define UPDATE_WORDS (2 + BUCKETS)
+
+/* A process that made a vCPU, and what it was called then. */
+struct vmm {
+	u32 pid; /* 0: free */
+	u32 unused;
+	char command[16];
+};
+
+struct counts {
+	u64 dropped_calls;
+	u64 dropped_vcpus;
+	u64 dropped_updates;
+	u64 unpaired_update; /* entered, and entered again without a return in between */
+	u64 unpaired_return; /* returned without an entry */
+	u64 read_failed;
+	u64 vcpus_seen;
+	u64 vmms_seen;
+	u64 places_taken; /* in counters and in updates */
+};
+
+#define MAPPED_ARRAY(name, type, capacity) BPF_F_TABLE("array", u32, type, name, capacity, BPF_F_MMAPABLE)
+
+MAPPED_ARRAY(counters, struct counter, COUNTERS_CAPACITY);
+MAPPED_ARRAY(updates, struct update, UPDATES_CAPACITY);
+MAPPED_ARRAY(vcpus, struct vcpu, VCPUS_CAPACITY);
+MAPPED_ARRAY(vmms, struct vmm, VMMS_CAPACITY);
+MAPPED_ARRAY(counts, struct counts, 1);
+
+/* Which places of those arrays are taken: of two that want the same, one gets it. */
+enum table { COUNTERS, UPDATES, VCPUS };
+BPF_HASH(taken, u64, u8, COUNTERS_CAPACITY + UPDATES_CAPACITY + VCPUS_CAPACITY);
+
+#define COUNT(name) add_to_count(offsetof(struct counts, name) / sizeof(u64))
+
+static __always_inline void add_to_count(u32 word)
+{
+	u32 zero = 0;
+	u64 *words = (u64 *)counts.lookup(&zero);
+
+	if (words)
+		__sync_fetch_and_add(words + word, 1);
+}
+
+static __always_inline bool take(enum table table, u32 index)
+{
+	u64 place = (u64)table << 32 | index;
+	u8 one = 1;
+
+	return !taken.insert(&place, &one);
+}
+
+static __always_inline void give_back(enum table table, u32 index)
+{
+	u64 place = (u64)table << 32 | index;
+
+	taken.delete(&place);
+}
+
+/* In how many places of its array something may be. */
+#define COUNTER_WAYS 16
+#define UPDATE_WAYS 16
+#define VCPU_WAYS 8
+#define VMM_WAYS 4
+#define NOWHERE (~0u)
+
+#define PID_FACTOR 0x9e3779b1

@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What differs between kernels and between starts. Whoever loads the program puts it in (tracer/program.py), as a
+ * constant: the verifier then removes what can no longer be reached, so a condition on it costs one instruction.
+ */
+
+/* Nothing is stored as this: the name of a member is the name of a value, and its place is the value's number. */
+struct values {
+	u64 bitmap_offset; /* struct vcpu_vmx -> vmcs01.msr_bitmap; 0: the outcome of calls is not known */
+	u64 exits_offset; /* struct kvm_vcpu -> stat.exits; 0: it is not known */
+	u64 filter_offset; /* struct kvm_vcpu -> kvm; if update_kind is 0 */
+	u64 leader_offset; /* struct task_struct -> group_leader and comm; 0: they are not known */
+	u64 command_offset;
+	u64 update_kind; /* of enum within: what every update is for; 0: the generation of the filter tells (6.17) */
+	u64 cast_type; /* struct timespec64 in the kernel's BTF; 0: there is no bpf_rdonly_cast() (6.2) */
+	u64 by_pid; /* count per process, for per-VM metrics */
+	u64 wanted_pid; /* trace the threads of this process alone; 0: of all */
+	u64 kretprobe_trampoline; /* what another tracer may have put in a return address' place */
+	u64 fgraph_trampoline;
+	u64 enable_at; /* the functions that are called; for FENTRY */
+	u64 disable_at;
+	u64 set_at;
+};
+BPF_ARRAY(values, struct values, 1); /* for BCC to describe; no such map is made */
+
+#define NUMBER_OF(name) (offsetof(struct values, name) / sizeof(u64))
+#define VALUE_OF(number) ({ u64 value; asm volatile("%0 = %1 ll" : "=r"(value) : "i"(0x6d73727400000000 + (number))); value; })
+#define VALUE(name) VALUE_OF(NUMBER_OF(name))

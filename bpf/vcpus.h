@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * A slot for each vCPU. The functions that are probed run on a thread that has the vCPU to itself (vcpu->mutex, or its
+ * creation), never nested and never from an interrupt: so there is nothing else to lock.
+ */
+
+static __always_inline u32 first_slot(u64 vcpu)
+{
+	return vcpu * 0x9e3779b97f4a7c15 >> 50 & (VCPUS_CAPACITY - VCPU_WAYS);
+}
+
+static __always_inline bool wanted(void)
+{
+	return !VALUE(wanted_pid) || bpf_get_current_pid_tgid() >> 32 == VALUE(wanted_pid);
+}
+
+/* The slot of VCPU if it has one, and its INDEX. None has that of a process that is not wanted. */
+static __always_inline struct vcpu *known_vcpu(u64 vcpu, u32 *index)
+{
+	u32 first = first_slot(vcpu);
+	struct vcpu *v;
+
+	*index = first;
+	v = vcpus.lookup(index);
+	if (v && v->vcpu == vcpu)
+		return v;
+	if (!wanted())
+		return NULL;
+#pragma clang loop unroll(disable)
+	for (u32 way = 1; way < VCPU_WAYS; way++) {
+		*index = first + way;
+		v = vcpus.lookup(index);
+		if (v && v->vcpu == vcpu)
+			return v;
+	}
+	return NULL;
+}
+
+/* The command of the process that makes a vCPU: not of its thread, whose name QEMU says to be `CPU 0/KVM`. */
+static __always_inline void read_command(char *command, u32 size)
+{
+	u64 leader = 0;
+
+	if (VALUE(leader_offset) &&
+	    !read_kernel(&leader, sizeof(leader), bpf_get_current_task() + VALUE(leader_offset)) &&
+	    !read_kernel(command, size, leader + VALUE(command_offset)))
+		return;
+	bpf_get_current_comm(command, size);
+}
+
+static __always_inline void vcpu_seen(void)
+{
+	u32 pid = bpf_get_current_pid_tgid() >> 32, first = pid * PID_FACTOR >> 20 & (VMMS_CAPACITY - 1), index;
+	char command[16] = {};
+	struct vmm *vmm;
+
+	COUNT(vcpus_seen);
+#pragma clang loop unroll(disable)
+	for (u32 way = 0; way < VMM_WAYS; way++) {
+		index = first ^ way;
+		vmm = vmms.lookup(&index);
+		if (vmm && vmm->pid == pid)
+			return;
+	}
+	read_command(command, sizeof(command));
+	/* A free place; or else that of any other, which has been there for long. */
+	index = first ^ (bpf_ktime_get_ns() >> 10 & (VMM_WAYS - 1));
+#pragma clang loop unroll(disable)
+	for (u32 way = 0; way < VMM_WAYS; way++) {
+		u32 place = first ^ way;
+
+		vmm = vmms.lookup(&place);
+		if (vmm && !vmm->pid)
+			index = place;
+	}
+	vmm = vmms.lookup(&index);
+	if (vmm) {
+		vmm->pid = 0;
+		barrier();
+		__builtin_memcpy(vmm->command, command, sizeof(command));
+		barrier();
+		vmm->pid = pid;
+	}
+	COUNT(vmms_seen);
+}
+
+/* The slot of VCPU, and its INDEX; NULL if its places are taken, or its process is not wanted. */
+static __always_inline struct vcpu *slot_of(u64 vcpu, u32 *index)
+{
+	u32 first = first_slot(vcpu);
+	struct vcpu *v = known_vcpu(vcpu, index);
+
+	if (v || !wanted())
+		return v;
+#pragma clang loop unroll(disable)
+	for (u32 way = 0; way < VCPU_WAYS; way++) {
+		*index = first + way;
+		v = vcpus.lookup(index);
+		if (v && !v->vcpu && take(VCPUS, *index)) {
+			v->inside = INSIDE(NONE);
+			v->filter = 0;
+			barrier();
+			v->vcpu = vcpu;
+			vcpu_seen();
+			return v;
+		}
+	}
+	COUNT(dropped_vcpus);
+	return NULL;
+}
+
+/* The thread that has the vCPU V. */
+static __always_inline void note_thread(struct vcpu *v)
+{
+	u64 id = bpf_get_current_pid_tgid();
+
+	v->tid = id;
+	if (VALUE(by_pid)) { /* or else these are 0 */
+		v->pid = id >> 32;
+		v->order = order_of(v->pid);
+	}
+}
+
+/*
+ * The call of V that is open has returned, and the bitmap is as it left it: count it.
+ *
+ * 5.11 and older refuse the instruction that compares and exchanges. There no outcome is known, and tracer/program.py
+ * takes it out.
+ */
+static __always_inline void settle(struct vcpu *v)
+{
+	u64 seq = v->seq, found;
+	u32 counter = v->counter;
+
+	if (!VALUE(bitmap_offset) || !(seq & 1))
+		return;
+	found = __sync_val_compare_and_swap(&v->seq, seq, seq + 1);
+	barrier_var(found); /* so that it is compared in one instruction */
+	if (found == seq) /* whoever makes it even counts */
+		count_call(&counter, v->flags, v->before, bits_at(v->address, v->msr, v->flags));
+}
+
+/* The vCPU V, whose slot has the INDEX, is no more. */
+static __always_inline void end_of(struct vcpu *v, u32 index)
+{
+	settle(v);
+	v->vcpu = 0;
+	give_back(VCPUS, index);
+}

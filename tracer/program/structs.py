@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where the members of a C struct are, from the description that BCC makes of a map's values (bpf_table_leaf_desc)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+
+#: Bytes, by the names that Clang gives types.
+_SIZES = {
+    "char": 1,
+    "unsigned char": 1,
+    "unsigned short": 2,
+    "int": 4,
+    "unsigned int": 4,
+    "unsigned long long": 8,
+}
+
+
+class Member(msgspec.Struct, frozen=True):
+    """`length` times `size` bytes, from `offset` on."""
+
+    offset: int
+    size: int
+    length: int = 1
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes it takes."""
+        return self.size * self.length
+
+
+def members(description: str) -> dict[str, Member]:
+    """The members of a struct by their names, those of a struct inside as `outer.inner`; none of a plain number.
+
+    DESCRIPTION: as BCC makes it, such as `["point", [["x","int"], ["y","int"]], "struct"]`. Raises ValueError if there
+    is something in it that is not foreseen, like a bit field.
+    """
+    described = json.loads(description)
+    found: dict[str, Member] = {}
+    if isinstance(described, list):
+        _place(described, 0, "", found)
+    return found
+
+
+def _place(described: list[Any], start: int, prefix: str, found: dict[str, Member]) -> int:
+    """Put members that begin at START into FOUND; where they end. BCC names the gaps between them, too."""
+    _, inner, kind = described
+    end = at = start
+    for one in inner:
+        match one:
+            case [name, str(type_)]:
+                found[prefix + name] = Member(at, _SIZES[type_])
+                size = _SIZES[type_]
+            case [name, str(type_), [int(length)]]:
+                found[prefix + name] = Member(at, _SIZES[type_], length)
+                size = found[prefix + name].bytes
+            case [name, [*struct]]:
+                size = _place(struct, at, f"{prefix}{name}.", found) - at
+            case ["", [*_], "struct" | "struct_packed" | "union"]:
+                size = _place(one, at, prefix, found) - at
+            case _:
+                raise ValueError(f"no plain number, struct, or array of numbers: {json.dumps(one)}")
+        end = max(end, at + size)
+        at = start if kind == "union" else end
+    return end
