@@ -33,18 +33,24 @@ build/test-packages: Makefile build/packages
 	$(APT) install -y --no-install-recommends prometheus victoria-metrics dwarves build-essential zstd openssl kmod chromium fonts-dejavu-core
 	@touch $@
 
-$(VENV)/ready: pyproject.toml build/packages
-	/usr/bin/python3 -m venv --system-site-packages $(VENV)
+$(VENV)/ready: pyproject.toml build/packages $(VENV)/run
 	for try in 1 2 3 4; do $(VENV)/bin/pip install --disable-pip-version-check -q -e '.[test]' && break; sleep $$((10 * try)); done
 	@$(VENV)/bin/msrtrace --version && touch $@
 
-run: $(VENV)/ready
+# To trace this machine takes msrtrace alone; to boot an emulated one, what tests/kvmhost/run itself installs.
+$(VENV)/run: pyproject.toml build/packages
+	/usr/bin/python3 -m venv --system-site-packages $(VENV)
+	for try in 1 2 3 4; do $(VENV)/bin/pip install --disable-pip-version-check -q -e . && break; sleep $$((10 * try)); done
+	@$(VENV)/bin/msrtrace --version && touch $@
+
+run: $(if $(shell ls -d /sys/module/kvm_intel 2>/dev/null; grep -wom1 vmx /proc/cpuinfo),$(VENV)/run)
 	@if [ -d /sys/module/kvm_intel ] || { grep -qw vmx /proc/cpuinfo && $(SUDO) modprobe -q kvm_intel; }; then \
 	  echo "make run: this machine has kvm_intel: tracing it"; \
 	  [ -e /lib/modules/$$(uname -r)/build ] || $(APT) install -y linux-headers-$$(uname -r); \
 	  exec $(SUDO) $(VENV)/bin/msrtrace run --web.listen-address 127.0.0.1:$(PORT); \
 	else \
-	  echo "make run: this machine has no kvm_intel: tracing an emulated VMX host, with a VM under filter updates"; \
+	  echo "make run: this machine has no kvm_intel: tracing an emulated VMX host, with VMs under filter updates"; \
+	  command -v python3 >/dev/null || { $(APT) update && $(APT) install -y --no-install-recommends python3; }; \
 	  $(SUDO) tests/kvmhost/demo $(PORT) || [ $$? -eq 130 ]; \
 	fi
 

@@ -75,25 +75,24 @@ def test_json() -> None:
     assert made.duration_seconds >= 0.2
 
 
-@pytest.mark.parametrize(
-    ("name", "start"),
-    [
-        ("a.json", '{\n "schema": "msrtrace-report/1"'),
-        ("a.JSON", '{\n "schema": "msrtrace-report/1"'),
-        ("a.txt", "patch present: "),
-        ("a", "patch present: "),
-        ("a.md", "**patch present: "),
-        ("a.html", "<!doctype html>"),
-        ("a.htm", "<!doctype html>"),
-    ],
-)
-def test_the_suffix_says_the_format_unless_the_option_does(tmp_path: Path, name: str, start: str) -> None:
-    file = tmp_path / name
-    done = run("-d", "0.01", "-o", str(file))
+def test_the_suffix_says_the_format_unless_the_option_does(tmp_path: Path) -> None:
+    starts = {
+        "a.json": '{\n "schema": "msrtrace-report/1"',
+        "b.JSON": '{\n "schema": "msrtrace-report/1"',
+        "a.txt": "patch present: ",
+        "a": "patch present: ",
+        "a.md": "**patch present: ",
+        "a.html": "<!doctype html>",
+        "a.htm": "<!doctype html>",
+    }
+    outputs = [word for name in starts for word in ("-o", str(tmp_path / name))]
+    done = run("-d", "0.01", *outputs)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert file.read_text().lower().startswith(start)
-    run("-d", "0.01", "-o", str(file), "--format", "markdown")
-    assert file.read_text().startswith("**patch present: ")
+    for name, start in starts.items():
+        assert (tmp_path / name).read_text().lower().startswith(start), name
+    run("-d", "0.01", *outputs, "--format", "markdown")
+    for name in starts:
+        assert (tmp_path / name).read_text().startswith("**patch present: "), name
 
 
 def test_a_suffix_that_says_no_format_is_wrong_usage(tmp_path: Path) -> None:

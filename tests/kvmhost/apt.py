@@ -59,6 +59,8 @@ class Suite:
     def _options(self) -> list[str]:
         root = self._root
         options = [f"Dir={root}", f"Dir::State::status={root}/var/lib/dpkg/status", "APT::Sandbox::User=root"]
+        # Containers have apt keep no such file (/etc/apt/apt.conf.d/docker-clean): each question then takes 0.5 s.
+        options += [f"Dir::Cache::{name}={name}.bin" for name in ("pkgcache", "srcpkgcache")]
         return [word for option in options for word in ("-o", option)]
 
     def _apt(self, program: str, *words: str, cwd: Path | None = None) -> str:

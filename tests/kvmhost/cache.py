@@ -38,13 +38,13 @@ def say(text: str) -> None:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Hold build/kvmhost/NAME.lock; a second process waits for it. The kernel drops the lock of a killed one."""
+    """Hold build/kvmhost/NAME.lock; a second process or thread waits. The kernel drops the lock of a killed one."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / f"{name}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process that makes {name}")
+            say(f"waiting for {name}, which another run or part of this one is making")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

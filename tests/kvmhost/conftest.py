@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Boots each emulated host once, two at the same time, and hands out what the scenarios left.
+"""Boots each emulated host once, one a core at the same time, and hands out what the scenarios left.
 
 Tests that need a boot of their own name a function that does it: `@pytest.mark.beside(boot=function)`. It runs beside
 the other boots, once for all tests that name it, and its result is the fixture `beside`.
@@ -32,7 +32,7 @@ PACKED = ["trixie"]
 WHOLE = ["bookworm"]
 #: Fixtures that give what the scenarios found, and on which hosts; `collected` is every host.
 FIXTURES = {
-    "several_cpus": ["bookworm", "sid"],  # scenarios/stress.py alone, on CPUS of them
+    "several_cpus": ["bookworm", "trixie", "sid"],  # scenarios/stress.py alone, on CPUS of them
     "whole": WHOLE,
     "both": [*VARIANTS],  # with both modules
     "other": ["sid", "filter-only"],  # the patch is no question there
@@ -52,7 +52,8 @@ LIMIT_SECONDS = 2 * TIMEOUT_SECONDS
 #: What one that is told to end may take for that.
 END_SECONDS = 60
 CPUS = 2
-AT_ONCE = 2  # one per core
+#: One per core; each takes 2 GB of memory and more.
+AT_ONCE = max(2, min(len(os.sched_getaffinity(0)), 4))
 
 
 class Boot(NamedTuple):
@@ -65,6 +66,13 @@ class Boot(NamedTuple):
     def name(self) -> str:
         """Of the folder that gets what it leaves."""
         return self.host if self.cpus == 1 else f"{self.host}-{self.cpus}-cpus"
+
+
+#: In this order they start, and what boots beside them after them: what ends last is short, and leaves no core idle.
+LONGEST_FIRST = [
+    *(Boot("bookworm"), Boot("bookworm", CPUS), Boot("trixie"), Boot("trixie", CPUS)),
+    *(Boot("sid"), Boot("sid", CPUS), Boot("filter-only")),
+]
 
 
 @dataclass(frozen=True)
@@ -194,7 +202,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.collectonly:
         return
     looked_at = {boot for item in session.items for boot in _looks_at(item)}
-    hosts = [boot for cpus in (1, CPUS) for host in _hosts(session.config) if (boot := Boot(host, cpus)) in looked_at]
+    asked_for = [Boot(host, cpus) for cpus in (1, CPUS) for host in _hosts(session.config)]
+    hosts = sorted({*asked_for} & looked_at, key=LONGEST_FIRST.index)
     marked = [_beside(item) for item in session.items if not item.get_closest_marker("skip")]
     beside = list(dict.fromkeys(function for function in marked if function))
     if hosts or beside:

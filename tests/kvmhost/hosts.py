@@ -93,9 +93,21 @@ def userland(host: Host) -> Path:
         mmdebstrap(suite, PACKAGES, work / "root")
         for spare in ("var/lib/apt/lists", "var/cache/apt", "usr/share/doc", "usr/share/locale"):
             shutil.rmtree(work / "root" / spare, ignore_errors=True)
+        compile_python(work / "root")
 
-    inputs = [suite.name, PACKAGES, *(suite.candidate(p) for p in ("python3-bpfcc", "python3", "libc6"))]
+    inputs = [suite.name, PACKAGES, "bytecode", *(suite.candidate(p) for p in ("python3-bpfcc", "python3", "libc6"))]
     return cached(f"userland-{suite.name}", inputs, make) / "root"
+
+
+def compile_python(root: Path) -> None:
+    """Make bytecode of all Python in the root tree ROOT: emulated, compiling the standard library takes 10 s a boot.
+
+    Debian's packages do that when they are installed, but not where PYTHONDONTWRITEBYTECODE is set.
+    """
+    folders = [f"/{path.relative_to(root)}" for path in sorted((root / "usr/lib").glob("python3*"))]
+    # Some files are of older Pythons, and cannot be compiled.
+    compiler = f"import compileall; [compileall.compile_dir(folder, quiet=2) for folder in {folders!r}]"
+    sh(["chroot", root, "python3", "-c", compiler])
 
 
 def kernel(host: Host) -> Path:
@@ -190,24 +202,27 @@ def unpatched_module(host: Host) -> Path:
 
 
 def image(host: Host, *, packed: bool = False) -> Image:
-    """The root disk and boot medium of HOST, built unless they are in the cache; PACKED: with the kernel as packed."""
+    """The root disk and boot medium of HOST, built unless they are in the cache; PACKED: with the kernel as packed.
+
+    The unpatched module is none of it: a run that needs it is sent it (payload.py), and one that does not has not to
+    wait until it is built.
+    """
     guest = sorted((HERE / "guest").iterdir())
-    unpatched = unpatched_module(host) if host.unpatched else None
     tree, base = kernel(host), userland(host)
     release = host.release
 
     def make(work: Path) -> None:
-        make_disk(host, base, tree, unpatched, work / "root.img")
+        make_disk(host, base, tree, work / "root.img")
         make_media(tree, release, work)
 
-    inputs = [base.parent.name, tree.name, *([unpatched] if unpatched else []), *guest]
+    inputs = [base.parent.name, tree.name, *guest]
     inputs += [HERE / name for name in ("hosts.py", "direct.py", "enter.S")]
     built = cached(f"image-{host.name}", inputs, make)
     return Image(built / "root.img", built / ("packed.iso" if packed else "boot.iso"), release)
 
 
-def make_disk(host: Host, base: Path, tree: Path, unpatched: Path | None, disk: Path) -> None:
-    """The root disk: the userland, the kernel's headers, the few modules needed, and each variant of kvm_intel."""
+def make_disk(host: Host, base: Path, tree: Path, disk: Path) -> None:
+    """The root disk: the userland, the kernel's headers, the few modules needed, and kvm_intel with and without BTF."""
     root, release = disk.parent / "root", host.release
     sh(["cp", "-al", base, root])
     merge_lib(root)
@@ -224,11 +239,9 @@ def make_disk(host: Host, base: Path, tree: Path, unpatched: Path | None, disk: 
         (modules / link).symlink_to((tree / "lib/modules" / release / link).readlink())
     variants = modules / "msrtrace"
     [stock] = modules.glob("kernel/arch/x86/kvm/kvm-intel.ko")
-    for name, module in {"patched": stock, "unpatched": unpatched}.items():
-        if module:
-            (variants / name).mkdir(parents=True)
-            shutil.copy(module, variants / name / "kvm-intel.ko")
-    (variants / "nobtf").mkdir()
+    for name in ("patched", "nobtf"):
+        (variants / name).mkdir(parents=True)
+    shutil.copy(stock, variants / "patched")
     sh(["objcopy", "--remove-section=.BTF", stock, variants / "nobtf/kvm-intel.ko"])
     for script in ("init", "kvm-intel"):
         shutil.copy(HERE / "guest" / script, root / "usr/local/sbin")

@@ -140,7 +140,7 @@ class Machine:
         with tarfile.open(disk, "w") as tar:
             for name in ("settings", "command"):
                 tar.add(self.work / name, name)
-            for name in ("in", "bin", "site"):
+            for name in ("in", "bin", "site", "modules"):
                 source = self.job.sent.get(name)
                 if source:
                     tar.add(source, name, filter=_owned_by_root)

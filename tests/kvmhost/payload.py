@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What goes into every guest beside its image: the checkout as an installed wheel, and the workload."""
+"""What goes into a guest beside its image: the checkout as an installed wheel, the workload, the unpatched module."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from cache import HERE, REPO, cached, retried, sh
-from hosts import Host, userland
+from hosts import Host, unpatched_module, userland
 
 #: What the wheel is made from.
 PARTS = ["tracer", "bpf", "dashboards"]
@@ -89,3 +89,14 @@ def guest_bin(host: Host) -> Path:
         (work / "msrtrace").chmod(0o755)
 
     return cached(f"bin-{host.userland.name}", [site.parent.name, programs.name], make)
+
+
+def guest_modules(host: Host) -> Path:
+    """A directory of variants of kvm_intel that Debian does not ship, as the guest's `kvm-intel` looks for them."""
+    module = unpatched_module(host)
+
+    def make(work: Path) -> None:
+        (work / "unpatched").mkdir()
+        shutil.copy(module, work / "unpatched")
+
+    return cached(f"modules-{host.name}", [module], make)

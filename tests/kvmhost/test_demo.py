@@ -76,5 +76,6 @@ def test_the_demonstration_is_traced_and_ends_on_ctrl_c(beside: Demonstration) -
     assert second.updates() > first.updates() > 0  # the VMs go on
     assert not second.lost()
     assert beside.status == 130
-    assert f"http://127.0.0.1:{beside.port}/metrics" in beside.log
+    assert beside.log.splitlines()[-1] == f"msrtrace: serving http://127.0.0.1:{beside.port}/metrics"
+    assert "unpatched" not in beside.log  # built for nobody
     assert beside.left == []

@@ -165,8 +165,6 @@ def test_the_command_keeps_its_status_and_an_interrupted_trace_reports(whole: Co
     assert (around.exit_status, around.label, around.totals.filter_updates) == (7, "cli", 5)
     assert around.command == ["sh", "-c", "workload --updates 5; exit 7"]
     assert "<svg" in (whole.folder / "reports/cli.html").read_text()
-    assert found["missing"]["status"] == 127
-    assert "msrtrace: error: cannot run /nonexistent" in found["missing"]["stderr"]
     interrupted = json.loads(found["interrupted"]["stdout"])
     assert any("SIGINT" in note for note in interrupted["notes"])
     assert interrupted["totals"]["filter_updates"] > 0

@@ -134,18 +134,6 @@ def test_a_shell_answers_and_its_status_comes_through(beside: Typed) -> None:
     assert beside.status == 5
 
 
-def amd(folder: Path) -> subprocess.CompletedProcess[str]:
-    what = "grep -qw svm /proc/cpuinfo && msrtrace run"
-    return _rig("--cpu-model", "ryzen", "--module", "none", "--", "sh", "-c", what)
-
-
-@pytest.mark.beside(boot=amd)
-def test_an_amd_cpu_is_one_clear_line(beside: subprocess.CompletedProcess[str]) -> None:
-    assert beside.returncode == 1, beside.stderr
-    [line] = beside.stdout.splitlines()
-    assert re.match(r"msrtrace: error: AMD .* has AMD's SVM.*msrtrace traces Intel VMX", line), line
-
-
 @pytest.mark.parametrize(
     "line",
     [
@@ -261,6 +249,7 @@ def test_a_download_is_retried_and_then_fails_with_its_reason(monkeypatch: pytes
         (["--shell"], "--shell needs a terminal"),
         (["--cpus", "0", "--", "true"], "--cpus: expected a number above 0"),
         (["--in", "/nonexistent", "--", "true"], "--in /nonexistent: no such directory"),
+        (["--stock", "--module", "unpatched", "--", "true"], "--stock leaves out the unpatched module"),
     ],
 )
 def test_wrong_use_of_the_rig_is_said(words: list[str], said: str) -> None:

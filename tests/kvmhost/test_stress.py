@@ -11,6 +11,7 @@ import pytest
 from conftest import CPUS, NO_FENTRY, PREEMPTIBLE, Collected
 from kerneltracer import CALLS
 from metrics_text import Key, Metrics, nonzero
+from ringbuffer import read
 from stress import RUNS
 from witness import Counts, recorded
 
@@ -76,9 +77,8 @@ def check_stress(collected: Collected, run: str, cpus: int) -> None:
     assert found["statuses"] == [0] * len(found["statuses"])
     assert min(found["scrapes"]) > 2
     assert re.search(r"\((full|lazy)\)", found["model"]) or collected.host == "filter-only"  # 5.10 cannot be told to
-    trace = (collected.folder / f"witness-stress-{run}" / "trace").read_text()
-    busy = [line for line in trace.splitlines() if " update_in: " in line]
-    assert {line.split("[", 1)[1][:3] for line in busy} == {f"{cpu:03}" for cpu in range(cpus)}
+    trace = read(collected.folder / f"witness-stress-{run}")
+    assert {event.cpu for event in trace if event.name == "update_in"} == {*range(cpus)}
     if collected.host != "filter-only":
         created = "recalc" if collected.host in PREEMPTIBLE else "vcpu_create"
         assert {key[3] for key in counts.calls} >= {"filter_change", created, "msr_write"}

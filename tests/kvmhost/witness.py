@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kerneltracer import ARGUMENT, HIGH_WORDS, LOW_WORDS, SAVED
+from ringbuffer import Event, read
 
-_EVENT = re.compile(r"^\s*.*-(\d+)\s+\[\d+\].*?: (\w+): \((.*?)\)\s*(.*)$")
 ACCESS = {1: "read", 2: "write", 3: "read_write"}
 #: The callers that the workload can reach, Linux 6.1 to 7.2.
 CAUSES = {
@@ -28,32 +28,7 @@ CAUSES = {
 }
 
 
-@dataclass(frozen=True)
-class Event:
-    """One line of the trace."""
-
-    thread: int
-    name: str
-    place: str
-    values: dict[str, str]
-
-    def number(self, name: str) -> int:
-        return int(self.values[name], 0)
-
-
-def events(trace: str) -> Iterator[Event]:
-    """The events of a trace in their order. Raises ValueError for a line that is none."""
-    for line in trace.splitlines():
-        if line.startswith("#") or not line.strip():
-            continue
-        found = _EVENT.match(line)
-        if not found:
-            raise ValueError(f"not an event: {line[:200]}")
-        values = dict(word.split("=", 1) for word in found[4].split())
-        yield Event(int(found[1]), found[2], found[3], values)
-
-
-def bits(words: dict[str, str], msr: int) -> int | None:
+def bits(words: dict[str, int], msr: int) -> int | None:
     """The two bits of MSR as MSR_TYPE_R | MSR_TYPE_W; None for an MSR without bits. Intel SDM vol. 3, 25.6.9."""
     if msr <= 0x1FFF:
         quarter, base, known = "low", 0, LOW_WORDS
@@ -65,7 +40,7 @@ def bits(words: dict[str, str], msr: int) -> int | None:
     assert word in known, f"the witness does not record the bitmap word of MSR {msr:#x}"
     result = 0
     for direction, value, half in (("r", 1, 0), ("w", 2, 0x800)):
-        content = int(words[f"{quarter}_{direction}_{base + half + 8 * word:x}"], 16)
+        content = words[f"{quarter}_{direction}_{base + half + 8 * word:x}"]
         result |= value * (content >> bit & 1)
     return result
 
@@ -90,15 +65,15 @@ class _Filters:
         self.applied: dict[int, int] = {}
 
     def created(self, event: Event) -> None:
-        self.applied[event.number("first")] = self.set_[event.number("kvm")]
+        self.applied[event.values["first"]] = self.set_[event.values["kvm"]]
 
     def update(self, event: Event) -> str:
-        vcpu, now = event.number("vcpu"), self.set_[event.number("kvm")]
+        vcpu, now = event.values["vcpu"], self.set_[event.values["kvm"]]
         before, self.applied[vcpu] = self.applied.get(vcpu, 0), now
         return "filter_change" if now != before else "recalc"
 
 
-def count(trace: str, updates_are_filters: bool, returns: int) -> Counts:
+def count(trace: Iterable[Event], updates_are_filters: bool, returns: int) -> Counts:
     """Count every call in TRACE by the bits around it; each returns in that many events (RETURNS).
 
     UPDATES_ARE_FILTERS: the update function runs for a new filter alone (before 6.17).
@@ -107,7 +82,7 @@ def count(trace: str, updates_are_filters: bool, returns: int) -> Counts:
     within: dict[int, str] = {}
     pending: dict[int, Event] = {}
     outs: dict[int, dict[str, Event]] = {}
-    for event in events(trace):
+    for event in trace:
         thread = event.thread
         if event.name.startswith("in_"):
             assert thread not in pending, f"a call without a return before {event}"
@@ -126,7 +101,7 @@ def count(trace: str, updates_are_filters: bool, returns: int) -> Counts:
         elif event.name == "vmx_vcpu_create":
             filters.created(event)
         elif event.name == "kvm_vm_ioctl_set_msr_filter":
-            filters.set_[event.number("first")] += 1
+            filters.set_[event.values["first"]] += 1
         else:
             raise ValueError(f"unknown event {event.name}")
     assert not pending, "calls that never returned"
@@ -137,13 +112,13 @@ def _settle(counts: Counts, entry: Event, returns: dict[str, Event], within: str
     """Count one call, from its entry and from its return as seen through each saved register."""
     holders = [r for r in returns if r == ARGUMENT or entry.values[r] == entry.values["vcpu"]]
     assert holders, f"no register of the caller holds the vCPU: {entry.place}"
-    msr, kind = entry.number("msr"), entry.number("type")
+    msr, kind = entry.values["msr"], entry.values["type"]
     function = entry.name.removeprefix("in_")
     enable = {"vmx_enable_intercept_for_msr": True, "vmx_disable_intercept_for_msr": False}.get(
-        function, bool(entry.number("set"))
+        function, bool(entry.values["set"])
     )
     # Of several probes on one return only the last to run sees the caller; the others see the first's trampoline.
-    [caller] = {r.place.split("+")[0] for r in returns.values() if not r.place.startswith("[unknown")}
+    [caller] = {r.place.split("+")[0] for r in returns.values() if r.place}
     cause = within or CAUSES[caller.split(".")[0]]
     key = (msr, ACCESS[kind], "enable" if enable else "disable", cause)
     before = bits(entry.values, msr)
@@ -165,4 +140,4 @@ def recorded(folder: Path, updates_are_filters: bool) -> Counts:
     missed = [line for line in profile.splitlines() if line.split()[-1] != "0"]
     assert not missed, f"the kernel's tracer missed probes: {missed}"
     returns = 1 if f"out_{ARGUMENT}_" in profile else len(SAVED)
-    return count((folder / "trace").read_text(), updates_are_filters, returns)
+    return count(read(folder), updates_are_filters, returns)

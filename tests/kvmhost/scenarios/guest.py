@@ -13,7 +13,6 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -152,9 +151,3 @@ class Msrtrace:
 def record(name: str, value: Any) -> None:
     """Leave VALUE at /out/NAME.json."""
     (OUT / f"{name}.json").write_text(json.dumps(value, indent=1))
-
-
-def succeed(*commands: Sequence[str]) -> None:
-    """Run commands that must work."""
-    for command in commands:
-        subprocess.run(command, check=True)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The kernel's own tracer as a witness: kprobe events in tracefs that record every call and the bitmap around it.
 
-Runs in the guest. What it records is read by tests/kvmhost/witness.py on the machine that runs the tests. It
+Runs in the guest. What it records is read by tests/kvmhost/ringbuffer.py on the machine that runs the tests, and
+judged by witness.py. It
 shares nothing with msrtrace but the offset of the bitmap, which is checked against pahole elsewhere.
 """
 
@@ -12,6 +13,9 @@ from pathlib import Path
 
 TRACING = Path("/sys/kernel/tracing")
 GROUP = "witness"
+PAGE = 4096
+#: Of each CPU; the stress run fills 14 MB of one. What does not fit is counted, and then the test fails.
+BUFFER_KB = "49152"
 # The 64-bit words of a quarter of the bitmap that hold bits KVM's callers name, as MSR // 64 from the
 # quarter's base: TSC, SPEC_CTRL and PRED_CMD; FLUSH_CMD; SYSENTER; XFD; residencies; PT; C1_RES; LBRs; x2APIC.
 LOW_WORDS: tuple[int, ...] = (0x0, 0x1, 0x4, 0x5, 0x7, 0xF, 0x15, 0x16, 0x19, 0x1A, 0x1B, 0x20)
@@ -81,16 +85,32 @@ def define(events: list[str]) -> None:
         os.close(file)
 
 
+def pages(pipe: Path) -> bytes:
+    """All that a CPU's trace_pipe_raw has, in whole pages."""
+    found = []
+    file = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        while page := os.read(file, PAGE):
+            found.append(page)
+    except BlockingIOError:
+        pass  # nothing is left
+    finally:
+        os.close(file)
+    return b"".join(found)
+
+
 class KernelTracer:
     """Records from `with` to its end; what was recorded and how much was lost goes to OUT."""
 
     def __init__(self, offset: int | None, out: Path) -> None:
         self.offset, self.out = offset, out
+        self.symbols: list[str] = []  # of the modules, as /proc/kallsyms has them
 
     def __enter__(self) -> KernelTracer:
         symbols = Path("/proc/kallsyms").read_text().splitlines()
-        functions = {line.split()[2] for line in symbols if line.endswith(("\t[kvm_intel]", "\t[kvm]"))}
-        (TRACING / "buffer_size_kb").write_text("131072")
+        self.symbols = [line for line in symbols if line.endswith(("\t[kvm_intel]", "\t[kvm]"))]
+        functions = {line.split()[2] for line in self.symbols}
+        (TRACING / "buffer_size_kb").write_text(BUFFER_KB)
         define(other_events(functions))
         for function in CALLS:
             if function in functions and self.offset is not None:
@@ -106,10 +126,14 @@ class KernelTracer:
     def __exit__(self, *_: object) -> None:
         (TRACING / f"events/{GROUP}/enable").write_text("0")
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "trace").write_bytes((TRACING / "trace").read_bytes())
         (self.out / "profile").write_text((TRACING / "kprobe_profile").read_text())
         stats = [path.read_text() for path in sorted(TRACING.glob("per_cpu/cpu*/stats"))]
         (self.out / "stats").write_text("".join(stats))
+        formats = [path.read_text() for path in sorted(TRACING.glob(f"events/{GROUP}/*/format"))]
+        (self.out / "formats").write_text("".join(formats))
+        (self.out / "symbols").write_text("\n".join(self.symbols))
+        for cpu in TRACING.glob("per_cpu/cpu*"):
+            (self.out / f"{cpu.name}.raw").write_bytes(pages(cpu / "trace_pipe_raw"))
         (TRACING / "trace").write_text("")
         (TRACING / "kprobe_events").write_text("")
         (TRACING / "buffer_size_kb").write_text("1024")
