@@ -387,7 +387,7 @@ def test_losses_are_said() -> None:
         probes=(replace(PROBE, missed=2), Probe("vmx_vcpu_create", None, False, "none")),
         unpaired_returns=3,
         read_failures=4,
-        reattached=1,
+        module_unloads=1,
     )
     text = " ".join(shown(frame(lossy, 1.0), width=300))
     assert (

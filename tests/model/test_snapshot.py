@@ -182,7 +182,7 @@ def test_since() -> None:
         maps=(Map("calls", 1, 8192, 3),),
         vcpus_seen=1,
         vmms_seen=1,
-        reattached=1,
+        module_unloads=1,
     )
     later = replace(
         first,
@@ -191,13 +191,13 @@ def test_since() -> None:
         maps=(Map("calls", 2, 8192, 7),),
         vcpus_seen=3,
         vmms_seen=2,
-        reattached=3,
+        module_unloads=3,
     )
     between = later.since(first)
     assert between.calls == {FS_BASE: Outcome(4, 4, 0, 0, 0)}
     assert between.probes == (Probe("f", "f", True, "", 3),)
     assert between.maps == (Map("calls", 2, 8192, 4),)
-    assert (between.vcpus_seen, between.vmms_seen, between.reattached) == (2, 1, 2)
+    assert (between.vcpus_seen, between.vmms_seen, between.module_unloads) == (2, 1, 2)
 
 
 def test_losses_outlive_the_probe_that_had_them() -> None:
@@ -210,7 +210,7 @@ def test_losses_outlive_the_probe_that_had_them() -> None:
     ("loss", "lower_bound"),
     [
         ({}, False),
-        ({"vcpus_seen": 5, "reattached": 2, "calls_observable": False, "redundancy": "unknown"}, False),
+        ({"vcpus_seen": 5, "module_unloads": 2, "calls_observable": False, "redundancy": "unknown"}, False),
         ({"probes": (Probe("f", None, False, "no such function"),), "maps": (Map("calls", 8192, 8192),)}, False),
         ({"unpaired_returns": 1}, True),
         ({"read_failures": 1}, True),

@@ -130,7 +130,7 @@ def test_what_was_lost_can_hide_enables_but_not_make_them(loss: str) -> None:
 
 @pytest.mark.parametrize("patched", [True, False])
 def test_reload(patched: bool) -> None:
-    seen = verdict(toggle(patched=patched, reattached=1))
+    seen = verdict(toggle(patched=patched, module_unloads=1))
     assert seen.patched is None
     assert "reloaded" in seen.why
 

@@ -40,7 +40,7 @@ EXAMPLES = {
     "nothing": report(Snapshot("toggle")),
     "filter-only": report(Snapshot("filter-only", updates=toggle().updates, calls_observable=False)),
     "no updates": report(replace(toggle(), updates={}, updates_observable=False), command=None),
-    "lower bound": report(toggle(maps=(Map("calls", 9, 9, 3),), reattached=2), notes=["a note"], exit_status=137),
+    "lower bound": report(toggle(maps=(Map("calls", 9, 9, 3),), module_unloads=2), notes=["a note"], exit_status=137),
 }
 EXAMPLE = encode(EXAMPLES["by vm"])
 

@@ -239,14 +239,14 @@ def test_vms_that_did_nothing_while_it_was_traced() -> None:
         ({"unpaired_returns": 4}, {"unpaired_returns": 4}),
         ({"read_failures": 5}, {"read_failures": 5}),
         ({"open_calls": 2}, {"open_calls": 2}),
-        ({"reattached": 1}, {"reattachments": 1}),
+        ({"module_unloads": 1}, {"module_unloads": 1}),
         ({"uncounted": ("calls of a livepatch",)}, {"uncounted": ["calls of a livepatch"]}),
     ],
 )
 def test_losses(change: dict[str, Any], loss: dict[str, Any]) -> None:
     made = as_json(replace(toggle(), **change))
     nothing = {"dropped_updates": {}, "probe_missed": {}, "unpaired_returns": 0, "read_failures": 0}
-    nothing |= {"open_calls": 0, "reattachments": 0, "not_probed": [], "uncounted": []}
+    nothing |= {"open_calls": 0, "module_unloads": 0, "not_probed": [], "uncounted": []}
     assert (made["loss"], made["lower_bound"]) == (nothing | loss, True)
     whole = as_json(toggle())
     assert (whole["loss"], whole["lower_bound"]) == (nothing, False)

@@ -212,7 +212,7 @@ losses = st.builds(
     probe_missed=by_name,
     unpaired_returns=counts,
     read_failures=counts,
-    reattachments=counts,
+    module_unloads=counts,
     not_probed=st.lists(names, max_size=2),
 )
 vms = st.builds(

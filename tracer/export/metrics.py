@@ -231,7 +231,7 @@ def _health(snapshot: Snapshot) -> Iterator[Metric]:
         value=snapshot.open_calls,
     )
     yield CounterMetricFamily(
-        "msrtrace_reattachments",
-        "Times that KVM's module was unloaded and its probes were lost.",
-        value=snapshot.reattached,
+        "msrtrace_module_unloads",
+        "Unloads of KVM's module, each of which removed the probes.",
+        value=snapshot.module_unloads,
     )

@@ -121,8 +121,8 @@ def _order(row: Row, sort: str) -> tuple[object, ...]:
 def lost(counted: Snapshot) -> str:
     """What COUNTED did not see, in words; empty if it saw all that is probed."""
     parts = loss_of(counted).words()
-    if counted.reattached:
-        parts.append(f"{vendor_named(counted.vendor).module} unloaded: {counted.reattached:,}")
+    if counted.module_unloads:
+        parts.append(f"{vendor_named(counted.vendor).module} unloaded: {counted.module_unloads:,}")
     return ", ".join(parts)
 
 

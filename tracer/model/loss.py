@@ -22,7 +22,7 @@ class Loss(Sanitized, frozen=True, kw_only=True):
     unpaired_returns: Count = 0
     read_failures: Count = 0
     open_calls: Count = 0
-    reattachments: Count = 0
+    module_unloads: Count = 0
     not_probed: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
     uncounted: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
 
@@ -48,6 +48,6 @@ def loss_of(counted: Snapshot) -> Loss:
         read_failures=counted.read_failures,
         open_calls=counted.open_calls,
         uncounted=list(counted.uncounted),
-        reattachments=counted.reattached,
+        module_unloads=counted.module_unloads,
         not_probed=[p.function for p in counted.probes if not p.attached],
     )

@@ -154,7 +154,7 @@ class Snapshot:
     vendor: str = FIRST.name
     vcpus_seen: int = 0
     vmms_seen: int = 0
-    reattached: int = 0
+    module_unloads: int = 0
     calls_observable: bool = True  # False: no call seen does not mean that none was made
     updates_observable: bool = True
     by_vm: bool = False
@@ -199,7 +199,7 @@ class Snapshot:
             vcpus_seen=self.vcpus_seen + earlier.vcpus_seen,
             vmms_seen=self.vmms_seen + earlier.vmms_seen,
             commands={**earlier.commands, **self.commands},
-            reattached=self.reattached + earlier.reattached,
+            module_unloads=self.module_unloads + earlier.module_unloads,
         )
 
     def since(self, earlier: Snapshot) -> Snapshot:
@@ -217,7 +217,7 @@ class Snapshot:
             read_failures=self.read_failures - earlier.read_failures,
             vcpus_seen=self.vcpus_seen - earlier.vcpus_seen,
             vmms_seen=self.vmms_seen - earlier.vmms_seen,
-            reattached=self.reattached - earlier.reattached,
+            module_unloads=self.module_unloads - earlier.module_unloads,
         )
 
     def without_vms(self, pids: set[int]) -> Snapshot:

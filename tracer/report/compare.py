@@ -247,8 +247,8 @@ def lost(report: Report) -> str:
     """What REPORT did not see, in words; "nothing" if it saw all."""
     loss = report.loss
     parts = loss.words()
-    if loss.reattachments:
-        times = "once" if loss.reattachments == 1 else f"{loss.reattachments} times"
+    if loss.module_unloads:
+        times = "once" if loss.module_unloads == 1 else f"{loss.module_unloads} times"
         parts.append(f"{FIRST.module} reloaded {times}")
     parts += [f"{name} not probed" for name in loss.not_probed]
     return ", ".join(parts) or "nothing"

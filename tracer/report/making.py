@@ -78,7 +78,7 @@ def make(
     loss = loss_of(counted)
     counting = vendor_named(counted.vendor).counted_functions(counted.layout)
     incomplete = counted.lower_bound or bool(counting.intersection(loss.not_probed))
-    lower_bound = incomplete or bool(loss.reattachments or loss.open_calls)
+    lower_bound = incomplete or bool(loss.module_unloads or loss.open_calls)
     return Report(
         msrtrace=version,
         label=label,
@@ -115,7 +115,7 @@ def make(
             layout=counted.layout,
             calls_observable=counted.calls_observable,
             incomplete=incomplete,
-            reloaded=bool(loss.reattachments),
+            reloaded=bool(loss.module_unloads),
             updates=updates.count if updates else None,
             rows=rows,
         ),

@@ -170,7 +170,7 @@ class Tracer:
                 replace(p, attached=False, detail=f"{self._vendor.module} was unloaded") for p in last.probes
             )
             maps = tuple(replace(m, entries=0) for m in last.maps)
-            self._earlier = replace(last, probes=silent, maps=maps, reattached=last.reattached + 1)
+            self._earlier = replace(last, probes=silent, maps=maps, module_unloads=last.module_unloads + 1)
 
     def snapshot(self, patience: float = 0) -> Snapshot:
         """All counts since the start. VMs that are gone are in the totals, but no longer apart (but see KEEP_GONE).

@@ -118,7 +118,7 @@ def snapshot(info: Mapping[str, str], grown: Sequence[Grown]) -> Snapshot:
         ),
         unpaired_returns=_sum(family("msrtrace_unpaired_returns_total")),
         read_failures=_sum(family("msrtrace_read_failures_total")),
-        reattached=_sum(family("msrtrace_reattachments_total")),
+        module_unloads=_sum(family("msrtrace_module_unloads_total")),
         calls_observable=bool(layout is None or layout.calls),
         updates_observable=bool(updates),
     )

@@ -33,7 +33,7 @@ LOSSES: Mapping[str, tuple[str, ...]] = {
     "msrtrace_dropped_updates_total": ("map",),
     "msrtrace_unpaired_returns_total": (),
     "msrtrace_read_failures_total": (),
-    "msrtrace_reattachments_total": (),
+    "msrtrace_module_unloads_total": (),
 }
 
 
