@@ -20,7 +20,7 @@ from standin import ATTACHED, CLOSED, COUNTED, MODULE
 from tracer.report.file import decode, read
 
 ROOT = Path(__file__).parents[2]
-VERDICT = "patch present: 101 filter updates asked for the MSRs that KVM passes through and left alone those that it"
+VERDICT = "patch present: 101 filter updates disabled intercepts of MSRs that KVM passes through and left those"
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
 
