@@ -72,7 +72,7 @@ def health() -> list[Json]:
             "Reloads of kvm_intel",
             "Within the last minutes. msrtrace attaches again and keeps its counters; whether the patch is missing is "
             "then not told any more, as the counts may be of two modules.",
-            f"sum({increase('reattachments_total')})",
+            f"sum({increase('module_unloads_total')})",
             unit="none",
             absent="no hosts",
             decimals=0,

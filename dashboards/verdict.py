@@ -64,7 +64,7 @@ class Dialect:
     def since_reload(self, found: str, calls: Calls) -> str:
         """FOUND of CALLS since the tracer started; after a reload of kvm_intel, if there were any within the window."""
         grown = self.per_host(self.calls(calls, over=f"increase({{}}[{self.window}])"))
-        reloaded = self.unless(f"{self.select('reattachments_total')} > 0", f"{grown} > 0")
+        reloaded = self.unless(f"{self.select('module_unloads_total')} > 0", f"{grown} > 0")
         return _block(self.unless(found, _block(reloaded)))
 
     def enabled(self) -> str:

@@ -89,12 +89,12 @@ def test_compare_wrong_usage(main: Main, arguments: list[str]) -> None:
 def test_compare_refusals(main: Main) -> None:
     status, out, err = main("compare", "other.json", "u.json")
     refusal = (
-        "msrtrace: error: another workload: patched ran x, unpatched workload --updates 101 (--force compares them "
+        "msrtrace: error: the workloads differ: patched ran x, unpatched workload --updates 101 (--force compares them "
     )
-    assert (status, out, err) == (3, "", refusal + "all the same)\n")
+    assert (status, out, err) == (3, "", refusal + "anyway)\n")
     status, out, err = main("compare", "--force", "other.json", "u.json")
     assert (status, err) == (0, "")
-    assert "FORCED in spite of: another workload: " in out
+    assert "FORCED despite: the workloads differ: " in out
 
 
 @pytest.mark.usefixtures("files")
@@ -103,7 +103,7 @@ def test_compare_refusals(main: Main) -> None:
     [
         ("none.json", "cannot read none.json: No such file or directory"),
         (".", "cannot read .: Is a directory"),
-        ("bad.json", "bad.json is no report of msrtrace: Object missing required field `schema`"),
+        ("bad.json", "bad.json is not an msrtrace report: Object missing required field `schema`"),
         ("\x1b[2J", r"cannot read \x1b[2J: No such file or directory"),
     ],
 )

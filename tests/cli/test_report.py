@@ -20,7 +20,7 @@ from standin import ATTACHED, CLOSED, COUNTED, MODULE
 from tracer.report.file import decode, read
 
 ROOT = Path(__file__).parents[2]
-VERDICT = "patch present: 101 filter updates asked for the MSRs that KVM passes through and left alone those that it"
+VERDICT = "patch present: 101 filter updates disabled intercepts of MSRs that KVM passes through and left those"
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
 
@@ -98,7 +98,7 @@ def test_the_suffix_says_the_format_unless_the_option_does(tmp_path: Path) -> No
 def test_a_suffix_that_says_no_format_is_wrong_usage(tmp_path: Path) -> None:
     done = run("-d", "99", "-o", str(tmp_path / "x.pdf"))
     assert (done.returncode, done.stdout) == (2, "")
-    assert "no format is called .pdf (.txt, .md, .json, .html, .htm); --format chooses one" in done.stderr
+    assert "no format has the suffix .pdf (.txt, .md, .json, .html, .htm); set --format" in done.stderr
     assert ATTACHED not in done.left
     done = run("-d", "0.01", "-o", str(tmp_path / "x.pdf"), "--format", "text")
     assert (done.returncode, (tmp_path / "x.pdf").read_text()[:13]) == (0, "patch present")
@@ -209,7 +209,7 @@ Main = Callable[..., tuple[int, str, str]]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-d", "1", "true"], "-d and COMMAND exclude each other"),
+        (["-d", "1", "true"], "give either -d or COMMAND"),
         (["-d", "0"], "0.0 is not in the range x>0"),
         (["-d", "-1"], "-1.0 is not in the range x>0"),
         (["-d", "nan"], "-d nan: at most"),

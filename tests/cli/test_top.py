@@ -374,7 +374,7 @@ def test_vms_by_key(start: Start) -> None:
     terminal.type("b")
     terminal.until("pid VM", "IA32_TSC")
     terminal.type("?")
-    terminal.until("b MSRs of each VM")
+    terminal.until("b MSRs by VM")
     terminal.type("q")
     assert terminal.end() == 0
 

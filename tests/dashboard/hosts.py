@@ -113,7 +113,7 @@ def _one(
     lost: int = 0,
     unattached: str = "",
     pt: bool = False,
-    reattached: int = 0,
+    module_unloads: int = 0,
     **made: Any,
 ) -> Callable[[float], Snapshot]:
     def take(t: float) -> Snapshot:
@@ -129,7 +129,7 @@ def _one(
             probes=_probes(*TOGGLE, lost=late, unattached=unattached),
             maps=_maps(snapshot, 7000 if lost else 0, late // 3),
             read_failures=late // 5,
-            reattached=reattached,
+            module_unloads=module_unloads,
         )
 
     return take
@@ -182,7 +182,7 @@ FLEET = (
         {"patch": "unpatched"},
     ),
     Host("kvm7:9753", "6.1.0-53-amd64", _one(bursts(8, 0, 9000), 16e-6), {"patch": "patched"}, until=2700),
-    Host("kvm8:9753", "6.1.0-53-amd64", _one(bursts(20, 0, 1), 16e-6, 0, patched=False, reattached=1)),
+    Host("kvm8:9753", "6.1.0-53-amd64", _one(bursts(20, 0, 1), 16e-6, 0, patched=False, module_unloads=1)),
     Host("kvm9:9753", "6.6.60-amd64", _one(calm(3), 16e-6, 0.5, pt=True)),
 )
 

@@ -140,8 +140,8 @@ def hosts() -> dict[str, Host]:
         "PMU": also(patched, *((index, "read", "enable") for index in (0xC1, 0x309, 0x38E, 0x4C1))),
         "beside PT": also(patched, (0x58E, "read_write", "enable")),
         "beside x2APIC": also(patched, (0x900, "read_write", "enable")),
-        "reloaded, patched": replace(patched, reattached=1),
-        "reloaded, unpatched": replace(unpatched, reattached=1),
+        "reloaded, patched": replace(patched, module_unloads=1),
+        "reloaded, unpatched": replace(unpatched, module_unloads=1),
         "filter-only": Snapshot("filter-only", updates=patched.updates, calls_observable=False),
         "no calls probed": replace(patched, calls={}, calls_observable=False),
     }.items():
@@ -157,8 +157,8 @@ def hosts() -> dict[str, Host]:
 #: Where the three differ by design: a report is of one trace, and says nothing if kvm_intel was reloaded within it. The
 #: others watch for weeks; there, what was called within the last hour (alert) or minutes (dashboard) counts.
 RELOADED = {
-    "reloaded, and enabled since": Host(replace(toggle(patched=False), reattached=1), False, 1),
-    "reloaded, and patched since": Host(replace(toggle(), reattached=1), True, 1),
+    "reloaded, and enabled since": Host(replace(toggle(patched=False), module_unloads=1), False, 1),
+    "reloaded, and patched since": Host(replace(toggle(), module_unloads=1), True, 1),
 }
 
 
@@ -251,7 +251,7 @@ def any_host(random: Random) -> Host:
         updates={pid: times(random.randrange(4)) for pid in pids},
         updates_observable=random.random() < 0.9,
         open_calls=random.randrange(2),
-        reattached=int(random.random() < 0.1),
+        module_unloads=int(random.random() < 0.1),
         by_vm=by_vm,
         vms={pid: "" for pid in pids if random.random() < 0.5} if by_vm else {},
     )

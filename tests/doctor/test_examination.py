@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Machines made of files: what `msrtrace doctor` finds on each, and the step that it names."""
+"""`msrtrace doctor` on synthetic machines made of files: what it finds on each, and the fix that it names."""
 
 import json
 import struct
@@ -32,8 +32,10 @@ RECALC = ("vmx_set_intercept_for_msr", "vmx_recalc_intercepts", "kvm_vm_ioctl_se
 
 
 def btf(members: dict[str, tuple[str, int]], base: bytes = b"") -> bytes:
-    """BTF of structures with one member each: its name and its offset in bytes. BASE is what a split one continues
-    (Documentation/bpf/btf.rst)."""
+    """BTF of structures with one member each, by name and offset in bytes (Documentation/bpf/btf.rst).
+
+    `base` is the BTF that a split one continues.
+    """
     start = struct.unpack_from("<I", base, 20)[0] if base else 0
     strings, types = b"" if base else b"\0", b""
     for structure, (member, offset) in members.items():
@@ -128,7 +130,7 @@ class Host:
         self.machine = replace(self.machine, **facts)
 
     def check(self, name: str) -> Check:
-        """The check NAME; the others must hold what a check may hold."""
+        """The named check; the others must be well-formed."""
         checks = examine(self.machine)
         assert [check.name for check in checks] == NAMES
         for one in checks:
@@ -150,7 +152,7 @@ def host(tmp_path: Path) -> Host:
 # --- the whole ---
 
 
-def test_good_host_needs_nothing(host: Host) -> None:
+def test_a_good_host_needs_no_fix(host: Host) -> None:
     assert [(c.name, c.state, c.fix) for c in examine(host.machine)] == [(name, OK, None) for name in NAMES]
     assert obstacle(host.machine) is None
     assert {c.name: c.detail for c in examine(host.machine)} == {
@@ -163,7 +165,7 @@ def test_good_host_needs_nothing(host: Host) -> None:
         "btf": "vmcs01.msr_bitmap is at 0x1ab8 in struct vcpu_vmx",
         "lockdown": "none",
         "capabilities": "CAP_SYS_ADMIN",
-        "perf-event-paranoid": "3, which does not concern root",
+        "perf-event-paranoid": "3, which does not affect root",
         "bpf": "the kernel has BPF and kprobes",
         "tracefs": "mounted at /sys/kernel/tracing",
     }
@@ -187,7 +189,7 @@ def _absent(file: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [_garbage, _empty, _directory, _absent])
-def test_no_file_makes_it_raise(host: Host, spoil: Callable[[Path], None]) -> None:
+def test_no_damaged_file_makes_it_raise(host: Host, spoil: Callable[[Path], None]) -> None:
     for file in [f for f in host.root.rglob("*") if f.is_file() and not f.is_symlink()]:
         before = file.read_bytes()
         spoil(file)
@@ -201,7 +203,7 @@ def test_no_file_makes_it_raise(host: Host, spoil: Callable[[Path], None]) -> No
     assert obstacle(host.machine) is None
 
 
-def test_empty_machine(tmp_path: Path) -> None:
+def test_what_an_empty_machine_cannot_show_is_unknown(tmp_path: Path) -> None:
     machine = Machine(tmp_path / "nothing", 1000, RELEASE)
     states = {check.name: check.state for check in examine(machine)}
     assert [name for name in NAMES if states[name] is UNKNOWN] == [
@@ -225,10 +227,10 @@ def test_symbols_are_read_once_before_tracing(host: Host, monkeypatch: pytest.Mo
     assert read.call_count == 1
     host.remove("proc/kallsyms")
     unknown = {check.name for check in examine(host.machine) if check.state is UNKNOWN}
-    assert unknown == {"symbols", "livepatch", "btf"}  # read anew
+    assert unknown == {"symbols", "livepatch", "btf"}  # read again
 
 
-def test_this_machine_without_bcc_and_click() -> None:
+def test_the_checks_import_neither_bcc_nor_click() -> None:
     code = (
         "import sys\nfrom tracer.doctor.examination import *\nfrom tracer.doctor.output import *\n"
         "machine = Machine.here()\nchecks = examine(machine)\n"
@@ -255,7 +257,7 @@ def test_amd(host: Host, vendor: str) -> None:
     assert host.check("cpu") == Check(
         "cpu",
         FAILED,
-        "AMD EPYC 7543 has AMD's SVM, whose code in KVM has no such functions; msrtrace traces Intel VMX",
+        "AMD EPYC 7543 has AMD's SVM, for which KVM has other code; msrtrace traces Intel VMX",
         "run msrtrace on a host with an Intel CPU",
     )
     assert str(obstacle(host.machine)).endswith("msrtrace traces Intel VMX: run msrtrace on a host with an Intel CPU")
@@ -279,7 +281,7 @@ def test_intel_without_vmx(host: Host, flags: str, fix: str) -> None:
 def test_arm(host: Host) -> None:
     host.write("proc/cpuinfo", "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\n")
     check = host.check("cpu")
-    assert (check.state, check.detail) == (FAILED, "this CPU is no x86 CPU; msrtrace traces Intel VMX")
+    assert (check.state, check.detail) == (FAILED, "this CPU is not an x86 CPU; msrtrace traces Intel VMX")
 
 
 # --- kvm-intel ---
@@ -365,7 +367,7 @@ def test_filter_only_layout(host: Host) -> None:
     host.write("proc/kallsyms", kallsyms("vmx_msr_filter_changed"))
     host.remove("sys/kernel/btf/kvm_intel")
     check = host.check("symbols")
-    assert (check.state, check.fix) == (WARNING, "boot a kernel from 5.13 on to see the calls")
+    assert (check.state, check.fix) == (WARNING, "boot Linux 5.13 or newer to count calls")
     assert check.detail == (
         "layout filter-only (kernels 5.10-5.12): vmx_msr_filter_changed; calls per MSR are not observable in this "
         "kernel, only filter updates and their time"
@@ -393,7 +395,7 @@ def test_no_known_symbol(host: Host) -> None:
         "vmx_recalc_msr_intercepts, vmx_enable_intercept_for_msr, vmx_disable_intercept_for_msr, "
         "vmx_msr_filter_changed in /proc/kallsyms"
     )
-    fix = "boot a kernel from 5.10 on; if it is one, report the output of: grep -i intercept /proc/kallsyms"
+    fix = "boot Linux 5.10 or newer; if this is one, report the output of: grep -i intercept /proc/kallsyms"
     assert check.fix == fix
     assert obstacle(host.machine) == f"{check.detail}: {fix}"
 
@@ -404,12 +406,12 @@ def test_addresses_hidden_from_a_user(host: Host) -> None:
     host.be(euid=1000)
     check = host.check("symbols")
     assert check.state is OK
-    assert check.detail.endswith("; this user may not see their addresses, and need not")
+    assert check.detail.endswith("; their addresses are hidden from this user")
 
 
 @pytest.mark.parametrize(
     ("kptr_restrict", "fix"),
-    [("2", "sudo sysctl -w kernel.kptr_restrict=1"), ("1", "give it CAP_SYSLOG (--cap-add SYSLOG)")],
+    [("2", "sudo sysctl -w kernel.kptr_restrict=1"), ("1", "grant CAP_SYSLOG (--cap-add SYSLOG)")],
 )
 def test_addresses_hidden_from_who_may_trace(host: Host, kptr_restrict: str, fix: str) -> None:
     host.write("proc/kallsyms", kallsyms(*TOGGLE, address=0))
@@ -449,7 +451,7 @@ def livepatch(host: Host, *functions: str, enabled: bool = True) -> None:
 
 def test_a_module_with_a_function_of_the_same_name(host: Host) -> None:
     host.write("proc/kallsyms", kallsyms(*TOGGLE) + COPY)
-    detail = f"the module kpatch_x holds a copy of vmx_msr_filter_changed; {TAKES_OVER}, so every call is counted"
+    detail = f"the module kpatch_x has a copy of vmx_msr_filter_changed; {TAKES_OVER}, so every call is counted"
     assert host.check("livepatch") == Check("livepatch", OK, detail)
     assert host.check("symbols").detail == f"layout toggle (kernels 5.13-6.16): {', '.join(TOGGLE)}"
     assert obstacle(host.machine) is None
@@ -462,7 +464,7 @@ def test_a_livepatch_that_replaces_what_is_probed(host: Host, enabled: bool, sta
     host.write("proc/kallsyms", kallsyms(*TOGGLE) + COPY)
     livepatch(host, "vmx_msr_filter_changed", enabled=enabled)
     assert host.check("livepatch").detail == (
-        f"the livepatch kpatch_x{state} replaces, and holds a copy of, vmx_msr_filter_changed; {TAKES_OVER}, so every "
+        f"the livepatch kpatch_x{state} replaces, and has a copy of, vmx_msr_filter_changed; {TAKES_OVER}, so every "
         "call is counted"
     )
     assert host.found("livepatch") == (OK, None)
@@ -612,7 +614,7 @@ def test_headers_elsewhere(host: Host) -> None:
 def test_no_bcc(host: Host, os_release: str, fix: str) -> None:
     host.write("etc/os-release", os_release)
     host.remove("usr/lib/python3/dist-packages/bcc")
-    detail = "BCC is not installed (and PyPI's bcc is something else)"
+    detail = "BCC is not installed (PyPI's bcc is an unrelated package)"
     assert host.check("bcc") == Check("bcc", FAILED, detail, fix)
     assert obstacle(host.machine) == f"{detail}: {fix}"
 
@@ -639,7 +641,7 @@ def test_bcc_in_the_working_directory(host: Host, file: str, shown: str, monkeyp
     assert (check.state, check.fix) == (FAILED, "start msrtrace elsewhere: cd /")
 
 
-def test_folder_named_bcc_without_a_module_hides_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_named_bcc_without_a_module_hides_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     host.write("work/bcc/README.md")
     monkeypatch.chdir(host.root / "work")
     host.be(python_path=("", *host.machine.python_path))
@@ -651,7 +653,7 @@ def test_folder_named_bcc_without_a_module_hides_nothing(host: Host, monkeypatch
 def test_virtual_environment_without_system_packages(host: Host) -> None:
     host.be(python_path=("/nowhere",), python="/srv/venv/bin/python3", venv="/srv/venv")
     check = host.check("bcc")
-    assert check.detail == "BCC is installed for /usr/bin/python3, but /srv/venv/bin/python3 does not see it"
+    assert check.detail == "BCC is installed for /usr/bin/python3, but /srv/venv/bin/python3 does not find it"
     assert (check.state, check.fix) == (
         FAILED,
         "/usr/bin/python3 -m venv --clear --system-site-packages /srv/venv, then install msrtrace there",
@@ -691,7 +693,7 @@ def test_btf_without_the_member(host: Host) -> None:
 
 # --- lockdown, capabilities, perf-event-paranoid ---
 
-CONFIDENTIAL = "the kernel is locked down (confidentiality), which forbids kprobes even to root"
+CONFIDENTIAL = "the kernel is locked down (confidentiality), which forbids kprobes even for root"
 
 
 def test_lockdown_by_the_command_line(host: Host) -> None:
@@ -712,10 +714,10 @@ def test_lockdown_by_something_else(host: Host) -> None:
     )
 
 
-def test_integrity_leaves_kprobes_alone(host: Host) -> None:
+def test_lockdown_for_integrity_permits_kprobes(host: Host) -> None:
     host.write("sys/kernel/security/lockdown", "none [integrity] confidentiality\n")
     check = host.check("lockdown")
-    assert (check.state, check.detail) == (OK, "integrity, which leaves kprobes and BPF alone")
+    assert (check.state, check.detail) == (OK, "integrity, which permits kprobes and BPF")
 
 
 def test_securityfs_not_mounted(host: Host) -> None:
@@ -788,7 +790,7 @@ def test_paranoid_kernel(host: Host, distribution: str, state: State) -> None:
         ("sys/bus/event_source/devices/kprobe", "kprobes (CONFIG_KPROBE_EVENTS)"),
     ],
 )
-def test_kernel_without(host: Host, lost: str, what: str) -> None:
+def test_kernel_without_bpf_or_kprobes(host: Host, lost: str, what: str) -> None:
     host.remove(lost)
     expected = Check("bpf", FAILED, f"kernel {RELEASE} has no {what}", "boot a kernel that has it")
     assert host.check("bpf") == expected
@@ -801,7 +803,7 @@ def test_silenced_probes(host: Host) -> None:
     assert host.found("tracefs") == (FAILED, "sudo sysctl -w kernel.ftrace_enabled=1")
 
 
-def test_switch_that_cannot_be_read(host: Host) -> None:
+def test_kprobes_switch_that_cannot_be_read(host: Host) -> None:
     host.remove("sys/kernel/debug/kprobes/enabled")
     check = host.check("tracefs")
     assert check.state is OK
@@ -840,7 +842,7 @@ CHECKS = [
 ]
 
 
-def test_text() -> None:
+def test_each_fix_is_below_its_check() -> None:
     assert as_text(CHECKS) == (
         "ok       cpu        has VMX\n"
         "FAILED   kvm-intel  not loaded\n"
@@ -864,7 +866,7 @@ def test_colors_change_nothing_else() -> None:
     assert colored == as_text(CHECKS)
 
 
-def test_json(host: Host) -> None:
+def test_the_json_of_checks(host: Host) -> None:
     assert as_json(CHECKS[:2], host.machine) == (
         '{\n  "schema": "msrtrace-doctor/1",\n  "kernel": "6.1.0-56-amd64",\n  "layout": "toggle",\n  "ok": false,\n'
         '  "checks": [\n    {\n      "name": "cpu",\n      "state": "ok",\n      "detail": "has VMX",\n'
@@ -873,7 +875,7 @@ def test_json(host: Host) -> None:
     )
 
 
-def test_json_of_a_host(host: Host) -> None:
+def test_the_json_names_kernel_and_layout(host: Host) -> None:
     document = json.loads(as_json(examine(host.machine), host.machine))
     assert list(document) == ["schema", "kernel", "layout", "ok", "checks"]
     assert (document["ok"], [check["name"] for check in document["checks"]]) == (True, NAMES)

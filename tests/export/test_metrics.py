@@ -41,7 +41,7 @@ SNAPSHOT = Snapshot(
     read_failures=8,
     open_calls=9,
     vcpus_seen=1,
-    reattached=2,
+    module_unloads=2,
 )
 
 CALLS, REDUNDANT = "msrtrace_intercept_calls_total", "msrtrace_intercept_redundant_calls_total"
@@ -118,7 +118,7 @@ def test_samples() -> None:
         "msrtrace_unpaired_returns_total": 6,
         "msrtrace_read_failures_total": 8,
         "msrtrace_open_calls": 9,
-        "msrtrace_reattachments_total": 2,
+        "msrtrace_module_unloads_total": 2,
         "msrtrace_scrape_failures_total": 0,
     }
 
@@ -139,7 +139,7 @@ def test_families() -> None:
         "msrtrace_unpaired_returns": "counter",
         "msrtrace_read_failures": "counter",
         "msrtrace_open_calls": "gauge",
-        "msrtrace_reattachments": "counter",
+        "msrtrace_module_unloads": "counter",
         "msrtrace_scrape_failures": "counter",
         "msrtrace_scrape_duration_seconds": "gauge",
     }

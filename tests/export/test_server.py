@@ -196,7 +196,7 @@ def test_an_answer_that_cannot_be_made(serve: Serve) -> None:
 
     said: list[str] = []
     with pytest.raises(OSError, match="closed connection"):
-        scrape(serve(Broken(), complain=said.append))
+        scrape(serve(Broken(), on_error=said.append))
     assert said == ["a scrape failed: ValueError: why"]
 
 
@@ -330,7 +330,7 @@ def test_a_client_that_reads_nothing_is_given_up(
     """And nobody is told: it is not of what this program does."""
     monkeypatch.setattr(server_module._Handler, "timeout", 0.3)
     big, said = crowd(300), list[str]()
-    server = serve(lambda: big, complain=said.append)
+    server = serve(lambda: big, on_error=said.append)
     before = threading.active_count()
     with connected(server, REQUEST), connected(server, b""):
         end = time.monotonic() + 20
@@ -347,7 +347,7 @@ def test_a_client_that_reads_nothing_is_given_up(
 
 def test_a_client_without_a_certificate(serve: Serve, tls: dict[str, str], capfd: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
-    server = serve(toggle, **tls, ca=tls["cert"], complain=said.append)
+    server = serve(toggle, **tls, ca=tls["cert"], on_error=said.append)
     with pytest.raises(OSError, match=r"(?i)certificate|reset|eof|closed"):
         scrape(server, cert=tls["cert"])
     assert (said, capfd.readouterr()) == ([], ("", ""))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""BTF: blobs made here, this machine's kernel, and the kvm_intel of every emulated host, beside what pahole says."""
+"""BTF: synthetic blobs; and this kernel and the kvm_intel of every emulated host, compared with pahole."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ AFTER |= {ENUM64: 36}
 
 
 class Blob:
-    """BTF in the making; BASE is what a split one continues."""
+    """Builds BTF; `base` is the BTF that a split one continues."""
 
     def __init__(self, base: Blob | None = None) -> None:
         self.base, self.types = base, b""
         self.strings = b"" if base else b"\0"
 
     def string(self, text: str) -> int:
-        """The offset of TEXT: in the base if that has it, as pahole does it."""
+        """The offset of a string: in the base if that has it, as pahole does it."""
         encoded = text.encode() + b"\0"
         start = len(self.base.strings) if self.base else 0
         if self.base and (at := self.base.strings.find(b"\0" + encoded)) >= 0:
@@ -48,7 +48,7 @@ class Blob:
         return self
 
     def struct(self, name: str, *members: tuple[str, int], flag: bool = False, kind: int = STRUCT) -> Blob:
-        """A structure of MEMBERS, each a name and an offset word: in bits, as the format has it."""
+        """Add a structure; each member is a name and the offset word of the format, in bits."""
         rows = b"".join(struct.pack("<III", self.string(member), 0, word) for member, word in members)
         return self.type(name, kind, rows, len(members), flag)
 
@@ -62,7 +62,7 @@ def btf(blob: Blob) -> Btf:
 
 
 def kvm_intel() -> Blob:
-    """As a module's is: structures of its own, some names of which are in the kernel's strings."""
+    """A module's BTF: its own structures, some of whose names are in the kernel's strings."""
     vmlinux = Blob().struct("kvm_vcpu", ("kvm", 0), ("cpu", 64 * 8)).struct("file", ("vmcs01", 8))
     module = Blob(vmlinux).type("u64", INT, bytes(4))
     module.struct("loaded_vmcs", ("vmcs", 0), ("msr_bitmap", 0x18 * 8))
@@ -79,7 +79,7 @@ def test_offset_is_in_bytes() -> None:
     assert btf(blob).offset("inode", "f_op") == 40
 
 
-def test_every_kind_is_stepped_over() -> None:
+def test_types_of_every_kind_are_skipped() -> None:
     blob = Blob()
     for kind in range(1, 20):
         elements = 3 if kind in {STRUCT, UNION, ENUM, FUNC_PROTO, DATASEC, ENUM64} else 0
@@ -88,13 +88,13 @@ def test_every_kind_is_stepped_over() -> None:
 
 
 @pytest.mark.parametrize("kind", [0, 20, 31])
-def test_a_kind_of_the_future_is_not_guessed_over(kind: int) -> None:
+def test_an_unknown_kind_is_an_error(kind: int) -> None:
     blob = Blob().type("other", kind).struct("file", ("f_op", 64))
     with pytest.raises(BtfError, match=rf"^unknown kind {kind} in the BTF$"):
         btf(blob).offset("file", "f_op")
 
 
-def test_what_is_not_there_is_named() -> None:
+def test_what_is_missing_is_named() -> None:
     blob = Blob().struct("file", ("f_op", 64)).struct("xinode", ("xf_op", 0)).struct("msr", ("f_mode", 0), kind=UNION)
     for structure in ("inode", "msr", "ile", "fil", ""):
         with pytest.raises(BtfError, match=rf"^the BTF has no struct {structure}$"):
@@ -104,7 +104,7 @@ def test_what_is_not_there_is_named() -> None:
             btf(blob).offset("file", member)
 
 
-def test_of_two_structures_with_a_name_the_one_with_the_member_counts() -> None:
+def test_of_two_structures_with_one_name_the_one_with_the_member_counts() -> None:
     blob = Blob().struct("file", ("old", 0)).struct("file", ("f_op", 64)).struct("file", ("f_op", 128))
     assert btf(blob).offset("file", "f_op") == 8
 
@@ -132,7 +132,7 @@ def test_bit_fields_have_no_offset() -> None:
         btf(plain).offset("file", "bits")
 
 
-def test_split() -> None:
+def test_a_split_blob_continues_its_base() -> None:
     module = kvm_intel()
     assert b"vmcs01" not in module.strings  # in the base's
     assert btf(module).offset("loaded_vmcs", "msr_bitmap") == 0x18
@@ -161,18 +161,18 @@ def test_a_split_blob_without_its_base_is_refused() -> None:
     [
         (b"", "truncated BTF: "),
         (bytes(Blob())[:23], "truncated BTF: "),
-        (b"\xeb\x9f" + bytes(22), "not BTF of a little-endian machine"),
-        (b"\x7fELF" + bytes(60), "not BTF of a little-endian machine"),
+        (b"\xeb\x9f" + bytes(22), "not little-endian BTF"),
+        (b"\x7fELF" + bytes(60), "not little-endian BTF"),
     ],
 )
-def test_not_btf(blob: bytes, message: str) -> None:
+def test_anything_but_btf_is_an_error(blob: bytes, message: str) -> None:
     with pytest.raises(BtfError, match=f"^{message}"):
         Btf(blob)
     with pytest.raises(BtfError, match=f"^{message}"):
         Btf(bytes(Blob()), Btf(blob))
 
 
-def test_cut_off_anywhere() -> None:
+def test_truncated_btf_is_an_error() -> None:
     module = kvm_intel()
     assert module.base
     whole, base = bytes(module), bytes(module.base)
@@ -190,7 +190,7 @@ sizes_of_sections = st.tuples(*[st.integers(0, 99)] * 4)
 
 
 @given(blob=st.binary(max_size=200), base=st.none() | st.binary(max_size=60), sizes=sizes_of_sections)
-def test_garbage(blob: bytes, base: bytes | None, sizes: tuple[int, ...]) -> None:
+def test_garbage_raises_nothing_but_btferror(blob: bytes, base: bytes | None, sizes: tuple[int, ...]) -> None:
     header = struct.pack("<HBBIIIII", 0xEB9F, 1, 0, 24, *sizes)
     attempt(blob, base)
     attempt(header + blob, base)
@@ -198,7 +198,7 @@ def test_garbage(blob: bytes, base: bytes | None, sizes: tuple[int, ...]) -> Non
 
 
 @given(st.data())
-def test_damage(data: st.DataObject) -> None:
+def test_damaged_btf_raises_nothing_but_btferror(data: st.DataObject) -> None:
     module = kvm_intel()
     assert module.base
     damaged = [bytearray(bytes(module)), bytearray(bytes(module.base))]
@@ -208,7 +208,7 @@ def test_damage(data: st.DataObject) -> None:
     attempt(bytes(damaged[0]), bytes(damaged[1]))
 
 
-def test_files(tmp_path: Path) -> None:
+def test_the_kernel_and_modules_are_read_from_sysfs(tmp_path: Path) -> None:
     module = kvm_intel()
     assert module.base
     with pytest.raises(BtfError, match=f"^{tmp_path}/vmlinux: No such file or directory$"):
@@ -231,7 +231,7 @@ BIT_FIELD = re.compile(r"^\t\S.*?(\w+):\d+;\s+/\*\s+\d+: ?\d+\s+\d+ \*/$", re.MU
 
 
 def pahole(structure: str, file: Path, base: Path | None = None) -> str:
-    """What pahole says of STRUCTURE, whatever it has to say about kinds that are newer than it is."""
+    """The structure as pahole prints it, without its complaints about kinds that it does not know."""
     command = [tool("pahole"), "-C", structure, *(["--btf_base", str(base)] if base else []), str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     text: str = done.stdout
@@ -244,7 +244,7 @@ def members(text: str) -> dict[str, int]:
 
 
 @pytest.mark.skipif(not THIS_KERNEL.exists(), reason=f"a kernel with {THIS_KERNEL} (CONFIG_DEBUG_INFO_BTF)")
-def test_this_kernel() -> None:
+def test_offsets_in_this_kernel_are_those_of_pahole() -> None:
     text = pahole("task_struct", THIS_KERNEL)
     expected = members(text)
     assert len(expected) > 100
@@ -277,7 +277,7 @@ def vmlinux(image: Path) -> bytes:
 
 
 def btf_section(elf: Path, target: Path) -> bool:
-    """Put the .BTF section of ELF into TARGET; False if there is none."""
+    """Extract the .BTF section of an ELF file; False if there is none."""
     headers = subprocess.run(["objdump", "-h", elf], capture_output=True, text=True, check=True).stdout
     if not re.search(r"\s\.BTF\s", headers):
         return False
@@ -286,7 +286,7 @@ def btf_section(elf: Path, target: Path) -> bool:
 
 
 @pytest.mark.timeout(900)  # it may download the kernel
-def test_kvm_intel(host: Host, tmp_path: Path) -> None:
+def test_offsets_in_kvm_intel_are_those_of_pahole(host: Host, tmp_path: Path) -> None:
     tree = kernel(host)
     [module] = tree.glob("usr/lib/modules/*/kernel/arch/x86/kvm/kvm-intel.ko*")
     release = module.parents[4].name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Livepatches from made-up directories of sysfs."""
+"""Livepatches from synthetic directories of sysfs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from tracer.kernel.livepatch import Livepatch, read_livepatches
 
 
-def test_livepatches(tmp_path: Path) -> None:
-    """As kernel/livepatch/core.c names things; objects have an attribute `patched` since 6.1."""
+def test_livepatches_are_read_from_sysfs(tmp_path: Path) -> None:
+    """Names as in kernel/livepatch/core.c; objects have an attribute `patched` since 6.1."""
     for function in ("kvm_intel/vmx_set_msr,1", "kvm_intel/vmx_x.isra.0,2", "vmlinux/tcp_ack,1"):
         (tmp_path / "kpatch_x" / function).mkdir(parents=True)
     (tmp_path / "kpatch_x/kvm_intel/patched").write_text("1\n")
@@ -22,7 +22,7 @@ def test_livepatches(tmp_path: Path) -> None:
     assert patches[0].functions({"kvm", "kvm_intel"}) == {"vmx_set_msr", "vmx_x.isra.0"}
 
 
-def test_no_livepatching(tmp_path: Path) -> None:
+def test_a_kernel_without_livepatching_has_none(tmp_path: Path) -> None:
     assert read_livepatches(tmp_path / "livepatch") == ()
     (tmp_path / "kpatch_x").mkdir()  # and no attributes any more: it is being unloaded
     assert read_livepatches(tmp_path) == ()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Symbols from made-up kallsyms: what functions are called, and whose an address is."""
+"""Symbols from synthetic kallsyms: names of functions, and which function an address is in."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def found(symbols: Symbols, function: str) -> list[str]:
     return [symbol.name for symbol in symbols.find(function)]
 
 
-def test_functions_of_the_modules(tmp_path: Path) -> None:
+def test_functions_of_both_modules_are_found(tmp_path: Path) -> None:
     symbols = read(tmp_path, KALLSYMS)
     assert [(s.address, s.name, s.module) for s in symbols.functions] == FUNCTIONS
     assert symbols.module == "kvm_intel"
 
 
-def test_clones_stand_in_only_where_the_function_itself_is_missing(tmp_path: Path) -> None:
+def test_clones_are_found_only_where_the_function_itself_is_missing(tmp_path: Path) -> None:
     disable = "vmx_disable_intercept_for_msr"
     symbols = read(tmp_path, KALLSYMS)
     assert found(symbols, "vmx_enable_intercept_for_msr") == ["vmx_enable_intercept_for_msr"]
@@ -84,14 +84,14 @@ SUFFIXES += [".__uniq.245866110", ".localalias", ".cfi", ".cfi_jt", "$0ef1c3ba7a
 @given(st.lists(st.sampled_from(SUFFIXES), max_size=3).map("".join))
 @example(".isra.0.cold")
 @example(".__uniq.245866110.llvm.3433979326929198294")
-def test_the_name_in_the_source(suffix: str) -> None:
+def test_suffixes_are_removed_from_names(suffix: str) -> None:
     assert plain_name(f"vmx_set_msr{suffix}") == "vmx_set_msr"
     assert VMX.cause_of(f"vmx_set_msr{suffix}") == "msr_write"
 
 
 @pytest.mark.parametrize("name", ["vmx_partial", "vmx_cold", "isra", "vmx_llvm_1", ".E_copy", "$x"])
-def test_names_that_no_compiler_added_to(name: str) -> None:
-    """Identifiers of C have no dots, so `vmx.partly`, as these tests once had it, is none; labels may begin so."""
+def test_names_without_suffixes_are_kept(name: str) -> None:
+    """C identifiers have no dots, but local labels may begin with one."""
     assert Symbol(1, name, None).function == name
 
 
@@ -109,14 +109,14 @@ def test_names_that_no_compiler_added_to(name: str) -> None:
         (".cfi", True),
     ],
 )
-def test_parts_that_are_not_entered(tmp_path: Path, suffix: str, entry: bool) -> None:
+def test_parts_moved_out_are_not_entries(tmp_path: Path, suffix: str, entry: bool) -> None:
     name = f"vmx_msr_filter_changed{suffix}"
     symbols = read(tmp_path, f"ffffffffc0b00010 t {name}\t[kvm_intel]\n")
     assert found(symbols, "vmx_msr_filter_changed") == [name] * entry
     assert symbols.caller(0xFFFFFFFFC0B00011) == (name, "vmx_msr_filter_changed")
 
 
-def test_what_is_whole_comes_before_what_lacks_its_beginning(tmp_path: Path) -> None:
+def test_whole_clones_come_before_parts(tmp_path: Path) -> None:
     names = [f"vmx_recalc_msr_intercepts{suffix}" for suffix in (".part.0", ".constprop.0", ".cold", "")]
     rows = [f"ffffffffc0b0{n}010 t {name}\t[kvm_intel]\n" for n, name in enumerate(names)]
     assert found(read(tmp_path, "".join(rows)), "vmx_recalc_msr_intercepts") == ["vmx_recalc_msr_intercepts"]
@@ -136,12 +136,12 @@ def test_what_is_whole_comes_before_what_lacks_its_beginning(tmp_path: Path) -> 
         (0xFFFFFFFFC0B00510, "vmx_weak"),
     ],
 )
-def test_containing(tmp_path: Path, address: int, name: str | None) -> None:
+def test_an_address_is_in_a_function_or_none(tmp_path: Path, address: int, name: str | None) -> None:
     symbol = read(tmp_path, KALLSYMS).containing(address)
     assert (symbol and symbol.name) == name
 
 
-def test_hidden_addresses(tmp_path: Path) -> None:
+def test_hidden_addresses_are_in_no_function(tmp_path: Path) -> None:
     hidden = "\n".join("0" * 16 + line[16:] for line in KALLSYMS.splitlines())
     symbols = read(tmp_path, hidden)
     assert sorted(s.name for s in symbols.functions) == sorted(name for _, name, _ in FUNCTIONS)
@@ -150,13 +150,13 @@ def test_hidden_addresses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [*range(1, 90), 1000])
-def test_read_in_pieces(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_chunks_does_not_matter(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = read(tmp_path, KALLSYMS)
     monkeypatch.setattr("tracer.kernel.symbols._CHUNK", size)
     assert read(tmp_path, KALLSYMS) == whole
 
 
-def test_built_in(tmp_path: Path) -> None:
+def test_kvm_built_into_the_kernel_is_found(tmp_path: Path) -> None:
     image = "ffffffff81064f30 t vmx_vcpu_run\nffffffff81065f30 T vmx_msr_filter_changed\nffffffff82000000 D vmx_x\n"
     symbols = read(tmp_path, image + "ffffffffc0a00000 t nf_hook\t[nf_tables]\nffffffffc0d00000 t x\t[kvm]\n")
     assert [(s.name, s.module) for s in symbols.functions] == [("vmx_vcpu_run", None), ("vmx_msr_filter_changed", None)]
@@ -168,14 +168,14 @@ def test_built_in(tmp_path: Path) -> None:
     assert hidden.caller(0xFFFFFFFF81064F31) == ("0xffffffff81064f31", "")
 
 
-def test_not_loaded(tmp_path: Path) -> None:
+def test_without_the_module_there_are_no_functions(tmp_path: Path) -> None:
     symbols = read(tmp_path, "ffffffff81000000 T _text\nffffffffc0d00000 t kvm_set_msr\t[kvm]\n")
     assert [s.name for s in symbols.functions] == ["kvm_set_msr"]
     assert symbols.module == "kvm_intel"
     assert choose(symbols) is None
 
 
-def test_unreadable(tmp_path: Path) -> None:
+def test_unreadable_kallsyms_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MsrtraceError, match=f"^cannot read {tmp_path}/kallsyms: No such file or directory$"):
         Symbols.read(tmp_path / "kallsyms")
 
@@ -221,12 +221,12 @@ ffffffffc0e01000 t ftrace_trampoline\t[__builtin__ftrace]
         (0xFFFFFFFFC09FFFFF, "0xffffffffc09fffff", ""),
     ],
 )
-def test_callers_of_other_modules(tmp_path: Path, address: int, caller: str, function: str) -> None:
+def test_callers_in_other_modules_have_their_module(tmp_path: Path, address: int, caller: str, function: str) -> None:
     assert read(tmp_path, MODULES).caller(address) == (caller, function)
 
 
 def livepatch(folder: Path, *replaced: str, enabled: bool = True) -> Path:
-    """As in sysfs, FOLDER being the livepatch's own; REPLACED: object, slash, function."""
+    """Make the sysfs directory of a livepatch; `replaced` are paths of object and function."""
     for function in replaced:
         (folder / f"{function},1").mkdir(parents=True)
     (folder / "enabled").write_text(f"{enabled:d}\n")
@@ -254,7 +254,7 @@ def test_a_livepatch_stands_for_what_it_replaces(tmp_path: Path, address: int, c
     assert [s.place for s in symbols.copies("vmx_set_msr")] == ["vmx_set_msr [kpatch_x]"]
 
 
-def test_a_livepatch_of_something_else(tmp_path: Path) -> None:
+def test_a_livepatch_of_something_else_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "kallsyms").write_text(MODULES)
     folder = livepatch(tmp_path / "livepatch/kpatch_x", "vmlinux/vmx_set_msr", "nf_tables/pt_of_something_else")
     symbols = Symbols.read(tmp_path / "kallsyms", folder)
@@ -271,8 +271,8 @@ def test_a_livepatch_of_something_else(tmp_path: Path) -> None:
         ("", False),
     ],
 )
-def test_a_module_ends_where_it_is_said_to(tmp_path: Path, modules: str, known: bool) -> None:
-    """As one that is loaded later, and so has no symbols yet, may come to lie behind it."""
+def test_a_module_ends_where_proc_modules_says(tmp_path: Path, modules: str, known: bool) -> None:
+    """A module loaded later, without symbols yet, may be placed right after it."""
     (tmp_path / "modules").write_text("other 4096 0 - Live 0xffffffffc0a00000 (OE)\n" + modules)
     symbols = read(tmp_path, "".join(line for line in MODULES.splitlines(True) if "[kvm_intel]" in line))
     assert symbols.caller(0xFFFFFFFFC0B01FFF)[1] == "pt_update_intercept_for_msr"
@@ -300,7 +300,7 @@ ROWS = st.lists(
 def test_an_address_is_of_the_function_that_it_is_in(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, str, str, str]], probed: list[int]
 ) -> None:
-    """Of KVM's functions: from its start on, to the next symbol of its module or of another; and of no other's."""
+    """A function of KVM reaches from its start to the next symbol of any module, and no further."""
     text = "".join(f"{address:016x} {kind} {name}\t[{module}]\n" for address, kind, name, module in rows)
     symbols = read(tmp_path_factory.mktemp("kallsyms"), text)
     pages = {row[0] >> 12 for row in rows if row[3] in ("kvm_intel", "kvm")}
@@ -322,7 +322,7 @@ def test_an_address_is_of_the_function_that_it_is_in(
 
 
 @pytest.mark.parametrize("suffix", ["", ".llvm.3433979326929198294", ".lto_priv.0", ".__uniq.5.llvm.6"])
-def test_built_in_whatever_the_compiler_made_of_its_name(tmp_path: Path, suffix: str) -> None:
+def test_kvm_built_in_is_found_by_names_with_suffixes(tmp_path: Path, suffix: str) -> None:
     image = f"""\
 ffffffff81000000 T _text
 ffffffff81064f30 t vmx_vcpu_run{suffix}
@@ -343,11 +343,11 @@ ffffffffc0d00000 t vmx_msr_filter_changed\t[kpatch_x]
 
 
 @pytest.mark.parametrize("name", ["vmx_vcpu_run.cold", "vmx_vcpu_runs", "vmx_vcpu_run_late.llvm.1"])
-def test_what_does_not_make_kvm_built_in(tmp_path: Path, name: str) -> None:
+def test_similar_names_do_not_make_kvm_built_in(tmp_path: Path, name: str) -> None:
     assert read(tmp_path, f"ffffffff81064f30 t {name}\n").module == "kvm_intel"
 
 
-def test_kvm_is_built_in_and_kvm_intel_is_not(tmp_path: Path) -> None:
+def test_kvm_may_be_built_in_without_kvm_intel(tmp_path: Path) -> None:
     symbols = read(
         tmp_path,
         "ffffffff81064f30 t kvm_vcpu_ioctl\nffffffff81065f30 t kvm_vm_ioctl_set_msr_filter.llvm.5\n"
@@ -359,7 +359,7 @@ def test_kvm_is_built_in_and_kvm_intel_is_not(tmp_path: Path) -> None:
     assert symbols.caller(0xFFFFFFFF81064F31) == ("kvm_vcpu_ioctl", "kvm_vcpu_ioctl")
 
 
-def test_a_kernel_image_is_of_no_interest_where_kvm_is_a_module(tmp_path: Path) -> None:
+def test_the_kernel_image_is_not_kept_where_kvm_is_a_module(tmp_path: Path) -> None:
     symbols = read(tmp_path, KALLSYMS)
     assert {s.module for s in symbols.functions} == {"kvm", "kvm_intel"}
     assert symbols.caller(0xFFFFFFFF81064F40) == ("0xffffffff81064f40", "")

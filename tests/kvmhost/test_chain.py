@@ -97,7 +97,7 @@ def test_the_fleet_is_compared_from_what_prometheus_stored(beside: Asked) -> Non
     )
     assert beside.refused.returncode == 1
     assert beside.refused.stderr.splitlines() == [
-        'msrtrace: error: Prometheus has stored nothing of msrtrace for {patch="gone"} in the last 3600 s'
+        'msrtrace: error: Prometheus has no series of msrtrace for {patch="gone"} in the last 3600 s'
     ]
 
 

@@ -125,7 +125,7 @@ def test_an_unloaded_module_shows_as_probes_that_are_not_attached(collected: Col
     assert attached["back"] == attached[f"{collected.variants[0]} before"]
     assert found["unloaded"].calls() == found[f"{collected.variants[-1]} witnessed"].calls()
     reloads = len(collected.variants)
-    assert found["back"].value("msrtrace_reattachments_total") == reloads
+    assert found["back"].value("msrtrace_module_unloads_total") == reloads
 
 
 def test_every_function_of_the_layout_is_probed(collected: Collected) -> None:

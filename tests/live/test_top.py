@@ -195,7 +195,7 @@ def test_the_first_reading_fails() -> None:
     kernel = Kernel(OSError("x"), snapshot(1), snapshot(2))
     sampler = kernel.sampler()
     text = "\n".join(shown(sampler.sample))
-    assert "the first numbers come when an interval has passed" in text
+    assert "the first numbers come after one interval" in text
     assert "OSError: x" in text
     sampler.take()
     assert sampler.sample.interval is None
@@ -387,7 +387,7 @@ def test_losses_are_said() -> None:
         probes=(replace(PROBE, missed=2), Probe("vmx_vcpu_create", None, False, "none")),
         unpaired_returns=3,
         read_failures=4,
-        reattached=1,
+        module_unloads=1,
     )
     text = " ".join(shown(frame(lossy, 1.0), width=300))
     assert (

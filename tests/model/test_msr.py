@@ -305,7 +305,7 @@ def test_the_command_writes_a_module(tmp_path: Path, capsys: pytest.CaptureFixtu
     output = tmp_path / "table.py"
     assert generate.main([str(tree), "-o", str(output)]) == 0
     text = output.read_text()
-    assert f"python3 -m tracer.msr.generate \\\n#         '{tree}' -o {output}\n" in text
+    assert f"python3 -m tracer.model.msr.generate \\\n#         '{tree}' -o {output}\n" in text
     assert "Linux 6.99.3." in text
     assert text.startswith("# SPDX-License-Identifier: GPL-2.0-or-later\n# Made from ")
     module: dict[str, object] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Snapshots: sums, differences, and what is kept of what."""
+"""Snapshots: sums, differences, and merging."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ one = st.booleans().flatmap(snapshots)
 
 
 def totals(snapshot: Snapshot) -> tuple[Outcome | None, Durations, Durations]:
-    """Everything that was counted, whoever it was counted for."""
+    """All that was counted, over all VMs."""
     values = list(snapshot.calls.values())
     calls = sum(values[1:], values[0]) if values else None
     updates, recalcs = (sum(of.values(), Durations()) for of in (snapshot.updates, snapshot.recalcs))
     return calls, updates, recalcs
 
 
-def test_outcomes() -> None:
+def test_outcomes_add_and_subtract() -> None:
     assert Outcome(7, 5, 1, 2, 0) + Outcome(3, 1, 1, 0, 4) == Outcome(10, 6, 2, 2, 4)
     assert Outcome(7, 5, 1, 2, 4) - Outcome(3, 1, 1, 0, 4) == Outcome(4, 4, 0, 2, 0)
 
@@ -93,7 +93,7 @@ def test_what_is_unknown_once_is_unknown_in_the_sum(other: Outcome) -> None:
     )
 
 
-def test_durations() -> None:
+def test_durations_add_and_subtract() -> None:
     one = Durations(3, 0.5, (1, 2, *[0] * 23))
     other = Durations(2, 0.25, (0, 1, *[0] * 22, 1))
     assert one + other == Durations(5, 0.75, (1, 3, *[0] * 22, 1))
@@ -102,13 +102,13 @@ def test_durations() -> None:
         one + Durations(1, 0.5, (1,))
 
 
-def test_bounds() -> None:
+def test_the_bounds_are_those_of_the_bpf_program() -> None:
     """Powers of two from 128 ns to 1.07 s, as bpf/msrtrace.c counts them."""
     assert DURATION_BOUNDS[:3] == (128e-9, 256e-9, 512e-9)
     assert (len(DURATION_BOUNDS), DURATION_BOUNDS[-1]) == (24, 2**30 * 1e-9)
 
 
-def test_cumulative() -> None:
+def test_cumulative_buckets_end_with_all_updates() -> None:
     rows = Durations(9, 0.5, (2, 3, *[0] * 22, 4)).cumulative()
     assert rows[:3] == [(128e-9, 2), (256e-9, 5), (512e-9, 5)]
     assert rows[-2:] == [(2**30 * 1e-9, 5), (float("inf"), 9)]
@@ -136,7 +136,7 @@ def test_the_order_of_a_sum_does_not_matter(pair: tuple[Snapshot, Snapshot]) -> 
 
 @quick
 @given(one)
-def test_nothing_happened(snapshot: Snapshot) -> None:
+def test_a_snapshot_since_itself_is_empty(snapshot: Snapshot) -> None:
     nothing = snapshot.since(snapshot)
     assert (nothing.calls, nothing.updates, nothing.recalcs) == ({}, {}, {})
     assert not nothing.lower_bound
@@ -159,7 +159,7 @@ def test_vms_that_are_gone_stay_in_the_totals(snapshot: Snapshot, gone: set[int]
     assert folded.without_vms(gone) == folded
 
 
-def test_without_a_vm() -> None:
+def test_a_vm_that_is_gone_is_counted_under_pid_0() -> None:
     web, db = replace(TSC, pid=100), replace(TSC, pid=200)
     snapshot = Snapshot(
         "toggle",
@@ -174,7 +174,7 @@ def test_without_a_vm() -> None:
     assert (folded.recalcs, folded.vms) == ({0: Durations(2, 0.125)}, {200: "db"})
 
 
-def test_since() -> None:
+def test_since_subtracts_every_count() -> None:
     first = Snapshot(
         "toggle",
         calls={TSC: Outcome(7, 0, 7, 0, 0)},
@@ -182,7 +182,7 @@ def test_since() -> None:
         maps=(Map("calls", 1, 8192, 3),),
         vcpus_seen=1,
         vmms_seen=1,
-        reattached=1,
+        module_unloads=1,
     )
     later = replace(
         first,
@@ -191,17 +191,17 @@ def test_since() -> None:
         maps=(Map("calls", 2, 8192, 7),),
         vcpus_seen=3,
         vmms_seen=2,
-        reattached=3,
+        module_unloads=3,
     )
     between = later.since(first)
     assert between.calls == {FS_BASE: Outcome(4, 4, 0, 0, 0)}
     assert between.probes == (Probe("f", "f", True, "", 3),)
     assert between.maps == (Map("calls", 2, 8192, 4),)
-    assert (between.vcpus_seen, between.vmms_seen, between.reattached) == (2, 1, 2)
+    assert (between.vcpus_seen, between.vmms_seen, between.module_unloads) == (2, 1, 2)
 
 
 def test_losses_outlive_the_probe_that_had_them() -> None:
-    """After a reload the functions can be others: a kvm_intel of another build."""
+    """After a reload the functions may differ: a kvm_intel of another build."""
     earlier = Snapshot("toggle", probes=(Probe("old", "old", True, "", 2),), maps=(Map("old", 9, 9, 3),))
     assert Snapshot("set", probes=(Probe("new", "new", True, ""),)).after(earlier).lower_bound
 
@@ -210,7 +210,7 @@ def test_losses_outlive_the_probe_that_had_them() -> None:
     ("loss", "lower_bound"),
     [
         ({}, False),
-        ({"vcpus_seen": 5, "reattached": 2, "calls_observable": False, "redundancy": "unknown"}, False),
+        ({"vcpus_seen": 5, "module_unloads": 2, "calls_observable": False, "redundancy": "unknown"}, False),
         ({"probes": (Probe("f", None, False, "no such function"),), "maps": (Map("calls", 8192, 8192),)}, False),
         ({"unpaired_returns": 1}, True),
         ({"read_failures": 1}, True),
@@ -218,13 +218,13 @@ def test_losses_outlive_the_probe_that_had_them() -> None:
         ({"maps": (Map("calls", 8192, 8192), Map("threads", 1, 16384, 1))}, True),
     ],
 )
-def test_lower_bound(loss: dict[str, Any], lower_bound: bool) -> None:
+def test_a_loss_makes_the_counts_a_lower_bound(loss: dict[str, Any], lower_bound: bool) -> None:
     assert replace(Snapshot("toggle"), **loss).lower_bound is lower_bound
 
 
 @given(st.lists(st.integers(0, 10**14), max_size=20), st.randoms(use_true_random=False))
 def test_sums_of_durations_do_not_depend_on_their_order(nanoseconds: list[int], random: Random) -> None:
-    """A VM that ends moves its time to another sum: had that a last bit less, Prometheus would take it for a reset."""
+    """The time of a VM that ends moves to another sum: one bit less there, and Prometheus sees a reset."""
     parts = [Durations(1, value / 1e9) for value in nanoseconds]
     total = sum(parts, Durations())
     random.shuffle(parts)

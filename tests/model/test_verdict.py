@@ -15,7 +15,9 @@ from tracer.model.verdict import BESIDES, JUDGED, LOOP, RULES, SUPERSEDED, Fact,
 from tracer.report.making import call_rows
 from tracer.report.report import CallRow
 
-PRESENT = "101 filter updates asked for the MSRs that KVM passes through and left alone those that it intercepts"
+PRESENT = (
+    "101 filter updates disabled intercepts of MSRs that KVM passes through and left those that it intercepts alone"
+)
 MISSING = "1,717 calls in 101 filter updates enabled the interception of MSRs that were intercepted already"
 
 
@@ -26,7 +28,7 @@ def verdict(counted: Snapshot) -> Verdict:
 def also(
     counted: Snapshot, calls: Iterable[tuple[int, str, str]], changed: int = 0, cause: str = "filter_change"
 ) -> Snapshot:
-    """COUNTED, and once for each update CALLS (MSR, access, action), of which CHANGED changed something."""
+    """The snapshot plus `calls` (MSR, access, action), each once per update; `changed` of each changed something."""
     updates = sum(durations.count for durations in counted.updates.values())
     more = {Call(*call, cause, HOOK): outcome(updates, changed, call[1]) for call in calls}
     return replace(counted, calls={**counted.calls, **more})
@@ -41,39 +43,39 @@ def pt(action: str) -> list[tuple[int, str, str]]:
     return [(index, "read_write", action) for index in PT]
 
 
-def test_present() -> None:
+def test_a_patched_kernel_enables_nothing() -> None:
     assert verdict(toggle()) == Verdict(patched=True, why=PRESENT)
-    assert verdict(toggle(1)).why.startswith("1 filter update asked for ")
+    assert verdict(toggle(1)).why.startswith("1 filter update disabled ")
 
 
-def test_missing() -> None:
+def test_an_unpatched_kernel_enables_what_is_intercepted_already() -> None:
     assert verdict(toggle(patched=False)) == Verdict(patched=False, why=MISSING)
 
 
 @pytest.mark.parametrize("patched", [True, False])
-def test_a_filter_that_denies_everything(patched: bool) -> None:
-    """Then the calls that ask for no interception set the bits; which calls are made stays the same."""
+def test_a_filter_that_denies_everything_does_not_change_the_verdict(patched: bool) -> None:
+    """The calls that disable interception then set the bits, but the same calls are made."""
     assert verdict(toggle(patched=patched, denied=POSSIBLE)).patched is patched
 
 
 @pytest.mark.parametrize("patched", [True, False])
 @pytest.mark.parametrize("action", ["enable", "disable"])
 @pytest.mark.parametrize("changed", [0, 1])
-def test_pt(patched: bool, action: str, changed: int) -> None:
+def test_calls_for_intel_pt_do_not_change_the_verdict(patched: bool, action: str, changed: int) -> None:
     assert verdict(also(toggle(patched=patched), pt(action), changed)).patched is patched
 
 
 @pytest.mark.parametrize("changed", [0, 101])
 @pytest.mark.parametrize("patched", [True, False])
-def test_x2apic(patched: bool, changed: int) -> None:
-    """5.13 and 5.14 write the x2APIC MSRs' words anew and then enable the interception of TMCCT, within the update."""
+def test_calls_for_the_x2apic_do_not_change_the_verdict(patched: bool, changed: int) -> None:
+    """5.13 and 5.14 rewrite the words of the x2APIC MSRs in an update, and then enable the interception of TMCCT."""
     calls = [(0x808, "read_write", "disable"), (0x839, "read_write", "enable"), (0x80B, "write", "disable")]
     assert verdict(also(toggle(patched=patched), calls, changed)).patched is patched
 
 
 @pytest.mark.parametrize("patched", [True, False])
-def test_everything_passed_through(patched: bool) -> None:
-    """Writes of the TSC are intercepted all the same (KERNEL.md 5)."""
+def test_the_verdict_holds_where_everything_is_passed_through(patched: bool) -> None:
+    """Writes of the TSC are intercepted even then (KERNEL.md 5)."""
     rest = [(index, access, "disable") for index in POSSIBLE for access in ("read", "write") if index != TSC]
     assert verdict(also(toggle(patched=patched), rest)).patched is patched
 
@@ -85,19 +87,19 @@ def test_enables_elsewhere_prove_nothing(patched: bool) -> None:
 
 
 @pytest.mark.parametrize("patched", [True, False])
-def test_several_vms(patched: bool) -> None:
+def test_calls_of_several_vms_are_judged_as_one(patched: bool) -> None:
     one, other = toggle(patched=patched, pid=100, vcpus=2), toggle(7, patched=patched, pid=200, denied=POSSIBLE)
     assert verdict(one.after(other)).patched is patched
 
 
 @pytest.mark.parametrize("patched", [True, False])
-def test_outcomes_that_cannot_be_seen(patched: bool) -> None:
+def test_the_verdict_needs_no_outcomes(patched: bool) -> None:
     seen = verdict(toggle(patched=patched, exact=False))
     assert seen.patched is patched
     assert patched or seen.why.endswith("(whether they changed anything could not be seen)")
 
 
-def test_too_little_seen() -> None:
+def test_too_little_seen_is_undecided() -> None:
     nothing = Verdict(patched=None, why="too little seen: no vCPU applied a changed MSR filter")
     assert verdict(Snapshot("toggle")) == nothing
     created = toggle()
@@ -107,8 +109,8 @@ def test_too_little_seen() -> None:
         toggle(),
         calls={Call(FS_BASE, a, "disable", "filter_change", HOOK): outcome(9, 0, a) for a in ("read", "write")},
     )
-    assert verdict(both).why.startswith("too little seen: no MSR of which")
-    assert verdict(replace(toggle(), calls={})).why.startswith("too little seen: no MSR of which")
+    assert verdict(both).why.startswith("too little seen: no MSR that")
+    assert verdict(replace(toggle(), calls={})).why.startswith("too little seen: no MSR that")
     assert verdict(also(replace(toggle(), calls={}), [*pt("disable"), (0x80B, "write", "disable")])).patched is None
 
 
@@ -125,30 +127,30 @@ LOSSES = {
 def test_what_was_lost_can_hide_enables_but_not_make_them(loss: str) -> None:
     assert verdict(replace(toggle(patched=False), **LOSSES[loss])).patched is False  # type: ignore[arg-type]
     seen = verdict(replace(toggle(), **LOSSES[loss]))  # type: ignore[arg-type]
-    assert seen == Verdict(patched=None, why="something was not seen, so that no enable was counted proves nothing")
+    assert seen == Verdict(patched=None, why="calls may have been missed, so that no enable was counted proves nothing")
 
 
 @pytest.mark.parametrize("patched", [True, False])
-def test_reload(patched: bool) -> None:
-    seen = verdict(toggle(patched=patched, reattached=1))
+def test_a_reload_leaves_the_verdict_undecided(patched: bool) -> None:
+    seen = verdict(toggle(patched=patched, module_unloads=1))
     assert seen.patched is None
     assert "reloaded" in seen.why
 
 
-def test_superseded() -> None:
+def test_the_question_is_superseded_since_6_17() -> None:
     assert verdict(recalc()).patched is None
     assert verdict(recalc()).why.startswith("superseded: since 6.17 (8a056ece45d2)")
     assert {layout.name for layout in layouts() if layout.set_} == set(SUPERSEDED)
     assert verdict(replace(toggle(patched=False), layout="set")).patched is None
 
 
-def test_filter_only() -> None:
+def test_a_kernel_whose_calls_cannot_be_observed_is_undecided() -> None:
     seen = verdict(Snapshot("filter-only", updates=toggle().updates, calls_observable=False))
     assert seen == Verdict(patched=None, why="calls cannot be observed on this kernel (layout filter-only)")
 
 
-def test_updates_that_cannot_be_seen() -> None:
-    """An enable is proof all the same; without one it takes an update that is over."""
+def test_without_counted_updates_only_an_enable_is_proof() -> None:
+    """An enable is proof by itself; its absence needs a finished update."""
     seen = verdict(replace(toggle(), updates={}, updates_observable=False))
     assert seen == Verdict(patched=None, why="filter updates could not be observed")
     proof = MISSING.replace("101 filter updates", "filter updates")
@@ -158,8 +160,8 @@ def test_updates_that_cannot_be_seen() -> None:
 
 
 @pytest.mark.parametrize("index", [0xC1, 0x123, 0x1C9, 0x38F, 0x562, 0x58E, 0x7FF, 0x900])
-def test_enables_of_other_msrs(index: int) -> None:
-    """No kernel that was read does that; a backport of the mediated PMU would. That must not look like the old loop."""
+def test_enables_of_msrs_outside_the_loop_are_undecided(index: int) -> None:
+    """No kernel that was read does that; a backport of the mediated PMU would, and must not look like the old loop."""
     calls = [(index, "read_write", "enable")]
     assert verdict(also(toggle(patched=False), calls)) == Verdict(patched=False, why=MISSING)
     assert verdict(also(toggle(), calls)) == Verdict(
@@ -168,7 +170,7 @@ def test_enables_of_other_msrs(index: int) -> None:
     )
 
 
-def test_what_no_kernel_does() -> None:
+def test_an_enable_that_changes_a_bit_is_undecided() -> None:
     """An enable that changes a bit in the loop over the possible passthrough MSRs."""
     seen = verdict(also(toggle(patched=False), [(0x123, "read", "enable")], changed=2))
     assert seen == Verdict(
@@ -178,7 +180,7 @@ def test_what_no_kernel_does() -> None:
 
 @dataclass(frozen=True)
 class Other:
-    """A row that is none of a report's."""
+    """A row that is not a report's CallRow."""
 
     index: int = TSC
     access: str = "read"
@@ -188,7 +190,7 @@ class Other:
     redundant: int | None = 5
 
 
-def test_any_rows_will_do() -> None:
+def test_rows_need_only_the_attributes_of_the_protocol() -> None:
     rows: list[Row] = [Other()]
     whole = {"calls_observable": True, "incomplete": False, "reloaded": False}
     assert judge(layout="toggle", updates=5, rows=rows, **whole).patched is True
@@ -223,7 +225,7 @@ MORE = {(SPEC_CTRL, "read"), (SPEC_CTRL, "write"), (0x49, "write"), (0x10B, "wri
 
 
 def loop(passed: set[tuple[int, str]], patched: bool, possible: tuple[int, ...] = POSSIBLE) -> list[CallRow]:
-    """The rows of one filter update of a vCPU of which PASSED halves of MSRs are passed through."""
+    """The rows of one filter update of a vCPU for which the halves of MSRs in `passed` are passed through."""
     calls = {}
     for index in possible:
         for access in ("read", "write"):
@@ -241,7 +243,7 @@ def judged(rows: list[CallRow]) -> bool | None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("others", [set(), MORE, {(RTIT_STATUS, "read")}, PASSED])
-def test_loops(kernel: str, others: set[tuple[int, str]]) -> None:
+def test_every_known_loop_gives_a_verdict(kernel: str, others: set[tuple[int, str]]) -> None:
     passed = {(TSC, "read"), *others}
     assert judged(loop(passed, True, KERNELS[kernel])) is True
     assert judged(loop(passed, False, KERNELS[kernel])) is False
@@ -249,7 +251,7 @@ def test_loops(kernel: str, others: set[tuple[int, str]]) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_one_enable_of_any_loop_is_enough(kernel: str) -> None:
-    """Whatever else was not seen."""
+    """Whatever else was missed."""
     listed = {index for msrs in LOOP for index in msrs}
     for index in listed.intersection(KERNELS[kernel]):
         assert judged(loop({(index, "read")}, False, (index,))) is False

@@ -25,10 +25,10 @@ from tracer.model.vmx import VMX
             ["vmx_vcpu_run", "vmx_passthrough_lbr_msrs", "vmx_update_intercept_for_lbr_msrs", "intel_pmu_setup_lbr"],
         ),
         ("pt", ["pt_update_intercept_for_msr", "pt_guest_enter"]),
-        # near misses, and those that nobody has thought of
+        # near misses, and callers that no pattern is for
         ("other", ["vmx_msr_filter_changed_late", "not_vmx_vcpu_create", "vmx_recalc_instruction_intercepts_all"]),
         ("other", ["vmx_enable_intercept_for_msr", "vmx_vcpu_reset", "init_vmcs", "set_msr", "adopt_thread", ""]),
     ],
 )
-def test_cause(cause: str, callers: list[str]) -> None:
+def test_the_cause_of_a_caller(cause: str, callers: list[str]) -> None:
     assert {caller: VMX.cause_of(caller) for caller in callers} == dict.fromkeys(callers, cause)

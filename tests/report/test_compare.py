@@ -18,7 +18,7 @@ from made import FS_BASE, HOST, XFD_ERR, any_reports, patched, recalc, report, t
 
 from tracer.model.snapshot import Map, Probe, Snapshot
 from tracer.report.changelog import changelog
-from tracer.report.compare import Comparison, Incomparable, PerUpdate, Side, compare, lost, said, timed
+from tracer.report.compare import Comparison, Incomparable, PerUpdate, Side, compare, format_command, lost, timed
 from tracer.report.comparison_view import comparison_document, comparison_table, sentence
 from tracer.report.report import Bit, Report, by_bit
 
@@ -37,7 +37,7 @@ def side_by_side(base: Report, new: Report, **options: Any) -> Comparison:
 # --- what is said ---
 
 
-def test_unpatched_and_patched() -> None:
+def test_a_patch_shows_as_fewer_calls_per_update() -> None:
     comparison = side_by_side(unpatched(), patched())
     assert sentence(comparison) == SENTENCE
     assert comparison_document(comparison).text().startswith(SENTENCE + "\n\n")
@@ -45,7 +45,7 @@ def test_unpatched_and_patched() -> None:
     assert (comparison.warnings, comparison.forced, comparison.differences) == ((), (), ())
 
 
-def test_swapped_the_signs_swap() -> None:
+def test_swapping_the_sides_swaps_the_signs() -> None:
     comparison = side_by_side(patched(), unpatched())
     assert sentence(comparison) == SWAPPED
     there = comparison_table(side_by_side(unpatched(), patched())).rows
@@ -57,8 +57,8 @@ def test_swapped_the_signs_swap() -> None:
 
 
 @pytest.mark.parametrize("other", [101, 7, 1])
-def test_equal(other: int) -> None:
-    """However many updates there were."""
+def test_equal_sides_have_no_change(other: int) -> None:
+    """However many updates either side had."""
     comparison = side_by_side(patched(), report(toggle(other), label="again"))
     said_ = "patched makes 13 calls a filter update, 11 of them redundant; again 13, 11 redundant: as many calls"
     assert sentence(comparison) == said_
@@ -66,8 +66,8 @@ def test_equal(other: int) -> None:
     assert {row[-1] for row in comparison_table(comparison).rows} == {"0 (0)"}
 
 
-def test_layouts_that_differ_are_compared_per_bit() -> None:
-    """6.1 asks for reads and writes apart, 7.x for both at once: the bits are the same, the calls are not."""
+def test_different_layouts_are_compared_per_bit() -> None:
+    """6.1 updates reads and writes in separate calls, 7.x both in one: the bits are the same, the calls are not."""
     newest = report(recalc(), label="7.2")
     comparison = side_by_side(patched(), newest)
     assert comparison.unit == "bit"
@@ -90,23 +90,23 @@ def test_bits_are_in_order() -> None:
     assert len(bits) == 30
 
 
-def test_titles() -> None:
+def test_sides_are_titled_by_label_or_kernel() -> None:
     assert sentence(side_by_side(patched(), patched())).startswith("base makes 13 calls a filter update, 11 of them")
     other = report(host=replace(HOST, kernel="6.2"))
     comparison = side_by_side(report(), other)
     assert (comparison.base.title, comparison.new.title) == ("6.1.0-53-amd64", "6.2")
 
 
-def test_counts_that_do_not_divide() -> None:
+def test_counts_that_do_not_divide_evenly_have_a_warning() -> None:
     uneven = report(replace(toggle(3), updates={0: times(4)}), label="uneven")
     comparison = side_by_side(uneven, patched())
     assert sentence(comparison).startswith(
         "uneven makes 9.75 calls a filter update, 8.25 of them redundant; patched 13"
     )
-    assert [w for w in comparison.warnings if "no whole number" in w and w.startswith("uneven: ")]
+    assert [w for w in comparison.warnings if "is not an integer" in w and w.startswith("uneven: ")]
 
 
-def test_unknown_redundancy() -> None:
+def test_unknown_redundancy_stays_unknown() -> None:
     comparison = side_by_side(report(toggle(exact=False), label="blind"), patched())
     assert sentence(comparison).startswith("blind makes 13 calls a filter update, ? of them redundant; patched 13, 11")
     assert comparison.warnings == ("blind: which calls are redundant is unknown",)
@@ -132,9 +132,9 @@ def test_differences_of_the_hosts() -> None:
     assert "The hosts differ in" in comparison_document(comparison).text()
 
 
-def test_warnings() -> None:
+def test_what_may_distort_a_comparison_has_a_warning() -> None:
     alone = side_by_side(patched(command=None), unpatched(command=None))
-    assert alone.warnings == ("neither report ran a command: whether the workload was the same is not known",)
+    assert alone.warnings == ("neither report ran a command, so whether the workloads were the same is unknown",)
     failed = side_by_side(patched(exit_status=7), unpatched())
     assert failed.warnings == ("patched: the command ended with status 7",)
 
@@ -145,7 +145,7 @@ LOST: list[tuple[dict[str, Any], str]] = [
     ({"maps": (Map("calls", 9, 9, 1234),)}, "1,234 updates of map calls dropped"),
     ({"probes": (Probe("f", "f", True, "", 2), Probe("g", None, False, ""))}, "2 runs of f missed, g not probed"),
     ({"unpaired_returns": 3, "read_failures": 4}, "3 unpaired returns, 4 bitmaps not read"),
-    ({"reattached": 1}, "kvm_intel reloaded once"),
+    ({"module_unloads": 1}, "kvm_intel reloaded once"),
 ]
 REFUSED: dict[str, tuple[Callable[[], Report], str]] = {
     **{
@@ -171,14 +171,14 @@ REFUSED: dict[str, tuple[Callable[[], Report], str]] = {
     "no workload": (lambda: report(command=None, label="bad"), "no command"),
     "outcomes of another layout": (
         lambda: report(replace(toggle(exact=False), layout="set"), label="bad"),
-        "which takes outcomes per bit, and those of bad are unknown",
+        "so outcomes per bit are needed, and those of bad are unknown",
     ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("swap", [False, True])
-def test_refused_unless_forced(name: str, swap: bool) -> None:
+def test_what_cannot_be_compared_is_refused_unless_forced(name: str, swap: bool) -> None:
     make, why = REFUSED[name]
     sides = [[make()], [patched()]]
     if swap:
@@ -187,14 +187,14 @@ def test_refused_unless_forced(name: str, swap: bool) -> None:
         compare(*sides)
     assert error.value.status == 3
     text = str(error.value)
-    assert text.endswith(" (--force compares them all the same)")
+    assert text.endswith(" (--force compares them anyway)")
     assert "\n" not in text
     assert why in text
     comparison = compare(*sides, force=True)
-    assert "; ".join(comparison.forced) + " (--force compares them all the same)" == text
+    assert "; ".join(comparison.forced) + " (--force compares them anyway)" == text
     for form, shown in views(sides[0][0], sides[1][0]).items():
         if form.startswith("base"):
-            assert "FORCED in spite of" in shown or form in ("base json", "base changelog")
+            assert "FORCED despite" in shown or form in ("base json", "base changelog")
     forced = comparison.forced[0]
     assert forced in comparison_document(comparison).text()
     assert forced.replace(" ", "") in changelog(comparison).replace("\n", "").replace(" ", "")
@@ -216,21 +216,21 @@ def test_repeats_must_be_of_one_kernel_and_workload() -> None:
             compare([report(), other], [patched()])
 
 
-def test_what_was_lost() -> None:
+def test_losses_in_words() -> None:
     assert lost(patched()) == "nothing"
     assert [lost(report(replace(toggle(), **change))) for change, _ in LOST] == [why for _, why in LOST]
 
 
-def test_commands_as_one_would_type_them() -> None:
-    assert said(["sh", "-c", "a 'b'"]) == """sh -c 'a '"'"'b'"'"''"""
-    assert (said(None), said([])) == ("no command", "no command")
-    assert len(said(["x" * 4096] * 100)) == 500
+def test_commands_are_quoted_for_a_shell() -> None:
+    assert format_command(["sh", "-c", "a 'b'"]) == """sh -c 'a '"'"'b'"'"''"""
+    assert (format_command(None), format_command([])) == ("no command", "no command")
+    assert len(format_command(["x" * 4096] * 100)) == 500
 
 
 # --- repeats ---
 
 
-def test_repeats_that_agree() -> None:
+def test_repeats_that_agree_have_no_warning() -> None:
     comparison = compare([unpatched(), report(toggle(7, patched=False))], [patched()] * 3)
     assert sentence(comparison) == SENTENCE
     assert (comparison.base.updates, comparison.new.updates) == (108, 303)
@@ -238,7 +238,7 @@ def test_repeats_that_agree() -> None:
     assert "patched: workload --updates 101 (303 filter updates, 3 reports)" in comparison_document(comparison).text()
 
 
-def test_repeats_that_do_not_agree() -> None:
+def test_repeats_that_disagree_have_a_warning() -> None:
     comparison = compare([patched(), report(toggle(101, patched=False))], [patched()])
     assert comparison.warnings == (
         "base: calls per filter update differ between its reports, 13 to 30; the table has their mean",
@@ -247,8 +247,8 @@ def test_repeats_that_do_not_agree() -> None:
     assert sentence(comparison).startswith("base makes 21.50 calls a filter update, 19.50 of them redundant; ")
 
 
-def test_repeats_that_agree_in_sum_alone() -> None:
-    """As many calls, of other MSRs."""
+def test_repeats_that_agree_only_in_sum_have_a_warning() -> None:
+    """Equally many calls, but for other MSRs."""
     first = toggle()
     moved = {replace(call, msr=0x1A4) if call.msr == 0x10 else call: outcome for call, outcome in first.calls.items()}
     comparison = compare([report(first), report(replace(first, calls=moved))], [patched()])
@@ -273,7 +273,7 @@ def test_the_interval_covers_the_median_as_often_as_it_says(count: int) -> None:
     low = int(time.low)
 
     def covered(low: int) -> float:
-        """How often, with `below` means below the median, it lies between the LOW-th from either end."""
+        """The share of cases in which the median, with `below` means below it, lies within the interval."""
         cases = [sum(case) for case in product((0, 1), repeat=count)]
         return sum(low < below < count - low for below in cases) / len(cases)
 
@@ -299,11 +299,11 @@ def test_the_order_of_times_does_not_matter(means: list[float], random: Random) 
     assert min(means) <= timed(means).median <= max(means)
 
 
-def test_many_times() -> None:
+def test_the_interval_of_many_times_is_narrow() -> None:
     assert timed([1.0] * 3000).coverage == pytest.approx(0.95, abs=0.01)
 
 
-def test_times_of_a_side() -> None:
+def test_the_time_of_a_side_is_the_median_of_its_means() -> None:
     slow = replace(toggle(), updates={0: replace(times(101), seconds=101 * 8e-6)})
     time = Side("", (patched(), report(slow))).time()
     assert time
@@ -319,7 +319,7 @@ def test_times_of_a_side() -> None:
 
 
 @given(st.lists(any_reports, min_size=1, max_size=3), st.lists(any_reports, min_size=1, max_size=3))
-def test_any_reports(base: list[Report], new: list[Report]) -> None:
+def test_any_reports_can_be_compared(base: list[Report], new: list[Report]) -> None:
     comparison = compare(base, new, force=True)
     assert sentence(comparison).isprintable()
     assert "; ".join(comparison.forced).isprintable()
@@ -328,7 +328,7 @@ def test_any_reports(base: list[Report], new: list[Report]) -> None:
 
 
 def test_a_side_whose_reports_disagree_on_the_patch_has_no_verdict() -> None:
-    """Not that of whichever report comes first."""
+    """It must not be that of the first report."""
     mixed = [report(toggle(), label="a"), *(report(toggle(patched=False), label=name) for name in "bcdefg")]
     for base in (mixed, mixed[::-1]):
         comparison = compare(base, [patched()], force=True, titles=("old", "new"))

@@ -40,7 +40,7 @@ EXAMPLES = {
     "nothing": report(Snapshot("toggle")),
     "filter-only": report(Snapshot("filter-only", updates=toggle().updates, calls_observable=False)),
     "no updates": report(replace(toggle(), updates={}, updates_observable=False), command=None),
-    "lower bound": report(toggle(maps=(Map("calls", 9, 9, 3),), reattached=2), notes=["a note"], exit_status=137),
+    "lower bound": report(toggle(maps=(Map("calls", 9, 9, 3),), module_unloads=2), notes=["a note"], exit_status=137),
 }
 EXAMPLE = encode(EXAMPLES["by vm"])
 
@@ -55,7 +55,7 @@ def valid() -> jsonschema.protocols.Validator:
     return jsonschema.Draft202012Validator(schema)
 
 
-def test_the_schema_is_what_the_types_make() -> None:
+def test_the_schema_is_generated_from_the_types() -> None:
     done = subprocess.run([sys.executable, "-m", "tracer.report.file"], capture_output=True, text=True, check=True)
     assert done.stdout == SCHEMA.read_text(), f"{sys.executable} -m tracer.reportfile > {SCHEMA}"
 
@@ -86,7 +86,7 @@ def test_the_schema_refuses_what_the_reader_refuses(valid: jsonschema.protocols.
 
 
 def refusal(data: bytes) -> str:
-    """Why DATA is no report: one line that can be shown."""
+    """The error for data that is not a report: one printable line."""
     with pytest.raises(MsrtraceError) as error:
         decode(data)
     return checked(str(error.value))
@@ -99,7 +99,7 @@ def checked(text: str) -> str:
 
 
 def edited(old: bytes, new: bytes) -> bytes:
-    """The example with NEW for OLD."""
+    """The example with one text replaced."""
     assert old in EXAMPLE
     return EXAMPLE.replace(old, new)
 
@@ -119,20 +119,20 @@ def with_schema(schema: Any) -> bytes:
         (b'{"schema": "\xff"}', "is not JSON: "),
         (b'{"schema": "msrtrace-report/1"', "is not JSON: "),
         (b'{"schema": NaN}', "is not JSON: "),
-        (b"{}", "is no report of msrtrace: Object missing required field `schema`"),
-        (b"[]", "is no report of msrtrace: Expected `object`, got `array`"),
-        (b"null", "is no report of msrtrace: "),
-        (b'{"schema": 1}', "is no report of msrtrace: "),
-        (b'{"schema": "msrtrace-comparison/1"}', "is no report of msrtrace: its schema is msrtrace-comparison/1"),
-        (b'{"schema": ""}', "is no report of msrtrace: its schema is "),
-        (b'{"schema": "\\u001b[2J\\n' + b"x" * 999 + b'"}', "is no report of msrtrace: its schema is \\x1b[2J\\nxx"),
+        (b"{}", "is not an msrtrace report: Object missing required field `schema`"),
+        (b"[]", "is not an msrtrace report: Expected `object`, got `array`"),
+        (b"null", "is not an msrtrace report: "),
+        (b'{"schema": 1}', "is not an msrtrace report: "),
+        (b'{"schema": "msrtrace-comparison/1"}', "is not an msrtrace report: its schema is msrtrace-comparison/1"),
+        (b'{"schema": ""}', "is not an msrtrace report: its schema is "),
+        (b'{"schema": "\\u001b[2J\\n' + b"x" * 999 + b'"}', "is not an msrtrace report: its schema is \\x1b[2J\\nxx"),
         (b'{"schema": "msrtrace-report/1"}', "is a damaged report: Object missing required field "),
         (with_schema("msrtrace-report/2"), "is a report of another version (msrtrace-report/2); this msrtrace reads "),
         (with_schema("msrtrace-report/10"), "is a report of another version (msrtrace-report/10); "),
         (with_schema("msrtrace-report/"), "is a report of another version (msrtrace-report/); "),
         (with_schema("msrtrace-report"), "is a report of another version (msrtrace-report); "),
         (with_schema("msrtrace-report/1/1"), "is a report of another version "),
-        (with_schema("MSRTRACE-REPORT/1"), "is no report of msrtrace: its schema is "),
+        (with_schema("MSRTRACE-REPORT/1"), "is not an msrtrace report: its schema is "),
         (edited(b'"calls": 1320', b'"calls": 1e999'), "is a damaged report: "),
         (edited(b"2.5,", b"1e999,"), "is "),
         (edited(b"2.5,", b"-1,"), "is a damaged report: "),
@@ -149,7 +149,7 @@ def with_schema(schema: Any) -> bytes:
         (EXAMPLE + EXAMPLE, "is not JSON: "),
     ],
 )
-def test_refusals(data: bytes, why: str) -> None:
+def test_what_is_no_report_is_refused_with_the_reason(data: bytes, why: str) -> None:
     assert refusal(data).startswith(why)
 
 
@@ -167,7 +167,7 @@ def test_fields_that_have_defaults_may_be_missing() -> None:
     assert decode(json.dumps(content).encode()).title == "6.1.0-53-amd64"
 
 
-def test_files_of_before_recalculations_were_reported_can_be_read() -> None:
+def test_files_older_than_recalculations_can_be_read() -> None:
     made = EXAMPLES["recalculated, by vm"]
     content = json.loads(encode(made))
     del content["totals"]["recalculations"], content["recalculation_seconds"], content["vms"][0]["recalculations"]
@@ -177,7 +177,7 @@ def test_files_of_before_recalculations_were_reported_can_be_read() -> None:
     assert (old.totals.calls, old.filter_update_seconds) == (made.totals.calls, made.filter_update_seconds)
 
 
-def test_the_last_of_fields_with_one_name_counts() -> None:
+def test_the_last_of_duplicate_fields_counts() -> None:
     assert decode(edited(b'"label": ""', b'"label": "a", "label": "b"')).label == "b"
 
 
@@ -189,7 +189,7 @@ def test_the_last_of_fields_with_one_name_counts() -> None:
         edited(b'"label": ""', b'"label": ' + b'{"a":' * 10**5 + b"1" + b"}" * 10**5),
     ],
 )
-def test_nesting(data: bytes) -> None:
+def test_deep_nesting_is_refused(data: bytes) -> None:
     assert "too deeply" in refusal(data)
     refusal(b"[" * 10**5)
     refusal(b'{"schema":' * 10**5)
@@ -208,7 +208,7 @@ def test_nesting(data: bytes) -> None:
         b" " * SIZE_LIMIT,
     ],
 )
-def test_size(data: bytes) -> None:
+def test_an_oversized_file_is_refused(data: bytes) -> None:
     before = time.process_time()
     refusal(data)
     assert time.process_time() - before < 10
@@ -223,17 +223,17 @@ def unreadable(path: Path) -> str:
     return str(error.value).replace(str(path), "FILE")
 
 
-def test_reading(tmp_path: Path) -> None:
+def test_a_written_report_reads_back(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_bytes(EXAMPLE)
     assert read(file) == EXAMPLES["by vm"]
     file.write_bytes(b"")
     assert unreadable(file) == "FILE is empty"
     file.write_bytes(b"{}")
-    assert unreadable(file).startswith("FILE is no report of msrtrace: ")
+    assert unreadable(file).startswith("FILE is not an msrtrace report: ")
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
     assert unreadable(tmp_path) == "cannot read FILE: Is a directory"
     assert unreadable(tmp_path / "none") == "cannot read FILE: No such file or directory"
     assert unreadable(tmp_path / ("x" * 300)) == "cannot read FILE: File name too long"
@@ -243,7 +243,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     assert unreadable(Path("/dev/zero")) == "FILE is larger than any report (32 MB)"
 
 
-def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_permission_to_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -251,7 +251,7 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert unreadable(tmp_path / "a.json") == "cannot read FILE: Permission denied"
 
 
-def test_reading_a_pipe(tmp_path: Path) -> None:
+def test_a_pipe_can_be_read(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_bytes, args=(EXAMPLE,))
@@ -260,7 +260,7 @@ def test_reading_a_pipe(tmp_path: Path) -> None:
     writer.join()
 
 
-def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(EXAMPLE)))
     assert read(Path("-")) == EXAMPLES["by vm"]
     with pytest.raises(MsrtraceError, match="standard input is empty"):
@@ -284,7 +284,7 @@ def umask() -> Iterator[Callable[[int], int]]:
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0])
-def test_writing(tmp_path: Path, umask: Callable[[int], int], mask: int) -> None:
+def test_a_new_file_honours_the_umask(tmp_path: Path, umask: Callable[[int], int], mask: int) -> None:
     umask(mask)
     file = tmp_path / ("\u6f22" * 85)  # 255 bytes: there is no longer name
     check_writable(file)
@@ -317,7 +317,7 @@ def test_links_stay_links(tmp_path: Path) -> None:
     assert names(tmp_path / "there") == ["file", "other"]
 
 
-def test_readers_see_the_old_or_the_new(tmp_path: Path) -> None:
+def test_readers_see_the_old_file_or_the_new(tmp_path: Path) -> None:
     file, stop, torn = tmp_path / "a.json", threading.Event(), list[bytes]()
     write(file, OLD)
 
@@ -342,7 +342,7 @@ def test_readers_see_the_old_or_the_new(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_leaves_the_old(
+def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
 ) -> None:
     file = tmp_path / "a.json"
@@ -377,8 +377,8 @@ WRITER += "check_writable(Path(sys.argv[1])); write(Path(sys.argv[1]), b'text');
 
 @pytest.mark.parametrize("path", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
 @pytest.mark.parametrize("mode", ["pipe", "wb", "ab"])
-def test_standard_output(tmp_path: Path, path: str, mode: str) -> None:
-    """What the shell opened is written to, after what is in it, and not replaced."""
+def test_standard_output_is_appended_to(tmp_path: Path, path: str, mode: str) -> None:
+    """The file that the shell opened is appended to, not replaced."""
     command = [sys.executable, "-c", WRITER, path]
     if mode == "pipe":
         assert subprocess.run(command, capture_output=True, check=True).stdout == b"before\ntext after\n"
@@ -398,7 +398,7 @@ def unwritable(function: Callable[[Path], None], path: Path) -> str:
     return str(error.value).removeprefix(f"cannot write {path}: ")
 
 
-def test_what_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_path_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "circle").symlink_to("circle")
     for path in ("none/a.json", "file/a.json", "circle", "/proc/a.json"):
@@ -410,6 +410,6 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     assert names(tmp_path) == ["circle", "file"]
 
 
-def test_no_permission_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_permission_to_write_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everything
     assert unwritable(check_writable, Path("/dev/stdout")) == "Permission denied"

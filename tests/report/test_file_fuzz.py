@@ -48,7 +48,7 @@ anything = st.recursive(
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value within VALUE."""
+    """The path to every value inside a JSON value."""
     yield at
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield from places(inner, (*at, key))
@@ -58,7 +58,7 @@ PLACES = [place for place in places(json.loads(EXAMPLE)) if place and (place[0] 
 
 
 @given(st.lists(st.tuples(st.sampled_from(PLACES), st.one_of(anything, st.just(...))), min_size=1, max_size=3))
-def test_values_replaced(changes: list[tuple[tuple[Any, ...], Any]]) -> None:
+def test_a_report_with_replaced_values_is_read_or_refused(changes: list[tuple[tuple[Any, ...], Any]]) -> None:
     content = json.loads(EXAMPLE)
     for place, value in changes:
         at = content
@@ -75,7 +75,7 @@ def test_values_replaced(changes: list[tuple[tuple[Any, ...], Any]]) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, len(EXAMPLE) - 1), st.integers(0, 255)), min_size=1, max_size=4))
-def test_bytes_replaced(changes: list[tuple[int, int]]) -> None:
+def test_a_report_with_replaced_bytes_is_read_or_refused(changes: list[tuple[int, int]]) -> None:
     data = bytearray(EXAMPLE)
     for at, byte in changes:
         data[at] = byte
@@ -83,18 +83,18 @@ def test_bytes_replaced(changes: list[tuple[int, int]]) -> None:
 
 
 @given(st.integers(0, len(EXAMPLE) - 1), st.integers(0, len(EXAMPLE) - 1), st.binary(max_size=9))
-def test_pieces_cut_out(one: int, other: int, put: bytes) -> None:
+def test_a_report_with_a_piece_cut_out_is_read_or_refused(one: int, other: int, put: bytes) -> None:
     survives(EXAMPLE[: min(one, other)] + put + EXAMPLE[max(one, other) :])
 
 
 @given(st.binary(max_size=200))
 @example(b'{"schema":"msrtrace-report/1"')
-def test_random_bytes(data: bytes) -> None:
+def test_random_bytes_are_read_or_refused(data: bytes) -> None:
     survives(data)
 
 
 @given(anything)
-def test_any_json(value: Any) -> None:
+def test_any_json_is_read_or_refused(value: Any) -> None:
     survives(json.dumps(value).encode(errors="surrogatepass"))
 
 

@@ -29,7 +29,7 @@ UNSEEN = ["\0", "\x1b", "\x9b", "\u061c", "\u200b", "\u200f", "\u2028", "\u202e"
 
 
 def says(root: Element, document: Document) -> None:
-    """Check that the page has the words and figures of DOCUMENT, all and in their order."""
+    """Check that the page has all words and figures of the document, in order."""
     assert [e.text for e in root.all("title")[:1]] == [document.title]
     assert [e.text for e in root.all("h1")] == [document.lead]
     lines = [e.text for e in root.all("main")[0].children if isinstance(e, Element) and e.tag == "p"]
@@ -63,7 +63,7 @@ def test_any_report_becomes_a_page(made: Report) -> None:
     says(page(comparison), comparison_document(comparison))
 
 
-def test_the_verdict_has_a_sign_and_words() -> None:
+def test_the_verdict_has_an_emblem_and_words() -> None:
     moods = {name: page(REPORTS[name]).all("header")[0] for name in ("patched", "unpatched", "recalc")}
     assert [m.attributes["class"] for m in moods.values()] == ["present", "missing", "undecided"]
     assert len({m.all("path")[0].attributes["d"] for m in moods.values()}) == 3
@@ -134,7 +134,7 @@ def test_no_name_becomes_part_of_the_page(hostile: str) -> None:
         assert not any(character in root.text for character in UNSEEN)
 
 
-def test_nothing_comes_from_outside() -> None:
+def test_the_page_loads_nothing() -> None:
     for made in EITHER:
         root = page(made)
         names = {name for element in root for name in element.attributes}
@@ -194,7 +194,7 @@ def test_calls_per_cause_and_per_update_are_bars() -> None:
     proportional(updates)
 
 
-def test_unknown_redundancy_is_said_and_not_drawn() -> None:
+def test_unknown_redundancy_has_a_note_and_no_bar() -> None:
     for title in ("Calls per MSR", "Calls per cause", "Calls per filter update"):
         figure = chart(REPORTS["unknown"], title)
         assert figure
@@ -276,7 +276,7 @@ def test_a_comparison_shows_the_side_whose_redundancy_is_unknown() -> None:
     assert [text for _, _, text in found] == ["13 (11)", "? (?)"]
 
 
-def test_of_many_rows_the_table_has_the_rest() -> None:
+def test_rows_beyond_the_limit_are_only_in_the_table() -> None:
     figure = chart(many(), "Calls per MSR")
     assert figure
     assert len(figure.all("li")) == html.MOST_ROWS

@@ -60,7 +60,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The files of PAGES."""
+    """The pages, as files."""
     folder = tmp_path_factory.mktemp("pages")
     for name, made in PAGES.items():
         (folder / f"{name}.html").write_text(source(made), encoding="utf-8")
@@ -69,7 +69,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("width", [400, 1280])
 @pytest.mark.parametrize("name", PAGES)
-def test_in_a_browser_all_is_in_its_place(browser: Chromium, written: dict[str, Path], name: str, width: int) -> None:
+def test_nothing_is_misplaced_in_a_browser(browser: Chromium, written: dict[str, Path], name: str, width: int) -> None:
     browser.open(written[name], width)
     assert browser.value("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
     assert browser.value(MISPLACED) == []
@@ -79,8 +79,8 @@ def test_in_a_browser_all_is_in_its_place(browser: Chromium, written: dict[str, 
 
 
 @pytest.mark.parametrize("name", ["unpatched", "comparison"])
-def test_in_a_browser_both_themes_can_be_looked_at(browser: Chromium, written: dict[str, Path], name: str) -> None:
-    """Leaves pictures in build/collected/html, for the eye."""
+def test_both_themes_are_drawn_in_a_browser(browser: Chromium, written: dict[str, Path], name: str) -> None:
+    """Leaves screenshots in build/collected/html to look at."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     for width in (400, 1280):
         for dark in (False, True):
@@ -93,7 +93,7 @@ def test_in_a_browser_both_themes_can_be_looked_at(browser: Chromium, written: d
 
 
 @pytest.mark.parametrize("name", ["unpatched", "comparison", "many"])
-def test_on_paper_all_is_black_on_white_and_whole(browser: Chromium, written: dict[str, Path], name: str) -> None:
+def test_a_printed_page_is_black_on_white_and_complete(browser: Chromium, written: dict[str, Path], name: str) -> None:
     browser.open(written[name], 680, dark=True, media="print")  # A4 without its margins, in CSS pixels
     assert browser.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.value("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"

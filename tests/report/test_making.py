@@ -27,7 +27,6 @@ from made import (
     rows,
     times,
     toggle,
-    unpatched,
 )
 
 from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
@@ -40,7 +39,7 @@ def as_json(counted: Snapshot, **circumstances: Any) -> Any:
     return json.loads(encode(report(counted, **circumstances)))
 
 
-def test_per_filter_update() -> None:
+def test_calls_per_filter_update() -> None:
     """KERNEL.md 3."""
     expected = {
         "calls": 13,
@@ -55,14 +54,14 @@ def test_per_filter_update() -> None:
     assert as_json(toggle(patched=False))["per_filter_update"] == expected
 
 
-def test_whole_numbers_are_whole_in_the_file() -> None:
+def test_integers_have_no_decimals_in_the_file() -> None:
     assert all(type(value) is int for value in as_json(toggle())["per_filter_update"].values())
     uneven = replace(toggle(3), updates={0: times(4)})
     assert as_json(uneven)["per_filter_update"]["calls"] == 9.75
     assert [type(whole(value)) for value in (13.0, 0.0, 13.5)] == [int, int, float]
 
 
-def test_per_filter_update_where_outcomes_are_unknown() -> None:
+def test_redundant_calls_per_filter_update_are_null_where_unknown() -> None:
     each = report(toggle(exact=False)).per_filter_update
     assert each == PerUpdate(
         calls=13, redundant=None, enable=0, enable_redundant=None, disable=13, disable_redundant=None
@@ -71,11 +70,11 @@ def test_per_filter_update_where_outcomes_are_unknown() -> None:
 
 
 @pytest.mark.parametrize("change", [{"updates": {}}, {"calls_observable": False}, {"updates_observable": False}])
-def test_there_is_no_per_filter_update_without_both(change: dict[str, Any]) -> None:
+def test_calls_per_filter_update_need_calls_and_updates(change: dict[str, Any]) -> None:
     assert report(replace(toggle(), **change)).per_filter_update is None
 
 
-def test_totals() -> None:
+def test_totals_are_sums_over_the_rows() -> None:
     totals = as_json(toggle(patched=False, vcpus=2))["totals"]
     counts = {"calls": 30 * 101 + 14, "redundant": 28 * 101, "filter_updates": 101, "recalculations": None}
     assert totals == counts | {"vcpus_seen": 2}
@@ -89,7 +88,7 @@ def test_totals() -> None:
 
 
 @pytest.mark.parametrize("layout", ["recalc", "set"])
-def test_recalculations(layout: str) -> None:
+def test_recalculations_are_counted_apart_from_updates(layout: str) -> None:
     made = as_json(recalc(3, layout=layout, recalcs={0: times(7), 300: times(4)}))
     assert made["schema"] == "msrtrace-report/1"
     assert (made["totals"]["recalculations"], made["totals"]["filter_updates"]) == (11, 3)
@@ -110,14 +109,14 @@ def test_recalculations(layout: str) -> None:
         toggle(layout="filter-only", calls={}, calls_observable=False),
         replace(recalc(), updates={}, recalcs={0: times(7)}, updates_observable=False),
     ],
-    ids=["toggle", "filter-only", "told apart from nothing"],
+    ids=["toggle", "filter-only", "updates not observable"],
 )
 def test_recalculations_that_cannot_be_observed_are_null(counted: Snapshot) -> None:
     made = as_json(counted)
     assert (made["totals"]["recalculations"], made["recalculation_seconds"]) == (None, None)
 
 
-def test_rows() -> None:
+def test_rows_are_kinds_of_calls_in_order() -> None:
     row = next(
         row for row in report().calls if row.index == FS_BASE and row.cause == "filter_change" and row.access == "read"
     )
@@ -138,20 +137,20 @@ def test_rows() -> None:
     assert keys == sorted(keys)
 
 
-def test_rows_do_not_tell_vms_apart() -> None:
+def test_rows_are_sums_over_vms() -> None:
     one, other = toggle(5, pid=100), toggle(7, pid=200)
     assert report(one.after(other)).calls == report(toggle(5).after(toggle(7))).calls
     mixed = report(one.after(toggle(7, pid=200, exact=False))).calls
     assert {row.redundant for row in mixed} == {None}
 
 
-def test_more_outcomes_than_calls() -> None:
+def test_more_outcomes_than_calls_are_refused() -> None:
     data = encode(patched()).replace(b'"redundant": 101', b'"redundant": 102')
     with pytest.raises(Exception, match="more outcomes than calls"):
         decode(data)
 
 
-def test_histogram() -> None:
+def test_the_histogram_has_counts_per_bucket() -> None:
     seconds = report(toggle(101)).filter_update_seconds
     assert seconds
     assert seconds.count == 101
@@ -161,7 +160,7 @@ def test_histogram() -> None:
     assert json.loads(encode(report()))["filter_update_seconds"]["buckets"][0] == {"le": 1.28e-07, "count": 1}
 
 
-def test_host_and_circumstances() -> None:
+def test_a_report_has_the_host_and_the_command() -> None:
     started = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone(timedelta(hours=2)))
     made = report(toggle(vcpus=3), started=started, label="l", notes=["n"], exit_status=7)
     assert (made.started, made.label, made.title, made.exit_status) == ("2026-01-02T01:04:05Z", "l", "l", 7)
@@ -178,7 +177,7 @@ def test_host_and_circumstances() -> None:
     assert report().title == "6.1.0-53-amd64"
 
 
-def test_circumstances_of_a_machine(tmp_path: Path) -> None:
+def test_host_info_of_a_machine(tmp_path: Path) -> None:
     parameters = tmp_path / "sys/module/kvm_intel/parameters"
     parameters.mkdir(parents=True)
     (parameters / "nested").write_text("Y\n")
@@ -198,7 +197,7 @@ def test_circumstances_of_a_machine(tmp_path: Path) -> None:
 # --- VMs ---
 
 
-def test_vms() -> None:
+def test_a_report_by_vm_has_a_row_for_each() -> None:
     both = replace(toggle(5, pid=100).after(toggle(7, pid=200, patched=False)), by_vm=True, vms={100: "web", 200: ""})
     web, db = report(both).vms or []
     expected = Vm(pid=100, name="web", calls=72, redundant=55, filter_updates=5, filter_update_seconds_sum=5 * 6e-6)
@@ -206,13 +205,13 @@ def test_vms() -> None:
     assert (db.pid, db.name, db.calls, db.redundant, db.filter_updates) == (200, "", 217, 196, 7)
 
 
-def test_recalculations_of_vms() -> None:
+def test_rows_of_vms_have_recalculations() -> None:
     counted = replace(recalc(), updates={100: times(3)}, recalcs={0: times(1), 200: times(2)}, by_vm=True)
     assert [(vm.pid, vm.recalculations) for vm in report(counted).vms or []] == [(0, 1), (100, 0), (200, 2)]
     assert [vm.recalculations for vm in report(toggle(5, pid=100)).vms or []] == [None]
 
 
-def test_vms_whose_counts_are_unknown() -> None:
+def test_unknown_counts_of_vms_are_null() -> None:
     (vm,) = report(toggle(5, pid=100, exact=False)).vms or []
     assert (vm.calls, vm.redundant) == (72, None)
     (vm,) = report(replace(toggle(5, pid=100), calls_observable=False, calls={})).vms or []
@@ -221,8 +220,8 @@ def test_vms_whose_counts_are_unknown() -> None:
     assert (vm.calls, vm.filter_updates, vm.filter_update_seconds_sum) == (72, None, 0.0)
 
 
-def test_vms_that_did_nothing_while_it_was_traced() -> None:
-    """They are in the snapshot if they did something before."""
+def test_idle_vms_are_left_out() -> None:
+    """They are in the snapshot if they were active before."""
     assert report(Snapshot("toggle", by_vm=True, vms={300: "idle"})).vms == []
     assert report(Snapshot("toggle", vms={300: "idle"})).vms is None
 
@@ -239,14 +238,14 @@ def test_vms_that_did_nothing_while_it_was_traced() -> None:
         ({"unpaired_returns": 4}, {"unpaired_returns": 4}),
         ({"read_failures": 5}, {"read_failures": 5}),
         ({"open_calls": 2}, {"open_calls": 2}),
-        ({"reattached": 1}, {"reattachments": 1}),
+        ({"module_unloads": 1}, {"module_unloads": 1}),
         ({"uncounted": ("calls of a livepatch",)}, {"uncounted": ["calls of a livepatch"]}),
     ],
 )
-def test_losses(change: dict[str, Any], loss: dict[str, Any]) -> None:
+def test_every_loss_makes_a_lower_bound(change: dict[str, Any], loss: dict[str, Any]) -> None:
     made = as_json(replace(toggle(), **change))
     nothing = {"dropped_updates": {}, "probe_missed": {}, "unpaired_returns": 0, "read_failures": 0}
-    nothing |= {"open_calls": 0, "reattachments": 0, "not_probed": [], "uncounted": []}
+    nothing |= {"open_calls": 0, "module_unloads": 0, "not_probed": [], "uncounted": []}
     assert (made["loss"], made["lower_bound"]) == (nothing | loss, True)
     whole = as_json(toggle())
     assert (whole["loss"], whole["lower_bound"]) == (nothing, False)
@@ -278,7 +277,7 @@ def test_a_call_that_names_both_bits_counts_for_each() -> None:
 
 
 @given(st.lists(rows(), max_size=12))
-def test_bits_agree_with_rows(found: list[CallRow]) -> None:
+def test_sums_over_bits_agree_with_rows(found: list[CallRow]) -> None:
     sums: Counter[tuple[int, str]] = Counter()
     unchanged: Counter[tuple[int, str]] = Counter()
     unknown = set()
@@ -299,7 +298,7 @@ def test_bits_agree_with_rows(found: list[CallRow]) -> None:
 
 @st.composite
 def single(draw: st.DrawFn) -> tuple[Call, Outcome]:
-    """A call that names one bit, and what became of it."""
+    """A call that names one bit, and its outcome."""
     access, calls = draw(st.sampled_from(["read", "write"])), draw(st.integers(0, 10**6))
     index, action = draw(st.sampled_from([TSC, FS_BASE])), draw(st.sampled_from(["enable", "disable"]))
     return Call(index, access, action, "filter_change", HOOK), outcome(calls, draw(st.integers(0, calls)), access)
@@ -323,7 +322,7 @@ def test_text_from_elsewhere_is_made_printable() -> None:
     assert decode(encode(made)) == made
 
 
-def test_commands_of_any_length() -> None:
+def test_a_long_command_is_cut() -> None:
     made = report(command=["x"] * 10_000)
     assert decode(encode(made)) == made
 
@@ -333,6 +332,7 @@ def test_all_reports_can_be_read(made: Any) -> None:
     assert decode(encode(made)) == made
 
 
-def test_durations_of_nothing() -> None:
-    assert report(Snapshot("toggle", updates={0: Durations()})).filter_update_seconds is not None
-    assert unpatched().filter_update_seconds == patched().filter_update_seconds
+def test_no_updates_took_no_time() -> None:
+    made = report(Snapshot("toggle", updates={0: Durations()})).filter_update_seconds
+    assert made is not None
+    assert (made.count, made.sum, {bucket.count for bucket in made.buckets}) == (0, 0.0, {0})

@@ -28,7 +28,7 @@ from tracer.report.report_view import quantile, report_document
 # --- figures ---
 
 
-def test_figures() -> None:
+def test_figures_as_text() -> None:
     assert [number(value) for value in (0, 1234567, None)] == ["0", "1,234,567", "?"]
     figures = (Fraction(13), Fraction(27, 2), 0.125, 1e6, None)
     assert [rate(value) for value in figures] == ["13", "13.50", "0.12", "1,000,000", "?"]
@@ -54,11 +54,11 @@ def test_figures() -> None:
         (1e12, "1,000,000,000,000 s"),
     ],
 )
-def test_durations(seconds: float | None, text: str) -> None:
+def test_durations_have_three_digits_and_a_unit(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_quantiles() -> None:
+def test_quantiles_are_bucket_bounds() -> None:
     def bucket(le: float | None, count: int) -> Bucket:
         return Bucket(le=le, count=count)
 
@@ -78,7 +78,7 @@ def test_the_first_line_is_the_verdict() -> None:
     assert report_document(report(Snapshot("toggle"))).text().startswith("patch undecided: too little seen")
 
 
-def test_text() -> None:
+def test_the_text_of_a_report() -> None:
     lines = report_document(unpatched()).text().splitlines()
     assert lines[1] == "30 calls per filter update, 28 of them redundant (17 enables, 13 disables)"
     assert lines[2] == "101 filter updates, 3,037 calls, 2,828 of them redundant, 1 vCPU of 1 VMM seen, in 2.5 s"
@@ -90,12 +90,12 @@ def test_text() -> None:
     assert not [line for line in lines if line != line.rstrip()]
 
 
-def test_a_lower_bound_is_said_first() -> None:
+def test_a_lower_bound_comes_first() -> None:
     lines = report_document(report(toggle(maps=(Map("calls", 9, 9, 3),)))).text().splitlines()
     assert lines[1] == "LOWER BOUND, the true counts may be higher: 3 updates of map calls dropped"
 
 
-def test_what_cannot_be_observed_is_said_and_is_not_0() -> None:
+def test_what_cannot_be_observed_is_not_shown_as_0() -> None:
     counted = Snapshot("filter-only", updates={0: times(7)}, calls_observable=False)
     text = report_document(report(counted)).text()
     assert "7 filter updates, calls not observable" in text
@@ -111,7 +111,7 @@ def test_what_cannot_be_observed_is_said_and_is_not_0() -> None:
     assert "Calls per MSR\n  none were made\n" in text
 
 
-def test_recalculations() -> None:
+def test_the_text_of_recalculations() -> None:
     text = report_document(report(recalculated())).text()
     assert text.splitlines()[3] == (
         "7 recalculations for other reasons than a new filter, 8 calls each, 1 of them redundant"
@@ -128,28 +128,28 @@ def test_recalculations() -> None:
     assert "### Recalculation times\n" in markdown
 
 
-def test_recalculations_that_cannot_be_observed_are_not_spoken_of() -> None:
+def test_recalculations_that_cannot_be_observed_are_not_mentioned() -> None:
     for counted in (toggle(), recalculated(updates={}, updates_observable=False)):
         assert "ecalculation" not in report_document(report(counted)).text()
 
 
-def test_recalculations_of_vms() -> None:
+def test_the_table_of_vms_has_recalculations() -> None:
     counted = recalculated(updates={100: times(3)}, recalcs={0: times(1), 100: times(2)}, by_vm=True, vms={100: "web"})
     cells = [re.split(r"  +", line.strip()) for line in report_document(report(counted)).text().splitlines()]
     assert ["VM", "pid", "filter updates", "mean", "recalculations", "calls", "redundant"] in cells
     assert ["web", "100", "3", "6 µs", "2", "0", "0"] in cells
 
 
-def test_vms() -> None:
+def test_the_table_of_vms() -> None:
     both = toggle(5, pid=100).after(toggle(7, pid=200)).after(toggle(3))
     made = report_document(report(replace(both, by_vm=True, vms={100: "web", 200: ""}))).text()
     cells = [re.split(r"  +", line.strip()) for line in made.splitlines()]
     assert ["web", "100", "5", "6 µs", "72", "55"] in cells
     assert ["(ended before it could be named)", "200", "7", "6 µs", "98", "77"] in cells
-    assert ["(not told apart)", "0", "3", "6 µs", "46", "33"] in cells
+    assert ["(no known VM)", "0", "3", "6 µs", "46", "33"] in cells
 
 
-def test_notes_and_status() -> None:
+def test_notes_and_the_exit_status_are_shown() -> None:
     text = report_document(patched(notes=["n one", "n two"], exit_status=7)).text()
     assert "Notes\n  n one\n  n two\n" in text
     assert "  which ended with status 7\n" in text
@@ -158,7 +158,7 @@ def test_notes_and_status() -> None:
 # --- a comparison ---
 
 
-def test_json_of_a_comparison() -> None:
+def test_the_json_of_a_comparison() -> None:
     found = json.loads(comparison_json(compare([unpatched()], [patched()])))
     assert (found["schema"], found["unit"], found["forced"], found["warnings"]) == (
         "msrtrace-comparison/1",
@@ -190,18 +190,18 @@ Linux 6.1.0-53-amd64 under
   enable calls              17        0  -100.0%
   disable calls             13       13     0.0%
 
-Touched by unpatched alone: IA32_TSC W, IA32_SPEC_CTRL RW, IA32_PRED_CMD
-RW, IA32_XFD RW, IA32_XFD_ERR RW, CORE_C3_RESIDENCY RW, CORE_C6_RESIDENCY
-RW, CORE_C7_RESIDENCY RW, CORE_C1_RES RW.
+Touched by unpatched only: IA32_TSC W, IA32_SPEC_CTRL RW, IA32_PRED_CMD RW,
+IA32_XFD RW, IA32_XFD_ERR RW, CORE_C3_RESIDENCY RW, CORE_C6_RESIDENCY RW,
+CORE_C7_RESIDENCY RW, CORE_C1_RES RW.
 """
 
 
-def test_changelog() -> None:
+def test_the_changelog_of_a_comparison() -> None:
     assert changelog(compare([unpatched()], [patched()])) == CHANGELOG
 
 
-def test_the_kernels_of_a_changelog_are_told_apart() -> None:
-    """Debian's names have 20 characters."""
+def test_a_changelog_names_both_kernels() -> None:
+    """Debian's kernel names have 20 characters."""
     base, new = (report(host=replace(HOST, kernel=f"6.12.{n}+deb13-amd64")) for n in (116, 117))
     assert re.search(
         r"^ +6\.12\.116\+deb13-amd64 +6\.12\.117\+deb13-amd64 +change$", changelog(compare([base], [new])), re.M
@@ -238,7 +238,7 @@ def narrow(text: str, plain: bool = True) -> None:
 # --- hostile text ---
 
 
-def test_printable() -> None:
+def test_printable_escapes_and_cuts() -> None:
     assert printable("a b|\u6f22\u00e9") == "a b|\u6f22\u00e9"
     shown = printable("\x1b[31m\n\r\t\0\x7f\x9b\u202e\u2028\ud800\ufeff\U000e0001")
     assert shown == r"\x1b[31m\n\r\t\x00\x7f\x9b\u202e\u2028\ud800\ufeff\U000e0001"
@@ -248,7 +248,7 @@ def test_printable() -> None:
 
 
 @given(st.text(), st.integers(4, 50))
-def test_everything_is_made_printable(text: str, limit: int) -> None:
+def test_any_text_becomes_printable(text: str, limit: int) -> None:
     shown = printable(text, limit)
     assert shown.isprintable()
     assert len(shown) <= limit
@@ -257,7 +257,7 @@ def test_everything_is_made_printable(text: str, limit: int) -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_everywhere(text: str) -> None:
+def test_hostile_text_is_escaped_everywhere(text: str) -> None:
     host = replace(HOST, kernel=text, version=text, cpu=text, module_parameters={text: text})
     counted = toggle(pid=100, vms={100: text}, maps=(Map(text, 9, 9, 3),), layout="toggle", backend=text)
     harmless(views(report(counted, host, label=text, command=[text, text], notes=[text], version=text), patched()))
@@ -265,12 +265,12 @@ def test_hostile_text_everywhere(text: str) -> None:
 
 @settings(max_examples=60)
 @given(any_reports, any_reports)
-def test_hostile_reports(one: Report, other: Report) -> None:
+def test_hostile_reports_cannot_control_a_terminal(one: Report, other: Report) -> None:
     harmless(views(one, other))
 
 
 def harmless(shown: dict[str, str]) -> None:
-    """No character of SHOWN does anything to a terminal; the lines are those that the views make."""
+    """Check that no character controls a terminal, and that all line breaks are the view's own."""
     for form, text in shown.items():
         bad = {c for c in text if not c.isprintable() and c != "\n"}
         assert not bad, form
@@ -279,7 +279,7 @@ def harmless(shown: dict[str, str]) -> None:
 
 
 def tables_are_tables(markdown: str) -> None:
-    """Every row has as many cells as the row of dashes has, as GitHub counts them."""
+    """Whether every row has as many cells as the row of dashes, by GitHub's rules."""
     columns = 0
     for line in markdown.split("\n"):
         cells = len(re.findall(r"(?<!\\)(?:\\\\)*\|", line))
@@ -292,7 +292,7 @@ def tables_are_tables(markdown: str) -> None:
         columns = cells
 
 
-def test_markdown() -> None:
+def test_markdown_is_escaped() -> None:
     table = Table(("a|b", "n"), (("`x`|\\", "1"), ("y", "2")))
     text = Document(
         "t", "lead *", ("line _",), (Section("S #", ("- <b>",), table), Section("empty", table=Table((), ())))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Made-up fleets as a Prometheus stores them, and servers that have stored them."""
+"""Synthetic fleets as a Prometheus stores them, and servers for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tracer.report.report import Report
 
 Samples = dict[float, float]
 Stored = dict[str, list[tuple[dict[str, str], Samples]]]
-#: What a server answers to a form and headers: a status and a body.
+#: A server's answer (status and body) to a form and headers.
 Answer = Callable[[dict[str, str], dict[str, str]], tuple[int, bytes]]
 
 CALLS = "msrtrace_intercept_calls_total"
@@ -29,7 +29,7 @@ DISABLED = (("0x10", "read"), *((hex(0x174 + i), access) for i in range(6) for a
 
 @contextmanager
 def serving(answer: Answer) -> Iterator[str]:
-    """A server at a URL, which is yielded."""
+    """Serve answers; yields the URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -53,12 +53,12 @@ def serving(answer: Answer) -> Iterator[str]:
 
 
 def success(data: object) -> tuple[int, bytes]:
-    """A good answer with DATA."""
+    """A successful answer with that data."""
     return 200, json.dumps({"status": "success", "data": data}).encode()
 
 
 def fleet_reports(stored: Stored, now: float, *selectors: str, window: int = 3600) -> list[Report]:
-    """The reports of the hosts in STORED that SELECTORS match (none: all)."""
+    """The reports on the stored hosts that the selectors match (none: all)."""
     with serving(storing(stored, now)) as url:
         return reports(Prometheus(url), selectors or [""], window, now)
 
@@ -72,7 +72,7 @@ def counted(stored: Stored, now: float, *selectors: str, window: int = 3600) -> 
 
 
 def storing(stored: Stored, now: float, asked: list[str] | None = None) -> Answer:
-    """A Prometheus that has STORED that. A selector is `label="value", ...`; one that is no such pair matches all."""
+    """A Prometheus with these series. A selector is `label="value", ...`; without any such pair it matches all."""
 
     def answer(form: dict[str, str], headers: dict[str, str]) -> tuple[int, bytes]:
         query = form["query"]
@@ -91,7 +91,7 @@ def storing(stored: Stored, now: float, asked: list[str] | None = None) -> Answe
 
 
 def matches(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Whether LABELS are the WANTED ones; one that they lack is empty."""
+    """Whether labels have the wanted values; a missing label is empty."""
     return all(labels.get(name, "") == value for name, value in wanted.items())
 
 
@@ -105,9 +105,10 @@ def host(
     start: float | None = 5.0,
     info: Mapping[str, str] | None = None,
 ) -> Stored:
-    """A host that made UPDATES filter updates from the first of SCRAPES to the last, of 13 disables and ENABLES each.
+    """A host that made filter updates between the first scrape and the last, each of 13 disables and some enables.
 
-    Its counters have BEFORE at the first; START is when msrtrace started there, None: not stored.
+    :param before: the value of its counters at the first scrape
+    :param start: when msrtrace started there; None: not stored
     """
 
     def grown(total: float) -> Samples:
@@ -134,7 +135,7 @@ def host(
 
 
 def only(stored: Stored, first: float, last: float) -> Stored:
-    """The samples of STORED from FIRST to LAST."""
+    """The samples from `first` to `last`, both included."""
     return {
         name: [(labels, {t: v for t, v in samples.items() if first <= t <= last}) for labels, samples in series]
         for name, series in stored.items()
@@ -142,18 +143,18 @@ def only(stored: Stored, first: float, last: float) -> Stored:
 
 
 def labelled(stored: Stored, **labels: str) -> Stored:
-    """STORED with more LABELS."""
+    """The series with additional labels."""
     return {name: [({**old, **labels}, samples) for old, samples in series] for name, series in stored.items()}
 
 
-def together(*hosts: Stored) -> Stored:
-    """One server's store of all HOSTS."""
+def merged(*hosts: Stored) -> Stored:
+    """The series of all hosts on one server."""
     names = {name for one in hosts for name in one}
     return {name: [series for one in hosts for series in one.get(name, [])] for name in names}
 
 
 def relabelled(stored: Stored, since: float, changed: Mapping[str, str | None]) -> Stored:
-    """STORED with the labels CHANGED (None: removed) in the samples from SINCE on."""
+    """The series with labels changed (None: removed) in the samples from `since` on."""
 
     def labels_after(labels: dict[str, str]) -> dict[str, str]:
         return {name: value for name, value in {**labels, **changed}.items() if value is not None}
@@ -169,7 +170,7 @@ def relabelled(stored: Stored, since: float, changed: Mapping[str, str | None]) 
 
 
 def lines(stored: Stored, milliseconds: bool) -> Iterable[str]:
-    """STORED in the text format: samples with timestamps, in MILLISECONDS or in seconds (as OpenMetrics has them)."""
+    """The series in the text format, with timestamps in milliseconds, or in seconds as in OpenMetrics."""
     for name, series in sorted(stored.items()):
         yield f"# TYPE {name.removesuffix('_total')} {'counter' if name.endswith('_total') else 'gauge'}"
         for labels, samples in series:
@@ -179,10 +180,10 @@ def lines(stored: Stored, milliseconds: bool) -> Iterable[str]:
 
 
 def openmetrics(stored: Stored) -> str:
-    """STORED as `promtool tsdb create-blocks-from openmetrics` reads it."""
+    """The series for `promtool tsdb create-blocks-from openmetrics`."""
     return "\n".join([*lines(stored, milliseconds=False), "# EOF\n"])
 
 
 def exposition(stored: Stored) -> str:
-    """STORED as VictoriaMetrics' /api/v1/import/prometheus reads it."""
+    """The series for VictoriaMetrics' /api/v1/import/prometheus."""
     return "\n".join([*lines(stored, milliseconds=True), ""])

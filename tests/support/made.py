@@ -107,7 +107,7 @@ def recalculated(recalculations: int = 7, *, exact: bool = True, **changes: Any)
     return replace(replace(made, calls=calls, recalcs=recalcs, redundancy=redundancy), **changes)
 
 
-def report(counted: Snapshot | None = None, host: HostInfo = HOST, **circumstances: Any) -> Report:
+def report(counted: Snapshot | None = None, host: HostInfo = HOST, **details: Any) -> Report:
     """The report on what was COUNTED, in 2.5 seconds."""
     given: dict[str, Any] = {
         "started": STARTED,
@@ -116,15 +116,15 @@ def report(counted: Snapshot | None = None, host: HostInfo = HOST, **circumstanc
         "command": WORKLOAD,
         "exit_status": 0,
     }
-    return make(counted or toggle(), host, **(given | circumstances))
+    return make(counted or toggle(), host, **(given | details))
 
 
-def patched(**circumstances: Any) -> Report:
-    return report(toggle(), label="patched", **circumstances)
+def patched(**details: Any) -> Report:
+    return report(toggle(), label="patched", **details)
 
 
-def unpatched(**circumstances: Any) -> Report:
-    return report(toggle(patched=False), label="unpatched", **circumstances)
+def unpatched(**details: Any) -> Report:
+    return report(toggle(patched=False), label="unpatched", **details)
 
 
 def views(one: Report, other: Report | None = None) -> dict[str, str]:
@@ -212,7 +212,7 @@ losses = st.builds(
     probe_missed=by_name,
     unpaired_returns=counts,
     read_failures=counts,
-    reattachments=counts,
+    module_unloads=counts,
     not_probed=st.lists(names, max_size=2),
 )
 vms = st.builds(

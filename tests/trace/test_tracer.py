@@ -239,7 +239,7 @@ def test_reload(kernel: Kernel) -> None:
     kernel.call(times=3)
     kernel.lose()
     snapshot = tracer.snapshot()
-    assert (counts(snapshot), losses(snapshot), snapshot.reattached) == ({0: 10}, (3,) * 5, 1)
+    assert (counts(snapshot), losses(snapshot), snapshot.module_unloads) == ({0: 10}, (3,) * 5, 1)
     assert snapshot.calls == {TSC: Outcome(10, 0, 10, 0, 0)}
     assert snapshot.updates == {0: Durations(10, 2.5, (10, *[0] * 24))}
     assert [probe.attached for probe in snapshot.probes] == [True, False]
@@ -251,7 +251,7 @@ def test_every_reload_is_counted(kernel: Kernel) -> None:
     for _ in range(3):
         kernel.reload()
         kernel.tracer.follow()
-        seen.append(kernel.tracer.snapshot().reattached)
+        seen.append(kernel.tracer.snapshot().module_unloads)
     assert seen == [1, 2, 3]
 
 
@@ -307,7 +307,7 @@ def test_a_module_that_cannot_be_traced_is_tried_again(kernel: Kernel, functions
     kernel.refusal = ""
     assert tracer.follow() == ModuleChange("kvm_intel", traced=True)
     kernel.call(times=3)
-    assert (counts(tracer.snapshot()), tracer.snapshot().reattached) == ({0: 10}, 1)
+    assert (counts(tracer.snapshot()), tracer.snapshot().module_unloads) == ({0: 10}, 1)
     tracer.close()
     assert all(engine.closed for engine in kernel.engines)
 
@@ -441,11 +441,11 @@ def test_the_end_of_a_vm_loses_no_other_count(by_vm: Kernel) -> None:
     by_vm.tracer.follow()
     by_vm.call(100, 1)
     before = by_vm.tracer.snapshot()
-    assert (losses(before), before.reattached) == ((3,) * 5, 1)
+    assert (losses(before), before.module_unloads) == ((3,) * 5, 1)
     by_vm.end(100)
     by_vm.tracer.snapshot()
     after = by_vm.tracer.snapshot()
-    assert (losses(after), after.reattached, counts(after)) == ((3,) * 5, 1, {0: 8})
+    assert (losses(after), after.module_unloads, counts(after)) == ((3,) * 5, 1, {0: 8})
 
 
 def test_what_a_vm_did_while_its_end_was_being_noticed_is_not_lost(
@@ -623,7 +623,7 @@ class Life(RuleBasedStateMachine):
         assert counts(snapshot) == {pid: n for pid, n in self.calls.items() if n}
         assert snapshot.vms == {pid: name for pid, name in self.alive.items() if self.calls[pid]}
         assert losses(snapshot) == (self.lost,) * 5
-        assert snapshot.reattached == self.unloads
+        assert snapshot.module_unloads == self.unloads
         assert self.kernel.tracer.attached is (self.traced is not None)
         assert [engine.closed for engine in self.kernel.engines[:-1]] == [True] * (len(self.kernel.engines) - 1)
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line: one file a command."""
+"""The command line, with one file for each command."""

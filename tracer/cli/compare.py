@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`msrtrace compare`: Put two reports (JSON) side by side: what a filter update costs with each, and what NEW
-saves.
-"""
+"""`msrtrace compare`: Compare two reports (JSON): what a filter update costs in each, and what NEW saves."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tracer.cli.output import check_outputs, deliver, output_options
-from tracer.report.compare import compare as put_together
+from tracer.report.compare import compare as compare_reports
 from tracer.report.file import read
 from tracer.report.formats import OF_COMPARISONS, write_comparison
 
@@ -25,20 +23,20 @@ class _Sides(click.Command):
     """A command whose --base and --new take every file up to the next option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """ARGS, with the option repeated before each of its values."""
-        spread: list[str] = []
+        """Parse the arguments after repeating --base and --new before each of their values."""
+        repeated: list[str] = []
         option = ""
         for argument in args:
             if argument in ("--base", "--new"):
                 option = argument
-                spread.append(option)
+                repeated.append(option)
                 continue
             if argument.startswith("-") and argument != "-":
                 option = ""
-            if option and spread[-1] != option:
-                spread.append(option)
-            spread.append(argument)
-        return super().parse_args(ctx, spread)
+            if option and repeated[-1] != option:
+                repeated.append(option)
+            repeated.append(argument)
+        return super().parse_args(ctx, repeated)
 
 
 @click.command(cls=_Sides)
@@ -47,11 +45,11 @@ class _Sides(click.Command):
 @click.option(
     "--prometheus",
     metavar="URL",
-    help="Compare what this Prometheus stored of many hosts; --base and --new are then label selectors.",
+    help="Compare many hosts by what this Prometheus stored; --base and --new are then label selectors.",
 )
 @click.option("--since", metavar="DURATION", help="How far back to look there, such as 15m or 2d.  [default: 1h]")
 @output_options(OF_COMPARISONS, "; changelog: 75 columns, for a commit message.")
-@click.option("--force", is_flag=True, help="Compare what should not be compared; the result says why.")
+@click.option("--force", is_flag=True, help="Compare even what should not be compared; the result says why.")
 @click.argument("files", nargs=-1, metavar="[BASE NEW]")
 def compare(  # noqa: PLR0917 (click passes them by name)
     base: tuple[str, ...],
@@ -63,13 +61,13 @@ def compare(  # noqa: PLR0917 (click passes them by name)
     force: bool,
     files: tuple[str, ...],
 ) -> None:
-    """Put two reports (JSON) side by side: what a filter update costs with each, and what NEW saves.
+    """Compare two reports (JSON): what a filter update costs in each, and what NEW saves.
 
-    With several files a side, `--base a1.json a2.json --new b1.json b2.json`, counts must agree in all repeats,
-    and times get a median and an interval. Reports that cannot be compared are refused with exit status 3.
+    With several files per side, `--base a1.json a2.json --new b1.json b2.json`, counts must agree in all repeats,
+    and times have a median and a confidence interval. Reports that cannot be compared are refused with exit status 3.
 
-    `compare --prometheus URL --base 'patch="unpatched"' --new 'patch="patched"'` takes a report of each host that a
-    selector matches from what Prometheus stored.
+    `compare --prometheus URL --base 'patch="unpatched"' --new 'patch="patched"'` compares the hosts that match the
+    selectors, by what Prometheus stored.
     """
     if files and (base or new):
         raise click.UsageError("give either BASE and NEW, or --base FILE... and --new FILE...")
@@ -86,15 +84,15 @@ def compare(  # noqa: PLR0917 (click passes them by name)
     check_outputs(outputs, fmt)
     if prometheus:
         fleet, titles = _stored(prometheus, base, new, since or "1h"), (", ".join(base), ", ".join(new))
-        comparison = put_together(*fleet.sides, force=force, titles=titles)
+        comparison = compare_reports(*fleet.sides, force=force, titles=titles)
         comparison = replace(comparison, warnings=(*fleet.warnings, *comparison.warnings))
     else:
-        comparison = put_together(*([read(Path(name)) for name in names] for names in (base, new)), force=force)
+        comparison = compare_reports(*([read(Path(name)) for name in names] for names in (base, new)), force=force)
     deliver(lambda name: write_comparison(comparison, name), fmt, outputs)
 
 
 def _stored(url: str, base: Sequence[str], new: Sequence[str], since: str) -> Fleet:
-    """The reports of the hosts that the selectors BASE and NEW match."""
+    """The reports on the hosts that the selectors match, from Prometheus."""
     from tracer.report.fleet.fleet import Prometheus, compared, seconds
 
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How the commands speak to the user."""
+"""Messages of the commands to the user."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import click
 
 
 def say(line: str) -> None:
-    """Tell what goes on, on standard output."""
+    """Print a message to standard output."""
     click.echo(f"msrtrace: {line}")
     sys.stdout.flush()
 
 
 def warn(line: str) -> None:
-    """Tell what is not as it should be, on standard error."""
+    """Print a warning to standard error."""
     click.echo(f"msrtrace: warning: {line}", err=True)
 
 

@@ -20,28 +20,28 @@ _COMMAND = re.compile(r'"""`msrtrace (\w+)`: (.+?)(?:\n\n|""")', re.DOTALL)
 
 @cache
 def commands() -> dict[str, str]:
-    """What each command does, as its help begins, by name: the modules here whose docstrings say that they are one."""
+    """The commands by name, with the first line of their help: every module here whose docstring declares one."""
     heads = (path.read_text()[:1000] for path in sorted(Path(__file__).parent.glob("*.py")))
     found = (_COMMAND.search(head) for head in heads)
     return {match[1]: " ".join(match[2].split()) for match in found if match}
 
 
 class _Commands(click.Group):
-    """The commands, none of which pays for the imports of another; the list of them pays for none."""
+    """The commands. Each is imported only when it is used, and none for the list of commands."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """All names, in the order in which they are shown."""
+        """The names, in the order in which they are shown."""
         return list(commands())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name, if there is one."""
+        """The command of that name, or None."""
         if cmd_name not in commands():
             return None
         command: click.Command = getattr(import_module(f"tracer.cli.{cmd_name}"), cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of the commands."""
+        """Write the list of commands."""
         with formatter.section("Commands"):
             formatter.write_dl(list(commands().items()))
 

@@ -13,20 +13,20 @@ from tracer.model.options import BACKENDS, Options
 
 _OPTIONS = (
     click.option("--by-vm", is_flag=True, help="Break down by VM: its name, and the process id of its VMM."),
-    click.option("--pid", type=click.IntRange(min=1), help="Trace the VMM with this process id alone."),
+    click.option("--pid", type=click.IntRange(min=1), help="Trace only the VMM with this process id."),
     click.option(
         "--backend",
         type=click.Choice(["auto", *sorted(BACKENDS)]),
         default="auto",
         show_default=True,
-        help="How functions are probed; auto: by fentry, which is cheaper, where the kernel can. While fentry is "
-        "in use KVM's module cannot be unloaded.",
+        help="How to probe functions; auto: by fentry, which is cheaper, where the kernel supports it. While fentry is "
+        "in use, KVM's module cannot be unloaded.",
     ),
 )
 
 
 def tracing_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The options --by-vm, --pid and --backend; FUNCTION gets them as `options`."""
+    """Decorate a command with --by-vm, --pid and --backend, which it gets as `options`."""
 
     @wraps(function)
     def with_options(by_vm: bool, pid: int | None, backend: str, **others: Any) -> None:

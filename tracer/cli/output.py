@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where the commands write what they made: the options -o and --format, and files in the format that they say."""
+"""The output of the commands: the options -o and --format, and writing in the chosen formats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tracer.report.formats import DEFAULT, SUFFIXES, format_of
 
 
 def output_options(formats: list[str], note: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options -o/--output and --format (one of FORMATS) of a command, which gets `outputs` and `fmt`."""
+    """Decorate a command with -o/--output and --format (one of `formats`), which it gets as `outputs` and `fmt`."""
 
     def with_options(function: Callable[..., None]) -> Callable[..., None]:
         fmt = click.option("--format", "fmt", type=click.Choice(formats), help=f"[default: {DEFAULT}]{note}")
@@ -24,7 +24,7 @@ def output_options(formats: list[str], note: str = "") -> Callable[[Callable[...
             "outputs",
             multiple=True,
             type=click.Path(dir_okay=False, path_type=Path),
-            help=f"Write to this file, at once when all is known; its suffix ({', '.join(SUFFIXES)}) says the format. "
+            help=f"Write to this file, atomically at the end; its suffix ({', '.join(SUFFIXES)}) selects the format. "
             "May be given several times.",
         )
         return output(fmt(function))
@@ -33,22 +33,24 @@ def output_options(formats: list[str], note: str = "") -> Callable[[Callable[...
 
 
 def check_outputs(outputs: tuple[Path, ...], fmt: str | None) -> None:
-    """Say before any work is done that its result could not be written, or not in the format that a name asks for."""
+    """Fail before any work is done if its result could not be written, or a suffix is not that of a format."""
     for output in outputs:
         if str(output) == "-":
             continue
         if fmt is None and format_of(output) is None:
             known = ", ".join(SUFFIXES)
-            raise click.UsageError(f"-o {output}: no format is called {output.suffix} ({known}); --format chooses one")
+            raise click.UsageError(f"-o {output}: no format has the suffix {output.suffix} ({known}); set --format")
         check_writable(output)
 
 
 def deliver(
-    made: Callable[[str], bytes], fmt: str | None, outputs: tuple[Path, ...], *, to_stderr: bool = False
+    render: Callable[[str], bytes], fmt: str | None, outputs: tuple[Path, ...], *, to_stderr: bool = False
 ) -> None:
-    """Write what MADE gives for a format to each of OUTPUTS; if none, to standard output, or error if TO_STDERR.
+    """Write the result to each of `outputs`; if there are none, to standard output or standard error.
 
-    A file that cannot be written is reported when all others are; its content is printed, lest it be lost.
+    A file that cannot be written is reported after all others are; its content is printed, so that it is not lost.
+
+    :param render: returns the result in a format, given by name
     """
 
     def show(text: bytes, to_stderr: bool) -> None:
@@ -61,10 +63,10 @@ def deliver(
             raise MsrtraceError(f"cannot write to standard {where}: {error.strerror}") from None
 
     if not outputs:
-        show(made(fmt or DEFAULT), to_stderr)
+        show(render(fmt or DEFAULT), to_stderr)
     failure = None
     for output in outputs:
-        text = made(fmt or format_of(output) or DEFAULT)
+        text = render(fmt or format_of(output) or DEFAULT)
         if str(output) == "-":
             show(text, to_stderr=False)
             continue

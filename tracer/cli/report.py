@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`msrtrace report`: Trace for a time, until Ctrl-C, or while COMMAND runs; then report what was counted."""
+"""`msrtrace report`: Trace for a time, until Ctrl-C, or while COMMAND runs; then report the counts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -18,16 +17,15 @@ from tracer.cli.session import ready_machine, tracing
 from tracer.model.options import Options
 from tracer.report.formats import OF_REPORTS, write_report
 
-if TYPE_CHECKING:
-    pass
-
 _LONGEST_SECONDS = 366 * 86400.0
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option("-d", "--duration", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Trace so long.")
+@click.option(
+    "-d", "--duration", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="How long to trace."
+)
 @output_options(OF_REPORTS)
-@click.option("--label", default="", help="What to call this side in comparisons, such as `patched`.")
+@click.option("--label", default="", help="The name of this report in comparisons, such as `patched`.")
 @tracing_options
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def report(  # noqa: PLR0917 (click passes them by name)
@@ -38,14 +36,14 @@ def report(  # noqa: PLR0917 (click passes them by name)
     options: Options,
     command: tuple[str, ...],
 ) -> None:
-    """Trace for a time, until Ctrl-C, or while COMMAND runs; then report what was counted.
+    """Trace for a time, until Ctrl-C, or while COMMAND runs; then report the counts.
 
-    The exit status is COMMAND's. Its output is left alone: the report of a COMMAND goes to standard error, unless -o
-    says otherwise (`-o -`: standard output).
+    The exit status is that of COMMAND. So that its output is not mixed with the report, that goes to standard error,
+    unless -o is given (`-o -`: standard output).
     """
     if duration is not None and command:
-        raise click.UsageError("-d and COMMAND exclude each other: a COMMAND is traced as long as it runs")
-    if duration is not None and not duration <= _LONGEST_SECONDS:  # not a number, too
+        raise click.UsageError("give either -d or COMMAND: a COMMAND is traced until it ends")
+    if duration is not None and not duration <= _LONGEST_SECONDS:  # also if it is NaN
         raise click.UsageError(f"-d {duration:g}: at most {_LONGEST_SECONDS:g} seconds")
     check_outputs(outputs, fmt)
     machine = ready_machine(options)
@@ -79,7 +77,7 @@ def report(  # noqa: PLR0917 (click passes them by name)
 
 @contextmanager
 def _progress(duration: float | None, command: bool) -> Iterator[Callable[[float], None]]:
-    """Show on a terminal how far a trace is; the value is told the seconds that have passed."""
+    """Show the progress of a trace on a terminal; yields a function to call with the seconds that have passed."""
     if command or not sys.stderr.isatty():
         yield lambda _: None
     elif duration is None:

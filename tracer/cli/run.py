@@ -22,7 +22,7 @@ DEFAULT_ADDRESS = "127.0.0.1:9753"
 
 
 class Address(click.ParamType[tuple[str, int]]):
-    """HOST:PORT or [IPv6]:PORT; an empty host is every address of the machine."""
+    """HOST:PORT or [IPv6]:PORT; an empty host means every address of the machine."""
 
     name = "address"
 
@@ -53,7 +53,7 @@ class Address(click.ParamType[tuple[str, int]]):
     "--web.tls-client-ca-file",
     "ca",
     type=click.Path(dir_okay=False),
-    help="Ask clients for a certificate by this CA.",
+    help="Require client certificates by this CA.",
 )
 @tracing_options
 @click.option("--wait-module", is_flag=True, help="Wait until KVM's module for this CPU is loaded.")
@@ -84,21 +84,21 @@ def run(  # noqa: PLR0917 (click passes them by name)
         say(f"waiting for {machine.vendor.module} to be loaded")
         if not wait_for_module(stop):
             return
-    # Before the work of attaching, so that an address that is taken is said at once.
+    # Bind before attaching, so that an address in use is reported at once.
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    server = Server(registry, address, cert=cert, key=key, ca=ca, complain=warn)
+    server = Server(registry, address, cert=cert, key=key, ca=ca, on_error=warn)
     with tracing(machine, options) as tracer:
-        _give_up_rights(attaches_again=tracer.backend == "kprobe")  # fentry holds the module
+        _drop_capabilities(attaches_again=tracer.backend == "kprobe")  # fentry holds the module
         _show_probes(tracer)
-        registry.register(SnapshotCollector(tracer.snapshot, version(), complain=warn))
+        registry.register(SnapshotCollector(tracer.snapshot, version(), on_error=warn))
         server.start()
         say(f"serving {server.url}")
         while not stop.wait(FOLLOW_SECONDS):
             _follow(tracer)
 
 
-def _give_up_rights(attaches_again: bool) -> None:
+def _drop_capabilities(attaches_again: bool) -> None:
     from tracer.trace.capabilities import keep_needed
 
     try:
@@ -116,7 +116,7 @@ def _show_probes(tracer: Tracer) -> None:
 
 
 def _follow(tracer: Tracer) -> None:
-    """Follow a reload of the module, and say so."""
+    """Follow a reload of the module, and report it."""
     change = tracer.follow()
     if change is None:
         return

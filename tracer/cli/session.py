@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How a trace begins and ends, for every command that traces: run, report and top."""
+"""Starting and ending a trace, for all commands that trace: run, report and top."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> Machine:
-    """This machine, if it can be traced with OPTIONS. Raises MsrtraceError, which says what to do, if it cannot."""
+    """This machine. Raises MsrtraceError, which says what to do, if it cannot be traced with these options."""
     machine = Machine.here()
     check_pid(options.pid)
     problem = obstacle(machine, ignore=(MODULE, SYMBOLS) if module_may_be_missing else ())
@@ -31,7 +31,7 @@ def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> M
 
 
 def check_pid(pid: int | None) -> None:
-    """Raise MsrtraceError unless PID is a process: BPF programs see those, and not their threads' ids."""
+    """Raise MsrtraceError unless the pid is that of a process: BPF programs do not compare ids of threads."""
     if pid is None:
         return
     try:
@@ -44,14 +44,14 @@ def check_pid(pid: int | None) -> None:
 
 
 def module_is_loaded() -> bool:
-    """Whether there is a module to trace now."""
+    """Whether a module that can be traced is loaded."""
     from tracer.trace.tracer import loaded_module
 
     return loaded_module() is not None
 
 
 def wait_for_module(stop: threading.Event) -> bool:
-    """Wait until a module that can be traced is loaded; False if STOP came first."""
+    """Wait until a module that can be traced is loaded; False if `stop` was set first."""
     while not module_is_loaded():
         if stop.wait(FOLLOW_SECONDS):
             return False
@@ -60,9 +60,10 @@ def wait_for_module(stop: threading.Event) -> bool:
 
 @contextmanager
 def tracing(machine: Machine, options: Options, *, keep_gone: bool = False) -> Iterator[Tracer]:
-    """A trace of MACHINE, whose probes are in place, and gone at the end. KEEP_GONE: as Tracer has it.
+    """A context with a tracer that is attached, and detached at the end.
 
-    Raises MsrtraceError where nothing can be counted.
+    :param keep_gone: see Tracer
+    :raises MsrtraceError: if it cannot be attached
     """
     from tracer.trace.engine import Engine
     from tracer.trace.tracer import Tracer

@@ -43,18 +43,18 @@ _NO_COLOR = re.compile(r"vt\d")
     default=1.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long an interval is.",
+    help="The length of an interval.",
 )
-@click.option("-n", "--iterations", type=click.IntRange(min=1), metavar="N", help="End after N intervals.")
+@click.option("-n", "--iterations", type=click.IntRange(min=1), metavar="N", help="Stop after N intervals.")
 @tracing_options
 @click.option("--sort", type=click.Choice(_SORTS), default="calls", show_default=True, help="The order of the rows.")
 def top(delay: float, iterations: int | None, options: Options, sort: str) -> None:
     """Show live which MSR intercepts KVM updates, why, and how many of the calls change nothing.
 
-    In a terminal `?` shows the keys, and q quits. Elsewhere, and where TERM=dumb, each interval is printed after the
-    one before, until Ctrl-C or -n. NO_COLOR is respected.
+    In a terminal, `?` shows the keys and q quits. Elsewhere, and with TERM=dumb, the intervals are printed one after
+    another, until Ctrl-C or -n. NO_COLOR is respected.
     """
-    if not delay <= _LONGEST_DELAY:  # not a number
+    if not delay <= _LONGEST_DELAY:  # NaN
         raise click.UsageError("-d: give a number of seconds")
 
     from tracer.live.terminal import Screen, Signals
@@ -81,7 +81,7 @@ def top(delay: float, iterations: int | None, options: Options, sort: str) -> No
 
 
 def look(width: int, height: int | None, environment: Mapping[str, str], encoding: str) -> Look:
-    """What a terminal of WIDTH and HEIGHT shows, or (no HEIGHT) a pipe, under this ENVIRONMENT and output ENCODING."""
+    """What a terminal, or (without a height) a pipe, can show with this environment and output encoding."""
     from tracer.live.view import Look
 
     term = environment.get("TERM", "")
@@ -98,16 +98,16 @@ def look(width: int, height: int | None, environment: Mapping[str, str], encodin
 
 
 def environment() -> Mapping[str, str]:
-    """Of this process, but with the locale that it was started with.
+    """The environment of this process, but with its original locale.
 
-    Python sets LC_CTYPE to UTF-8 where the locale is "C" (PEP 538), which does not make a terminal show it; bytes of
-    it may even be control characters there.
+    Python sets LC_CTYPE to UTF-8 if the locale is "C" (PEP 538), but the terminal may not support it: bytes of it may
+    even be control characters there.
     """
     try:
-        begun = Path("/proc/self/environ").read_bytes().decode(errors="replace").split("\0")
+        initial = Path("/proc/self/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return os.environ
-    locale = dict(pair.split("=", 1) for pair in begun if pair.startswith(("LC_CTYPE=", "LC_ALL=", "LANG=")))
+    locale = dict(pair.split("=", 1) for pair in initial if pair.startswith(("LC_CTYPE=", "LC_ALL=", "LANG=")))
     return {**{name: value for name, value in os.environ.items() if name != "LC_CTYPE"}, **locale}
 
 
@@ -118,7 +118,7 @@ def host() -> str:
 
 
 def _ticks(sampler: Sampler, signals: Signals, delay: float, iterations: int | None) -> Iterator[float | None]:
-    """How many seconds to wait before asking again, or None when an interval has passed; ends with the last one."""
+    """Yields how many seconds to wait, or None when an interval has passed; ends with the last interval."""
     due = time.monotonic() + delay
     passed = 0
     while not signals.ended:
@@ -132,25 +132,25 @@ def _ticks(sampler: Sampler, signals: Signals, delay: float, iterations: int | N
         passed += 1
         if passed == iterations:
             return
-        # Where reading takes longer than the interval, there still is a rest for others.
+        # If reading takes longer than the interval, still leave a pause.
         due = max(due + delay, time.monotonic() + delay / 2)
 
 
 def _print(sampler: Sampler, signals: Signals, view: View, delay: float, iterations: int | None) -> None:
-    """Frames one after another."""
+    """Print frames one after another."""
     from tracer.live.view import lines
 
     for wait in _ticks(sampler, signals, delay, iterations):
         if wait is None:
-            how = look(shutil.get_terminal_size().columns, None, environment(), sys.stdout.encoding)
-            click.echo("\n".join([*lines(sampler.sample, view, how, host()), ""]))
+            terminal = look(shutil.get_terminal_size().columns, None, environment(), sys.stdout.encoding)
+            click.echo("\n".join([*lines(sampler.sample, view, terminal, host()), ""]))
             sys.stdout.flush()
         else:
             signals.wait(wait)
 
 
 class _Live:
-    """A screen that shows what SAMPLER gives, in the way that keys ask for."""
+    """A screen with the newest sample, controlled by keys."""
 
     def __init__(self, sampler: Sampler, screen: Screen, view: View) -> None:
         self._sampler, self._screen, self._view = sampler, screen, view
@@ -158,7 +158,7 @@ class _Live:
         self._environment, self._host = environment(), host()
 
     def run(self, signals: Signals, delay: float, iterations: int | None) -> None:
-        """Until a signal, `q`, or the end of the terminal."""
+        """Run until a signal, `q`, or the terminal is closed."""
         try:
             self._draw()
             for wait in _ticks(self._sampler, signals, delay, iterations):
@@ -202,5 +202,5 @@ class _Live:
         from tracer.live.view import lines
 
         size = self._screen.size()
-        how = look(size.columns, size.lines, self._environment, sys.stdout.encoding)
-        self._screen.draw(lines(self._shown, self._view, how, self._host))
+        terminal = look(size.columns, size.lines, self._environment, sys.stdout.encoding)
+        self._screen.draw(lines(self._shown, self._view, terminal, self._host))

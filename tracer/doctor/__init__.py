@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a machine needs for tracing, and how to get what is missing."""
+"""Checks of what tracing needs, with the fix for what is missing."""

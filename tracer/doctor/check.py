@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a check of a machine finds."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 class State(enum.Enum):
-    """How a check ended: FAILED prevents tracing, WARNING costs a part of the result."""
+    """The state of a requirement: FAILED prevents tracing, WARNING makes its results incomplete."""
 
     OK = "ok"
     WARNING = "warning"
@@ -26,5 +26,5 @@ class Check:
     fix: str | None = None
 
 
-#: What a check finds: its state, detail and fix.
+#: The result of a check: state, detail and fix.
 Found = tuple[State, str, str | None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What msrtrace needs of a machine: found or not, and the exact step that fixes it."""
+"""Every requirement of tracing: met or not, and the exact step that fixes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tracer.doctor.check import Check, Found, State
 from tracer.kernel.machine import Machine, search
 
 MODULE, SYMBOLS = "module", "symbols"
-#: In the order in which they are fixed. MODULE is shown under the name of the vendor's module.
+#: In the order in which to fix them. MODULE is shown under the name of the vendor's module.
 _CHECKS: dict[str, Callable[[Machine], Found]] = {
     "cpu": host.check_cpu,
     MODULE: host.check_module,
@@ -30,20 +30,23 @@ _CHECKS: dict[str, Callable[[Machine], Found]] = {
 
 def examine(machine: Machine) -> list[Check]:
     """Every check, in the order in which a user would fix them. Never raises."""
-    return list(_checked(replace(machine)))  # a copy: what it keeps of what it has read is for this examination alone
+    return list(_checked(replace(machine)))  # a copy, so that what it caches is not reused
 
 
 def obstacle(machine: Machine, ignore: Collection[str] = ()) -> str | None:
-    """What prevents tracing first, as one line "what is wrong: what to do", or None. IGNORE names checks to skip.
+    """The first thing that prevents tracing, as one line "what is wrong: what to do", or None.
 
-    MACHINE keeps the symbols that were read, which takes 0.1 s, for the tracing that comes next. BTF prevents nothing.
+    The machine caches its symbols, which take 0.1 s to read, for the trace to come. BTF is not checked: it prevents
+    nothing.
+
+    :param ignore: names of checks to skip
     """
     failed = (check for check in _checked(machine, ("btf", *ignore)) if check.state is State.FAILED)
     return next((f"{check.detail}: {check.fix}" for check in failed), None)
 
 
 def explain_eperm(machine: Machine) -> str:
-    """Why the kernel probably said EPERM, which BCC calls "Need super-user privileges", to root too: one line."""
+    """The probable reason for EPERM, which BCC reports as "Need super-user privileges" even to root: one line."""
     checks = {check.name: check for check in _checked(replace(machine), ("btf", "bcc"))}
     for check in (checks["lockdown"], checks["capabilities"], checks["perf-event-paranoid"]):
         if check.state in (State.FAILED, State.WARNING):
@@ -62,6 +65,6 @@ def _checked(machine: Machine, ignore: Collection[str] = ()) -> Iterator[Check]:
         except OSError as error:
             state, fix = State.UNKNOWN, f"{machine.command} doctor" if machine.euid else None
             detail = f"cannot read {error.filename}: {error.strerror}"
-        except Exception as error:  # whatever a strange machine holds, the other checks still count
-            state, detail, fix = State.UNKNOWN, f"cannot be told: {error}", None
+        except Exception as error:  # whatever is odd on this machine, run the other checks
+            state, detail, fix = State.UNKNOWN, f"cannot be checked: {error}", None
         yield Check(machine.vendor.module_name if name == MODULE else name, state, " ".join(detail.split()), fix)

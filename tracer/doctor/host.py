@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Checks of the CPU, the kernel and its KVM. Sources of facts are Linux 5.10 to 7.2, cited at each check."""
+"""Checks of the CPU, the kernel and KVM. Facts are from the sources of Linux 5.10 to 7.2, cited at each check."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tracer.kernel.machine import Machine
 
 
 def check_cpu(machine: Machine) -> Found:
-    """By its flag: Zhaoxin has Intel's, too, and feat_ctl.c drops it where the firmware has locked VMX away."""
+    """By its flag: Zhaoxin CPUs have Intel's, too, and feat_ctl.c clears it where the firmware has disabled VMX."""
     cpu, vendor = machine.cpu, machine.vendor
     model = cpu.model or cpu.maker or "this CPU"
     if vendor.cpu_flag in cpu.flags:
         return State.OK, f"{model} has {vendor.cpu_feature}", None
     if not cpu.maker or cpu.maker in ("AuthenticAMD", "HygonGenuine"):
-        why = "has AMD's SVM, whose code in KVM has no such functions" if cpu.maker else "is no x86 CPU"
+        why = "has AMD's SVM, for which KVM has other code" if cpu.maker else "is not an x86 CPU"
         return State.FAILED, f"{model} {why}; msrtrace traces Intel VMX", "run msrtrace on a host with an Intel CPU"
     if "hypervisor" in cpu.flags:
         given = f"give the VM a CPU with {vendor.cpu_flag} (QEMU: -cpu host)"
@@ -27,14 +27,14 @@ def check_cpu(machine: Machine) -> Found:
 
 
 def check_module(machine: Machine) -> Found:
-    """The vendor's module of KVM: loaded, loadable, built in or missing."""
+    """KVM's module for the vendor: loaded, loadable, built in or missing."""
     vendor, module = machine.vendor, machine.vendor.module
     if machine.at(f"/sys/module/{module}").exists():
         values = ((name, machine.text(f"/sys/module/{module}/parameters/{name}", "")) for name in vendor.parameters)
         return State.OK, " ".join(["loaded", *(f"{name}={value}" for name, value in values if value)]), None
     modules = f"/lib/modules/{machine.release}"
-    untold = machine.at("/proc/modules").exists() and not machine.at(modules).exists()  # in a container
-    if untold or f"/{vendor.module_file}" in machine.text(f"{modules}/modules.dep", ""):
+    unlisted = machine.at("/proc/modules").exists() and not machine.at(modules).exists()  # in a container
+    if unlisted or f"/{vendor.module_file}" in machine.text(f"{modules}/modules.dep", ""):
         return State.FAILED, f"{module} is not loaded", f"sudo modprobe {module}"
     if f"/{vendor.module_file}" in machine.text(f"{modules}/modules.builtin", ""):
         fix = f"see why: sudo dmesg | grep -i -e kvm -e {vendor.name}"
@@ -44,14 +44,14 @@ def check_module(machine: Machine) -> Found:
 
 
 def check_symbols(machine: Machine) -> Found:
-    """The functions to probe, and whether their addresses are seen."""
+    """The functions to probe, and whether their addresses are visible."""
     symbols, layout, vendor = machine.symbols, choose(machine.symbols), machine.vendor
     known = list(dict.fromkeys(f for one in vendor.layouts for f in one.functions))
     if layout is None:
         if not machine.at(f"/sys/module/{vendor.module}").exists():
             detail = f"its functions can be looked up once {vendor.module} is loaded"
             return State.UNKNOWN, detail, f"fix {vendor.module_name} first"
-        fix = "boot a kernel from 5.10 on; if it is one, report the output of: grep -i intercept /proc/kallsyms"
+        fix = "boot Linux 5.10 or newer; if this is one, report the output of: grep -i intercept /proc/kallsyms"
         return State.FAILED, f"kernel {machine.release} has none of {', '.join(known)} in /proc/kallsyms", fix
     wanted = layout.functions
     probed = [s.name for f in wanted for s in symbols.find(f)[:1]]
@@ -62,27 +62,27 @@ def check_symbols(machine: Machine) -> Found:
         detail += f"; not probed: {', '.join(unused)}"
     if not layout.calls:
         detail += "; calls per MSR are not observable in this kernel, only filter updates and their time"
-        return State.WARNING, detail, "boot a kernel from 5.13 on to see the calls"
+        return State.WARNING, detail, "boot Linux 5.13 or newer to count calls"
     if missing := [f for f in wanted if not symbols.find(f)]:
         detail += f"; not found, so what they do is not counted: {', '.join(missing)}"
         return State.WARNING, detail, f"report the output of: grep -E '{'|'.join(missing)}' /proc/kallsyms"
     hidden = not any(symbol.address for symbol in symbols.functions)
     if hidden and not machine.missing:
-        # kernel/ksyms_common.c: kptr_restrict 2 hides addresses from everybody, 0 and 1 ask for CAP_SYSLOG
+        # kernel/ksyms_common.c: kptr_restrict 2 hides addresses from everybody, 0 and 1 require CAP_SYSLOG
         everybody = machine.text("/proc/sys/kernel/kptr_restrict", "") == "2"
-        fix = "sudo sysctl -w kernel.kptr_restrict=1" if everybody else "give it CAP_SYSLOG (--cap-add SYSLOG)"
+        fix = "sudo sysctl -w kernel.kptr_restrict=1" if everybody else "grant CAP_SYSLOG (--cap-add SYSLOG)"
         return State.WARNING, f"{detail}; their addresses are hidden, so causes are unknown", fix
-    return State.OK, detail + ("; this user may not see their addresses, and need not" if hidden else ""), None
+    return State.OK, detail + ("; their addresses are hidden from this user" if hidden else ""), None
 
 
 def check_livepatch(machine: Machine) -> Found:
-    """What other modules hold of those functions."""
+    """Livepatches and other modules that have copies of those functions."""
     detail, fix = describe(machine.symbols)
     return State.WARNING if fix else State.OK, detail, fix
 
 
 def check_btf(machine: Machine) -> Found:
-    """The types that say where a vCPU's bitmap is."""
+    """The types that locate the MSR bitmap of a vCPU."""
     layout = choose(machine.symbols)
     if layout is None:
         return State.UNKNOWN, "its types can be looked up once its functions are found", "fix symbols first"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What `msrtrace doctor` prints."""
+"""The output of `msrtrace doctor`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCHEMA = "msrtrace-doctor/1"
 
 
 def as_text(checks: Sequence[Check], color: bool = False) -> str:
-    """CHECKS as lines for a terminal, every fix below what it is for."""
+    """The checks as lines for a terminal, each fix below its check."""
     colors = {State.OK: "32", State.WARNING: "33", State.FAILED: "1;31", State.UNKNOWN: "36"}
     width = max((len(check.name) for check in checks), default=0)
     lines = []
@@ -32,7 +32,7 @@ def as_text(checks: Sequence[Check], color: bool = False) -> str:
 
 
 def as_json(checks: Sequence[Check], machine: Machine) -> str:
-    """CHECKS as a JSON document whose fields and order stay within one major version of SCHEMA."""
+    """The checks as JSON, with the same fields in the same order within a major version of SCHEMA."""
     layout = None
     with suppress(MsrtraceError, ValueError):
         layout = choose(replace(machine).symbols)

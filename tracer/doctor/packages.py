@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which package of which distribution has what is missing."""
+"""The distributions' packages for what may be missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGES = {
 
 
 def distribution(machine: Machine) -> str:
-    """The key of _PACKAGES that fits /etc/os-release, or ""."""
+    """The key of _PACKAGES that matches /etc/os-release, or ""."""
     release = machine.text("/etc/os-release", "").replace("opensuse", "suse")
     ids = f"{search(r'^ID=(.*)', release)} {search(r'^ID_LIKE=(.*)', release)}"
     return next((name for name in re.findall(r"\w+", ids) if name in _PACKAGES), "")

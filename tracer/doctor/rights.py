@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Checks of what this process may do. Sources of facts are Linux 5.10 to 7.2, cited at each check."""
+"""Checks of what this process is permitted to do. Facts are from the sources of Linux 5.10 to 7.2, cited at each."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ def check_lockdown(machine: Machine) -> Found:
     path, asked = "/sys/kernel/security/lockdown", search(r"\blockdown=(\w+)", machine.text("/proc/cmdline", ""))
     if not machine.at(path).exists():
         if not asked:
-            return State.OK, "none that can be seen (securityfs is not mounted, or the kernel has no lockdown)", None
+            return State.OK, "none found (securityfs is not mounted, or the kernel has no lockdown)", None
         fix = "sudo mount -t securityfs securityfs /sys/kernel/security"
         return State.UNKNOWN, f"the kernel command line has lockdown={asked}, but there is no {path}", fix
     level = search(r"\[(\w+)\]", machine.text(path))
     if level not in ("none", "integrity", "confidentiality"):
-        return State.UNKNOWN, f"{path} names no level that is known", None
+        return State.UNKNOWN, f"{path} has an unknown level", None
     if level != "confidentiality":
-        return State.OK, level + (", which leaves kprobes and BPF alone" if level == "integrity" else ""), None
+        return State.OK, level + (", which permits kprobes and BPF" if level == "integrity" else ""), None
     where = "the kernel command line" if asked == level else f"what writes it to {path}, or from the kernel's config"
     fix = f"remove lockdown=confidentiality from {where}, and reboot"
-    return State.FAILED, "the kernel is locked down (confidentiality), which forbids kprobes even to root", fix
+    return State.FAILED, "the kernel is locked down (confidentiality), which forbids kprobes even for root", fix
 
 
 def check_capabilities(machine: Machine) -> Found:
-    """Those of the initial user namespace, which bpf() and perf_event_open() ask for."""
+    """Those in the initial user namespace, which bpf() and perf_event_open() require."""
     if machine.missing and machine.euid:
         return State.FAILED, f"not root, and without {machine.missing}", f"{machine.command} run"
     if machine.missing:
         fix = "docker run --cap-add BPF --cap-add PERFMON --cap-add SYSLOG (systemd: CapabilityBoundingSet=)"
         return State.FAILED, f"root, but without {machine.missing} (a container's or a service's bounds)", fix
     if machine.text("/proc/self/uid_map", "0 0 4294967295").split() != ["0", "0", "4294967295"]:
-        detail = "root of a user namespace alone (a rootless container), which may not trace"
+        detail = "root only in a user namespace (a rootless container), which may not trace"
         return State.FAILED, detail, "as root of the host: sudo msrtrace run"
     return State.OK, "CAP_SYS_ADMIN" if machine.capable(SYS_ADMIN) else "CAP_BPF and CAP_PERFMON", None
 
 
 def check_perf_event_paranoid(machine: Machine) -> Found:
-    """Upstream asks for CAP_PERFMON alone; Debian and Ubuntu patch kernel/events/core.c (perf_paranoid_any)."""
+    """Upstream requires only CAP_PERFMON; Debian and Ubuntu patch kernel/events/core.c (perf_paranoid_any)."""
     level = int(machine.text("/proc/sys/kernel/perf_event_paranoid"))
     if level <= 2 or machine.missing or machine.capable(SYS_ADMIN):
-        return State.OK, f"{level}, which does not concern root", None
+        return State.OK, f"{level}, which does not affect root", None
     state = State.FAILED if distribution(machine) == "debian" else State.WARNING
-    detail = f"perf_event_paranoid is {level}: above 2, Debian's and Ubuntu's kernels ask for CAP_SYS_ADMIN too"
+    detail = f"perf_event_paranoid is {level}: above 2, Debian's and Ubuntu's kernels require CAP_SYS_ADMIN, too"
     return state, detail, "sudo sysctl -w kernel.perf_event_paranoid=2"
 
 
 def check_bpf(machine: Machine) -> Found:
-    """The bpf system call, told by its sysctl, and perf's PMU of kprobes, through which probes are attached."""
+    """The bpf system call, by its sysctl, and perf's kprobe PMU, through which probes are attached."""
     sysctl, pmu = "/proc/sys/kernel/unprivileged_bpf_disabled", "/sys/bus/event_source/devices/kprobe"
     for path, what in {sysctl: "BPF (CONFIG_BPF_SYSCALL)", pmu: "kprobes (CONFIG_KPROBE_EVENTS)"}.items():
         if not machine.at(path).exists():
@@ -59,7 +59,7 @@ def check_bpf(machine: Machine) -> Found:
 
 
 def check_tracefs(machine: Machine) -> Found:
-    """What silences attached probes (kernel/kprobes.c, kernel/trace/ftrace.c), and tracefs, which is not needed."""
+    """What disables attached probes (kernel/kprobes.c, kernel/trace/ftrace.c), and tracefs, which is optional."""
     if machine.text("/proc/sys/kernel/ftrace_enabled", "1") == "0":
         return State.FAILED, "ftrace_enabled is 0: probes never fire", "sudo sysctl -w kernel.ftrace_enabled=1"
     armed = machine.text(switch := "/sys/kernel/debug/kprobes/enabled", "")  # lockdown closes it even to root
@@ -67,5 +67,5 @@ def check_tracefs(machine: Machine) -> Found:
         return State.FAILED, "kprobes are disarmed: probes never fire", f"echo 1 | sudo tee {switch}"
     if where := search(r"^\S+ (\S+) tracefs ", machine.text("/proc/self/mounts", "")):
         return State.OK, f"mounted at {where}" + ("" if armed else f"; {switch} cannot be read here"), None
-    detail = "tracefs is not mounted; msrtrace does without, but its probes cannot be looked at"
+    detail = "tracefs is not mounted; msrtrace does not need it, but its probes cannot be listed"
     return State.WARNING, detail, "sudo mount -t tracefs tracefs /sys/kernel/tracing"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Checks of what compiles the BPF program: BCC, and headers. BCC is looked for but not imported: that loads LLVM."""
+"""Checks of what compiles the BPF program: BCC and kernel headers. BCC is found without an import, which loads LLVM."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from tracer.kernel.machine import Machine, search
 
 
 def check_headers(machine: Machine) -> Found:
-    """Where BCC looks (src/cc/frontends/clang/loader.cc), the kernel's own copy (CONFIG_IKHEADERS) included."""
+    """Where BCC looks (src/cc/frontends/clang/loader.cc), including the kernel's own copy (CONFIG_IKHEADERS)."""
     modules, override = f"/lib/modules/{machine.release}", machine.environ.get("BCC_KERNEL_SOURCE")
     build = override or f"{modules}/build"
-    # Debian and SUSE split the tree: what is common is in source, what was configured in build.
+    # Debian and SUSE split the tree: common headers are in source, generated ones in build.
     split = not override and machine.at(build).is_dir() and machine.at(f"{modules}/source").is_dir()
     common = f"{modules}/source/include/linux/kconfig.h" if split else f"{build}/include/linux/kconfig.h"
-    lacking = [f for f in (common, f"{build}/include/generated/autoconf.h") if not machine.at(f).is_file()]
-    if not lacking:
+    missing = [f for f in (common, f"{build}/include/generated/autoconf.h") if not machine.at(f).is_file()]
+    if not missing:
         return State.OK, build, None
     copy, module = "/sys/kernel/kheaders.tar.xz", "/kheaders.ko" in machine.text(f"{modules}/modules.dep", "")
-    if common in lacking and (module or machine.at(copy).exists()):
+    if common in missing and (module or machine.at(copy).exists()):
         return State.OK, f"the kernel's own copy, {copy}, which BCC unpacks", None
     if override:
-        return State.FAILED, f"BCC_KERNEL_SOURCE is set, but there is no {lacking[0]}", "unset BCC_KERNEL_SOURCE"
-    detail = f"no headers of kernel {machine.release}, which BCC needs to compile: {lacking[0]} does not exist"
+        return State.FAILED, f"BCC_KERNEL_SOURCE is set, but there is no {missing[0]}", "unset BCC_KERNEL_SOURCE"
+    detail = f"no headers of kernel {machine.release}, which BCC needs to compile: {missing[0]} does not exist"
     if machine.at("/.dockerenv").exists() or machine.at("/run/.containerenv").exists():
-        detail += " (in a container, the host's will do: -v /lib/modules:/lib/modules:ro -v /usr/src:/usr/src:ro)"
-    otherwise = f"install the headers of kernel {machine.release}, or set BCC_KERNEL_SOURCE to them"
-    return State.FAILED, detail, install_command(machine, 0) or otherwise
+        detail += " (in a container, mount the host's: -v /lib/modules:/lib/modules:ro -v /usr/src:/usr/src:ro)"
+    generic = f"install the headers of kernel {machine.release}, or set BCC_KERNEL_SOURCE to them"
+    return State.FAILED, detail, install_command(machine, 0) or generic
 
 
 def check_bcc(machine: Machine) -> Found:
-    """BCC's Python module, for the Python that runs this, and its library."""
+    """BCC's Python module, for the running Python, and its library."""
     install = install_command(machine, 1) or "install BCC's Python module with the system's package manager"
     spec = PathFinder.find_spec("bcc", list(machine.python_path))
     if spec is None or spec.origin is None:
         if not any(machine.at("/usr/lib").glob("python3*/*-packages/bcc")):
-            return State.FAILED, "BCC is not installed (and PyPI's bcc is something else)", install
-        detail = f"BCC is installed for /usr/bin/python3, but {machine.python} does not see it"
+            return State.FAILED, "BCC is not installed (PyPI's bcc is an unrelated package)", install
+        detail = f"BCC is installed for /usr/bin/python3, but {machine.python} does not find it"
         venv = f"/usr/bin/python3 -m venv --clear --system-site-packages {machine.venv or 'msrtrace-venv'}"
         return State.FAILED, detail, f"{venv}, then install msrtrace there"
     origin = Path(spec.origin)
@@ -53,7 +53,7 @@ def check_bcc(machine: Machine) -> Found:
         return State.FAILED, detail, f"{machine.python} -m pip uninstall bcc && {install}"
     version = search(r"__version__ = '([^']+)'", (package / "version.py").read_text())
     library, cache = search(r'CDLL\("([^"/]+)"', (package / "libbcc.py").read_text()), machine.at("/etc/ld.so.cache")
-    # The dynamic linker lists every library it knows by name; musl has no such list.
+    # The dynamic linker lists every library that it knows by name; musl has no such list.
     if cache.exists() and library.encode() not in cache.read_bytes() and "LD_LIBRARY_PATH" not in machine.environ:
         detail = f"BCC {version} is in {package}, but its library {library} is missing"
         return State.FAILED, detail, install_command(machine, 2) or install

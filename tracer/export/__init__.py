@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Metrics for Prometheus, and the server that serves them."""
+"""Metrics for Prometheus, and the server for them."""

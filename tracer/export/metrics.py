@@ -31,17 +31,17 @@ _BOUNDS = (*(f"{bound:.9g}" for bound in DURATION_BOUNDS), "+Inf")
 
 
 class SnapshotCollector(Collector):
-    """Gives the metrics of what TAKE returns at each scrape, all of them made anew: nothing goes stale."""
+    """Collects the metrics of a fresh snapshot at each scrape, so nothing goes stale."""
 
     def __init__(
         self,
         take: Callable[[], Snapshot],
         version: str,
         kernel: str | None = None,
-        complain: Callable[[str], None] = lambda _: None,
+        on_error: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """TAKE gives the counts; COMPLAIN gets a line for each time that it could not."""
-        self._complain = complain
+        """Collect from `take`; each of its failures is passed to `on_error` as one line."""
+        self._on_error = on_error
         self._take, self._version, self._kernel = take, version, kernel or os.uname().release
         self._lock = threading.Lock()
         self._last: Snapshot | None = None
@@ -49,36 +49,36 @@ class SnapshotCollector(Collector):
         self._failures = 0
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: a registration must not read the kernel."""
+        """Nothing: registering must not read the kernel."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The families of one scrape. Scrapes at once are each of one snapshot."""
+        """The families of one scrape, all from one snapshot, also if scrapes are concurrent."""
         started = time.perf_counter()
         snapshot, failures = self._newest()
         if snapshot:
             sets = LabelSets(self._known)
             yield from self._info(snapshot)
-            for together in (False, True) if snapshot.by_vm else (False,):
-                yield from _calls(snapshot, sets, together)
-                yield from _updates(snapshot, sets, together)
+            for all_vms in (False, True) if snapshot.by_vm else (False,):
+                yield from _calls(snapshot, sets, all_vms)
+                yield from _updates(snapshot, sets, all_vms)
             yield from _recalculations(snapshot, sets)
             self._known = sets.now
             yield from _health(snapshot)
         yield CounterMetricFamily(
-            "msrtrace_scrape_failures", "Scrapes that show older counts: reading failed.", value=failures
+            "msrtrace_scrape_failures", "Scrapes that show older counts, because reading failed.", value=failures
         )
         spent = time.perf_counter() - started
-        yield GaugeMetricFamily("msrtrace_scrape_duration_seconds", "Time it took to read the counts.", value=spent)
+        yield GaugeMetricFamily("msrtrace_scrape_duration_seconds", "Time that reading the counts took.", value=spent)
 
     def _newest(self) -> tuple[Snapshot | None, int]:
-        """What is counted now, or, when that cannot be read, what was known; and how often it could not."""
+        """The newest snapshot, which is an older one if reading failed; and how often reading has failed."""
         with self._lock:
             try:
                 self._last = self._take()
-            except Exception as error:  # must not fail the scrape
+            except Exception as error:  # the scrape must not fail
                 self._failures += 1
-                self._complain(f"a scrape shows older counts: {type(error).__name__}: {error}")
+                self._on_error(f"a scrape shows older counts: {type(error).__name__}: {error}")
             return self._last, self._failures
 
     def _info(self, snapshot: Snapshot) -> Iterator[Metric]:
@@ -94,65 +94,65 @@ class SnapshotCollector(Collector):
         yield info
 
 
-def _vms(snapshot: Snapshot, together: bool) -> Mapping[int, tuple[str, ...]]:
-    """By pid the values of the VM labels, if any; VMs that are gone have no series."""
-    if snapshot.by_vm and not together:
+def _vms(snapshot: Snapshot, all_vms: bool) -> Mapping[int, tuple[str, ...]]:
+    """The values of the VM labels, if any, by pid; VMs that are gone have no series."""
+    if snapshot.by_vm and not all_vms:
         return {pid: (name, str(pid)) for pid, name in snapshot.vms.items()}
     return dict.fromkeys(snapshot.pids, ())
 
 
-def _calls(snapshot: Snapshot, sets: LabelSets, together: bool) -> Iterator[Metric]:
-    """Calls, by VM if VMs are told apart; TOGETHER: those of all VMs, and of the ones that are gone."""
+def _calls(snapshot: Snapshot, sets: LabelSets, all_vms: bool) -> Iterator[Metric]:
+    """Calls, with --by-vm by VM; `all_vms`: summed over all VMs, including those that are gone."""
     if not snapshot.calls_observable:
         return
-    vms = _vms(snapshot, together)
+    vms = _vms(snapshot, all_vms)
     sums: dict[tuple[int, str, str, str], dict[tuple[str, ...], tuple[int, int | None]]] = defaultdict(dict)
     for call, outcome in snapshot.calls.items():
         vm = vms.get(call.pid)
         if vm is not None:
             of_vms, more = sums[call.msr, call.access, call.action, call.cause], outcome.redundant
-            made, useless = of_vms.get(vm, (0, 0))
-            of_vms[vm] = (made + outcome.calls, None if useless is None or more is None else useless + more)
-    of = "host_" if together else ""
-    calls = CounterMetricFamily(
-        f"msrtrace_{of}intercept_calls",
+            calls, redundant = of_vms.get(vm, (0, 0))
+            of_vms[vm] = (calls + outcome.calls, None if redundant is None or more is None else redundant + more)
+    prefix = "host_" if all_vms else ""
+    calls_family = CounterMetricFamily(
+        f"msrtrace_{prefix}intercept_calls",
         "Calls of KVM's functions that enable or disable the interception of an MSR.",
         labels=(),
     )
-    redundant = CounterMetricFamily(
-        f"msrtrace_{of}intercept_redundant_calls",
-        "Calls of those that left every bit they name in the MSR bitmap as it was.",
+    redundant_family = CounterMetricFamily(
+        f"msrtrace_{prefix}intercept_redundant_calls",
+        "Those calls that changed none of the bits they name in the MSR bitmap.",
         labels=(),
     )
-    names = _CALL_LABELS if together or not snapshot.by_vm else _CALL_LABELS + _VM_LABELS
-    calls_name, redundant_name = f"{calls.name}_total", f"{redundant.name}_total"
+    names = _CALL_LABELS if all_vms or not snapshot.by_vm else _CALL_LABELS + _VM_LABELS
+    calls_name, redundant_name = f"{calls_family.name}_total", f"{redundant_family.name}_total"
     for (index, *kind), of_vms in sorted(sums.items(), key=itemgetter(0)):
         values = (msr.hexadecimal(index), msr.name(index), *kind)
-        for vm, (made, useless) in sorted(of_vms.items()):
+        for vm, (calls, redundant) in sorted(of_vms.items()):
             labels = sets.of(names, (*values, *vm))
-            calls.samples.append(Sample(calls_name, labels, made))
-            if useless is not None:
-                redundant.samples.append(Sample(redundant_name, labels, useless))
-    yield calls
+            calls_family.samples.append(Sample(calls_name, labels, calls))
+            if redundant is not None:
+                redundant_family.samples.append(Sample(redundant_name, labels, redundant))
+    yield calls_family
     if snapshot.redundancy == "exact":
-        yield redundant
+        yield redundant_family
 
 
-def _updates(snapshot: Snapshot, sets: LabelSets, together: bool) -> Iterator[Metric]:
-    """Filter updates and their time, of the same VMs as `_calls`."""
+def _updates(snapshot: Snapshot, sets: LabelSets, all_vms: bool) -> Iterator[Metric]:
+    """Filter updates and their durations, for the same VMs as in `_calls`."""
     if not snapshot.updates_observable:
         return
-    of = "host_" if together else ""
+    prefix = "host_" if all_vms else ""
     total = CounterMetricFamily(
-        f"msrtrace_{of}filter_updates", "Times that a vCPU applied a changed MSR filter to its bitmap.", labels=()
+        f"msrtrace_{prefix}filter_updates", "Changed MSR filters applied by a vCPU to its bitmap.", labels=()
     )
     duration = HistogramMetricFamily(
-        f"msrtrace_{of}filter_update_duration_seconds",
-        "Time that a vCPU took to apply a changed MSR filter, probes included.",
+        f"msrtrace_{prefix}filter_update_duration_seconds",
+        "Time that a vCPU took to apply a changed MSR filter, including the probes.",
         labels=(),
     )
-    if snapshot.by_vm and not together:
-        vms = _vms(snapshot, together)
+    if snapshot.by_vm and not all_vms:
+        vms = _vms(snapshot, all_vms)
         updates = {vms[pid]: durations for pid, durations in sorted(snapshot.updates.items()) if pid in vms}
     else:
         updates = {(): sum(snapshot.updates.values(), Durations())}
@@ -160,17 +160,18 @@ def _updates(snapshot: Snapshot, sets: LabelSets, together: bool) -> Iterator[Me
 
 
 def _recalculations(snapshot: Snapshot, sets: LabelSets) -> Iterator[Metric]:
-    """Recomputations for another reason than a filter, and their time, of the host; nothing where they do not show."""
+    """Recalculations for other reasons than a filter, and their durations, of the host; none where not observable."""
     if not snapshot.recalcs_observable:
         return
     total = CounterMetricFamily(
         "msrtrace_recalculations",
-        "Times that a vCPU recomputed its bitmap for another reason than a changed MSR filter.",
+        "Recalculations of a vCPU's bitmap for another reason than a changed MSR filter.",
         labels=(),
     )
     duration = HistogramMetricFamily(
         "msrtrace_recalculation_duration_seconds",
-        "Time that a vCPU took to recompute its bitmap for another reason than a changed MSR filter, probes included.",
+        "Time that a vCPU took to recalculate its bitmap for another reason than a changed MSR filter, including the "
+        "probes.",
         labels=(),
     )
     yield from _timed(total, duration, {(): sum(snapshot.recalcs.values(), Durations())}, sets)
@@ -179,7 +180,7 @@ def _recalculations(snapshot: Snapshot, sets: LabelSets) -> Iterator[Metric]:
 def _timed(
     total: Metric, duration: Metric, updates: Mapping[tuple[str, ...], Durations], sets: LabelSets
 ) -> tuple[Metric, Metric]:
-    """The counter TOTAL and the histogram DURATION with the samples of UPDATES, by the values of their VM labels."""
+    """Add samples to a counter and a histogram: the durations of updates by the values of their VM labels."""
     bucket_name = f"{duration.name}_bucket"
     for vm, durations in updates.items():
         names = _VM_LABELS[: len(vm)]
@@ -205,10 +206,10 @@ def _health(snapshot: Snapshot) -> Iterator[Metric]:
         missed.add_metric([probe.function], probe.missed)
     yield attached
     yield missed
-    entries = GaugeMetricFamily("msrtrace_map_entries", "Entries in use of a BPF map.", labels=["map"])
-    capacity = GaugeMetricFamily("msrtrace_map_capacity", "Entries that fit into a BPF map.", labels=["map"])
+    entries = GaugeMetricFamily("msrtrace_map_entries", "Entries in use in a BPF map.", labels=["map"])
+    capacity = GaugeMetricFamily("msrtrace_map_capacity", "Maximum number of entries of a BPF map.", labels=["map"])
     dropped = CounterMetricFamily(
-        "msrtrace_dropped_updates", "Updates of a BPF map that found it full: counts lost.", labels=["map"]
+        "msrtrace_dropped_updates", "Updates of a BPF map that were lost because it was full.", labels=["map"]
     )
     for map_ in snapshot.maps:
         entries.add_metric([map_.name], map_.entries)
@@ -219,7 +220,7 @@ def _health(snapshot: Snapshot) -> Iterator[Metric]:
     yield dropped
     yield CounterMetricFamily(
         "msrtrace_unpaired_returns",
-        "Returns from a probed function whose entry no probe saw.",
+        "Returns from a probed function whose entry was not seen.",
         value=snapshot.unpaired_returns,
     )
     yield CounterMetricFamily(
@@ -227,11 +228,11 @@ def _health(snapshot: Snapshot) -> Iterator[Metric]:
     )
     yield GaugeMetricFamily(
         "msrtrace_open_calls",
-        "Calls that are not counted yet: a call is counted when its vCPU is known to have left it.",
+        "Calls in progress, which are counted once their vCPU has left them.",
         value=snapshot.open_calls,
     )
     yield CounterMetricFamily(
-        "msrtrace_reattachments",
-        "Times that KVM's module was unloaded and its probes were lost.",
-        value=snapshot.reattached,
+        "msrtrace_module_unloads",
+        "Unloads of KVM's module, each of which removed the probes.",
+        value=snapshot.module_unloads,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The metrics over HTTP or HTTPS. No client keeps another from its scrape, whatever it does or does not do."""
+"""The metrics over HTTP or HTTPS. No client can block another's scrape, whatever it does or fails to do."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from tracer.model.errors import MsrtraceError
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a request asks for, and what so makes its text: the encoder, and the names of metrics, None for all."""
+    """What a request asks for, which determines its text: the encoder, and the names of metrics (None: all)."""
 
     encode: Encoder
     names: frozenset[str] | None
 
     def of(self, registry: Collector) -> bytes:
-        """The text of REGISTRY, or of what is named of it."""
+        """The text of the registry, or of the named part."""
         return self.encode(registry if self.names is None else Selection(registry, self.names))
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a registry, each request in a thread of its own, from its start until it is closed.
+    """Serves a registry, each request in its own thread, from `start` until it is closed.
 
-    Clients that ask while answers are being made share what is collected next, and those that ask for the same share
-    its text. So a server that is asked faster than it can answer, as by many or by impatient ones that come again,
-    falls behind by one collection and no more.
+    Clients whose requests arrive during a collection share the next one, and those with the same request share its
+    text. So under more requests than it can answer, from many clients or impatient ones that retry, the server falls
+    behind by no more than one collection.
     """
 
     def __init__(
@@ -53,15 +53,16 @@ class Server(ThreadingHTTPServer):
         cert: str | None = None,
         key: str | None = None,
         ca: str | None = None,
-        complain: Callable[[str], None] = lambda _: None,
+        on_error: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Take ADDRESS, with TLS if there are a CERT and its KEY; with a CA clients need its certificate.
+        """Bind the address. Until `start`, connections are refused, so clients need not wait for an answer.
 
-        Before the start clients are refused: they know better what to do than to wait.
-
-        COMPLAIN gets a line for each answer that could not be made. Raises MsrtraceError.
+        :param cert: a certificate file, for TLS; `key` is its private key
+        :param ca: clients need a certificate by this CA
+        :param on_error: gets a line for each answer that fails
+        :raises MsrtraceError: if the address or a file cannot be used
         """
-        self.registry, self.tls, self._complain = registry, bool(cert), complain
+        self.registry, self.tls, self._on_error = registry, bool(cert), on_error
         context = _context(cert, key, ca) if cert else None
         host, port = address
         try:
@@ -76,7 +77,7 @@ class Server(ThreadingHTTPServer):
         except OSError as error:
             raise _cannot_listen(address, error) from None
         if context:
-            # The handshake is done by the thread of the connection: here it would wait for a client that says nothing.
+            # The handshake is done in the connection's thread: here a silent client would block all others.
             self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         self._address = address
         self._asking = threading.Lock()
@@ -84,35 +85,35 @@ class Server(ThreadingHTTPServer):
         self._next: dict[Wanted, Future[bytes]] = {}
 
     def start(self) -> Server:
-        """Listen and answer, in threads that have the rights of the caller. Raises MsrtraceError."""
+        """Listen and answer, in threads with the capabilities of the caller. Raises MsrtraceError."""
         try:
             self.server_activate()
-        except OSError as error:  # another that took the address at the same time
+        except OSError as error:  # another process bound the address at the same time
             raise _cannot_listen(self._address, error) from None
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
 
     @property
     def url(self) -> str:
-        """Where the metrics are."""
+        """The URL of the metrics."""
         return f"{'https' if self.tls else 'http'}://{_shown(self._address[0])}:{self.server_address[1]}/metrics"
 
     def text(self, wanted: Wanted) -> bytes:
-        """What is WANTED of the registry as it is at a moment that is yet to come."""
+        """The requested text, from a collection that begins after this call."""
         with self._asking:
             first = not self._next
             text = self._next.setdefault(wanted, Future())
         if first:
             with self._reading:
                 with self._asking:
-                    texts, self._next = self._next, {}  # who comes from here on needs one that is newer
+                    texts, self._next = self._next, {}  # requests from here on need a newer collection
                 self._make(texts)
         return text.result()
 
     def _make(self, texts: dict[Wanted, Future[bytes]]) -> None:
-        """Make TEXTS, all of one moment."""
+        """Make all texts from one collection."""
         try:
-            # For one text alone, as there is mostly, families need not be held until all of them are there.
+            # For a single text, the usual case, the families need not all be in memory at once.
             registry = self.registry if len(texts) == 1 else Families(self.registry.collect())
         except Exception as error:
             for text in texts.values():
@@ -125,18 +126,18 @@ class Server(ThreadingHTTPServer):
                 text.set_exception(error)
 
     def server_bind(self) -> None:
-        """Bind the address, and do not look up what it is called, which may take seconds and is not needed."""
+        """Bind the address without looking up its host name, which may take seconds and is not needed."""
         TCPServer.server_bind(self)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Complain, but not of a client that goes away or has no certificate."""
+        """Report an error, unless a client disconnected or has no certificate."""
         error = sys.exception()
         if not isinstance(error, OSError):
-            self._complain(f"a scrape failed: {type(error).__name__}: {error}")
+            self._on_error(f"a scrape failed: {type(error).__name__}: {error}")
 
 
 class _Handler(MetricsHandler):
-    timeout = 30.0  # seconds that a client may be silent, or not read
+    timeout = 30.0  # seconds without data from or to the client
 
     def do_GET(self) -> None:
         """Answer a scrape."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the running kernel is like, from /proc and /sys."""
+"""The running kernel, as /proc and /sys describe it."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Offsets of structure members, from the BTF that a running kernel publishes of itself and of its modules.
+"""Offsets of structure members and ids of functions, from the BTF of the running kernel and its modules.
 
-And ids of functions. The format is Documentation/bpf/btf.rst. A module's BTF is split: its string offsets and its
-type ids continue those of vmlinux.
+The format is in Documentation/bpf/btf.rst. A module's BTF is split: its string offsets and type ids continue those of
+vmlinux.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _HEADER = struct.Struct("<HBBIIIII")  # struct btf_header
 _TYPE = struct.Struct("<III")  # struct btf_type: name_off, info, size or type
 _MEMBER = struct.Struct("<III")  # struct btf_member: name_off, type, offset in bits
 _KIND_STRUCT, _KIND_FUNC = 4, 12
-# The words of a type (a struct btf_type and what follows it) by the high byte of its info, whose low 5 bits are the
-# kind: fixed, and for each element counted in the low 16 bits of info.
-_UNKNOWN = 1 << 40  # longer than any section: no such kind
+# The number of 32-bit words of a type (struct btf_type and what follows it), by the high byte of its info, whose low 5
+# bits are the kind: a fixed part, and a part for each of the elements (vlen, the low 16 bits of info).
+_UNKNOWN = 1 << 40  # longer than any section: there is no such kind
 _FIXED = [_UNKNOWN, 4, 3, 6, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 3, 3, 4, 3, 3, *[_UNKNOWN] * 12] * 8
 _PER_ELEMENT = [3 if kind in (4, 5, 15, 19) else 2 if kind in (6, 13) else 0 for kind in range(32)] * 8
 _WORD = 4  # bytes
 
 
 class BtfError(Exception):
-    """There is no usable BTF, or it lacks what was looked for; the message says which."""
+    """There is no usable BTF, or it lacks a type or a member; the message says which."""
 
 
 class Btf:
@@ -43,7 +43,7 @@ class Btf:
 
     @classmethod
     def of_module(cls, module: str, sys_btf: Path = SYS_BTF, base: Btf | None = None) -> Btf:
-        """The BTF of a loaded MODULE; BASE: the kernel's, if it was read. Raises BtfError without one of the two."""
+        """The BTF of a loaded module; `base` is the kernel's, if already read. Raises BtfError if either is missing."""
         try:
             return cls((sys_btf / module).read_bytes(), base or cls.of_kernel(sys_btf))
         except OSError as error:
@@ -51,14 +51,14 @@ class Btf:
 
     @classmethod
     def of_kernel(cls, sys_btf: Path = SYS_BTF) -> Btf:
-        """The BTF of the kernel itself, which has the types of everything built into it."""
+        """The BTF of the kernel image, with the types of everything built into it. Raises BtfError."""
         try:
             return cls((sys_btf / "vmlinux").read_bytes())
         except OSError as error:
             raise BtfError(f"{sys_btf / 'vmlinux'}: {error.strerror}") from None
 
     def offset(self, structure: str, member: str) -> int:
-        """Where MEMBER begins inside `struct STRUCTURE`, in bytes. Raises BtfError if there is no such thing."""
+        """The offset of a member in a structure, in bytes. Raises BtfError if there is no such structure or member."""
         found = False
         for name, members in self._structures(structure):
             found = True
@@ -71,16 +71,16 @@ class Btf:
         raise BtfError(f"the BTF has no {what}")
 
     def nested_offset(self, path: Iterable[tuple[str, str]]) -> int:
-        """Where the last of PATH is, structures and members of which each holds the next, in bytes. Raises BtfError."""
+        """The offset, in bytes, of nested members, given as pairs of structure and member. Raises BtfError."""
         return sum(self.offset(structure, member) for structure, member in path)
 
     def kernel_ids(self, function: str, structure: str) -> tuple[int, int]:
-        """The ids of FUNCTION and of `struct STRUCTURE` of the kernel itself. Raises BtfError unless it has both."""
+        """The BTF ids of a function and a structure of the kernel image. Raises BtfError unless it has both."""
         kernel = self.base or self
         return kernel._id(_KIND_FUNC, function), kernel._id(_KIND_STRUCT, structure)
 
     def function_id(self, name: str) -> int:
-        """The id of the function NAME of the module, if this is a module's BTF. Raises BtfError."""
+        """The BTF id of a function of the module or, if this is not a module's BTF, of the kernel. Raises BtfError."""
         return self._id(_KIND_FUNC, name)
 
     def _id(self, kind: int, name: str) -> int:
@@ -96,7 +96,7 @@ class Btf:
         return strings[offset : strings.index(b"\0", offset)]
 
     def _name_offset(self, name: str) -> set[int]:
-        """Every string offset that spells NAME as a whole string; cheaper than reading the name of every type."""
+        """Every offset at which the name is stored as a whole string; cheaper than reading the name of every type."""
         wanted = b"\0" + name.encode() + b"\0"
         offsets: set[int] = set()
         start = 0
@@ -111,9 +111,9 @@ class Btf:
         return offsets
 
     def _structures(self, wanted: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-        """Each structure named WANTED with its members, name and offset in bits: the module's, then the kernel's.
+        """Each structure of that name with its members (name, offset in bits): the module's, then the kernel's.
 
-        A type that both know is in the kernel's BTF alone: struct kvm_vcpu is, where KVM is a module too.
+        A type that both have is only in the kernel's BTF: struct kvm_vcpu is, even where KVM is a module.
         """
         names = self._name_offset(wanted)
         for types in (self._types, *((self.base._types,) if self.base else ())):
@@ -129,7 +129,7 @@ class Btf:
 
 
 class _Types:
-    """A type section, with the name and the place (in words) of each type: searching those takes no time."""
+    """A type section, with an index of the name and the position (in words) of each type."""
 
     def __init__(self, section: bytes) -> None:
         self._section = section
@@ -140,14 +140,14 @@ class _Types:
         words = memoryview(self._section)[:whole].cast("I")
         places, at, last = array("I"), 0, len(words) - 1
         place, fixed, per_element = places.append, _FIXED, _PER_ELEMENT
-        while at < last:  # some 100,000 times, at each start
+        while at < last:  # about 100,000 times, at every start
             place(at)
             info = words[at + 1]
             at += fixed[info >> 24] + per_element[info >> 24] * (info & 0xFFFF)
         if at >= _UNKNOWN:
             raise BtfError(f"unknown kind {info >> 24 & 0x1F} in the BTF")
         if at * _WORD != len(self._section):
-            raise BtfError("truncated BTF: its last type is not whole")
+            raise BtfError("truncated BTF: its last type is incomplete")
         names = array("I", map(words.__getitem__, places))
         return names, places
 
@@ -156,7 +156,7 @@ class _Types:
         return len(self._found[0])
 
     def of(self, kind: int, wanted: set[int]) -> list[tuple[int, int]]:
-        """The id and the place of each type of KIND with a WANTED name; the first id is 1, but for a split section."""
+        """The id and the position (in bytes) of each type of a kind and name. Ids count from 1 within the section."""
         names, places = self._found
         numbers = []
         for name in wanted:
@@ -172,7 +172,7 @@ class _Types:
         ]
 
     def structures(self, wanted: set[int]) -> Iterator[tuple[bytes, bool]]:
-        """The members, still packed, of each structure with a WANTED name; and its kind_flag."""
+        """The packed members of each structure of that name, and its kind_flag."""
         for _, at in self.of(_KIND_STRUCT, wanted):
             info, start = _TYPE.unpack_from(self._section, at)[1], at + _TYPE.size
             yield self._section[start : start + _MEMBER.size * (info & 0xFFFF)], bool(info >> 31)
@@ -182,6 +182,6 @@ def _sections(blob: bytes) -> tuple[bytes, bytes]:
     """The type section and the string section of a blob."""
     magic, _, _, header, types_at, types_size, strings_at, strings_size = _HEADER.unpack_from(blob)
     if magic != 0xEB9F:
-        raise BtfError("not BTF of a little-endian machine")
+        raise BtfError("not little-endian BTF")
     types, strings = header + types_at, header + strings_at
     return blob[types : types + types_size], blob[strings : strings + strings_size]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What other modules, livepatches first of all, hold of the functions that msrtrace probes, and what that means."""
+"""Other modules, above all livepatches, that have copies of or replace the functions that msrtrace probes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tracer.kernel.symbols import Symbols
 
 @dataclass(frozen=True)
 class Holder:
-    """A module that holds functions of the names `copied`, or replaces the functions `replaced`, if it is in force."""
+    """A module that has copies of the functions `copied`, or replaces the functions `replaced` if it is enabled."""
 
     module: str
     is_livepatch: bool
     enabled: bool
     copied: tuple[str, ...]
     replaced: tuple[str, ...]
-    #: Functions of KVM in the module that may call its own copies of functions whose calls are counted, and those.
+    #: Functions of KVM in the module that may call its own copies of counted functions; and those copies.
     callers: tuple[str, ...]
     uncounted: tuple[str, ...]
 
@@ -26,16 +26,16 @@ class Holder:
         state = "" if self.enabled else " (not enabled)"
         replaced, copied = ", ".join(self.replaced), ", ".join(self.copied)
         if replaced == copied:
-            deeds = f"replaces, and holds a copy of, {copied}"
+            what = f"replaces, and has a copy of, {copied}"
         elif replaced and copied:
-            deeds = f"replaces {replaced} and holds a copy of {copied}"
+            what = f"replaces {replaced} and has a copy of {copied}"
         else:
-            deeds = f"replaces {replaced}" if replaced else f"holds a copy of {copied}"
-        return f"the {kind} {self.module}{state} {deeds}"
+            what = f"replaces {replaced}" if replaced else f"has a copy of {copied}"
+        return f"the {kind} {self.module}{state} {what}"
 
     @property
     def loss(self) -> str:
-        """What is not counted because of it, or ""."""
+        """What is not counted because of the module, or ""."""
         if not self.uncounted:
             return ""
         copies, callers = ", ".join(self.uncounted), ", ".join(self.callers)
@@ -43,11 +43,11 @@ class Holder:
 
 
 def holders(symbols: Symbols) -> list[Holder]:
-    """Every module that holds or replaces what msrtrace may probe in the kernel of SYMBOLS, by name.
+    """Every other module that has copies of or replaces functions that msrtrace may probe, by name.
 
-    A livepatch takes over at the entry of a function, by ftrace, and so do probes, which run whatever else does
+    A livepatch redirects a function at its entry, by ftrace; probes at the entry run nevertheless
     (klp_ftrace_handler(), kernel/livepatch/patch.c; kprobe_ftrace_handler(), arch/x86/kernel/kprobes/ftrace.c). So
-    what is called through the original is counted; what a livepatch's function calls in its own module is not.
+    calls through the original are counted; calls that a livepatch makes to a copy in its own module are not.
     """
     patches = {patch.module: patch for patch in symbols.livepatches}
     known = [function for function in symbols.vendor.probed if symbols.find(function)]
@@ -68,7 +68,7 @@ def holders(symbols: Symbols) -> list[Holder]:
 
 
 def describe(symbols: Symbols) -> tuple[str, str | None]:
-    """A line for users on those modules, and what to do where something is not counted because of them, or None."""
+    """A line for users on those modules, and what to do (or None) if calls are not counted because of them."""
     found = holders(symbols)
     if not found:
         return "no livepatch or other module has a function that msrtrace probes", None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which functions of the running kernel to probe: found by which symbols exist, never by a version number."""
+"""Which functions of the running kernel to probe: chosen by which symbols exist, never by a version number."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tracer.model.vendor import Layout
 def choose(symbols: Symbols) -> Layout | None:
     """The layout of the running kernel, or None if no known function exists.
 
-    The newest layout whose functions are all there; failing that, the newest of which a call can be counted;
-    failing that, one of which updates can. `filter_set` does not count: it belongs to kvm, not to the vendor's module.
+    The newest layout whose functions all exist; failing that, the newest with a function whose calls can be counted;
+    failing that, one whose updates can. `filter_set` is ignored: it belongs to kvm, not to the vendor's module.
     """
 
     def present(function: str) -> bool:
@@ -28,7 +28,7 @@ def choose(symbols: Symbols) -> Layout | None:
 
 
 def layout_of(symbols: Symbols) -> Layout:
-    """The layout of the running kernel. Raises MsrtraceError, naming what was looked for, if there is none."""
+    """The layout of the running kernel. Raises MsrtraceError, which names the known functions, if there is none."""
     layout = choose(symbols)
     if layout is None:
         names = sorted({name for known in symbols.vendor.layouts for name in (*known.calls, known.update)})

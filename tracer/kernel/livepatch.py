@@ -15,21 +15,21 @@ IMAGE = "vmlinux"
 
 @dataclass(frozen=True)
 class Livepatch:
-    """A livepatch by the name of its module, whether it is in force, and what it replaces: (object, function)."""
+    """A livepatch: its module, whether it is enabled, and what it replaces, as pairs of object and function."""
 
     module: str
     enabled: bool
     replaced: frozenset[tuple[str, str]]
 
     def functions(self, objects: Collection[str]) -> set[str]:
-        """The functions that it replaces in OBJECTS, which are modules, and IMAGE for the kernel itself."""
+        """The functions that it replaces in these objects: modules, or IMAGE for the kernel image."""
         return {function for where, function in self.replaced if where in objects}
 
 
-def read_livepatches(folder: Path = LIVEPATCHES) -> tuple[Livepatch, ...]:
-    """The livepatches that are loaded, as FOLDER has them (PATCH/OBJECT/FUNCTION,SYMPOS); none if it cannot be read."""
+def read_livepatches(directory: Path = LIVEPATCHES) -> tuple[Livepatch, ...]:
+    """The loaded livepatches, from `<patch>/<object>/<function>,<sympos>`; none if the directory cannot be read."""
     try:
-        patches = sorted(path for path in folder.iterdir() if path.is_dir())
+        patches = sorted(path for path in directory.iterdir() if path.is_dir())
         return tuple(_livepatch(patch) for patch in patches)
     except OSError:  # no livepatching in this kernel, or one that was unloaded in the meantime
         return ()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A machine as files below a root, and the process that looks at it: what checks and tracing ask it for."""
+"""A machine, as its files below a root directory, and the process that examines it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tracer.kernel.symbols import Symbols
 from tracer.model.vendor import Vendor
 from tracer.model.vendors import FIRST, VENDORS
 
-# include/uapi/linux/capability.h; CAP_SYS_ADMIN stands for the two, which were split off it in 5.8.
+# include/uapi/linux/capability.h; CAP_SYS_ADMIN includes the other two, which were split off in 5.8.
 SYS_ADMIN, NEEDED = 21, {39: "CAP_BPF", 38: "CAP_PERFMON"}
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """As /proc/cpuinfo has it; `model` and `maker` are empty where it does not say."""
+    """A CPU, from /proc/cpuinfo; `model` and `maker` are empty if they are not there."""
 
     model: str
     maker: str
@@ -31,7 +31,7 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """The files of a machine below `root`, and of a process: `python_path` is sys.path, `venv` sys.prefix if in one."""
+    """The files of a machine, below `root`, and a process: `python_path` is sys.path, `venv` its virtualenv."""
 
     root: Path = Path("/")
     euid: int = 0
@@ -49,21 +49,21 @@ class Machine:
 
     @property
     def command(self) -> str:
-        """How root starts this msrtrace: sudo does not search a virtual environment."""
+        """The command that starts this msrtrace as root: sudo does not search a virtual environment."""
         return f"sudo {self.venv}/bin/msrtrace" if self.venv else "sudo msrtrace"
 
     def at(self, path: str) -> Path:
-        """The absolute PATH, as found below `root`."""
+        """The absolute path, below `root`."""
         return self.root / path.lstrip("/")
 
-    def text(self, path: str, otherwise: str | None = None) -> str:
-        """What the file at PATH holds; where it cannot be read OTHERWISE, if given, else OSError is raised."""
+    def text(self, path: str, default: str | None = None) -> str:
+        """The content of a file, stripped; if it cannot be read, the default, or OSError if that is None."""
         try:
             return self.at(path).read_bytes().decode(errors="replace").strip()
         except OSError:
-            if otherwise is None:
+            if default is None:
                 raise
-            return otherwise
+            return default
 
     @cached_property
     def symbols(self) -> Symbols:
@@ -72,15 +72,15 @@ class Machine:
 
     @cached_property
     def cpu(self) -> Cpu:
-        """The first CPU. Raises OSError."""
+        """The first CPU in /proc/cpuinfo. Raises OSError."""
         with self.at("/proc/cpuinfo").open(errors="replace") as file:
-            first = file.read(8192).partition("\n\n")[0]  # all of it is slow on many CPUs
+            first = file.read(8192).partition("\n\n")[0]  # reading all of it is slow with many CPUs
         maker, flags = search(r"^vendor_id\s*:\s*(.*)", first).strip(), search(r"^flags\s*:(.*)", first).split()
         return Cpu(search(r"^model name\s*:\s*(.*)", first), maker, frozenset(flags))
 
     @cached_property
     def vendor(self) -> Vendor:
-        """The vendor whose virtualisation the CPU has; where that cannot be told, the one whose module is loaded."""
+        """The vendor whose virtualisation the CPU has; where that is unknown, the one whose module is loaded."""
         try:
             flags = self.cpu.flags
         except OSError:
@@ -90,7 +90,7 @@ class Machine:
         return next(chain(by_cpu, by_module), FIRST)
 
     def capable(self, capability: int) -> bool:
-        """Whether this process has CAPABILITY (CapEff in proc(5)). Raises OSError."""
+        """Whether this process has the capability of that number (CapEff in proc(5)). Raises OSError."""
         return bool(int(search(r"^CapEff:\s*(\w+)", self.text("/proc/self/status")), 16) >> capability & 1)
 
     @cached_property
@@ -100,5 +100,5 @@ class Machine:
 
 
 def search(pattern: str, text: str) -> str:
-    """The first group of PATTERN in TEXT, line by line, or ""."""
+    """The first group of the first match, with `^` and `$` at line ends, or ""."""
     return found[1] if (found := re.search(pattern, text, re.MULTILINE)) else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The functions of KVM in the running kernel: what they are called in the source, and where each begins and ends."""
+"""The functions of KVM in the running kernel: their names in the source, and their addresses."""
 
 from __future__ import annotations
 
@@ -21,49 +21,49 @@ from tracer.model.vendors import FIRST, VENDORS, layouts
 
 KALLSYMS = Path("/proc/kallsyms")
 
-#: What a tracer of returns or of the function graph leaves on the stack in the place of a return address.
+#: What kretprobes and the function graph tracer put on the stack in place of a return address.
 TRAMPOLINES = {
     "kretprobe_trampoline": ("arch_rethook_trampoline", "__kretprobe_trampoline", "kretprobe_trampoline"),
     "fgraph_trampoline": ("return_to_handler",),
 }
 
-#: What the vendors' modules have in common, and what tells a kernel image that has it.
+#: The module that the vendors' modules share, and a function that shows it is built into the kernel image.
 _KVM, _KVM_MARKER = "kvm", "kvm_vcpu_ioctl"
 
-#: Parts of a symbol's name that say that nothing begins there: what was moved out of a function, and a jump to one.
+#: Parts of a symbol's name that say it is no function entry: code moved out of a function, and a jump to one.
 _NO_ENTRY = re.compile(r"\.(cold|cfi_jt)(\.|$)")
 _PART = re.compile(r"\.part\.")
-#: Symbols before a function that are none (CONFIG_CALL_PADDING, CONFIG_CFI_CLANG), and what modpost makes.
+#: Symbols that are not functions: padding (CONFIG_CALL_PADDING, CONFIG_CFI_CLANG), and what modpost generates.
 _NO_FUNCTION = ("__pfx_", "__cfi_", "__ksymtab")
-#: What SUSE's livepatches put before the name of a function that they replace.
+#: The prefix of SUSE's livepatches for a function that replaces another.
 _REPLACEMENT = "klpp_"
-#: Symbols that are not of the module that lists them, as a livepatch lists those that it refers to; or of no place
-#: in it (elf_type(), kernel/module/kallsyms.c).
+#: Types of symbols that are not in the module that lists them, such as those a livepatch refers to, or that have no
+#: section in it (elf_type(), kernel/module/kallsyms.c).
 _ELSEWHERE = b"aAuU?"
 
-_ADDRESS, _PAGE = 16, 13  # digits of an address, and of a page's, at the start of a line
+_ADDRESS, _PAGE = 16, 13  # hex digits of an address, and of its page number, at the start of a line
 _PAGE_SHIFT = 12
 _UNKNOWN_END = 1 << 64
-_CHUNK = 1 << 16  # bytes; all of them are 20 MB, and larger buffers cost more than they save
+_CHUNK = 1 << 16  # bytes; the file has 20 MB, and larger buffers cost more than they save
 
 
-def _beginnings() -> Iterator[str]:
-    """Prefixes of vendors, and the functions to probe that have none of them."""
+def _prefixes() -> Iterator[str]:
+    """The vendors' prefixes, and the functions to probe that have none of them."""
     prefixes = tuple(vendor.prefix for vendor in VENDORS)
     yield from prefixes
     yield from (name for layout in layouts() for name in layout.functions if not name.startswith(prefixes))
 
 
-#: What may begin the name of a function that is probed, and the trampolines.
+#: Beginnings of the names of probed functions, and the names of the trampolines.
 _NAMED = (
-    *dict.fromkeys(f" {name}".encode() for name in _beginnings()),
+    *dict.fromkeys(f" {name}".encode() for name in _prefixes()),
     *(f" {name}\n".encode() for names in TRAMPOLINES.values() for name in names),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """A function in the running kernel. `address` is 0 where the reader may not see addresses."""
+    """A function in the running kernel. `address` is 0 where addresses are hidden from this process."""
 
     address: int
     name: str
@@ -76,25 +76,25 @@ class Symbol:
 
     @property
     def is_entry(self) -> bool:
-        """Whether the function is entered here, as opposed to a part of it that was moved elsewhere."""
+        """Whether the function is entered here, unlike a part of it that was moved out."""
         return not _NO_ENTRY.search(self.name)
 
     @property
     def full_name(self) -> str:
-        """The name by which the kernel's tracers tell it from those of other modules."""
+        """The name with its module, as the kernel's tracers take it: `module:name`."""
         return f"{self.module}:{self.name}" if self.module else self.name
 
     @property
     def place(self) -> str:
-        """The name and the module, as /proc/kallsyms shows them."""
+        """The name and the module, as in /proc/kallsyms: `name [module]`."""
         return f"{self.name} [{self.module}]" if self.module else self.name
 
 
 @dataclass(frozen=True)
 class _Image:
-    """Every symbol of the kernel image, where KVM is built in: 100,000, so they stay the text that they were.
+    """Every symbol of the kernel image, if KVM is built in: 100,000, so they are kept as text.
 
-    OFFSETS say where the lines of TEXT begin, which are in the order of their addresses, and where the last one ends.
+    `text` has the lines in the order of addresses; `offsets` is where each begins, and where the last one ends.
     """
 
     text: bytes
@@ -128,15 +128,15 @@ class Symbols:
     functions: tuple[Symbol, ...]
     #: the vendor's module, or None if the functions are part of the kernel image itself
     module: str | None = FIRST.module
-    #: the one whose functions they are; FIRST if there are none
+    #: the vendor of the functions; FIRST if there are none
     vendor: Vendor = FIRST
-    #: the addresses of those of TRAMPOLINES that the kernel has
+    #: the addresses of the TRAMPOLINES that the kernel has
     trampolines: Mapping[str, int] = field(default_factory=dict)
-    #: functions of livepatches of KVM, and of what else has names like those that are probed
+    #: functions of livepatches of KVM, and of other modules with names like those that are probed
     others: tuple[Symbol, ...] = ()
-    #: those that replace functions of KVM
+    #: livepatches that replace functions of KVM
     livepatches: tuple[Livepatch, ...] = ()
-    # Functions of both kinds where addresses are seen: the starts, which are in order, and the ends.
+    # Where addresses are visible: the sorted starts of the functions and the others, and their ends.
     _starts: tuple[int, ...] = field(default=(), repr=False)
     _ends: tuple[int, ...] = field(default=(), repr=False)
     _placed: tuple[Symbol, ...] = field(default=(), repr=False)
@@ -144,7 +144,7 @@ class Symbols:
 
     @classmethod
     def read(cls, kallsyms: Path = KALLSYMS, livepatches: Path = LIVEPATCHES) -> Symbols:
-        """Read /proc/kallsyms, and /proc/modules beside it. Raises MsrtraceError if the first cannot be read."""
+        """Read /proc/kallsyms, and /proc/modules next to it. Raises MsrtraceError if the former cannot be read."""
         try:
             with kallsyms.open("rb") as file:
                 named, listed = _scan(file)
@@ -188,51 +188,54 @@ class Symbols:
         ends: Mapping[str, range] | None = None,
         image: _Image | None = None,
     ) -> Symbols:
-        """Symbols from FUNCTIONS, KVM's own, and OTHERS, in any order.
+        """Symbols from functions in any order. A function ends where the next begins, or where its module ends.
 
-        A function ends where anything else begins, BOUNDS included, or where its module ends: ENDS says where modules
-        are, if that is known. IMAGE has those of the kernel image, if it has KVM.
+        :param functions: KVM's own
+        :param others: of other modules
+        :param bounds: further addresses at which something begins
+        :param ends: the address ranges of modules, if known
+        :param image: the symbols of the kernel image, if it has KVM
         """
         own, strange = (tuple(sorted(found, key=lambda s: (s.address, s.name))) for found in (functions, others))
         there = [*(s for s in strange if s.module), *(s for s in own if s.module or not image)]
         there = [s for s in there if s.address]
-        there.sort(key=lambda s: s.address)  # of two at one address, KVM's own comes last, and so counts
+        there.sort(key=lambda s: s.address)  # of two at one address KVM's own comes last, and wins
         starts = tuple(symbol.address for symbol in there)
         edges = sorted({*starts, *bounds})
         found = tuple(_end(symbol, edges, ends or {}) for symbol in there)
         return cls(own, module, vendor, others=strange, _starts=starts, _ends=found, _placed=tuple(there), _image=image)
 
     def find(self, function: str) -> list[Symbol]:
-        """What a probe on FUNCTION can sit on, what is preferred first: the function itself if it has a symbol, else
-        what compilers made of it, whole ones before those that lack their beginning (`.part.0`).
+        """The symbols that can be probed for a function, the best first.
 
-        All are KVM's own, and of the vendor's module rather than kvm or the kernel image.
+        The function itself if it has a symbol, else its clones, whole ones before those that lack their beginning
+        (`.part.0`). All are KVM's own; those of the vendor's module come before those of kvm or the kernel image.
         """
         named = self._named(plain_name(function))
         return [s for s in named if s.name == function] or [s for s in named if s.function == function]
 
     def copies(self, function: str) -> list[Symbol]:
-        """What is called like FUNCTION without being KVM's own: in a livepatch, say."""
+        """The symbols of that function name that are not KVM's own: in a livepatch, say."""
         return [s for s in self.others if s.is_entry and function in (s.function, _replaced(s))]
 
     def namesakes(self, symbol: Symbol) -> list[Symbol]:
-        """What else in the kernel has the very name of SYMBOL, one of KVM's own, as far as is known."""
+        """Other known symbols with exactly the same name as one of KVM's own."""
         found = [s for s in (*self._named(symbol.function), *self.others) if s.name == symbol.name]
         found.remove(symbol)  # once: where addresses are hidden, two may look alike
         return found
 
     def containing(self, address: int) -> Symbol | None:
-        """The function that ADDRESS lies in, if that is known: KVM's own, or one of `others`. None if it is hidden."""
+        """The function that contains the address, KVM's own or one of `others`. None if unknown or hidden."""
         at = bisect_right(self._starts, address) - 1
         if at >= 0 and address < self._ends[at]:
             return self._placed[at]
         return self._image.containing(address) if self._image else None
 
     def caller(self, address: int) -> tuple[str, str]:
-        """What to call the caller that a call returns to at ADDRESS, and which function of KVM that is.
+        """The caller with that return address: its symbol to show, and its function in KVM's source.
 
-        The first is its symbol, with its module if that is not KVM's, or ADDRESS in hex; the second the name in the
-        source, or "" for what is not KVM's. A livepatch's function stands for the one that it replaces.
+        The symbol has its module if that is not KVM's; where it is unknown, the address in hex stands for it. The
+        function is "" if it is not KVM's; a livepatch's function stands for the one that it replaces.
         """
         symbol = self.containing(address)
         if symbol is None:
@@ -242,18 +245,18 @@ class Symbols:
         return symbol.place, self._replaced_by(symbol)
 
     def _replaced_by(self, symbol: Symbol) -> str:
-        """The function of KVM that SYMBOL, of another module, has the code of: what it replaces, or a copy."""
+        """The function of KVM that a symbol of another module replaces or is a copy of, or ""."""
         patches = [patch for patch in self.livepatches if patch.module == symbol.module]
         replaced = {function for patch in patches for function in self._replaced_by_patch(patch)}
         names = (symbol.function, _replaced(symbol)) if patches else ()
         return next((name for name in names if name in replaced or name in self._by_name), "")
 
     def replacing(self, function: str) -> list[Livepatch]:
-        """The livepatches that replace FUNCTION, in force or not."""
+        """The livepatches that replace the function, enabled or not."""
         return [patch for patch in self.livepatches if function in self._replaced_by_patch(patch)]
 
     def held_by(self, module: str) -> set[str]:
-        """The functions of KVM that MODULE, another one, has a function of the name of."""
+        """The functions of KVM of which another module has copies, by name."""
         names = (name for s in self.others if s.module == module for name in (s.function, _replaced(s)))
         return {name for name in names if name in self._by_name}
 
@@ -273,7 +276,7 @@ class Symbols:
         return result
 
     def _named(self, function: str) -> list[Symbol]:
-        """KVM's own of this plain name that a probe can sit on, what is preferred first."""
+        """KVM's own symbols of that plain name that can be probed, the best first."""
         order = {self.vendor.module: 0, _KVM: 1}
         found = (s for s in self._by_name.get(function, ()) if s.is_entry)
         return sorted(found, key=lambda s: (order.get(s.module or "", 2), bool(_PART.search(s.name)), s.address))
@@ -290,12 +293,11 @@ def _end(symbol: Symbol, edges: Sequence[int], ends: Mapping[str, range]) -> int
     return min(end, of_module.stop) if of_module and symbol.address in of_module else end
 
 
-# --- /proc/kallsyms: 200,000 lines, so few are looked at for themselves ---
+# --- /proc/kallsyms: 200,000 lines, so only few are parsed ---
 
 
 def _scan(file: BinaryIO) -> tuple[list[bytes], list[bytes]]:
-    """The lines that have a name of _NAMED, and in pieces all from the first one of a module on, which the image's
-    come before."""
+    """The lines with a name of _NAMED; and, in chunks, all lines of modules, which follow those of the image."""
     named: list[bytes] = []
     listed: list[bytes] = []
     rest = b""
@@ -322,7 +324,7 @@ def _lines_with(part: bytes, lines: bytes) -> list[bytes]:
 
 
 def _vendor(listed: list[bytes], in_image: list[bytes]) -> tuple[Vendor, list[bytes]]:
-    """The vendor whose module is loaded, with its lines; else the one whose functions are in the image, or FIRST."""
+    """The vendor whose module is loaded, with its lines; else the one whose functions are in the image, else FIRST."""
     for vendor in VENDORS:
         if rows := _rows_of(vendor.module, listed):
             return vendor, rows
@@ -358,11 +360,11 @@ def _trampolines(image: Iterable[bytes]) -> dict[str, int]:
 
 
 def _bounds(rows: Mapping[str, list[bytes]], listed: list[bytes], modules: Mapping[str, range]) -> set[int]:
-    """Where symbols of any kind begin: each of ROWS, and those LISTED for other modules, which are too many.
+    """The addresses at which symbols of any kind begin.
 
-    It is enough to know where the code of the others begins, if MODULES say it. If they do not: modules never share a
-    page (kernel/module/main.c, mm/execmem.c), so the pages of others will do. Where it seems that some do,
-    nevertheless, their symbols are taken one by one.
+    Of the modules in `rows`, every symbol. Other modules have too many: where their code begins is enough, if
+    `modules` has it. Otherwise the pages with their symbols are used, as modules never share a page
+    (kernel/module/main.c, mm/execmem.c); where they seem to, their symbols in that page are taken one by one.
     """
     kept = [row for of_module in rows.values() for row in of_module]
     pages, others = {row[:_PAGE] for row in kept}, set[bytes]()
@@ -378,14 +380,14 @@ def _bounds(rows: Mapping[str, list[bytes]], listed: list[bytes], modules: Mappi
 
 
 def _modules(modules: Path) -> dict[str, range]:
-    """Where the code of modules lies at most, by /proc/modules: name, size, users, dependencies, state and address.
+    """Upper bounds of the address ranges of modules, from /proc/modules: name, size, users, used by, state, address.
 
-    Since 6.4 the size is that of all parts of a module, which are apart, and the address that of its code
-    (m_show(), kernel/module/procfs.c). Where addresses are hidden they are 0.
+    Since 6.4 the size is the sum over the separate parts of a module, and the address that of its code (m_show(),
+    kernel/module/procfs.c). Hidden addresses are 0.
     """
     try:
         lines = [line.split() for line in modules.read_text().splitlines()]
         places = {name: (int(at, 16), int(size)) for name, size, _, _, _, at, *_ in lines}
-    except (OSError, ValueError):  # a kernel without modules; a file that was made up
+    except (OSError, ValueError):  # a kernel without modules, or a malformed file
         return {}
     return {name: range(at, at + size) for name, (at, size) in places.items() if at}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A terminal that is drawn on and gives keys, and the signals that go with it; all is put back on every way out."""
+"""A terminal to draw on and read keys from, and the signals that go with it; all state is restored on every exit."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from typing import Any, Self
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _OF_TERMINALS = (signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)
 
-# CSI and SS3 sequences of ECMA-48, by which cursor keys come; then any other byte.
+# CSI and SS3 sequences of ECMA-48, which cursor keys send; then any other byte.
 _KEY = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1bO[ -~]|[^\x1b]|\x1b(?=[^\[O])", re.DOTALL)
 _SPECIAL = {b"A": "up", b"B": "down", b"5~": "page up", b"6~": "page down"}
-_LONGEST_KEY = 32  # bytes; what goes on longer without an end is no key
+_LONGEST_KEY = 32  # bytes; a longer sequence is not a key
 
 
 def _nothing(number: int, at: FrameType | None) -> None:
-    """Signals arrive through the file descriptor of `Signals`."""
+    """Do nothing: signals arrive through the file descriptor of `Signals`."""
 
 
 class Signals:
-    """Signals as something to wait for, beside input. What was ignored at the start (by nohup, say) stays so."""
+    """Signals to wait for, together with input. Those ignored at the start (by nohup, say) stay ignored."""
 
     def __init__(self) -> None:
-        self.ended = False  # whether any came that asks for an end
+        self.ended = False  # whether one of _ENDING has arrived
 
     def __enter__(self) -> Self:
         self._out, self._in = os.pipe()
@@ -39,11 +39,11 @@ class Signals:
         os.set_blocking(self._out, False)
         self._before_fd = signal.set_wakeup_fd(self._in, warn_on_full_buffer=False)
         self._before: dict[signal.Signals, signal._HANDLER] = {}
-        self.heed(_ENDING)
+        self.add(_ENDING)
         return self
 
-    def heed(self, numbers: Iterable[signal.Signals]) -> None:
-        """Let `wait` give NUMBERS too."""
+    def add(self, numbers: Iterable[signal.Signals]) -> None:
+        """Wait for these signals, too."""
         for number in numbers:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before.setdefault(number, signal.signal(number, _nothing))
@@ -57,8 +57,8 @@ class Signals:
         os.close(self._in)
         os.close(self._out)
 
-    def came(self) -> set[int]:
-        """The signals since this was asked last."""
+    def pending(self) -> set[int]:
+        """The signals that arrived since the last call."""
         with suppress(BlockingIOError):
             numbers = set(os.read(self._out, 4096))
             self.ended |= bool(numbers & set(_ENDING))
@@ -66,19 +66,19 @@ class Signals:
         return set()
 
     def wait(self, seconds: float, *files: int) -> tuple[set[int], bool]:
-        """Wait for a signal, at most SECONDS, or until a file of FILES has input; the signals, and whether one has."""
+        """Wait at most so many seconds for a signal, or input on a file; the signals, and whether there is input."""
         ready, _, _ = select.select([self._out, *files], [], [], seconds)
-        return self.came(), bool(set(files) & set(ready))
+        return self.pending(), bool(set(files) & set(ready))
 
 
 class Screen:
-    """A terminal in cbreak mode, drawn on line by line: only those that changed are sent, for serial consoles' sake.
+    """A terminal in cbreak mode, drawn line by line: only changed lines are sent, for serial consoles.
 
-    Needs no more of the terminal than a VT100 has; with ALTERNATE it has another screen, which keeps what was there.
+    Needs a VT100; with `alternate`, one with an alternate screen, so that the previous content is restored.
     """
 
     def __init__(self, signals: Signals, keys: int, screen: int, *, alternate: bool) -> None:
-        """KEYS and SCREEN are file descriptors of the terminal."""
+        """Draw on the file descriptor `screen`, and read from `keys`."""
         self._signals, self._keys, self._screen, self._alternate = signals, keys, screen, alternate
         self._saved: list[Any] = []
         self._taken = False
@@ -86,7 +86,7 @@ class Screen:
         self._typed = b""
 
     def __enter__(self) -> Self:
-        self._signals.heed(_OF_TERMINALS)
+        self._signals.add(_OF_TERMINALS)
         self._start()
         return self
 
@@ -96,12 +96,12 @@ class Screen:
         self._stop()
 
     def _start(self) -> None:
-        """Take the terminal; again after whatever a shell did to it."""
+        """Set up the terminal; also again, after a shell has changed it."""
         while self._in_background():  # as after `bg`: the terminal is the shell's
             if self._signals.ended:
                 return
             self._suspend(signal.SIGSTOP)
-        with suppress(termios.error):  # it is gone
+        with suppress(termios.error):  # it has been closed
             if not self._taken:
                 self._saved = termios.tcgetattr(self._keys)
             attributes = termios.tcgetattr(self._keys)
@@ -110,18 +110,18 @@ class Screen:
             termios.tcsetattr(self._keys, termios.TCSADRAIN, attributes)
         self._taken = True
         self.redraw()
-        # Wrapping off: a name that is wider than it says stays on its line.
-        self._write("\x1b[?1049h" * self._alternate + "\x1b[?25l\x1b[?7l\x1b[H\x1b[2J")
+        # Wrapping off, so that a name wider than computed stays on its line.
+        self._write(("\x1b[?1049h" if self._alternate else "") + "\x1b[?25l\x1b[?7l\x1b[H\x1b[2J")
 
     def _stop(self) -> None:
-        """Give the terminal back, once. Nothing that fails here may hide what went before."""
+        """Restore the terminal, once. A failure here must not hide an earlier error."""
         if not self._taken:
             return
         self._taken = False
         below = "\x1b[?1049l" if self._alternate else f"\x1b[{self.size().lines};1H\n"
         with suppress(OSError):
             self._write(f"\x1b[0m\x1b[?7h\x1b[?25h{below}")
-        if self._saved and not self._in_background():  # there, setting it would stop this process
+        if self._saved and not self._in_background():  # in the background this would stop the process (SIGTTOU)
             with suppress(termios.error):
                 termios.tcsetattr(self._keys, termios.TCSADRAIN, self._saved)
 
@@ -140,12 +140,12 @@ class Screen:
         return shutil.get_terminal_size()  # a serial console says 0: COLUMNS and LINES, else 80 and 24
 
     def redraw(self) -> None:
-        """Forget what the terminal shows: `draw` sends every line."""
+        """Make the next `draw` send every line."""
         self._lines = []
 
     def draw(self, lines: list[str]) -> None:
-        """Show LINES, each of which ends in the style it began with. Raises OSError when the terminal is gone."""
-        if self._signals.ended:  # in the background, perhaps, where the terminal is the shell's
+        """Show lines, each of which resets its style at the end. Raises OSError if the terminal has been closed."""
+        if self._signals.ended:  # perhaps in the background, where the terminal is the shell's
             return
         parts = [] if self._lines else ["\x1b[2J"]
         before = self._lines + [""] * (len(lines) - len(self._lines))
@@ -160,35 +160,36 @@ class Screen:
         while left:
             try:
                 left = left[os.write(self._screen, left) :]
-            except BlockingIOError:  # some other user of the terminal made it so
+            except BlockingIOError:  # another user of the terminal made it non-blocking
                 select.select([], [self._screen], [])
 
     def wait(self, seconds: float) -> Iterator[str]:
-        """Wait for SECONDS at most: keys, and "redraw" where all must be drawn anew.
+        """Wait at most so many seconds; yields keys, and "redraw" when everything must be drawn again.
 
-        A key is its character, or `up`, `down`, `page up` or `page down`. A terminal that is gone ends the signals.
+        A key is its character, or `up`, `down`, `page up` or `page down`. If the terminal is closed, the signals have
+        `ended`.
         """
-        came, typed = self._signals.wait(seconds, self._keys)
-        if signal.SIGTSTP in came and not self._signals.ended:
+        signals, typed = self._signals.wait(seconds, self._keys)
+        if signal.SIGTSTP in signals and not self._signals.ended:
             self._stop()
             self._suspend(signal.SIGTSTP)
-            came.add(signal.SIGCONT)
-        if signal.SIGCONT in came and not self._signals.ended:
+            signals.add(signal.SIGCONT)
+        if signal.SIGCONT in signals and not self._signals.ended:
             self._start()
-        if came & {signal.SIGCONT, signal.SIGWINCH}:
+        if signals & {signal.SIGCONT, signal.SIGWINCH}:
             self.redraw()
             yield "redraw"
         if typed and not self._signals.ended:
             yield from self._read()
 
     def _suspend(self, number: signal.Signals) -> None:
-        """Stop this process by NUMBER until it is continued."""
+        """Stop this process by a signal until it is continued."""
         if number == signal.SIGTSTP:
             signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         if number == signal.SIGTSTP:
             signal.signal(number, _nothing)
-        self._signals.came()
+        self._signals.pending()
 
     def _read(self) -> Iterator[str]:
         try:

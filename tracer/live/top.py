@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What `msrtrace top` shows: an interval, or all since the start, as plain data."""
+"""The content of `msrtrace top`, as plain data: the counts of an interval, or of all time since the start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SORTS = ("calls", "redundant", "share", "msr", "cause")
 
 @dataclass(frozen=True)
 class Row:
-    """Calls that are alike in all parts that are not None; `pid` is the VMM's, 0 of those that VMs took along."""
+    """Calls with the same values in all parts that are not None; `pid` is the VMM's, 0 for VMs that are gone."""
 
     outcome: Outcome
     pid: int | None = None
@@ -33,7 +33,7 @@ class Row:
 
     @property
     def share(self) -> Fraction | None:
-        """The part of the calls that was redundant; None where that is unknown."""
+        """The redundant share of the calls; None where that is unknown."""
         if self.outcome.redundant is None or not self.outcome.calls:
             return None
         return Fraction(self.outcome.redundant, self.outcome.calls)
@@ -41,9 +41,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Frame:
-    """What was counted in `seconds`; `whole` if that is all the time since the start. None: not observable.
+    """The counts of `seconds`; `whole` if that is all the time since the start. None: not observable.
 
-    `rows` are told apart as far as they can be; `updates`, `recalcs` and `vms` are keyed by the pid of the VMM, as in
+    `rows` are as detailed as the counts are; `updates`, `recalcs` and `vms` are keyed by the pid of the VMM, as in
     Snapshot.
     """
 
@@ -56,13 +56,13 @@ class Frame:
     recalcs: Mapping[int, Durations] | None = None
     vms: Mapping[int, str] = field(default_factory=dict)
     by_vm: bool = False
-    traced: bool = True  # whether any probe is in place at the end
+    traced: bool = True  # whether any probe is attached at the end
     lost: str = ""  # in words
     not_probed: tuple[str, ...] = ()
 
     @property
     def calls(self) -> Outcome | None:
-        """All calls together."""
+        """The sum of all calls."""
         return None if self.rows is None else _sum(row.outcome for row in self.rows)
 
     @property
@@ -77,7 +77,7 @@ class Frame:
 
     @property
     def per_update(self) -> tuple[Fraction, Fraction | None] | None:
-        """Calls per filter update, and redundant ones of them; None if there was no update, or not all was seen."""
+        """Calls and redundant calls per filter update; None if there was no update, or something was missed."""
         updates = self.all_updates
         if self.rows is None or updates is None or not updates.count or self.lost or self.not_probed:
             return None
@@ -86,11 +86,11 @@ class Frame:
         return Fraction(inside.calls, updates.count), Fraction(inside.redundant or 0, updates.count) if known else None
 
     def rate(self, count: int) -> float | None:
-        """COUNT per second; None where no time has passed."""
+        """The count per second; None if no time has passed."""
         return count / self.seconds if self.seconds > 0 else None
 
     def grouped(self, parts: Collection[str], sort: str) -> list[Row]:
-        """The rows with only PARTS of them told apart, in the order SORT, one of SORTS."""
+        """The rows summed over all but the given parts, sorted by one of SORTS."""
         sums: dict[tuple[object, ...], Outcome] = {}
         names = ("pid", "msr", "access", "action", "cause")
         for row in self.rows or ():
@@ -105,7 +105,7 @@ def _sum(outcomes: Iterable[Outcome]) -> Outcome:
 
 
 def _order(row: Row, sort: str) -> tuple[object, ...]:
-    """Most first; what is unknown comes last, and what is equal in the order of the MSR and the other parts."""
+    """The sort key: the most first, unknown last, and equal ones by MSR and the other parts."""
     share = row.share
     first: dict[str, tuple[object, ...]] = {
         "calls": (),
@@ -119,17 +119,17 @@ def _order(row: Row, sort: str) -> tuple[object, ...]:
 
 
 def lost(counted: Snapshot) -> str:
-    """What COUNTED did not see, in words; empty if it saw all that is probed."""
+    """What the snapshot missed, in words; empty if nothing."""
     parts = loss_of(counted).words()
-    if counted.reattached:
-        parts.append(f"{vendor_named(counted.vendor).module} unloaded: {counted.reattached:,}")
+    if counted.module_unloads:
+        parts.append(f"{vendor_named(counted.vendor).module} unloaded: {counted.module_unloads:,}")
     return ", ".join(parts)
 
 
 def frame(counted: Snapshot, seconds: float, *, whole: bool = False) -> Frame:
-    """COUNTED in SECONDS; WHOLE if those are all since the start."""
+    """The frame of the counts of so many seconds; `whole`: these are all since the start."""
     sums: dict[tuple[int, int, str, str, str], Outcome] = {}
-    for call, outcome in counted.calls.items():  # callers that stand for one cause are not told apart
+    for call, outcome in counted.calls.items():  # summed over callers with the same cause
         key = (call.pid, call.msr, call.access, call.action, call.cause)
         sums[key] = sums[key] + outcome if key in sums else outcome
     probes = counted.probes
@@ -151,16 +151,16 @@ def frame(counted: Snapshot, seconds: float, *, whole: bool = False) -> Frame:
 
 
 def between(later: Snapshot, earlier: Snapshot) -> Snapshot:
-    """What happened between EARLIER and LATER, VMs that ended in between included.
+    """What was counted between two snapshots, including VMs that ended in between.
 
-    LATER has those under pid 0, together with all that ended before; so EARLIER must have them there, too.
+    The later snapshot has these under pid 0, with all that ended before; so the earlier one must have them there, too.
     """
     return later.since(earlier.without_vms(earlier.pids - later.vms.keys()))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The last interval and the time since the start, both up to the clock time `at`; `notes` are about the reading."""
+    """The last interval and the time since the start, both up to the time of day `at`; `notes` are on failures."""
 
     at: str
     interval: Frame | None = None
@@ -168,22 +168,22 @@ class Sample:
     notes: tuple[str, ...] = ()
 
     def chosen(self, whole: bool) -> Frame | None:
-        """The frame since the start if WHOLE, else that of the interval."""
+        """The frame since the start, or that of the interval."""
         return self.whole if whole else self.interval
 
 
 class Source(Protocol):
-    """What `Tracer` is to this module."""
+    """The part of `Tracer` that this module needs."""
 
     def snapshot(self) -> Snapshot:
-        """The counts of now."""
+        """The present counts."""
 
     def follow(self) -> ModuleChange | None:
         """Follow a reload of the module."""
 
 
 class Sampler:
-    """Takes a snapshot when told to, and gives what it means. Starts with one, which begins the first interval."""
+    """Takes snapshots and keeps the newest sample. The first is taken at once, to begin the first interval."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class Sampler:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], str] = lambda: time.strftime("%H:%M:%S"),
     ) -> None:
-        """CLOCK gives seconds, WALL the time of day."""
+        """Read from `source`; `clock` returns seconds, `wall` the time of day."""
         self._source, self._clock, self._wall = source, clock, wall
         self._started = clock()
         self._last: tuple[float, Snapshot] | None = None
@@ -201,16 +201,16 @@ class Sampler:
 
     @property
     def sample(self) -> Sample:
-        """The last one; its notes are those of now."""
+        """The last sample, with the present notes."""
         s = self._sample
         return Sample(s.at, s.interval, s.whole, tuple(filter(None, (self._failure, self._module))))
 
     def take(self) -> None:
-        """Read the counts. If that fails the last sample stays, with a note."""
+        """Read the counts. If that fails, the last sample stays, with a note."""
         began = self._clock()
         try:
             now = self._source.snapshot()
-        except Exception as error:  # whatever it was: what is known stays on show
+        except Exception as error:  # whatever it was, the last sample stays on screen
             self._failure = f"reading failed at {self._wall()}, the numbers are older: {type(error).__name__}: {error}"
             return
         self._failure = ""
@@ -228,12 +228,12 @@ class Sampler:
 
 
 def vm_name(shown: Frame, pid: int) -> str:
-    """What to call the VMM PID."""
+    """The pid and name of a VMM."""
     return f"{pid} {shown.vms.get(pid, '')}".rstrip() if pid else "(ended)"
 
 
 def msr_name(row: Row) -> str:
-    """The MSR of ROW, in hex where it has no name."""
+    """The MSR of a row, in hex where it has no name."""
     return "" if row.msr is None else msr.name(row.msr)
 
 

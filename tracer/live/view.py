@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How `msrtrace top` looks: lines of text for a terminal or a pipe, made by rich."""
+"""The view of `msrtrace top`: lines of text for a terminal or a pipe, formatted by rich."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tracer.model.snapshot import Durations, Outcome
 from tracer.model.text import printable
 
 HELP = "sort by c calls, r redundant calls, s their share, m MSR, u cause; t totals or rates; "
-HELP_VM = "b MSRs of each VM, VMs, or all together; "
-HELP_MORE = "arrows scroll; space pauses; ^L draws anew; q quits"
+HELP_VM = "b MSRs by VM, VMs, or MSRs of all VMs; "
+HELP_MORE = "arrows scroll; space pauses; ^L redraws; q quits"
 _GAP = 2
 _LONGEST_NAME = 36  # in tracer/model/msr/table.py
 _LONGEST_VM = 40
@@ -28,7 +28,7 @@ _TEXT = 240  # characters of a note that are shown
 
 @dataclass(frozen=True)
 class Look:
-    """What a terminal can show; no `height`: everything, one frame after another, without keys."""
+    """What a terminal can show; without `height`, whole frames one after another, and no keys."""
 
     width: int = 80
     height: int | None = None
@@ -37,14 +37,14 @@ class Look:
     colors: bool = False
 
     def clean(self, text: str, limit: int = _TEXT) -> str:
-        """TEXT without what could move the cursor, and in ASCII if it must be: names come from elsewhere."""
+        """The text without control characters, and in ASCII if necessary: names are not trusted."""
         text = printable(text.replace("µ", "u") if self.ascii else text, limit)
         return text.encode("ascii", "replace").decode() if self.ascii else text
 
 
 @dataclass
 class View:
-    """What the user chose by keys and options. `level` is which rows: see `LEVELS`."""
+    """What the user chose by keys and options. `level` is an index of `LEVELS`."""
 
     sort: str = "calls"
     level: int = 0
@@ -55,13 +55,13 @@ class View:
 
 
 _MSR_PARTS = ("msr", "access", "action", "cause")
-#: By which parts rows are told apart, where VMs are: `b` goes from one to the next.
+#: The parts that rows are broken down by, with --by-vm: `b` goes from one to the next.
 LEVELS: tuple[tuple[str, ...], ...] = (("pid", *_MSR_PARTS), ("pid",), _MSR_PARTS)
 
 
 @dataclass(frozen=True)
 class Column:
-    """`part` is what it tells apart, if anything; those with the highest `drop` go first when room is scarce."""
+    """A column; `part` is what it breaks down by, if anything. Those with the highest `drop` are left out first."""
 
     title: str
     width: int
@@ -71,27 +71,27 @@ class Column:
 
 
 def lines(sample: Sample, view: View, look: Look, host: str) -> list[str]:
-    """SAMPLE as lines of at most `look.width` columns. An offset of VIEW beyond the rows is corrected.
+    """The sample as lines of at most `look.width` columns. An offset of the view beyond the rows is corrected.
 
-    HOST says where this is: the host's name and its kernel.
+    :param host: the names of the host and its kernel
     """
     shown = sample.chosen(view.whole)
     head = _drawn(_header(sample, shown, look, host), look)
     if look.height is None:
         return head + _drawn([""], look) + _drawn([_table(shown, view, look, None)] if shown else [], look)
-    foot = _drawn([_footer(shown, view)], look)
-    room = max(1, look.height - len(head) - len(foot) - 1)  # less the titles
+    footer = _drawn([_footer(shown, view)], look)
+    room = max(1, look.height - len(head) - len(footer) - 1)  # minus the column titles
     body = _drawn([_table(shown, view, look, room)], look) if shown else []
-    above = (head + body)[: max(0, look.height - len(foot))]
-    above += [""] * (look.height - len(foot) - len(above))
-    return (above + foot)[: look.height]
+    above = (head + body)[: max(0, look.height - len(footer))]
+    above += [""] * (look.height - len(footer) - len(above))
+    return (above + footer)[: look.height]
 
 
 def _drawn(parts: list[RenderableType], look: Look) -> list[str]:
     console = Console(
         file=StringIO(),
         width=look.width,
-        height=100,  # without both, rich takes 80 columns where TERM=dumb
+        height=100,  # without both, rich uses 80 columns where TERM=dumb
         color_system="standard" if look.styles else None,
         force_terminal=look.styles,
         no_color=not look.colors,
@@ -119,7 +119,7 @@ def _header(sample: Sample, shown: Frame | None, look: Look, host: str) -> list[
         parts += [Text(look.clean(line)) for line in _figures(shown)]
         parts += [Text(look.clean(line), style="bold red") for line in _warnings(sample, shown)]
     else:
-        parts.append(Text("the first numbers come when an interval has passed"))
+        parts.append(Text("the first numbers come after one interval"))
     return parts + [Text(look.clean(note), style="bold yellow") for note in sample.notes]
 
 
@@ -137,12 +137,12 @@ def _figures(shown: Frame) -> list[str]:
     found = "filter updates not observable on this kernel"
     if updates is not None:
         found = f"filter updates {_timed(shown, updates)}"
-    made = "calls not observable on this kernel"
+    counted = "calls not observable on this kernel"
     if calls is not None:
-        made = f"calls {_figure(shown, calls.calls)}"
+        counted = f"calls {_figure(shown, calls.calls)}"
         if calls.calls:
-            made += f", {'?' if calls.redundant is None else share(calls.redundant, calls.calls)} redundant"
-    result = [f"{found}; {made}"]
+            counted += f", {'?' if calls.redundant is None else share(calls.redundant, calls.calls)} redundant"
+    result = [f"{found}; {counted}"]
     if each:
         result.append(_per_update(*each))
     elif calls is not None and updates is not None and not updates.count:
@@ -153,13 +153,13 @@ def _figures(shown: Frame) -> list[str]:
 
 
 def _timed(shown: Frame, durations: Durations) -> str:
-    """How many, and how long each took."""
+    """Their number, and the mean duration."""
     each = f", {duration(durations.seconds / durations.timed)} each" if durations.timed else ""
     return f"{_figure(shown, durations.count)}{each}"
 
 
 def _per_update(calls: Fraction, redundant: Fraction | None) -> str:
-    """Whole numbers are exact. Others come of updates under way while the counts were read, or of unlike VMs."""
+    """Integers are exact. Others result from updates in progress during the reading, or from VMs that differ."""
     exact = calls.denominator == 1 and (redundant is None or redundant.denominator == 1)
     digits = 0 if exact else 1
     waste = "?" if redundant is None else f"{float(redundant):,.{digits}f}"
@@ -189,7 +189,7 @@ def _rate(shown: Frame, count: int) -> str:
 
 
 def _columns(shown: Frame, level: tuple[str, ...], look: Look) -> list[Column]:
-    """Those that fit. The MSR's, or else the VM's, takes what is left."""
+    """The columns that fit. That of the MSR, or else of the VM, gets the remaining width."""
 
     def amount(count: int) -> str:
         return f"{count:,}" if shown.whole else _rate(shown, count)
@@ -229,7 +229,7 @@ def _width(columns: list[Column]) -> int:
 
 
 def _table(shown: Frame, view: View, look: Look, room: int | None) -> RenderableType:
-    """The rows that ROOM has, a line for how many there are beside them included."""
+    """The rows that fit into `room` lines (None: all), with a line on how many there are if not all fit."""
     level = LEVELS[view.level % len(LEVELS)] if shown.by_vm else _MSR_PARTS
     if shown.rows is None and level != ("pid",):
         return Text("" if not shown.traced else "calls not observable on this kernel")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Why KVM called. Which of its functions stands for which cause is in the vendors' tables."""
+"""Why KVM made a call. Which function of KVM stands for which cause is in the vendors' tables."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What msrtrace tells a user who cannot be served."""
+"""The error that a command shows to its user."""
 
 from __future__ import annotations
 

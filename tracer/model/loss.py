@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a trace did not see, as reports have it and as every view says it."""
+"""What a trace missed: as reports store it, and as every view words it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tracer.model.snapshot import Snapshot
 
 
 class Loss(Sanitized, frozen=True, kw_only=True):
-    """What was not seen: by map, by function, and the rest. `not_probed` names functions without their probe.
+    """What a trace missed: by map, by function, and the rest. `not_probed` names the functions without a probe.
 
-    `uncounted` says, a phrase each, what was known from the start not to be seen, because of a livepatch say.
+    `uncounted` says, a phrase each, what could not be counted from the start: because of a livepatch, say.
     """
 
     dropped_updates: Annotated[dict[Text, Count], Meta(max_length=256)] = field(default_factory=dict)
@@ -22,12 +22,12 @@ class Loss(Sanitized, frozen=True, kw_only=True):
     unpaired_returns: Count = 0
     read_failures: Count = 0
     open_calls: Count = 0
-    reattachments: Count = 0
+    module_unloads: Count = 0
     not_probed: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
     uncounted: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
 
     def words(self) -> list[str]:
-        """What probes that were in place did not see, a phrase each."""
+        """What the attached probes missed, a phrase each."""
         found = [f"{count:,} updates of map {name} dropped" for name, count in self.dropped_updates.items()]
         found += [f"{count:,} runs of {name} missed" for name, count in self.probe_missed.items()]
         if self.unpaired_returns:
@@ -40,7 +40,7 @@ class Loss(Sanitized, frozen=True, kw_only=True):
 
 
 def loss_of(counted: Snapshot) -> Loss:
-    """What COUNTED did not see."""
+    """What the trace behind the snapshot `counted` missed."""
     return Loss(
         dropped_updates={m.name: m.dropped for m in counted.maps if m.dropped},
         probe_missed={p.function: p.missed for p in counted.probes if p.missed},
@@ -48,6 +48,6 @@ def loss_of(counted: Snapshot) -> Loss:
         read_failures=counted.read_failures,
         open_calls=counted.open_calls,
         uncounted=list(counted.uncounted),
-        reattachments=counted.reattached,
+        module_unloads=counted.module_unloads,
         not_probed=[p.function for p in counted.probes if not p.attached],
     )

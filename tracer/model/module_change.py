@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What becomes of the module that is traced while it is: it is unloaded and loaded again."""
+"""Unloads and reloads of the module while it is traced."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: How often a reload is looked for, and how long a module that cannot be traced is left alone.
+#: How often to check for a reload, and how long to wait before retrying a module that cannot be traced.
 FOLLOW_SECONDS, RETRY_SECONDS = 0.2, 10.0
 
 
 @dataclass(frozen=True)
 class ModuleChange:
-    """MODULE is traced again; or was unloaded; or was loaded and cannot be traced, which `problem` says why."""
+    """`module` is traced again; or was unloaded; or was loaded but cannot be traced, and `problem` says why."""
 
     module: str
     traced: bool

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a user chooses of how to trace."""
+"""The options of a trace."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BACKENDS = ("kprobe", "fentry")
 
 @dataclass(frozen=True)
 class Options:
-    """To break counts down by VM, to trace the VMM with one pid alone, and by which of BACKENDS or `auto`."""
+    """Whether to break counts down by VM, the pid of the only VMM to trace (None: all), one of BACKENDS or `auto`."""
 
     by_vm: bool = False
     pid: int | None = None

@@ -13,19 +13,19 @@ def number(value: int | None) -> str:
 
 
 def rate(value: Fraction | float | None) -> str:
-    """A count per something: whole where it is, else to two decimals; `?` where it is not known."""
+    """A count per something: an integer if it is one, else with two decimals; `?` where it is not known."""
     if value is None:
         return "?"
     return f"{int(value):,}" if value == int(value) else f"{float(value):,.2f}"
 
 
 def share(part: Fraction | float | None, of: Fraction | float | None) -> str:
-    """PART in percent of OF; empty where there is none."""
+    """`part` as a percentage of `of`; empty where either is unknown, or `of` is 0."""
     return "" if part is None or not of else f"{float(part / of):.1%}"
 
 
 def duration(seconds: float | None) -> str:
-    """A time with its unit, to three digits."""
+    """A time with its unit, to three significant digits."""
     if seconds is None:
         return "?"
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
@@ -35,6 +35,6 @@ def duration(seconds: float | None) -> str:
 
 
 def listed(words: Iterable[str]) -> str:
-    """WORDS as a part of a sentence."""
+    """The words as a list within a sentence: `a, b and c`."""
     *most, last = list(words)
     return f"{', '.join(most)} and {last}" if most else last

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a report is made of: structs whose texts are fit to be shown, wherever they come from."""
+"""Structs whose strings are safe to print, wherever they come from: what reports are made of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 class Sanitized(msgspec.Struct, frozen=True, kw_only=True):
-    """A struct whose every text is `printable`, so that no view has to mind, wherever it was made or read."""
+    """A struct whose every string is `printable`, whether made here or read from a file; views need not check."""
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
@@ -26,7 +26,7 @@ class Sanitized(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _clean(value: Any) -> Any:
-    """VALUE, the same object if there is nothing to mend in it."""
+    """The value with every string printable; the same object if nothing had to change."""
     if isinstance(value, str):
         return value if value.isprintable() and len(value) <= LIMIT else printable(value)
     if isinstance(value, list) and any(isinstance(item, str) and _clean(item) is not item for item in value):

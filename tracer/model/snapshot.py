@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What was counted up to one moment, as plain data: the only thing that the engine gives and that views show."""
+"""The counts at one moment, as plain data: all that the engine produces and that views show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DURATION_BOUNDS = tuple((64 << i) * 1e-9 for i in range(1, 25))
 
 @dataclass(frozen=True)
 class Call:
-    """A kind of call. `pid` is that of the VMM, 0 where VMs are not told apart."""
+    """A kind of call. `pid` is the VMM's, or 0 where counts are not broken down by VM."""
 
     msr: int
     access: str  # read, write or read_write
@@ -28,7 +28,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How often, and how often with which result. All but `calls` are None where results cannot be seen."""
+    """How many calls, and how many with which outcome. All but `calls` are None where outcomes cannot be read."""
 
     calls: int
     redundant: int | None = None
@@ -57,11 +57,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Durations:
-    """Updates that began, and the time that those took which were seen to end: `timed` of them.
+    """Updates that began, and how long those took whose end was seen: `timed` of them.
 
-    `buckets[i]` counts those in the i-th of DURATION_BOUNDS, the last the rest.
+    `buckets[i]` counts those up to the i-th of DURATION_BOUNDS, the last bucket all longer ones.
 
-    `seconds` is of whole nanoseconds, and so are sums: they must not depend on their order, or a counter could go back.
+    `seconds` is rounded to whole nanoseconds, also in sums, so that these do not depend on the order of addition:
+    otherwise a counter could go backwards.
     """
 
     count: int = 0
@@ -78,7 +79,7 @@ class Durations:
 
     @property
     def timed(self) -> int:
-        """How many updates `seconds` is the time of."""
+        """How many updates `seconds` covers."""
         return sum(self.buckets)
 
     def cumulative(self) -> list[tuple[float, int]]:
@@ -87,7 +88,7 @@ class Durations:
 
 
 def _nanoseconds(seconds: float) -> float:
-    """The float nearest to SECONDS in whole nanoseconds."""
+    """The time rounded to whole nanoseconds, still in seconds."""
     return round(seconds * 1e9) / 1e9
 
 
@@ -112,13 +113,13 @@ def _subtracted(later: Mapping[_K, _V], earlier: Mapping[_K, _V]) -> dict[_K, _V
 
 @dataclass(frozen=True)
 class Probe:
-    """One probed function. `symbol` is what the probe sits on, if anything; `detail` where, or why not."""
+    """One function to probe. `symbol` is the symbol that is probed, if any; `detail` says where, or why not."""
 
     function: str
     symbol: str | None
     attached: bool
     detail: str
-    missed: int = 0  # runs of the function of which a probe saw only the entry or only the return, or neither
+    missed: int = 0  # runs of the function that the probes did not see from entry to return
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,10 @@ class Map:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Counts since the tracer was attached, and how far they can be trusted.
+    """Counts since the tracer was attached, and what limits their accuracy.
 
-    `updates` and `recalcs` are keyed by the pid of the VMM, 0 where VMs are not told apart: filter changes applied
-    by a vCPU, and recomputations of a bitmap for any other reason. `vms` names those pids that still run.
+    `updates` are filter changes applied by a vCPU, `recalcs` recomputations of a bitmap for any other reason; both are
+    keyed by the pid of the VMM, 0 where counts are not broken down by VM. `vms` names the pids that still run.
     """
 
     layout: str
@@ -149,17 +150,17 @@ class Snapshot:
     maps: tuple[Map, ...] = ()
     unpaired_returns: int = 0
     read_failures: int = 0
-    open_calls: int = 0  # under way when this was taken: not counted yet
-    uncounted: tuple[str, ...] = ()  # what is known not to be seen, a phrase each
+    open_calls: int = 0  # in progress when this was taken: not counted yet
+    uncounted: tuple[str, ...] = ()  # what is known not to be counted, a phrase each
     vendor: str = FIRST.name
     vcpus_seen: int = 0
     vmms_seen: int = 0
-    reattached: int = 0
-    calls_observable: bool = True  # False: no call seen does not mean that none was made
+    module_unloads: int = 0
+    calls_observable: bool = True  # False: that no call was seen does not mean that none was made
     updates_observable: bool = True
     by_vm: bool = False
     vms: Mapping[int, str] = field(default_factory=dict)
-    commands: Mapping[int, str] = field(default_factory=dict)  # by pid, of VMMs when they made their first vCPU
+    commands: Mapping[int, str] = field(default_factory=dict)  # by pid: of VMMs, at the creation of their first vCPU
 
     @property
     def lower_bound(self) -> bool:
@@ -169,17 +170,17 @@ class Snapshot:
 
     @property
     def recalcs_observable(self) -> bool:
-        """Whether `recalcs` has them all: the kernel recomputes for other reasons, and they can be told apart."""
+        """Whether `recalcs` is counted: recalculations for other reasons exist, and can be told from filter updates."""
         layout = vendor_named(self.vendor).layout(self.layout)
         return self.updates_observable and bool(layout and layout.filter_set)
 
     @property
     def pids(self) -> set[int]:
-        """The VMMs that anything was counted for, 0 where VMs are not told apart."""
+        """The VMMs that anything was counted for; 0 where counts are not broken down by VM."""
         return {call.pid for call in self.calls} | self.updates.keys() | self.recalcs.keys()
 
     def after(self, earlier: Snapshot) -> Snapshot:
-        """This snapshot with the counts of EARLIER, of another attachment of the same tracer, added to them."""
+        """This snapshot plus the counts of `earlier`, from a previous attachment of the same tracer."""
         missed = {p.function: p.missed for p in earlier.probes}
         dropped = {m.name: m.dropped for m in earlier.maps}
         probes = [replace(p, missed=p.missed + missed.pop(p.function, 0)) for p in self.probes]
@@ -199,11 +200,11 @@ class Snapshot:
             vcpus_seen=self.vcpus_seen + earlier.vcpus_seen,
             vmms_seen=self.vmms_seen + earlier.vmms_seen,
             commands={**earlier.commands, **self.commands},
-            reattached=self.reattached + earlier.reattached,
+            module_unloads=self.module_unloads + earlier.module_unloads,
         )
 
     def since(self, earlier: Snapshot) -> Snapshot:
-        """What happened between EARLIER and this snapshot of the same tracer."""
+        """What was counted between `earlier` and this snapshot of the same tracer."""
         missed = {p.function: p.missed for p in earlier.probes}
         dropped = {m.name: m.dropped for m in earlier.maps}
         return replace(
@@ -217,11 +218,11 @@ class Snapshot:
             read_failures=self.read_failures - earlier.read_failures,
             vcpus_seen=self.vcpus_seen - earlier.vcpus_seen,
             vmms_seen=self.vmms_seen - earlier.vmms_seen,
-            reattached=self.reattached - earlier.reattached,
+            module_unloads=self.module_unloads - earlier.module_unloads,
         )
 
     def without_vms(self, pids: set[int]) -> Snapshot:
-        """The same counts, with those of PIDS no longer told apart: they stay in every total, under pid 0."""
+        """The same counts, with those of `pids` merged under pid 0: they stay in every total."""
 
         def folded(durations: Mapping[int, Durations]) -> dict[int, Durations]:
             return _sums((0 if pid in pids else pid, value) for pid, value in durations.items())

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the source calls what a symbol names."""
+"""The source name of a function, from the name of its symbol."""
 
 from __future__ import annotations
 
 
 def plain_name(symbol: str) -> str:
-    """What a function is called in the source: the name of its SYMBOL without what compilers append.
+    """The source name of a function: its symbol without the suffixes that compilers append.
 
     `.isra.0`, `.constprop.0`, `.part.0`, `.cold`, `.localalias`, `.lto_priv.0` are GCC's, `.llvm.HASH`, `.__uniq.N`,
-    `.cfi`, `.specialized.N` and `$HASH` LLVM's. An identifier of C has neither `.` nor `$`, so all from the first of
-    them on is not the source's; cleanup_symbol_name(), kernel/kallsyms.c, argues like this.
+    `.cfi`, `.specialized.N` and `$HASH` LLVM's. A C identifier has neither `.` nor `$`, so everything from the first of
+    them on is a suffix, as in cleanup_symbol_name(), kernel/kallsyms.c.
     """
     return symbol.partition(".")[0].partition("$")[0] or symbol

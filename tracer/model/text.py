@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Text from elsewhere (command lines, files, other people's reports), made fit to be shown on one line."""
+"""Text from elsewhere (command lines, files, other people's reports), made safe to print on one line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ LIMIT = 4096
 
 
 def printable(text: str, limit: int = LIMIT) -> str:
-    r"""TEXT with what is not printable escaped as in Python (`\n`, `\x1b`, `\u202e`), cut to LIMIT characters.
+    r"""The text with non-printable characters escaped as in Python (`\n`, `\x1b`, `\u202e`), cut to `limit` characters.
 
-    Line breaks, terminals' escape sequences, marks that turn the direction of text, and the halves of characters that
-    stand for bytes that are no UTF-8 are not printable. What is printable and short enough comes back as it is.
+    Line breaks, terminal escape sequences, bidirectional marks, and the lone surrogates that stand for bytes that are
+    not UTF-8 are not printable. Text that is printable and short enough is returned as it is.
     """
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What differs between the two kinds of hardware virtualisation, as the type of a table: vmx.py is one."""
+"""The type of the tables of what differs between kinds of hardware virtualisation; vmx.py is one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tracer.model.symbol_name import plain_name
 
 @dataclass(frozen=True)
 class Layout:
-    """The functions that hold KVM's MSR-intercept code in a range of kernels.
+    """The functions of KVM's MSR-intercept code in a range of kernels.
 
     `enable`, `disable` and `set_` take (vcpu, msr, type); `set_` has `bool set` as fourth argument. `update`
     (vcpu) recomputes a vCPU's bitmap; `filter_set` (kvm, filter) is probed where the update function runs for
-    other reasons too, so that a new filter can be told from those.
+    other reasons too, to tell those from a new filter.
     """
 
     name: str
@@ -35,19 +35,19 @@ class Layout:
 
     @property
     def functions(self) -> tuple[str, ...]:
-        """All of them; those whose calls are counted come first."""
+        """All functions; those whose calls are counted come first."""
         return tuple(f for f in (*self.calls, self.update, self.filter_set) if f)
 
 
 @dataclass(frozen=True)
 class Vendor:
-    """One kind of hardware virtualisation and the KVM module that drives it. Nothing else in the code names either."""
+    """One kind of hardware virtualisation and its KVM module. No other code names either."""
 
     name: str
-    #: What CPUs call it: in the flags of /proc/cpuinfo, and in words.
+    #: Its flag in /proc/cpuinfo, and its name.
     cpu_flag: str
     cpu_feature: str
-    #: What a user can do whose CPU has it, but not the flag.
+    #: The fix for a CPU that has it, but not the flag.
     firmware_fix: str
     module: str
     #: The module's file below /lib/modules, and the option that builds it.
@@ -55,25 +55,25 @@ class Vendor:
     config_option: str
     #: Parameters of the module that change which MSRs are passed through, and how often that changes.
     parameters: tuple[str, ...]
-    #: What the names of the module's functions begin with, and one that says that the kernel image has them.
+    #: The prefix of the module's functions, and one whose presence shows that they are built into the kernel image.
     prefix: str
     marker: str
-    #: Newest first, in which order they are tried.
+    #: Newest first: the order in which they are tried.
     layouts: tuple[Layout, ...]
-    #: The birth and the end of a vCPU, by any of these names.
+    #: The creation and the destruction of a vCPU, by any of these names.
     vcpu_create: tuple[str, ...]
     vcpu_free: tuple[str, ...]
-    #: What writes bits of the bitmap without a call: a static function and, if it was inlined, what calls it.
+    #: What writes the bitmap without a counted call: a static function and, for where it was inlined, its callers.
     direct_write: str
     direct_write_callers: tuple[str, ...]
-    #: Structure and member, one inside the other from the vCPU on, to the address of its bitmap.
+    #: Pairs of structure and member, each inside the one before, from the vCPU to the address of its bitmap.
     bitmap: tuple[tuple[str, str], ...]
-    #: Who calls, as regular expressions of whole names, and why; the first match counts.
+    #: Callers, as regular expressions that match whole names, and their causes; the first match wins.
     callers: tuple[tuple[str, str], ...]
 
     @property
     def module_name(self) -> str:
-        """As modprobe and the files of /lib/modules have it."""
+        """The module's name as modprobe and the files of /lib/modules spell it."""
         return self.module_file.removesuffix(".ko")
 
     @cached_property
@@ -81,7 +81,7 @@ class Vendor:
         return tuple((re.compile(pattern), cause) for pattern, cause in self.callers)
 
     def cause_of(self, function: str) -> str:
-        """The cause that a call by FUNCTION of KVM stands for, whatever a compiler has added to its name."""
+        """The cause of a call by this function of KVM, whatever suffix a compiler has added to its name."""
         name = plain_name(function)
         return next((cause for pattern, cause in self._callers if pattern.fullmatch(name)), OTHER)
 
@@ -93,13 +93,13 @@ class Vendor:
         return tuple(dict.fromkeys([*layouts, *others]))
 
     def layout(self, name: str) -> Layout | None:
-        """The layout of that NAME, if it is known."""
+        """The layout of that name, or None."""
         return next((layout for layout in self.layouts if layout.name == name), None)
 
     def counted_functions(self, layout: str) -> frozenset[str]:
-        """The functions whose probes make the counts of LAYOUT, a name; without one of them counts are missing.
+        """The functions whose probes the counts of the named layout depend on: without one of them counts are missing.
 
-        Where calls are counted, those are among them that end the time in which the outcome of a call can be read.
+        Where calls are counted, these include the functions before which the outcome of a call must be read.
         """
         known = self.layout(layout)
         if known is None:

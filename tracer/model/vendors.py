@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The vendors that msrtrace knows; of a kernel, the one whose module it has."""
+"""The vendors that msrtrace supports."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from tracer.model.vendor import Layout, Vendor
 from tracer.model.vmx import VMX
 
 VENDORS = (VMX,)
-#: Whose the counts are that do not say it: those of the versions of msrtrace that knew one vendor alone.
+#: The vendor of counts that do not name one, from versions of msrtrace that knew only this.
 FIRST = VMX
 
 
 def vendor_named(name: str) -> Vendor:
-    """The vendor of that NAME; FIRST if it is not known, as then its layouts are not either."""
+    """The vendor of that name; FIRST if it is unknown, as then its layouts are unknown, too."""
     return next((vendor for vendor in VENDORS if vendor.name == name), FIRST)
 
 

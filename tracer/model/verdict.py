@@ -3,13 +3,12 @@
 
 Upstream d895f28ed6da, v6.0. Without it vmx_msr_filter_changed() in arch/x86/kvm/vmx/vmx.c calls
 vmx_enable_intercept_for_msr() for each MSR of vmx_possible_passthrough_msrs[] that KVM intercepts anyway; with it,
-only vmx_disable_intercept_for_msr() for those that KVM passes through. Both ask for reads and for writes by calls of
-their own. Reads of the TSC are always passed through and writes to it never (vmx_vcpu_create(), 5.10 to 6.16), so every
-filter update shows which of the two it is.
+only vmx_disable_intercept_for_msr() for those that KVM passes through. Both make separate calls for reads and for
+writes. Reads of the TSC are always passed through and writes to it never (vmx_vcpu_create(), 5.10 to 6.16), so every
+filter update shows which of the two kernels it is.
 
-RULES is the one place that says what follows from which counts. judge() makes a report's sentence of them; dashboards/
-makes the alert and the dashboard's queries of the same, and tests/dashboards/test_one_verdict.py gives all three the
-same counts.
+RULES is the only place that says what follows from which counts. judge() makes a report's sentence from them,
+dashboards/ the alert and the dashboard's queries; tests/dashboards/test_one_verdict.py gives all three the same counts.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from tracer.model.vendors import layouts
 
 #: Every vmx_possible_passthrough_msrs[] there has been, arch/x86/kvm/vmx/vmx.c. Read: 5.10.13, 5.12.9, 5.14.2, 5.15.16,
 #: 5.17, 5.19, 6.0, 6.3.8, 6.4.6, 6.8.1, 6.14, 6.16.1, Debian's 6.1 and 6.12, a Rocky Linux vendor's with KVM of about
-#: 6.13. A kernel whose list has more has the TSC, too; and that one of these was enabled proves the old loop in any.
+#: 6.13. A kernel with a longer list has the TSC, too; and an enable of one of these proves the old loop in any kernel.
 LOOP = (
     range(0x10, 0x11),  # TSC
     range(0x48, 0x4A),  # SPEC_CTRL, PRED_CMD
@@ -36,40 +35,40 @@ LOOP = (
     range(0x660, 0x661),  # CORE_C1_RES
     range(0xC0000100, 0xC0000103),  # FS_BASE, GS_BASE, KERNEL_GS_BASE
 )
-#: What vmx_msr_filter_changed() of the same kernels enables besides, with the patch and without. There is nothing else:
-#: the MSRs of LBRs are asked for by vmx_vcpu_run() alone (vmx_update_intercept_for_lbr_msrs() in vmx/pmu_intel.c).
+#: What else vmx_msr_filter_changed() of the same kernels enables, with the patch and without. There is nothing more:
+#: only vmx_vcpu_run() updates the intercepts of LBR MSRs (vmx_update_intercept_for_lbr_msrs() in vmx/pmu_intel.c).
 BESIDES = (
     # Intel PT, by pt_update_intercept_for_msr(): STATUS, OUTPUT_BASE, OUTPUT_MASK, CR3_MATCH, ADDRn_A and ADDRn_B of
     # each address range that the guest's CPUID has. That field has three bits (num_address_ranges in
     # arch/x86/events/intel/pt.c): seven ranges, though struct pt_ctx in vmx.h has room for four. Until 5.19 that is
-    # done for every vCPU, since 6.0 where guests may have PT. CTL, among them, no kernel that was read asks for.
+    # done for every vCPU, since 6.0 where guests may have PT. CTL is in the range, too; no kernel read enables it.
     range(0x560, 0x562),
     range(0x570, 0x573),
     range(0x580, 0x58E),
-    # x2APIC: until 5.14 it ran vmx_update_msr_bitmap_x2apic(), which enables TMCCT after it rewrote the words: that may
-    # well change a bit. kvm_msr_allowed() in arch/x86/kvm/x86.c has the whole range.
+    # x2APIC: until 5.14 it called vmx_update_msr_bitmap_x2apic(), which rewrites whole words and then enables TMCCT,
+    # which may change a bit. kvm_msr_allowed() in arch/x86/kvm/x86.c has the whole range.
     range(0x800, 0x900),
 )
-#: The layouts whose calls show the patch, and those of which it is no longer a question.
+#: The layouts whose calls show whether the patch is there, and those newer than the code that it changed.
 JUDGED = tuple(layout.name for layout in layouts() if layout.enable and layout.disable)
 SUPERSEDED = tuple(layout.name for layout in layouts() if layout.set_)
 
 
 @dataclass(frozen=True)
 class Calls:
-    """Some of the calls that filter updates made: those for MSRS or, if `outside`, for all others."""
+    """Some of the calls that filter updates made: those for `msrs` or, if `outside`, for all others."""
 
     action: str
     msrs: tuple[range, ...]
     outside: bool = False
 
     def has(self, row: Row) -> bool:
-        """Whether a row of a report is of these."""
+        """Whether a row of a report counts such calls."""
         listed = any(row.index in msrs for msrs in self.msrs)
         return row.cause == FILTER_CHANGE and row.action == self.action and listed != self.outside
 
 
-#: The loop's enables, of which the patch leaves none; every enable that may be of a loop; what no kernel read asks for.
+#: The loop's enables, all of which the patch removes; any that may be the loop's; those that no kernel read makes.
 ENABLES = Calls("enable", LOOP)
 ANY_ENABLES = Calls("enable", BESIDES, outside=True)
 UNKNOWN_ENABLES = Calls("enable", (*LOOP, *BESIDES), outside=True)
@@ -78,39 +77,39 @@ DISABLES = Calls("disable", LOOP)
 
 
 class Fact(Enum):
-    """What can be the case on a host."""
+    """A fact about a host that decides the verdict."""
 
     SUPERSEDED = auto()
     CALLS_UNSEEN = auto()
-    #: Of a report alone, which is of one trace. Over weeks a reload must not be the end of all verdicts: the alert then
-    #: goes by the calls of the last hour, the dashboard by those of the last minutes.
+    #: Only in a report, which covers one trace. Over weeks a reload must not prevent every later verdict, so the alert
+    #: uses the calls of the last hour, and the dashboard those of the last minutes.
     RELOADED = auto()
     #: One of ANY_ENABLES changed a bit.
     CHANGED = auto()
-    #: There were ENABLES. One is proof, even if the first update is not over yet, or updates cannot be counted.
+    #: There were ENABLES. One is proof, even while the first update is in progress, or where updates cannot be counted.
     ENABLED = auto()
     UPDATES_UNSEEN = auto()
     NO_UPDATES = auto()
-    #: There were UNKNOWN_ENABLES: a kernel that does what none does that was read.
+    #: There were UNKNOWN_ENABLES: the kernel does what none of those read does.
     UNKNOWN = auto()
-    #: A call can have escaped: a lost count, or a function without a probe. Not so a call that is under way: of an
-    #: update that is over all calls but the last are counted, and no loop ends with the TSC.
+    #: A call may have been missed: a lost count, or a function without a probe. A call in progress does not matter: all
+    #: calls of a finished update but the last are counted, and no loop ends with the TSC.
     LOST = auto()
-    #: Of an MSR of the loop one direction was passed through and the other was not: without the patch that one had been
-    #: enabled.
+    #: One direction of an MSR of the loop was passed through and the other left alone: without the patch, the other
+    #: would have been enabled.
     ONE_DIRECTION = auto()
     ANYTHING = auto()
 
 
 class Rule(NamedTuple):
-    """What follows from a fact. `why` is a sentence with names of the counts in it."""
+    """What follows from a fact. `why` is a format string that names the counts."""
 
     fact: Fact
     patched: bool | None
     why: str
 
 
-#: The first whose fact is the case is the verdict.
+#: The first rule whose fact holds gives the verdict.
 RULES = (
     Rule(Fact.SUPERSEDED, None, "superseded: since 6.17 (8a056ece45d2) every update recomputes all intercepts"),
     Rule(Fact.CALLS_UNSEEN, None, "calls cannot be observed on this kernel (layout {layout})"),
@@ -128,22 +127,22 @@ RULES = (
         None,
         "{unknown:,} calls in {updates} enabled the interception of MSRs for which no known kernel does so",
     ),
-    Rule(Fact.LOST, None, "something was not seen, so that no enable was counted proves nothing"),
+    Rule(Fact.LOST, None, "calls may have been missed, so that no enable was counted proves nothing"),
     Rule(
         Fact.ONE_DIRECTION,
         True,
-        "{updates} asked for the MSRs that KVM passes through and left alone those that it intercepts",
+        "{updates} disabled intercepts of MSRs that KVM passes through and left those that it intercepts alone",
     ),
     Rule(
         Fact.ANYTHING,
         None,
-        "too little seen: no MSR of which KVM passes one direction through and intercepts the other",
+        "too little seen: no MSR that KVM intercepts in one direction only",
     ),
 )
 
 
 class Verdict(Sanitized, frozen=True, kw_only=True):
-    """`patched` is null where the trace proves neither; `why` says in a sentence what was seen."""
+    """`patched` is null where the trace proves neither; `why` is a sentence on what was seen."""
 
     patched: bool | None
     why: Text
@@ -162,11 +161,11 @@ class Row(Protocol):
 
     @property
     def access(self) -> str:
-        """Of read, write and read_write."""
+        """read, write or read_write."""
 
     @property
     def action(self) -> str:
-        """Of enable and disable."""
+        """enable or disable."""
 
     @property
     def cause(self) -> str:
@@ -184,7 +183,7 @@ class Row(Protocol):
 def judge(
     *, layout: str, calls_observable: bool, incomplete: bool, reloaded: bool, updates: int | None, rows: Sequence[Row]
 ) -> Verdict:
-    """The verdict on ROWS, the calls of a trace with UPDATES filter updates (None: they could not be counted)."""
+    """The verdict on a trace: `rows` are its calls, `updates` its filter updates (None: these could not be counted)."""
 
     def of(calls: Calls) -> Iterator[Row]:
         return (row for row in rows if row.calls and calls.has(row))
@@ -215,7 +214,7 @@ def judge(
             layout=layout,
             changed=changed,
             any_enables=count(ANY_ENABLES),
-            unread=", or could not be seen to its end" if incomplete else "",
+            unread=", or were not fully observed" if incomplete else "",
             enables=count(ENABLES),
             unknown=count(UNKNOWN_ENABLES),
             updates=_updates(updates),

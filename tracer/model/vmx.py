@@ -33,8 +33,8 @@ VMX = Vendor(
     direct_write_callers=("vmx_set_virtual_apic_mode", "vmx_refresh_apicv_exec_ctrl"),
     # vmx.h and vmcs.h. vmcs01 is the one that the traced functions write, also while a nested guest runs.
     bitmap=(("vcpu_vmx", "vmcs01"), ("loaded_vmcs", "msr_bitmap")),
-    # 5.13 to 7.3. Functions between these and the call are inlined in some builds and not in others, and one whose
-    # last act is the call jumps to it, so that its own caller shows: __kvm_apic_set_base() for
+    # 5.13 to 7.3. Functions between these and the call are inlined in some builds and not in others, and a tail call
+    # hides the function that makes it, so its caller is seen instead: __kvm_apic_set_base() for
     # vmx_set_virtual_apic_mode() in Debian's 6.12.
     callers=(
         (r"vmx_msr_filter_changed", FILTER_CHANGE),

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Reports: made, read, compared and shown."""
+"""Reports: making, reading, comparing and showing them."""

@@ -10,18 +10,16 @@ from fractions import Fraction
 from tracer.model import msr
 from tracer.model.quantity import rate
 from tracer.model.text import printable
-from tracer.report.compare import Comparison, Side, said
+from tracer.report.compare import Comparison, Side, format_command
 from tracer.report.comparison_view import percent, sentence
 from tracer.report.report import Bit
 
-_CELL, _CHANGE = 20, 10  # characters in a column of a changelog's table, which has 75 with its two indents
-
-
+_CELL, _CHANGE = 20, 10  # characters in a column of the table, which has 75 with its indents
 _COLUMNS = 75  # Documentation/process/submitting-patches.rst: changelogs are wrapped at 75
 
 
 def changelog(comparison: Comparison) -> str:
-    """COMPARISON for the message of a kernel commit: plain text, at most 75 columns."""
+    """The comparison for a kernel commit message: plain text, at most 75 columns."""
     base, new = comparison.base, comparison.new
     lines = [*_wrapped(f"{_capital(sentence(comparison))}."), ""]
     what = "MSR-intercept calls" if comparison.unit == "call" else "Bits that MSR-intercept calls name"
@@ -29,7 +27,7 @@ def changelog(comparison: Comparison) -> str:
         *_wrapped(f"{what}, per filter update of a vCPU, counted by msrtrace on {_kernels(comparison)} under"),
         "",
     ]
-    for command in dict.fromkeys(said(side.report.command) for side in (base, new)):
+    for command in dict.fromkeys(format_command(side.report.command) for side in (base, new)):
         lines += _wrapped(command, "  ")
     rows: list[tuple[str, ...]] = []
     one, other = comparison.per_update(base), comparison.per_update(new)
@@ -42,18 +40,18 @@ def changelog(comparison: Comparison) -> str:
         rows.append((label, *figures, printable(percent(left, right), _CHANGE)))
     titles = [printable(side.title, _CELL) for side in (base, new)]
     lines += ["", *_columns(("", *titles, "change"), *rows), ""]
-    gone = [row.bit for row in comparison.rows if row.base.calls and not row.new.calls]
-    come = [row.bit for row in comparison.rows if row.new.calls and not row.base.calls]
-    for side, bits in ((base, gone), (new, come)):
+    only_base = [row.bit for row in comparison.rows if row.base.calls and not row.new.calls]
+    only_new = [row.bit for row in comparison.rows if row.new.calls and not row.base.calls]
+    for side, bits in ((base, only_base), (new, only_new)):
         if bits:
-            lines += [*_wrapped(f"Touched by {side.title} alone: {_short(bits)}."), ""]
+            lines += [*_wrapped(f"Touched by {side.title} only: {_short(bits)}."), ""]
     for warning in (*comparison.forced, *comparison.warnings):
         lines += _wrapped(f"Note: {warning}.")
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _columns(*rows: tuple[str, ...]) -> list[str]:
-    """ROWS below each other, the first with a line below it, as narrow as can be, which a Table's are not."""
+    """The rows as aligned lines, the first underlined, with narrower columns than a Table has."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -68,7 +66,7 @@ def _capital(text: str) -> str:
 
 
 def _short(bits: Sequence[Bit]) -> str:
-    """BITS by MSR, with R, W or RW as in the kernel's MSR_TYPE_*."""
+    """The bits by MSR, with R, W or RW as in the kernel's MSR_TYPE_*."""
     directions: dict[int, str] = {}
     for bit in bits:
         directions[bit.msr] = directions.get(bit.msr, "") + bit.direction[0].upper()

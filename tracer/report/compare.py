@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Reports side by side: what a filter update costs on one kernel and on another.
+"""Two groups of reports compared: what a filter update costs on one kernel and on another.
 
 Counts per filter update are exact, so they are compared as fractions, never rounded; repeats must agree. Times vary,
-so they get a median and an interval.
+so they have a median and an interval.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Incomparable(MsrtraceError):
 
 @dataclass(frozen=True)
 class PerUpdate:
-    """How many calls a filter update makes (or bits it names) and how many of them are redundant; None: unknown."""
+    """Calls that a filter update makes (or bits that it names), and how many of them are redundant; None: unknown."""
 
     calls: Fraction | None
     redundant: Fraction | None
@@ -53,10 +53,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds a filter update takes: the median of the reports' means, and an interval that covers the true median.
+    """Seconds that a filter update takes: the median of the reports' means, and a confidence interval for the median.
 
-    The interval is from order statistics, so it assumes no distribution. `coverage` is its probability: with fewer
-    than six reports it spans all of them and still covers less than 95%. One report gives no interval.
+    The interval is from order statistics, so it assumes no distribution. `coverage` is its confidence level: with fewer
+    than six reports it spans all of them and is still below 95%. One report gives no interval.
     """
 
     median: float
@@ -68,19 +68,19 @@ class Time:
 
 @dataclass(frozen=True)
 class Side:
-    """The reports of one side, their counts pooled."""
+    """The reports on one side of a comparison, their counts pooled."""
 
     title: str
     reports: tuple[Report, ...]
 
     @property
     def report(self) -> Report:
-        """The first of them, which speaks for the host."""
+        """The first report, which stands for the host."""
         return self.reports[0]
 
     @cached_property
     def updates(self) -> int:
-        """Filter updates seen."""
+        """Filter updates counted."""
         return sum(report.totals.filter_updates or 0 for report in self.reports)
 
     @cached_property
@@ -90,12 +90,12 @@ class Side:
 
     @cached_property
     def by_bit(self) -> dict[Bit, BitCounts]:
-        """Those calls per bit that they name."""
+        """Those calls, by the bits that they name."""
         return by_bit(self.rows)
 
     @cached_property
     def observable(self) -> bool:
-        """Whether there is something to count, and something to divide by."""
+        """Whether calls can be observed, and there were filter updates to divide them by."""
         return bool(self.updates) and all(r.totals.calls is not None for r in self.reports)
 
     @cached_property
@@ -105,7 +105,7 @@ class Side:
 
     @cached_property
     def verdict(self) -> Verdict:
-        """The verdict on the side's kernel: none if its reports disagree."""
+        """The verdict on the side's kernel: undecided if its reports disagree."""
         by_patched: dict[bool | None, list[Report]] = {}
         for report in self.reports:
             by_patched.setdefault(report.verdict.patched, []).append(report)
@@ -123,11 +123,11 @@ class Side:
         return self._per_update(BitCounts(row.calls, row.redundant) for row in self.rows)
 
     def bits(self) -> PerUpdate:
-        """Bits named per filter update: a call that names two counts twice."""
+        """Bits named per filter update: a call that names two bits counts twice."""
         return self._per_update(self.by_bit.values())
 
     def of(self, bit: Bit) -> PerUpdate:
-        """Calls per filter update that name BIT."""
+        """Calls per filter update that name the bit."""
         found = self.by_bit.get(bit)
         return self._per_update([found] if found else [])
 
@@ -148,7 +148,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Difference:
-    """Something in which the two hosts differ."""
+    """A property in which the two hosts differ."""
 
     what: str
     base: str
@@ -159,7 +159,7 @@ class Difference:
 class Comparison:
     """Two sides. `unit` is what is counted: `call`, or `bit` where the kernels' functions differ.
 
-    `forced` are the reasons against it that `--force` overruled.
+    `forced` are the reasons not to compare them that `--force` overrode.
     """
 
     base: Side
@@ -171,22 +171,24 @@ class Comparison:
     forced: tuple[str, ...] = ()
 
     def per_update(self, side: Side) -> PerUpdate:
-        """The sum of a SIDE in the unit of the comparison."""
+        """The sum of one side, in the unit of the comparison."""
         return side.bits() if self.unit == "bit" else side.calls()
 
 
 def compare(
     base: Sequence[Report], new: Sequence[Report], *, force: bool = False, titles: tuple[str, str] | None = None
 ) -> Comparison:
-    """Put the reports of BASE beside those of NEW. Raises Incomparable, with every reason, unless FORCE.
+    """Compare the reports of two sides.
 
-    TITLES are what to call the sides, if not by their first reports.
+    :param force: compare what should not be compared; the result says why
+    :param titles: names of the sides; None: those of their first reports
+    :raises Incomparable: with every reason, unless `force`
     """
     titles = titles or _titles(base, new)
     one, other = Side(titles[0], tuple(base)), Side(titles[1], tuple(new))
     reasons = [*_reasons(one), *_reasons(other), *_between(one, other)]
     if reasons and not force:
-        raise Incomparable("; ".join(reasons) + " (--force compares them all the same)")
+        raise Incomparable("; ".join(reasons) + " (--force compares them anyway)")
     bits = sorted(one.by_bit.keys() | other.by_bit.keys(), key=lambda bit: (bit.msr, bit.direction))
     return Comparison(
         base=one,
@@ -205,7 +207,7 @@ def _titles(base: Sequence[Report], new: Sequence[Report]) -> tuple[str, str]:
 
 
 def _reasons(side: Side) -> list[str]:
-    """Why the reports of SIDE cannot be compared with any."""
+    """Why the reports of a side cannot be compared with any others."""
     found: dict[str, None] = {}
     for report in side.reports:
         if report.totals.calls is None:
@@ -226,36 +228,37 @@ def _between(one: Side, other: Side) -> list[str]:
     found = []
     if one.report.command != other.report.command:
         found.append(
-            f"another workload: {one.title} ran {said(one.report.command)}, {other.title} {said(other.report.command)}"
+            f"the workloads differ: {one.title} ran {format_command(one.report.command)}, "
+            f"{other.title} {format_command(other.report.command)}"
         )
     if one.report.host.layout != other.report.host.layout and one.observable and other.observable:
         unknown = [side.title for side in (one, other) if side.bits().redundant is None]
         if unknown:
             found.append(
                 f"the kernels' functions differ (layouts {one.report.host.layout} and {other.report.host.layout}), "
-                f"which takes outcomes per bit, and those of {' and '.join(unknown)} are unknown"
+                f"so outcomes per bit are needed, and those of {' and '.join(unknown)} are unknown"
             )
     return found
 
 
-def said(command: Sequence[str] | None) -> str:
-    """COMMAND as one would type it, if that is not too long to be shown."""
+def format_command(command: Sequence[str] | None) -> str:
+    """The command quoted for a shell, cut at a length that can be shown."""
     return printable(shlex.join(command), _COMMAND_SHOWN) if command else "no command"
 
 
 def lost(report: Report) -> str:
-    """What REPORT did not see, in words; "nothing" if it saw all."""
+    """What the report missed, in words; "nothing" if it missed nothing."""
     loss = report.loss
     parts = loss.words()
-    if loss.reattachments:
-        times = "once" if loss.reattachments == 1 else f"{loss.reattachments} times"
+    if loss.module_unloads:
+        times = "once" if loss.module_unloads == 1 else f"{loss.module_unloads} times"
         parts.append(f"{FIRST.module} reloaded {times}")
     parts += [f"{name} not probed" for name in loss.not_probed]
     return ", ".join(parts) or "nothing"
 
 
 def _spread(side: Side) -> list[str]:
-    """Warnings where repeats, which should count the same per update, do not; or a side's counts do not divide."""
+    """Warnings about repeats whose counts per update differ, and about counts per update that are not integers."""
     found = []
     values = [Side(side.title, (report,)).calls() for report in side.reports]
     for what in ("calls", "redundant"):
@@ -267,8 +270,8 @@ def _spread(side: Side) -> list[str]:
             )
         elif any(number.denominator != 1 for number in numbers):
             found.append(
-                f"{side.title}: {what} per filter update is no whole number: VMs differ, or updates were under way "
-                "when the trace began or ended"
+                f"{side.title}: {what} per filter update is not an integer: VMs differ, or updates were in "
+                "progress when the trace began or ended"
             )
     if not found and len({_profile(Side(side.title, (report,))) for report in side.reports}) > 1:
         found.append(
@@ -278,14 +281,14 @@ def _spread(side: Side) -> list[str]:
 
 
 def _profile(side: Side) -> frozenset[tuple[Bit, PerUpdate]]:
-    """Everything about a filter update."""
+    """What a filter update does to every bit."""
     return frozenset((bit, side.of(bit)) for bit in side.by_bit)
 
 
 def _warnings(one: Side, other: Side) -> list[str]:
     found = []
     if one.report.command is None and other.report.command is None:
-        found.append("neither report ran a command: whether the workload was the same is not known")
+        found.append("neither report ran a command, so whether the workloads were the same is unknown")
     if one.report.host.cpu != other.report.host.cpu:
         found.append("the CPUs differ, so the times cannot be compared")
     for side in (one, other):
@@ -325,12 +328,12 @@ def _differences(one: Report, other: Report) -> list[Difference]:
 
 
 def timed(means: Sequence[float]) -> Time:
-    """The median of MEANS (at least one), and its interval."""
+    """The median of the means, of which there is at least one, and its confidence interval."""
     ordered, count = sorted(means), len(means)
     if count == 1:
         return Time(ordered[0], None, None, None, 1)
 
-    # The median lies outside if fewer than RANK of COUNT coin tosses are heads, or fewer than RANK tails.
+    # The median lies outside if fewer than `rank` of `count` coin tosses are heads, or fewer than `rank` are tails.
     rank, outside = 1, 1
     while rank < count // 2 and _coverage(outside + comb(count, rank), count) >= _CONFIDENCE:
         outside += comb(count, rank)
@@ -339,5 +342,5 @@ def timed(means: Sequence[float]) -> Time:
 
 
 def _coverage(outside: int, count: int) -> float:
-    """The probability that none of the OUTSIDE outcomes of COUNT coin tosses comes true, nor its mirror image."""
+    """The probability that `count` coin tosses have none of `outside` outcomes, nor the mirror image of one."""
     return 1 - outside / (1 << (count - 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A comparison for programs."""
+"""A comparison as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tracer.report.report import whole
 
 
 def comparison_json(comparison: Comparison) -> bytes:
-    """COMPARISON for programs: `schema` is "msrtrace-comparison/1"; unknown figures are null."""
+    """The comparison as JSON: `schema` is "msrtrace-comparison/1"; unknown figures are null."""
 
     def plain(value: Fraction | None) -> float | None:
         return None if value is None else whole(float(value))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a comparison says: its sentences and tables."""
+"""A comparison in words: its sentences and tables."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from fractions import Fraction
 from tracer.model import msr
 from tracer.model.quantity import duration, rate
 from tracer.model.verdict import PATCH
-from tracer.report.compare import Comparison, PerUpdate, Side, Time, lost, said
+from tracer.report.compare import Comparison, PerUpdate, Side, Time, format_command, lost
 from tracer.report.document import Document, Section, Table, document
 
 
 def sentence(comparison: Comparison) -> str:
-    """The figures in a sentence."""
+    """The figures in one sentence."""
     one, other = (comparison.per_update(side) for side in (comparison.base, comparison.new))
     base, new = comparison.base.title, comparison.new.title
     unit = comparison.unit
@@ -37,14 +37,14 @@ def _change(one: Fraction, other: Fraction, unit: str) -> str:
 
 
 def percent(one: Fraction | None, other: Fraction | None) -> str:
-    """The change from ONE to OTHER with its sign; empty where there is none to give."""
+    """The relative change from `one` to `other`, with its sign; empty where it is unknown or `one` is 0."""
     if not one or other is None:
         return ""
     return "0.0%" if one == other else f"{float((other - one) / one):+.1%}"
 
 
 def difference(one: Fraction | None, other: Fraction | None) -> str:
-    """The change from ONE to OTHER as a figure with its sign; `?` where one is not known."""
+    """The change from `one` to `other`, with its sign; `?` where either is unknown."""
     if one is None or other is None:
         return "?"
     change = other - one
@@ -52,9 +52,9 @@ def difference(one: Fraction | None, other: Fraction | None) -> str:
 
 
 def comparison_document(comparison: Comparison) -> Document:
-    """What COMPARISON says."""
+    """The comparison as a document."""
     base, new = comparison.base, comparison.new
-    lines = [f"FORCED in spite of: {reason}" for reason in comparison.forced]
+    lines = [f"FORCED despite: {reason}" for reason in comparison.forced]
     if comparison.unit == "bit" and base.observable and new.observable:
         lines.append(
             f"Compared per bit of the MSR bitmap, as the kernels' functions differ (layouts {base.report.host.layout} "
@@ -82,11 +82,11 @@ def _verdict_line(side: Side) -> str:
 def _ran(side: Side) -> str:
     count = len(side.reports)
     times = "" if count == 1 else f", {count} reports"
-    return f"{side.title}: {said(side.report.command)} ({side.updates:,} filter updates{times})"
+    return f"{side.title}: {format_command(side.report.command)} ({side.updates:,} filter updates{times})"
 
 
 def lost_by(side: Side) -> str:
-    """What the reports of SIDE did not see, in words."""
+    """What the reports of a side missed, in words."""
     return "; ".join(sorted({lost(report) for report in side.reports}))
 
 
@@ -113,11 +113,11 @@ def _times(comparison: Comparison) -> list[str]:
     for side in (comparison.base, comparison.new):
         time = side.time()
         lines.append(f"{side.title}: {_time(time) if time else 'unknown'}")
-    return [*lines, "The probes' own time is included, so less is saved without them than it seems."]
+    return [*lines, "The time of the probes is included, so without them the saving is smaller."]
 
 
 def _time(time: Time) -> str:
     if time.low is None or time.coverage is None:
-        return f"{duration(time.median)} on average in one report, so how far it varies is not known"
-    covers = f"{duration(time.low)} to {duration(time.high)} covers it with {time.coverage:.1%}"
-    return f"{duration(time.median)}, the median of {time.reports} reports; {covers}"
+        return f"{duration(time.median)} on average in one report, so its variation is unknown"
+    interval = f"{time.coverage:.1%} confidence interval {duration(time.low)} to {duration(time.high)}"
+    return f"{duration(time.median)}, the median of {time.reports} reports; {interval}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a report or a comparison says, before it has a form: a leading line, then sections of lines and tables."""
+"""The content of a report or a comparison, before any formatting: a leading line, then sections."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _CELL = 128  # characters; the names of VMs have no more
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. The first `names` columns are words, the others numbers, which are flush right."""
+    """Cells as text. The first `names` columns are words, the others right-aligned numbers."""
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     names: int = 1
 
     def drawn(self, style: str, escaped: Callable[[str], str] = str) -> str:
-        """The table as text (STYLE `simple`) or Markdown (`github`), each cell ESCAPED.
+        """The table as text (`simple`) or Markdown (`github`), each cell passed through `escaped`.
 
-        A long cell is cut, as it would make all rows as long. Drawn here, as tabulate is slow to import.
+        Long cells are cut, as they would widen every row. Not by tabulate, which is slow to import.
         """
         cells = [[escaped(printable(cell, _CELL)) for cell in row] for row in (self.headers, *self.rows)]
         widths = [max(map(len, (f"{header}  ", *column))) for header, *column in zip(*cells, strict=True)]
-        forms = [f"{'<' if column < self.names else '>'}{width}" for column, width in enumerate(widths)]
-        aligned = [list(map(format, row, forms)) for row in cells]
+        formats = [f"{'<' if column < self.names else '>'}{width}" for column, width in enumerate(widths)]
+        aligned = [list(map(format, row, formats)) for row in cells]
         if style == "simple":
             headers, *rows = ("  ".join(row).rstrip() for row in aligned)
             return "\n".join([headers, "  ".join("-" * width for width in widths), *rows])
@@ -46,7 +46,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """`lead` is the answer; the rest is how it came about."""
+    """`lead` is the answer; the rest is the evidence."""
 
     title: str
     lead: str
@@ -54,7 +54,7 @@ class Document:
     sections: tuple[Section, ...]
 
     def text(self) -> str:
-        """For a terminal or a mail."""
+        """As plain text."""
         parts = ["\n".join([self.lead, *self.lines])]
         for section in self.sections:
             block = [section.title, *(f"  {line}" for line in section.lines)]
@@ -64,7 +64,7 @@ class Document:
         return "\n\n".join(parts) + "\n"
 
     def markdown(self) -> str:
-        """For an issue or a wiki."""
+        """As GitHub Markdown."""
         parts = [f"**{_escaped(self.lead)}**", *(_escaped(line) for line in self.lines)]
         for section in self.sections:
             parts.append(f"### {_escaped(section.title)}")
@@ -76,13 +76,13 @@ class Document:
 
 
 def document(title: str, lead: str, lines: Sequence[str], sections: Sequence[Section]) -> Document:
-    """A document without the sections that have nothing to say."""
+    """A document without its empty sections."""
     shown = tuple(s for s in sections if s.lines or (s.table and s.table.rows))
     return Document(title, lead, tuple(lines), shown)
 
 
 def _escaped(text: str) -> str:
-    """TEXT as Markdown that shows it: names come from other people's command lines."""
+    """The text escaped for Markdown: names come from other people's command lines."""
     for character in "\\`*_[]<>|#&~":
         text = text.replace(character, "\\" + character)
     return text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Report files: written whole or not at all, and read with suspicion."""
+"""Report files: written atomically, and read as untrusted input."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class _Head(msgspec.Struct):
 
 
 def encode(report: Report) -> bytes:
-    """REPORT as the text of a JSON file."""
+    """The report as the text of a JSON file."""
     return msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
 
 
 def write(path: Path, text: bytes) -> None:
-    """Put TEXT into the file at PATH at once: whoever reads it sees the old one or the new one, whole.
+    """Write the file atomically: a reader sees the old content or the new, never a part.
 
-    What is there and is no file (a pipe, /dev/stdout) is written to as it is. Raises MsrtraceError.
+    What exists and is not a regular file (a pipe, /dev/stdout) is written to directly. Raises MsrtraceError.
     """
     try:
         if _is_stream(path):
@@ -61,7 +61,7 @@ def write(path: Path, text: bytes) -> None:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
         raise _unwritable(path, error) from None
 
 
@@ -71,20 +71,20 @@ def check_writable(path: Path) -> None:
         if _is_stream(path):
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        elif not (folder := path.resolve().parent).is_dir():
-            raise MsrtraceError(f"cannot write {path}: there is no directory {folder}")
+        elif not (directory := path.resolve().parent).is_dir():
+            raise MsrtraceError(f"cannot write {path}: there is no directory {directory}")
         else:
-            tempfile.TemporaryFile(dir=folder).close()
+            tempfile.TemporaryFile(dir=directory).close()
     except (OSError, RuntimeError) as error:
         raise _unwritable(path, error) from None
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether PATH is there and no file, or a name for an open one, as /dev/stdout and /proc/self/fd/1 are."""
+    """Whether the path is there and not a regular file, or names an open one, as /dev/stdout and /proc/self/fd/1 do."""
     if not path.exists():
         return False
-    folder = path.parent.resolve()
-    return not path.is_file() or folder == Path("/dev") or Path("/proc") in folder.parents
+    directory = path.parent.resolve()
+    return not path.is_file() or directory == Path("/dev") or Path("/proc") in directory.parents
 
 
 def _unwritable(path: Path, error: OSError | RuntimeError) -> MsrtraceError:
@@ -98,9 +98,9 @@ def _umask() -> int:
 
 
 def read(path: Path) -> Report:
-    """The report in the file at PATH, or on standard input if that is `-`.
+    """The report in a file, or on standard input if the path is `-`.
 
-    Unknown fields are ignored. Raises MsrtraceError, one line, for anything that is no report of this major version.
+    Unknown fields are ignored. Raises MsrtraceError, in one line, for anything but a report of this major version.
     """
     try:
         if str(path) == "-":
@@ -117,7 +117,7 @@ def read(path: Path) -> Report:
 
 
 def decode(data: bytes) -> Report:
-    """The report that DATA, a JSON text, holds. Raises MsrtraceError, whose text goes on after the file's name."""
+    """The report in a JSON text. Raises MsrtraceError, whose message is to follow the name of the file."""
     if len(data) > SIZE_LIMIT:
         raise MsrtraceError(f"is larger than any report ({SIZE_LIMIT >> 20} MB)")
     if not data.strip():
@@ -125,12 +125,12 @@ def decode(data: bytes) -> Report:
     try:
         schema = msgspec.json.decode(data, type=_Head).schema
     except msgspec.ValidationError as error:
-        raise MsrtraceError(f"is no report of msrtrace: {_plain(error)}") from None
+        raise MsrtraceError(f"is not an msrtrace report: {_plain(error)}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MsrtraceError(f"is not JSON: {_plain(error)}") from None
     kind, _, major = schema.partition("/")
     if kind != _FORMAT:
-        raise MsrtraceError(f"is no report of msrtrace: its schema is {_short(schema)}")
+        raise MsrtraceError(f"is not an msrtrace report: its schema is {_short(schema)}")
     if major != _MAJOR:
         raise MsrtraceError(f"is a report of another version ({_short(schema)}); this msrtrace reads {SCHEMA}")
     try:
@@ -145,7 +145,7 @@ def _plain(error: Exception) -> str:
 
 
 def _short(text: str, limit: int = 60) -> str:
-    """TEXT from a file, fit to be shown: printable, and not endless."""
+    """Text from a file, made printable and cut."""
     return printable(text, limit)
 
 

@@ -19,7 +19,7 @@ from tracer.report.report_view import report_document
 
 @dataclass(frozen=True)
 class Format:
-    """How a report and a comparison are written, None where there is no such thing, and what files are called then."""
+    """How to write a report and a comparison in one format (None: not supported), and its file suffixes."""
 
     report: Callable[[Report], bytes] | None
     comparison: Callable[[Comparison], bytes] | None
@@ -38,7 +38,7 @@ def _comparison_html(comparison: Comparison) -> bytes:
     return comparison_html(comparison).encode()
 
 
-#: By name; the first is what a file is without a suffix.
+#: By name; the first is the default, and that of files without a suffix.
 FORMATS = {
     "text": Format(
         lambda report: report_document(report).text().encode(),
@@ -55,20 +55,20 @@ FORMATS = {
     "changelog": Format(None, lambda comparison: changelog(comparison).encode()),
 }
 DEFAULT = next(iter(FORMATS))
-#: What may be asked for.
+#: The names of formats that reports and comparisons can have.
 OF_REPORTS = [name for name, known in FORMATS.items() if known.report]
 OF_COMPARISONS = [name for name, known in FORMATS.items() if known.comparison]
 SUFFIXES = {suffix: name for name, known in FORMATS.items() for suffix in known.suffixes}
 
 
 def format_of(path: PurePath) -> str | None:
-    """The format that the suffix of PATH stands for, DEFAULT if it has none; None if that is not known."""
+    """The format for the suffix of a path; DEFAULT if it has none, None if the suffix is unknown."""
     suffix = path.suffix.lower()
     return SUFFIXES.get(suffix) if suffix else DEFAULT
 
 
 def write_report(report: Report, name: str) -> bytes:
-    """REPORT in the format NAME, one of OF_REPORTS."""
+    """The report in the named format, one of OF_REPORTS."""
     write = FORMATS[name].report
     if write is None:
         raise MsrtraceError(f"reports are not written as {name}")
@@ -76,7 +76,7 @@ def write_report(report: Report, name: str) -> bytes:
 
 
 def write_comparison(comparison: Comparison, name: str) -> bytes:
-    """COMPARISON in the format NAME, one of OF_COMPARISONS."""
+    """The comparison in the named format, one of OF_COMPARISONS."""
     write = FORMATS[name].comparison
     if write is None:
         raise MsrtraceError(f"comparisons are not written as {name}")

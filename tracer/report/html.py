@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A report, and a comparison, as one HTML file: charts in SVG beside the words and tables of views.py.
+"""A report or a comparison as one HTML file: the sentences and tables of the other views, with charts in SVG.
 
-The page asks for nothing from outside and holds no script; its policy forbids both. What it shows may come from a
-hostile report file or another's command line: the templates escape it, and text.py has made it printable.
+The page loads nothing and has no script; its content security policy forbids both. What it shows may come from a
+hostile report file or somebody else's command line: the templates escape it, and text.py has made it printable.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from tracer.report.document import Document, Section
 from tracer.report.report import CallRow, Report, UpdateSeconds, redundant_sum
 from tracer.report.report_view import report_document
 
-#: At most so many rows are drawn; the table below the chart has them all.
+#: The most rows of a chart; the table below it has them all.
 MOST_ROWS = 40
 
 _VERDICT = {True: "present", False: "missing", None: "undecided"}
-_ALERTS = ("LOWER BOUND", "FORCED", "warning")  # how lines begin that views.py wants seen
+_ALERTS = ("LOWER BOUND", "FORCED", "warning")  # how lines begin that must stand out
 
-_CHART_PIXELS = 250  # what a bar and its number share at least, on a page 400 pixels wide
-_CHARACTER_PIXELS = 8.6  # of a number, in the widest of the usual fonts
-_LONGEST = 13  # characters of a number at a bar of a comparison; the table has what is shortened
+_CHART_PIXELS = 250  # the least width of a bar and its number, on a page 400 pixels wide
+_CHARACTER_PIXELS = 8.6  # a digit, in the widest of the common fonts
+_LONGEST = 13  # characters of a number at a bar of a comparison; the table has the full one
 
-_CALLS, _REDUNDANT, _UNKNOWN = "calls", "redundant", "unknown"  # kinds of bars, which style.css paints
+_CALLS, _REDUNDANT, _UNKNOWN = "calls", "redundant", "unknown"  # kinds of bars, coloured by style.css
 _REDUNDANT_WORDS = "redundant: changed no bit of the MSR bitmap"
 _UNKNOWN_WORDS = "Which calls are redundant is unknown: this trace could not see the bitmap."
 
@@ -53,9 +53,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Bar:
-    """Lengths that follow each other (`amounts`, by kind), `text` after them, and in `side` whose bar it is.
+    """A bar stacked of `amounts`, by kind, with `text` at its end; `side` says which side of a comparison it is for.
 
-    `spoken` is what the bar says to somebody who does not see it.
+    `spoken` is the label for screen readers.
     """
 
     amounts: tuple[tuple[str, Number], ...]
@@ -77,7 +77,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Row:
-    """The bars of one thing; `detail` is said after its name in smaller letters."""
+    """The bars of one thing; `detail` follows its name in smaller letters."""
 
     name: str
     detail: str = ""
@@ -88,7 +88,7 @@ class Row:
 class Chart:
     """Rows of bars on one scale.
 
-    `legend` are pairs of a kind and what it means; `notes` what else is to be known; `more` says what was left out.
+    `legend` has pairs of a kind and its meaning; `more` says how many rows were left out.
     """
 
     title: str
@@ -100,7 +100,7 @@ class Chart:
 
     @property
     def sides(self) -> bool:
-        """Whether its bars say whose they are."""
+        """Whether its bars are labelled by side."""
         return any(bar.side for row in self.rows for bar in row.bars)
 
 
@@ -113,7 +113,7 @@ class _Part:
 
 
 def report_html(report: Report) -> str:
-    """REPORT as a page."""
+    """The report as an HTML page."""
     charts = [
         _msr_chart(report),
         _cause_chart(report),
@@ -124,7 +124,7 @@ def report_html(report: Report) -> str:
 
 
 def comparison_html(comparison: Comparison) -> str:
-    """COMPARISON as a page."""
+    """The comparison as an HTML page."""
     document = comparison_document(comparison)
     return _page(document, _both_chart(comparison), [_bits_chart(comparison)], "comparison")
 
@@ -158,7 +158,7 @@ def _environment() -> Environment:
 
 
 def scaled(chart: Chart) -> Chart:
-    """CHART with the parts of its bars: as long as their numbers leave room for, in proportion."""
+    """The chart with the parts of its bars laid out: in proportion, as long as the numbers leave room for."""
     bars = [bar for row in chart.rows for bar in row.bars]
     longest = max((bar.length for bar in bars), default=0)
     text = max((len(bar.text) for bar in bars), default=0) * _CHARACTER_PIXELS + 12
@@ -176,13 +176,13 @@ def scaled(chart: Chart) -> Chart:
 
 
 def _limited(rows: Sequence[Row]) -> tuple[tuple[Row, ...], str]:
-    """The first of ROWS, and words on how many there are beside."""
+    """The first rows, and a note on how many more there are."""
     more = len(rows) - MOST_ROWS
     return tuple(rows[:MOST_ROWS]), f"and {more:,} more in the table" if more > 0 else ""
 
 
 def _pair(what: str, calls: Number, redundant: Number | None, known: bool) -> tuple[Bar, ...]:
-    """Two bars, of calls and of redundant ones; the second only where it is KNOWN for anything on the chart."""
+    """Two bars, of calls and of redundant ones; the second only if `known`: for anything on the chart."""
     bars = [Bar(((_CALLS, calls),), rate(calls), f"{what}: {rate(calls)} calls")]
     if known:
         amounts = () if redundant is None else ((_REDUNDANT, redundant),)
@@ -193,7 +193,7 @@ def _pair(what: str, calls: Number, redundant: Number | None, known: bool) -> tu
 def _pairs_chart(
     title: str, rows: Sequence[tuple[Row, Number, Number | None]], *, about: str = "", big: bool = False
 ) -> Chart:
-    """A chart of ROWS, each with its calls and redundant calls; ABOUT is what follows a row's name when it is said."""
+    """A chart of rows with their calls and redundant calls; `about` follows a row's name in the spoken label."""
     known = any(redundant is not None for _, _, redundant in rows)
     drawn, more = _limited(
         [
@@ -218,7 +218,7 @@ def _update_chart(report: Report) -> Chart | None:
 
 
 def _sums_chart(report: Report, title: str, groups: Iterable[tuple[Row, list[CallRow]]]) -> Chart | None:
-    """A chart of the calls of each of GROUPS, the largest first; none if there is nothing to draw."""
+    """A chart of the calls of each group, the largest first; None if there is nothing to draw."""
     sums = [(row, sum(call.calls for call in calls), redundant_sum(calls)) for row, calls in groups]
     if report.totals.calls is None or not sums:
         return None
@@ -241,7 +241,7 @@ def _cause_chart(report: Report) -> Chart | None:
 
 
 def _time_chart(title: str, times: UpdateSeconds | None, what: str) -> Chart | None:
-    """The histogram of WHAT: the buckets in use and one on either side, time running downwards."""
+    """A histogram: the buckets in use and one on either side, shortest first. `what` names what is timed."""
     used = [place for place, bucket in enumerate(times.buckets) if bucket.count] if times else []
     if times is None or not used:
         return None
@@ -252,19 +252,19 @@ def _time_chart(title: str, times: UpdateSeconds | None, what: str) -> Chart | N
         spoken = f"{span}: {number(bucket.count)} {what}"
         rows.append(Row(span, bars=(Bar(((_CALLS, bucket.count),), number(bucket.count), spoken),)))
     more = f"and {len(rows) - MOST_ROWS:,} longer times" if len(rows) > MOST_ROWS else ""
-    legend = ((_CALLS, f"{what} that took so long"),)
+    legend = ((_CALLS, f"{what} that took this long"),)
     return Chart(title, tuple(rows[:MOST_ROWS]), legend, more=more)
 
 
 def _span(low: float | None, high: float | None) -> str:
-    """The times of a bucket in words; its bounds are in seconds."""
+    """The range of a bucket in words; its bounds are in seconds."""
     if high is None:
         return "any other time" if low is None else f"over {duration(low)}"
     return f"up to {duration(high)}" if low is None else f"{duration(low)} to {duration(high)}"
 
 
 def _side_bar(side: Side, of: PerUpdate, what: str) -> Bar:
-    """What a filter update does on SIDE: calls, divided in those that did something and the redundant ones."""
+    """The calls of a filter update on one side, split into those that changed something and redundant ones."""
     amounts: tuple[tuple[str, Number], ...] = ()
     if of.calls is not None and of.redundant is not None:
         amounts = ((_CALLS, of.calls - of.redundant), (_REDUNDANT, of.redundant))
@@ -280,14 +280,14 @@ def _short(value: Fraction | None) -> str:
 
 
 def _side_legend(what: str, rows: Iterable[Row]) -> tuple[tuple[str, str], ...]:
-    """The legend of ROWS; WHAT is not redundant; that something is unknown is explained only where it is."""
+    """The legend of the rows: `what` describes calls that are not redundant; "unknown" only if a row has some."""
     legend = ((_CALLS, what), (_REDUNDANT, _REDUNDANT_WORDS), (_UNKNOWN, "unknown which of the two"))
     drawn = {kind for row in rows for bar in row.bars for kind, _ in bar.amounts}
     return legend if _UNKNOWN in drawn else legend[:2]
 
 
 def _both_chart(comparison: Comparison) -> Chart | None:
-    """The sums of both sides."""
+    """A chart of the sums of both sides."""
     sides = (comparison.base, comparison.new)
     figures = [comparison.per_update(side) for side in sides]
     if all(figure.calls is None for figure in figures):
@@ -304,7 +304,7 @@ def _both_chart(comparison: Comparison) -> Chart | None:
 
 
 def _bits_chart(comparison: Comparison) -> Chart | None:
-    """The bits, those that differ most first."""
+    """A chart of the bits, those that differ most first."""
     if not comparison.rows:
         return None
 

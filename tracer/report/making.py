@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The report on what a trace counted, made from its Snapshot."""
+"""Makes the report on a trace from its Snapshot."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tracer.report.report import (
 
 @dataclass(frozen=True)
 class HostInfo:
-    """What a report says beside the counts."""
+    """What a report says about the host."""
 
     kernel: str
     version: str
@@ -43,13 +43,13 @@ class HostInfo:
 
     @classmethod
     def here(cls, module: str, root: Path = Path("/")) -> HostInfo:
-        """Of the running machine, which has KVM's MODULE: uname(2), and what /proc and /sys below ROOT say."""
+        """Of this machine, from uname(2), and from /proc and /sys below `root`; `module` is KVM's module."""
         parameters: dict[str, str] = {}
         for file in sorted((root / "sys/module" / module / "parameters").glob("*")):
             try:
                 parameters[file.name] = file.read_text(errors="replace").strip()
             except OSError:
-                continue  # some are for root alone
+                continue  # some are readable by root only
         try:
             info = (root / "proc/cpuinfo").read_text(errors="replace")
         except OSError:
@@ -71,14 +71,19 @@ def make(
     exit_status: int | None = None,
     notes: Sequence[str] = (),
 ) -> Report:
-    """The report on what was COUNTED in DURATION seconds from STARTED on."""
+    """The report on what a trace counted.
+
+    :param started: when the trace began
+    :param duration: of the trace, in seconds
+    :param exit_status: of the command, as a shell gives it
+    """
     rows = call_rows(counted.calls.items())
     updates = _host_sum(counted.updates) if counted.updates_observable else None
     recalcs = _host_sum(counted.recalcs) if counted.recalcs_observable else None
     loss = loss_of(counted)
     counting = vendor_named(counted.vendor).counted_functions(counted.layout)
     incomplete = counted.lower_bound or bool(counting.intersection(loss.not_probed))
-    lower_bound = incomplete or bool(loss.reattachments or loss.open_calls)
+    lower_bound = incomplete or bool(loss.module_unloads or loss.open_calls)
     return Report(
         msrtrace=version,
         label=label,
@@ -115,7 +120,7 @@ def make(
             layout=counted.layout,
             calls_observable=counted.calls_observable,
             incomplete=incomplete,
-            reloaded=bool(loss.reattachments),
+            reloaded=bool(loss.module_unloads),
             updates=updates.count if updates else None,
             rows=rows,
         ),
@@ -124,7 +129,7 @@ def make(
 
 
 def call_rows(calls: Iterable[tuple[Call, Outcome]]) -> list[CallRow]:
-    """CALLS as rows of a report, VMs not told apart, in the order of MSR, access, action, cause and caller."""
+    """The calls as rows of a report, summed over VMs, in the order of MSR, access, action, cause and caller."""
     sums: dict[tuple[int, str, str, str, str], Outcome] = {}
     for call, outcome in calls:
         key = (call.msr, call.access, call.action, call.cause, call.caller)

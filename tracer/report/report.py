@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a trace found, as plain data that goes into a file: the JSON report, "msrtrace-report/1".
+"""The report on a trace as plain data: the JSON format "msrtrace-report/1".
 
-The types below are the format: file.py reads and writes them, report.schema.json is made from them
+The types below define the format: file.py reads and writes them, report.schema.json is generated from them
 (`python -m tracer.report.file`), and every view of a report is made from one.
 """
 
@@ -24,7 +24,7 @@ SCHEMA = "msrtrace-report/1"
 
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 Rate = Annotated[float, Meta(ge=0, le=1e12)]
-#: The most that a report has. The tracer counts 2,048 kinds of calls, or 32,768 kinds of calls of VMs with --by-vm.
+#: Limits of a report. The tracer counts 2,048 kinds of calls, or 32,768 kinds of calls and VMs with --by-vm.
 ROWS, ARGUMENTS, NOTES = 20_000, 4096, 256
 Redundancy = Literal["exact", "unknown"]
 
@@ -46,9 +46,9 @@ class Host(Sanitized, frozen=True, kw_only=True):
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
-    """Sums over everything; null where it cannot be observed on that kernel.
+    """Sums over all calls and updates; null where they cannot be observed on that kernel.
 
-    `recalculations` are recomputations of a bitmap for another reason than a new filter, which 6.17 and newer make.
+    `recalculations` are recomputations of a bitmap for another reason than a new filter, since 6.17.
     """
 
     calls: Count | None
@@ -59,7 +59,7 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PerUpdate(msgspec.Struct, frozen=True, kw_only=True):
-    """Calls made inside filter updates divided by their number; whole numbers where the division leaves no rest."""
+    """Calls made in filter updates, per filter update; integers where they divide evenly."""
 
     calls: Rate
     redundant: Rate | None
@@ -70,7 +70,7 @@ class PerUpdate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CallRow(Sanitized, frozen=True, kw_only=True):
-    """A kind of call and how often it had which result; those are null where redundancy is unknown.
+    """A kind of call and how many had which outcome; outcomes are null where redundancy is unknown.
 
     `msr` is hexadecimal. `changed_read` and `changed_write` count calls that changed that bit of the MSR;
     `refused` those that asked for no interception and did not get it, as the VM's filter denies the access.
@@ -101,14 +101,14 @@ class CallRow(Sanitized, frozen=True, kw_only=True):
 
 
 class Bucket(msgspec.Struct, frozen=True, kw_only=True):
-    """Updates that took at most `le` seconds (null: any longer time), and more than the bucket before."""
+    """Updates that took at most `le` seconds (null: infinity), and longer than the bucket before."""
 
     le: Seconds | None
     count: Count
 
 
 class UpdateSeconds(msgspec.Struct, frozen=True, kw_only=True):
-    """How long updates (or recalculations) took, probes included: a histogram, the sum in seconds, their number."""
+    """How long updates (or recalculations) took, including the probes: a histogram, the sum in seconds, their count."""
 
     buckets: Annotated[list[Bucket], Meta(max_length=1000)]
     sum: Seconds
@@ -116,7 +116,7 @@ class UpdateSeconds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Vm(Sanitized, frozen=True, kw_only=True):
-    """The counts of one VM, with `--by-vm`: `pid` is its VMM's, 0 for what could not be told apart."""
+    """The counts of one VM, with `--by-vm`: `pid` is its VMM's, 0 for counts that belong to no known VM."""
 
     pid: Count
     name: Text
@@ -128,7 +128,7 @@ class Vm(Sanitized, frozen=True, kw_only=True):
 
 
 class Report(Sanitized, frozen=True, kw_only=True):
-    """A report. `started` is UTC (ISO 8601), `command` what was run while tracing, `exit_status` how that ended."""
+    """A report. `started` is UTC (ISO 8601), `command` what was run while tracing, `exit_status` its exit status."""
 
     schema: Annotated[str, Meta(max_length=64)] = SCHEMA
     msrtrace: Text = ""
@@ -151,11 +151,11 @@ class Report(Sanitized, frozen=True, kw_only=True):
 
     @property
     def title(self) -> str:
-        """What to call it: its label, else its kernel."""
+        """The label, or else the kernel."""
         return self.label or self.host.kernel
 
     def rows(self, cause: str | None = None) -> list[CallRow]:
-        """The calls, or those with CAUSE."""
+        """The calls, or only those with the cause."""
         return [row for row in self.calls if cause in (None, row.cause)]
 
 
@@ -179,7 +179,7 @@ class BitCounts:
 
 
 def by_bit(rows: Iterable[CallRow]) -> dict[Bit, BitCounts]:
-    """The calls of ROWS per bit that they name: what kernels that ask for both at once are compared by."""
+    """The calls by the bits that they name, to compare kernels with others that update both bits in one call."""
     result: dict[Bit, BitCounts] = {}
     for row in rows:
         for direction, changed in (("read", row.changed_read), ("write", row.changed_write)):
@@ -195,11 +195,11 @@ def by_bit(rows: Iterable[CallRow]) -> dict[Bit, BitCounts]:
 
 
 def redundant_sum(rows: Iterable[CallRow]) -> int | None:
-    """How many calls of ROWS changed nothing; None if that is unknown."""
+    """How many of the calls changed nothing; None if that is unknown."""
     values = [row.redundant for row in rows]
     return None if None in values else sum(value for value in values if value is not None)
 
 
 def whole(value: float) -> float:
-    """VALUE, as an int if it is one: 13 and not 13.0 in the file."""
+    """The value, as an int if it is one: 13 and not 13.0 in the file."""
     return int(value) if value == int(value) else round(value, 6)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a report says: its sentences and tables."""
+"""A report in words: its sentences and tables."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tracer.model.cause import RECALC
 from tracer.model.quantity import duration, number, rate, share
 from tracer.model.vendors import FIRST
 from tracer.model.verdict import PATCH
-from tracer.report.compare import lost, said
+from tracer.report.compare import format_command, lost
 from tracer.report.document import Document, Section, Table, document
 from tracer.report.report import CallRow, Report, UpdateSeconds, redundant_sum
 
 
 def report_document(report: Report) -> Document:
-    """What REPORT says."""
+    """The report as a document."""
     lines = []
     if report.lower_bound:
         lines.append(f"LOWER BOUND, the true counts may be higher: {lost(report)}")
@@ -71,7 +71,7 @@ def _totals_line(report: Report) -> str:
 
 
 def _recalculations_line(report: Report, count: int) -> str:
-    """COUNT is how often a bitmap was recomputed for another reason than a new filter."""
+    """The line on recalculations; `count` is their number."""
     plural = "" if count == 1 else "s"
     found = f"{count:,} recalculation{plural} for other reasons than a new filter"
     if not count or report.totals.calls is None:
@@ -113,7 +113,7 @@ def _vm_table(report: Report) -> Table:
     rows = []
     recalculations = any(vm.recalculations is not None for vm in report.vms or [])
     for vm in report.vms or []:
-        name = vm.name or ("(ended before it could be named)" if vm.pid else "(not told apart)")
+        name = vm.name or ("(ended before it could be named)" if vm.pid else "(no known VM)")
         mean = vm.filter_update_seconds_sum / vm.filter_updates if vm.filter_updates else None
         cells = [name, str(vm.pid), number(vm.filter_updates), duration(mean) if mean else ""]
         if recalculations:
@@ -124,7 +124,7 @@ def _vm_table(report: Report) -> Table:
 
 
 def quantile(times: UpdateSeconds, part: float) -> float | None:
-    """The bound in seconds that PART of the updates did not exceed; None where it is beyond the last bucket."""
+    """The bound, in seconds, that a `part` of the updates did not exceed; None where it is beyond the last bucket."""
     seen = 0
     for bucket in times.buckets:
         seen += bucket.count
@@ -143,12 +143,12 @@ def _time_lines(times: UpdateSeconds | None) -> list[str]:
         f"at most {duration(b)}" if b is not None else "longer than any bucket" for b in bounds.values()
     )
     mean = duration(times.sum / times.count)
-    return [f"{mean} on average; half took {half}, 99% {most}, all {all_} (the probes' own time included)"]
+    return [f"{mean} on average; half took {half}, 99% {most}, all {all_} (the time of the probes included)"]
 
 
 def _host_lines(report: Report) -> list[str]:
     host = report.host
-    lines = [f"{host.kernel} {host.version}".rstrip(), host.cpu, f"ran: {said(report.command)}"]
+    lines = [f"{host.kernel} {host.version}".rstrip(), host.cpu, f"ran: {format_command(report.command)}"]
     if report.exit_status:
         lines.append(f"which ended with status {report.exit_status}")
     lines.append(f"started {report.started}; msrtrace {report.msrtrace or '?'}, layout {host.layout}, {host.backend}, ")

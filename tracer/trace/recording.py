@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A trace with an end: for a time, until a signal, or as long as a command runs."""
+"""A trace that ends: after a time, on a signal, or with a command."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tracer.model.module_change import FOLLOW_SECONDS, ModuleChange
 from tracer.model.snapshot import Snapshot
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
-_PATIENCE_SECONDS = 1.0  # for calls that are under way when the trace ends
+_PATIENCE_SECONDS = 1.0  # for calls in progress when the trace ends
 _SI_KERNEL = 0x80  # siginfo(7): sent by the kernel, as a terminal's Ctrl-C is to all its processes
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What was counted in `seconds` from `started` on; `status` is the command's, as a shell gives it."""
+    """The counts of `seconds` from `started` on; `status` is the command's exit status, as a shell gives it."""
 
     counted: Snapshot
     started: datetime
@@ -36,17 +36,17 @@ class Recording:
 
 
 class Traced(Protocol):
-    """What `Tracer` is to this module."""
+    """The part of `Tracer` that this module needs."""
 
     def snapshot(self, patience: float = 0) -> Snapshot:
-        """The counts of now."""
+        """The present counts."""
 
     def follow(self) -> ModuleChange | None:
         """Follow a reload of the module."""
 
 
 class CommandError(MsrtraceError):
-    """The command could not be started; `status` is what a shell ends with then."""
+    """The command could not be started; `status` is the exit status of a shell in that case."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -54,7 +54,7 @@ class CommandError(MsrtraceError):
 
 
 def check_command(command: Sequence[str]) -> None:
-    """Raise the CommandError that `record` would, as far as can be known without starting COMMAND."""
+    """Raise the CommandError that `record` would, as far as it can be known without starting the command."""
     if not shutil.which(command[0]):
         there = os.path.dirname(command[0]) and os.path.exists(command[0])
         why, status = (errno.EACCES, 126) if there else (errno.ENOENT, 127)
@@ -69,19 +69,22 @@ def record(
     by_vm: bool = False,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Recording:
-    """Trace for SECONDS, or while COMMAND runs, or (neither given) until a signal: that ends any trace in order.
+    """Record for a time, while a command runs, or (neither given) until a signal; a signal ends any recording cleanly.
 
-    PROGRESS is told the seconds that have passed. BY_VM: VMs are named while they live. A signal that ends the trace
-    is passed on to the command, unless the terminal gave it to both; the trace goes on until the command has ended.
-    Raises CommandError if COMMAND cannot be started.
+    A signal is forwarded to the command, unless the terminal sent it to both; the recording then goes on until the
+    command has ended.
+
+    :param by_vm: name VMs while they live
+    :param progress: called with the seconds that have passed
+    :raises CommandError: if the command cannot be started
     """
     notes: list[str] = []
-    # What is ignored (by nohup, or in the background of a script) stays so.
+    # What is ignored (by nohup, or in the background of a script) stays ignored.
     ignored = {number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_IGN}
-    heeded = _SIGNALS - ignored | {signal.SIGCHLD}
+    handled = _SIGNALS - ignored | {signal.SIGCHLD}
     if signal.SIGCHLD in ignored:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the kernel would throw the command's status away
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, heeded)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the kernel would discard the command's status
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
     try:
         before = tracer.snapshot()
         started, begin = datetime.now(UTC), time.monotonic()
@@ -89,12 +92,12 @@ def record(
         interrupted = ""
         while True:
             passed = time.monotonic() - begin
-            with suppress(OSError):  # a terminal that is gone shows nothing
+            with suppress(OSError):  # the terminal has been closed
                 progress(passed)
             if child.poll() is not None if child else interrupted or (seconds is not None and passed >= seconds):
                 break
             wait = FOLLOW_SECONDS if seconds is None else min(FOLLOW_SECONDS, max(0.0, seconds - passed))
-            info = signal.sigtimedwait(heeded, wait)
+            info = signal.sigtimedwait(handled, wait)
             if info and info.si_signo != signal.SIGCHLD:
                 interrupted = signal.Signals(info.si_signo).name
                 if child and info.si_code != _SI_KERNEL:
@@ -116,7 +119,7 @@ def record(
 def _start(
     command: Sequence[str], mask: set[signal.Signals] | set[int], ignored: set[signal.Signals]
 ) -> subprocess.Popen[bytes]:
-    """COMMAND, with the signal MASK and the IGNORED signals that we were started with."""
+    """Start the command with the signal mask and the ignored signals that we were started with."""
 
     def restore() -> None:
         for number in ignored:
@@ -133,14 +136,14 @@ def _start(
 
 
 def _keep_up(tracer: Traced, by_vm: bool, notes: list[str]) -> None:
-    """Follow a reload of the module and name new VMs. What fails is a note: the trace must come to its end."""
+    """Follow a reload of the module and name new VMs. A failure becomes a note, as the trace must go on."""
     try:
         if change := tracer.follow():
             notes.append(f"during the trace {change}")
         if by_vm:
             tracer.snapshot()
     except Exception as error:
-        notes.append(f"reloads are not followed any more: {error}")
+        notes.append(f"a reload could not be followed: {error}")
 
 
 def _status(child: subprocess.Popen[bytes] | None) -> int | None:

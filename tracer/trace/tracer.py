@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Tracing that goes on: attaches when the module comes, again when it comes back, and never counts backwards."""
+"""Continuous tracing: attaches again when the module is reloaded, and no count ever decreases."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from tracer.model.vendor import Layout
 from tracer.model.vendors import FIRST, VENDORS
 from tracer.trace.vm_names import VmNames, safe_name
 
-_PATIENCE_SECONDS = 0.1  # when counts are read for the last time
+_PATIENCE_SECONDS = 0.1  # for calls in progress when counts are read for the last time
 
 MODULES = Path("/sys/module")
 
 
 class Attachment(Protocol):
-    """What `Engine` is to this module, and a stand-in for it in tests."""
+    """The part of `Engine` that this module needs, so that tests can replace it."""
 
     probes: list[Probe]
 
     @property
     def backend(self) -> str:
-        """How functions are probed."""
+        """The backend: how functions are probed."""
 
     @property
     def warnings(self) -> list[str]:
-        """What keeps the numbers from being complete."""
+        """The reasons why counts are incomplete."""
 
     def snapshot(self, patience: float = 0) -> Snapshot:
-        """The counts of now; PATIENCE: how many seconds calls may take to come to their end."""
+        """The present counts, after waiting at most `patience` seconds for calls in progress."""
 
     def forget(self, pids: set[int]) -> None:
-        """Count what ended processes did as of pid 0 from now on, where that can be done; none of it is lost."""
+        """Move the counts of ended processes to pid 0, where that is possible; none is lost."""
 
     def detach(self) -> None:
-        """Remove the probes and forget the counts."""
+        """Remove the probes and discard the counts."""
 
     def reattach(self, layout: Layout, symbols: Symbols) -> bool:
-        """Attach again after `detach`; False if that takes a new attachment."""
+        """Attach again after `detach`; False if that needs a new attachment."""
 
     def close(self) -> None:
-        """Give everything back to the kernel."""
+        """Release everything in the kernel."""
 
 
 def loaded_module(modules: Path = MODULES) -> tuple[str, int, int] | None:
-    """What identifies this loading of a vendor's module, another one after a reload; None while there is none."""
+    """Identifies the loaded module of a vendor; differs after a reload. None if there is none."""
     for module in (modules / vendor.module for vendor in VENDORS):
         with suppress(OSError):
             if (module / "initstate").exists() and (module / "initstate").read_text().strip() != "live":
@@ -78,11 +78,13 @@ class Tracer:
         keep_gone: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """ATTACH makes an engine; SYMBOLS and MODULE say what the kernel is like, NAMES what a VM is called.
+        """Does not attach yet.
 
-        CLOCK gives seconds.
-
-        KEEP_GONE: VMs that are gone stay apart, under the name they had; for a trace that comes to an end.
+        :param attach: makes an engine
+        :param symbols: reads the symbols of the kernel
+        :param module: identifies the loaded module, as `loaded_module`
+        :param keep_gone: keep VMs that are gone separate, with their names: for a trace that ends
+        :param clock: returns seconds
         """
         self._attach_engine, self._read_symbols, self._module = attach, symbols, module
         self._names = names or VmNames()
@@ -90,45 +92,42 @@ class Tracer:
         self._kept: dict[int, str] | None = {} if keep_gone else None
         self._lock = threading.RLock()
         self._engine: Attachment | None = None
-        self._idle: Attachment | None = None  # of a module that was unloaded; fits the next one as a rule
+        self._idle: Attachment | None = None  # of a module that was unloaded; usually fits the next one
         self._traced_module: object | None = None
-        self._refused_module: object | None = None  # what could not be traced, and is not tried before then:
+        self._refused_module: object | None = None  # could not be traced, and is not retried before:
         self._retry_at = 0.0
         self._vendor = FIRST
         self._earlier: Snapshot | None = None  # the counts of earlier attachments and of VMs that are gone
 
     @property
     def attached(self) -> bool:
-        """Whether probes are in place now."""
+        """Whether probes are attached."""
         return self._engine is not None
 
     @property
     def probes(self) -> list[Probe]:
-        """The probes of the present attachment."""
+        """The probes of the current attachment."""
         return self._engine.probes if self._engine else []
 
     @property
     def backend(self) -> str:
-        """How the functions are probed at present."""
+        """The backend of the current attachment, or ""."""
         return self._engine.backend if self._engine else ""
 
     @property
     def warnings(self) -> list[str]:
-        """What keeps the numbers of the present attachment from being complete."""
+        """The reasons why the counts of the current attachment are incomplete."""
         return self._engine.warnings if self._engine else []
 
     def attach(self, symbols: Symbols | None = None) -> None:
-        """Attach to the module that is loaded, whose SYMBOLS may have been read already.
-
-        Raises MsrtraceError if that cannot be done.
-        """
+        """Attach to the loaded module; `symbols` are the kernel's, if already read. Raises MsrtraceError."""
         with self._lock:
             module = self._module()
             symbols = symbols or self._read_symbols()
             layout = layout_of(symbols)
             self._vendor = symbols.vendor
             if self._idle and self._idle.reattach(layout, symbols):
-                self._engine = self._idle  # without compiling again: nothing is seen in the meantime
+                self._engine = self._idle  # without compiling again, during which nothing would be counted
             else:
                 self._engine = self._attach_engine(layout, symbols)
                 if self._idle:
@@ -137,10 +136,10 @@ class Tracer:
             self._traced_module = module
 
     def follow(self) -> ModuleChange | None:
-        """Follow an unload or reload of the module; what changed by that, if anything did.
+        """Follow an unload or reload of the module; returns what changed, if anything.
 
-        Probes of a module that was unloaded stay silent for good, so they are replaced. One that cannot be traced is
-        left alone for RETRY_SECONDS, or until another one takes its place.
+        Probes never fire again after their module is unloaded, so they are replaced. A module that cannot be traced is
+        retried after RETRY_SECONDS, or when another one is loaded.
         """
         with self._lock:
             module = self._module()
@@ -166,22 +165,21 @@ class Tracer:
             self._engine, self._idle = None, self._engine
             if self._earlier:
                 last = last.after(self._earlier)
-            silent = tuple(
-                replace(p, attached=False, detail=f"{self._vendor.module} was unloaded") for p in last.probes
-            )
+            lost = tuple(replace(p, attached=False, detail=f"{self._vendor.module} was unloaded") for p in last.probes)
             maps = tuple(replace(m, entries=0) for m in last.maps)
-            self._earlier = replace(last, probes=silent, maps=maps, reattached=last.reattached + 1)
+            self._earlier = replace(last, probes=lost, maps=maps, module_unloads=last.module_unloads + 1)
 
     def snapshot(self, patience: float = 0) -> Snapshot:
-        """All counts since the start. VMs that are gone are in the totals, but no longer apart (but see KEEP_GONE).
+        """All counts since the start. VMs that are gone remain only in the totals, unless `keep_gone`.
 
-        One that was gone before any snapshot saw it has the name of the command that made its first vCPU, or "".
-        PATIENCE: how many seconds to wait for calls that are under way.
+        A VM that was gone before any snapshot has the name of the command that created its first vCPU, or "".
+
+        :param patience: how many seconds to wait for calls in progress
         """
         with self._lock:
             total = self._total(patience)
             pids = total.pids - {0}
-            # A pid that another process has by now is as good as gone.
+            # A pid that another process has reused counts as gone.
             names = {pid: name for pid in pids if self._names.alive(pid) and (name := self._names.name(pid))}
             if self._kept is not None:
                 self._kept |= names
@@ -204,16 +202,16 @@ class Tracer:
         return result
 
     def _forget(self, gone: set[int]) -> None:
-        """Tell the counts of ended processes apart no longer, and free their places in the engine's maps."""
+        """Merge the counts of ended processes into the totals, and free their entries in the engine's maps."""
         if self._engine:
             self._engine.forget(gone)
         if self._earlier:
             self._earlier = self._earlier.without_vms(gone)
         for pid in gone:
-            self._names.name(pid)  # whoever has that pid now is named anew
+            self._names.name(pid)  # drops the name of whoever had that pid
 
     def close(self) -> None:
-        """Detach, whatever state the kernel is in. The counts stay readable, if they could be read a last time."""
+        """Detach, whatever the state of the kernel. The counts stay available, if they could be read a last time."""
         with self._lock:
             with suppress(Exception):
                 self._detach()

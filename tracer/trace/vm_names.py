@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a virtual machine is called, from the process of its VMM.
+"""The name of a virtual machine, from the process of its VMM.
 
 KVM itself has no names: it knows the VMM's process, and the VMM was given a name on its
-command line, which stands in /proc/PID/cmdline.
+command line, which is in /proc/<pid>/cmdline.
 """
 
 import re
@@ -10,49 +10,48 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NAME_LIMIT = 128
-"""The most characters a name has; a longer one ends with an ellipsis."""
+"""The maximum length of a name; a longer one is cut and ends with an ellipsis."""
 
-# A process may have megabytes of command line. libvirt's, with the name in front, is some 10 KB.
+# A command line may have megabytes. libvirt's, with the name at the front, has about 10 KB.
 _READ_LIMIT = 32 * 1024
 
 # Names of sockets and directories that are the same for every VM. Kata's socket is
-# /run/vc/vm/SANDBOX/clh-api.sock, or /run/kata/SANDBOX/root/ch-api.sock.
+# /run/vc/vm/<sandbox>/clh-api.sock, or /run/kata/<sandbox>/root/ch-api.sock.
 _COMMON = {"", "api", "ch", "ch-api", "clh", "clh-api", "cloud-hypervisor", "firecracker"}
 _COMMON |= {"vm", "vmm", "root", "run", "tmp", "var"}
 _SOCKET_SUFFIX = re.compile(r"(\.sock(et)?|-socket|-event-monitor-fifo)$")
 
 
 def vm_name(pid: int, proc: Path = Path("/proc")) -> str | None:
-    """The name of the VM that a process runs, safe to show; None if there is no such process.
+    """The name of the VM that a process runs, safe to print; None if there is no such process.
 
-    pid: of the VMM (its thread group), as the process namespace of `proc` numbers it.
-
-    In this order, whatever the program is called:
+    The first of these, whatever the program is called:
 
     - ``-name web`` or ``-name guest=web,...`` (QEMU, libvirt), ``--name web`` (QEMU, kvmtool);
     - ``--id web`` (Firecracker, and its jailer);
     - the file name of the API socket, ``--api-socket path=/run/ch/web.sock``, or of the event
       monitor's file (Cloud Hypervisor, whose command line has no name; libvirt gives it
       ``--api-socket fd=N --event-monitor path=.../web-event-monitor-fifo``), without its
-      extension, and the directory's when the file is called the same for every VM;
-    - the command, /proc/PID/comm.
+      extension, or the directory's if the file has the same name for every VM;
+    - the command, /proc/<pid>/comm.
 
-    The owner of a process decides what all of these say. So characters that are not
-    printable, line breaks and text direction marks among them, are replaced by U+FFFD, and
-    the name has 1 to NAME_LIMIT characters. It need not be unique.
+    The owner of a process controls all of these. So characters that are not printable, such
+    as line breaks and bidirectional marks, are replaced by U+FFFD, and the name has 1 to
+    NAME_LIMIT characters. It need not be unique.
+
+    :param pid: of the VMM (its thread group), in the pid namespace of `proc`
     """
     return _given_name(pid, proc) or _command(pid, proc)
 
 
 def start_time(pid: int, proc: Path = Path("/proc")) -> int | None:
-    """When a process started, in clock ticks after boot; None if it is gone, or hidden from us.
+    """When a process started, in clock ticks after boot; None if it is gone or hidden.
 
-    With the pid this names one process for good: a reused pid has another start time. A
-    process that has exited and waits for its parent (a zombie) is gone: so are its VMs.
-    Field 22 of /proc/PID/stat, proc_pid_stat(5).
+    With the pid this identifies a process uniquely: a reused pid has another start time. A
+    zombie counts as gone: so are its VMs. Field 22 of /proc/<pid>/stat, proc_pid_stat(5).
     """
     stat = _read(proc / str(pid) / "stat")
-    # The command, field 2, is in parentheses and may hold any character, these too.
+    # The command, field 2, is in parentheses and may contain any character, including these.
     fields = (stat or b"").rpartition(b")")[2].split()
     try:
         return None if fields[0] in (b"Z", b"X") else int(fields[19])
@@ -61,20 +60,20 @@ def start_time(pid: int, proc: Path = Path("/proc")) -> int | None:
 
 
 class VmNames:
-    """Names of VMs by pid, read once, that never outlive the process they were read from.
+    """A cache of VM names by pid, each valid only during the life of its process.
 
-    A name from the command line is kept while the process lives. A mere command name is read
-    again each time: a VMM may rename itself once it is set up.
+    A name from the command line is cached while the process lives. A command name is read
+    again each time, as a VMM may rename itself once it is set up.
     """
 
     def __init__(self, proc: Path = Path("/proc")) -> None:
-        """proc: where the process file system is mounted."""
+        """Read from `proc`, the mount point of procfs."""
         self._proc = proc
         self._started: dict[int, int] = {}
         self._names: dict[int, str] = {}
 
     def name(self, pid: int) -> str | None:
-        """As `vm_name`. After a reuse of the pid it is the new process's name."""
+        """As `vm_name`. After the pid is reused, it is the new process's name."""
         started = start_time(pid, self._proc)
         if started is None or started != self._started.get(pid):
             self._started.pop(pid, None)
@@ -85,7 +84,7 @@ class VmNames:
             return self._names[pid]
         given = _given_name(pid, self._proc)
         name = given or _command(pid, self._proc)
-        # The process may have gone, and another come, while its files were read.
+        # The process may have ended, and the pid been reused, while its files were read.
         if name is None or start_time(pid, self._proc) != started:
             return None
         self._started[pid] = started
@@ -94,16 +93,16 @@ class VmNames:
         return name
 
     def alive(self, pid: int) -> bool:
-        """Whether the process that `name` last named under this pid still runs.
+        """Whether the process that `name` last named under this pid is still running.
 
-        For a pid that was never named: whether any process has it.
+        For a pid without a name: whether any process has it.
         """
         started = start_time(pid, self._proc)
         return started is not None and started == self._started.get(pid, started)
 
 
 def _given_name(pid: int, proc: Path) -> str | None:
-    """The name on a process's command line, made safe, if there is one."""
+    """The name on a process's command line, safe to print, or None."""
     content = _read(proc / str(pid) / "cmdline")
     if not content:  # gone, a zombie, or a kernel thread
         return None
@@ -118,7 +117,7 @@ def _given_name(pid: int, proc: Path) -> str | None:
 
 
 def _command(pid: int, proc: Path) -> str | None:
-    """The command name of a process, made safe."""
+    """The command name of a process, safe to print."""
     content = _read(proc / str(pid) / "comm")
     if content is None:
         return None
@@ -126,7 +125,7 @@ def _command(pid: int, proc: Path) -> str | None:
 
 
 def _values(arguments: list[str], *options: str) -> Iterator[str]:
-    """The values of an option, given as ``--id web`` or ``--id=web``, the last one first."""
+    """The values of an option, given as ``--id web`` or ``--id=web``, the last first."""
     following = ""
     for argument in reversed(arguments):
         option, equals, value = argument.partition("=")
@@ -138,11 +137,11 @@ def _values(arguments: list[str], *options: str) -> Iterator[str]:
 def _qemu_guest(value: str) -> str | None:
     """The guest's name in the value of QEMU's -name.
 
-    QEMU's syntax (get_opt_name_value in util/qemu-option.c): ``key=value`` by commas, a comma
-    in a value is doubled, the first may leave out ``guest=``, the last of several counts.
+    QEMU's syntax (get_opt_name_value in util/qemu-option.c): ``key=value`` separated by commas; a
+    comma in a value is doubled, the first may omit ``guest=``, the last of several wins.
     """
     guest = None
-    # No argument holds a NUL, so it can stand for a doubled comma.
+    # No argument contains a NUL, so it can stand for a doubled comma.
     for number, option in enumerate(value.replace(",,", "\0").split(",")):
         key, equals, text = option.partition("=")
         if number == 0 and (not equals or "\0" in key):
@@ -153,7 +152,7 @@ def _qemu_guest(value: str) -> str | None:
 
 
 def _file_name(value: str) -> str | None:
-    """What tells a VM's socket, ``PATH`` or ``path=PATH``, from those of other VMs."""
+    """The part of a socket's path, ``<path>`` or ``path=<path>``, that distinguishes the VM."""
     if value.startswith("fd="):
         return None
     path = value.removeprefix("path=").partition(",")[0]
@@ -165,7 +164,7 @@ def _file_name(value: str) -> str | None:
 
 
 def safe_name(name: str) -> str:
-    """NAME as a terminal or a label may have it; empty if nothing is to be seen in it."""
+    """The name, safe for a terminal or a label; empty if nothing in it is visible."""
     shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name).strip()
     if len(shown) > NAME_LIMIT:
         return shown[: NAME_LIMIT - 1] + "\N{HORIZONTAL ELLIPSIS}"
@@ -173,7 +172,7 @@ def safe_name(name: str) -> str:
 
 
 def _read(path: Path) -> bytes | None:
-    """The start of a file of a process; None when the process, or the right to read, is gone."""
+    """The start of a file of a process; None if the process is gone or reading is not permitted."""
     try:
         with path.open("rb") as file:
             return file.read(_READ_LIMIT)

@@ -16,9 +16,9 @@ from fleets import (
     counted,
     fleet_reports,
     labelled,
+    merged,
     serving,
     storing,
-    together,
 )
 from fleets import host as made_up
 
@@ -48,7 +48,7 @@ def reported(stored: Stored) -> list[Report]:
 
 def test_many_hosts_are_compared_exactly() -> None:
     asked: list[str] = []
-    missing = labelled(together(host("a", enables=17, updates=100), host("b", enables=17, updates=40)), patch="missing")
+    missing = labelled(merged(host("a", enables=17, updates=100), host("b", enables=17, updates=40)), patch="missing")
     with serving(storing(missing, NOW, asked)) as url:
         unpatched = reports(Prometheus(url), ['{patch="missing"}'], 3600, NOW)
     patched = fleet_reports(host("c", enables=0, updates=60), NOW)
@@ -62,13 +62,13 @@ def test_many_hosts_are_compared_exactly() -> None:
 
 def test_hosts_without_filter_updates_are_left_out() -> None:
     busy, idle = host("a", enables=17, updates=100), host("b", enables=17, updates=0)
-    found = reported(together(busy, idle))
+    found = reported(merged(busy, idle))
     assert [report.title for report in found] == ["a"]
     [alone] = reported(idle)
     assert alone.totals.filter_updates == 0
 
 
-def test_of_a_host_that_tells_vms_apart_the_sums_count() -> None:
+def test_with_by_vm_only_the_sums_over_vms_count() -> None:
     """Its series by VM end with the VMs."""
     apart = host("a", enables=17, updates=100)
     names = [name for name in apart if name.startswith(("msrtrace_intercept", "msrtrace_filter"))]
@@ -80,7 +80,7 @@ def test_of_a_host_that_tells_vms_apart_the_sums_count() -> None:
     assert (found.totals.filter_updates, found.totals.calls) == (100, 3000)
 
 
-def test_a_host_that_was_started_anew_with_by_vm_keeps_what_it_counted_before() -> None:
+def test_a_restart_with_by_vm_keeps_the_counts_before_it() -> None:
     target = {"job": "msrtrace", "instance": "a"}
     stored = host("a", enables=17, updates=100) | {
         "process_start_time_seconds": [(target, dict(zip(SCRAPES, [5.0, 5, 5, 9, 9], strict=True)))],
@@ -110,7 +110,7 @@ def test_losses_and_lost_probes_make_a_lower_bound() -> None:
     assert not reported(other)[0].lower_bound
 
 
-def test_what_a_host_cannot_show_is_null_and_not_zero() -> None:
+def test_what_a_host_cannot_observe_is_null_and_not_zero() -> None:
     unknown = host("a", enables=0, updates=8, redundancy="unknown") | {"msrtrace_intercept_redundant_calls_total": []}
     [found] = reported(unknown)
     assert (found.totals.calls, found.totals.redundant) == (8 * 13, None)
@@ -120,16 +120,16 @@ def test_what_a_host_cannot_show_is_null_and_not_zero() -> None:
 
 
 def test_kernels_of_different_layouts_need_outcomes_per_bit() -> None:
-    """A call for both bits that changed something has changed either or both: the metrics do not tell."""
+    """A call for both bits that changed something may have changed either or both: the metrics do not say which."""
     new = host("b", enables=0, updates=8, layout="recalc")
     labels = new["msrtrace_intercept_calls_total"][0][0] | {"access": "read_write", "msr": "0xc0000100"}
     new["msrtrace_intercept_calls_total"].append((labels, dict(zip(SCRAPES, [0.0, 8, 8, 8, 8], strict=True))))
     [old] = reported(host("a", enables=0, updates=8))
-    with pytest.raises(MsrtraceError, match="takes outcomes per bit"):
+    with pytest.raises(MsrtraceError, match="outcomes per bit are needed"):
         compare([old], reported(new))
 
 
-def test_recalculations_are_not_asked_for_and_so_not_known() -> None:
+def test_recalculations_are_not_queried_and_so_unknown() -> None:
     [found] = reported(host("a", enables=0, updates=8, layout="recalc"))
     assert (found.totals.filter_updates, found.totals.recalculations, found.recalculation_seconds) == (8, None, None)
 
@@ -140,18 +140,18 @@ OLD = BIG - 90_000.0
 
 
 def agent(name: str, *, updates: int = 100, enables: int = 0, start: float | None = OLD, **more: str) -> Stored:
-    """A host that an agent on it scrapes: only the label `host` tells it from others."""
+    """A host that a local agent scrapes: only the label `host` distinguishes it from others."""
     return made_up({**LOCAL, "host": name, **more}, TIMES, updates=updates, enables=enables, start=start)
 
 
 @pytest.mark.parametrize("start", [OLD, None])
 @pytest.mark.parametrize("label", ["host", "cluster", "pod", "exported_instance"])
-def test_hosts_with_one_instance_are_told_apart_by_another_label(label: str, start: float | None) -> None:
-    """What was one host of 1,140 updates: each agent scrapes at moments of its own."""
+def test_another_label_distinguishes_hosts_with_the_same_instance(label: str, start: float | None) -> None:
+    """They were once taken for one host of 1,140 updates: each agent scrapes at its own times."""
     first = made_up({**LOCAL, label: "kvm1"}, TIMES, start=start)
     later = [time + 3 for time in TIMES]
     second = made_up({**LOCAL, label: "kvm2"}, later, updates=40, enables=17, start=start)
-    found = counted(together(first, second), BIG + 3)
+    found = counted(merged(first, second), BIG + 3)
     assert list(found.values()) == [(100, 1300), (40, 1200)]
     titled = [f'{LOCAL["instance"]} ({label}="{name}")' for name in ("kvm1", "kvm2")]
     assert list(found) == (["kvm1", "kvm2"] if label == "exported_instance" else titled)
@@ -161,7 +161,7 @@ def test_titles_have_the_labels_that_differ_and_no_others() -> None:
     one = agent("kvm1", env="prod", dc="eu")
     other = agent("kvm2", env="prod", updates=40, dc="us")
     alone = made_up({"job": "msrtrace", "instance": "kvm3:9753", "env": "prod"}, TIMES, updates=50, start=OLD)
-    assert list(counted(together(one, other, alone), BIG)) == [
+    assert list(counted(merged(one, other, alone), BIG)) == [
         '127.0.0.1:9753 (dc="eu", host="kvm1")',
         '127.0.0.1:9753 (dc="us", host="kvm2")',
         "kvm3:9753",
@@ -169,9 +169,9 @@ def test_titles_have_the_labels_that_differ_and_no_others() -> None:
 
 
 def test_a_title_is_the_instance_below_a_federating_server() -> None:
-    """`honor_labels: false` there: job and instance are its own."""
+    """With `honor_labels: false` there, job and instance are those of the federating server."""
     above = {"job": "federate", "instance": "prometheus:9090", "exported_job": "msrtrace"}
-    stored = together(
+    stored = merged(
         *(
             made_up({**above, "exported_instance": name}, TIMES, updates=updates, start=OLD)
             for name, updates in (("kvm1:9753", 100), ("kvm2:9753", 40))
@@ -181,13 +181,13 @@ def test_a_title_is_the_instance_below_a_federating_server() -> None:
 
 
 def test_a_host_that_several_selectors_match_counts_once() -> None:
-    stored = together(agent("kvm1", patch="x"), agent("kvm2", updates=40))
+    stored = merged(agent("kvm1", patch="x"), agent("kvm2", updates=40))
     assert sorted(counted(stored, BIG, "", 'patch="x"', '{host="kvm1"}').values()) == [(40, 520), (100, 1300)]
 
 
 @pytest.mark.parametrize("base", ['host="kvm1"', ""])
 def test_a_host_on_both_sides_is_refused(base: str) -> None:
-    stored = together(agent("kvm1"), agent("kvm2", updates=40))
+    stored = merged(agent("kvm1"), agent("kvm2", updates=40))
     with (
         serving(storing(stored, BIG)) as url,
         pytest.raises(MsrtraceError, match=r'host="kvm1".*: one msrtrace is on both sides'),
@@ -196,7 +196,7 @@ def test_a_host_on_both_sides_is_refused(base: str) -> None:
 
 
 def test_an_idle_host_may_be_on_both_sides() -> None:
-    stored = together(agent("kvm1", patch="a"), agent("kvm2", patch="b", updates=40), agent("kvm3", updates=0))
+    stored = merged(agent("kvm1", patch="a"), agent("kvm2", patch="b", updates=40), agent("kvm3", updates=0))
     with serving(storing(stored, BIG)) as url:
         sides = compared(Prometheus(url), [['patch="a"', 'host="kvm3"'], ['patch="b"', 'host="kvm3"']], 3600, BIG).sides
     assert [[report.totals.filter_updates for report in side] for side in sides] == [[100], [40]]
@@ -206,7 +206,7 @@ def test_kernels_of_a_host_that_was_rebooted_are_not_mixed() -> None:
     target = {"job": "msrtrace", "instance": "kvm1:9753"}
     old = made_up(target, TIMES[:3], updates=20, enables=17, start=OLD, info={"kernel": "5.19"})
     new = made_up(target, TIMES[3:], updates=8, before=0, start=TIMES[2] + 5, info={"kernel": "6.1"})
-    assert counted(together(old, new), BIG) == {
+    assert counted(merged(old, new), BIG) == {
         'kvm1:9753 (kernel="5.19")': (20, 600),
         'kvm1:9753 (kernel="6.1")': (8, 104),
     }
@@ -232,15 +232,15 @@ def test_a_selector_by_a_label_of_build_info_is_refused() -> None:
         counted(agent("kvm1"), BIG, 'kernel="6.1"')
 
 
-def test_without_the_start_of_processes_a_warning_says_what_is_not_seen() -> None:
-    stored = together(agent("kvm1", start=None), agent("kvm2", updates=40))
+def test_without_start_times_a_warning_says_what_is_missed() -> None:
+    stored = merged(agent("kvm1", start=None), agent("kvm2", updates=40))
     with serving(storing(stored, BIG)) as url:
         [warning] = compared(Prometheus(url), [['host="kvm1"'], ['host="kvm2"']], 3600, BIG).warnings
     assert warning.startswith(f"{START} is not stored of 127.0.0.1:9753: ")
 
 
-def test_fleets_on_the_command_line(main: Main) -> None:
-    stored = together(agent("kvm1", patch="new", start=None), agent("kvm2", patch="old", updates=40, enables=17))
+def test_the_command_compares_fleets(main: Main) -> None:
+    stored = merged(agent("kvm1", patch="new", start=None), agent("kvm2", patch="old", updates=40, enables=17))
     with serving(storing(stored, BIG)) as url:
         status, out, err = main("compare", "--prometheus", url, "--base", 'patch="old"', "--new", 'patch="new"')
         assert (status, err) == (0, "")

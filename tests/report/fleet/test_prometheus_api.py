@@ -16,36 +16,44 @@ NOW = 1_000_000.0
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "said"),
+    ("status", "body", "why"),
     [
-        (400, b'{"status":"error","error":"parse error: unexpected }"}', "refuses: parse error: unexpected }"),
-        (404, b"<html>not here</html>", "refuses: 404"),
-        (200, b"<html>a proxy</html>", "cannot ask Prometheus"),
-        (200, b"[" * 100_000, "cannot ask Prometheus"),
-        (200, b'{"status":"error"}', "does not answer as a Prometheus does"),
-        (200, b"[]", "does not answer as a Prometheus does"),
-        (200, b'{"status":"success","data":{"result":[]}}', "stored nothing of msrtrace for {a} in the last 60 s"),
-        (200, b'{"status":"success","data":{}}', "does not answer as a Prometheus does"),
-        (200, b'{"status":"success","data":{"result":[{"values":[1]}]}}', "does not answer as a Prometheus does"),
-        (200, b'{"status":"success","data":{"result":[{"metric":{},"values":[[1,"+Inf"]]}]}}', "does not answer as a"),
-        (200, b'{"status":"success","data":{"result":[{"metric":[],"values":[[1,"1"]]}]}}', "does not answer as a"),
+        (
+            400,
+            b'{"status":"error","error":"parse error: unexpected }"}',
+            "refused the query: parse error: unexpected }",
+        ),
+        (404, b"<html>not here</html>", "refused the query: 404"),
+        (200, b"<html>a proxy</html>", "cannot query Prometheus"),
+        (200, b"[" * 100_000, "cannot query Prometheus"),
+        (200, b'{"status":"error"}', "does not answer like a Prometheus"),
+        (200, b"[]", "does not answer like a Prometheus"),
+        (200, b'{"status":"success","data":{"result":[]}}', "no series of msrtrace for {a} in the last 60 s"),
+        (200, b'{"status":"success","data":{}}', "does not answer like a Prometheus"),
+        (200, b'{"status":"success","data":{"result":[{"values":[1]}]}}', "does not answer like a Prometheus"),
+        (
+            200,
+            b'{"status":"success","data":{"result":[{"metric":{},"values":[[1,"+Inf"]]}]}}',
+            "does not answer",
+        ),
+        (200, b'{"status":"success","data":{"result":[{"metric":[],"values":[[1,"1"]]}]}}', "does not answer"),
     ],
 )
-def test_what_is_no_prometheus_is_said_in_a_line(status: int, body: bytes, said: str) -> None:
+def test_an_unexpected_answer_is_an_error_in_one_line(status: int, body: bytes, why: str) -> None:
     with serving(lambda form, headers: (status, body)) as url, pytest.raises(MsrtraceError) as error:
         reports(Prometheus(url), ["{a}"], 60, NOW)
-    assert said in str(error.value)
+    assert why in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_nobody_there() -> None:
-    with pytest.raises(MsrtraceError, match=r"cannot ask Prometheus at http://127\.0\.0\.1:1: .*refused"):
+def test_an_unreachable_server_is_an_error() -> None:
+    with pytest.raises(MsrtraceError, match=r"cannot query Prometheus at http://127\.0\.0\.1:1: .*refused"):
         Prometheus("127.0.0.1:1").now()
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "", "http://[::1"])
-def test_a_url_that_is_none(url: str) -> None:
-    with pytest.raises(MsrtraceError, match="is no URL of a Prometheus"):
+def test_an_invalid_url_is_an_error(url: str) -> None:
+    with pytest.raises(MsrtraceError, match="is not the URL of a Prometheus"):
         Prometheus(url)
 
 
@@ -65,13 +73,13 @@ def test_a_user_and_a_password_are_sent_and_not_shown() -> None:
 @pytest.mark.parametrize(
     ("text", "value"), [("90s", 90), ("15m", 900), ("1h30m", 5400), ("2d", 172800), ("1w", 604800)]
 )
-def test_durations(text: str, value: int) -> None:
+def test_durations_as_prometheus_writes_them(text: str, value: int) -> None:
     assert seconds(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "5", "h", "1.5h", "-1h", "1y", "0s", "99999w"])
-def test_no_durations(text: str) -> None:
-    with pytest.raises(ValueError, match="is no duration"):
+def test_anything_else_is_not_a_duration(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not (a duration|between)"):
         seconds(text)
 
 
@@ -93,12 +101,12 @@ def test_the_clock_is_a_scalar_or_a_vector(result: object) -> None:
 
 
 @pytest.mark.parametrize("result", [[], [{}], [{"value": []}], [{"value": [1]}], [1, "NaN"], ["x", "y"], {}, None, 5])
-def test_what_is_no_clock(result: object) -> None:
-    with serving(clock(result)) as url, pytest.raises(MsrtraceError, match="does not answer as a Prometheus does"):
+def test_an_unexpected_clock_is_an_error(result: object) -> None:
+    with serving(clock(result)) as url, pytest.raises(MsrtraceError, match="does not answer like a Prometheus"):
         Prometheus(url).now()
 
 
-def test_stale_markers_are_no_samples() -> None:
+def test_stale_markers_are_dropped() -> None:
     values = [[1, "5"], [2, "NaN"], [3, None], [4, "6"]]
     answer = json.dumps({"status": "success", "data": {"result": [{"metric": {"a": "b"}, "values": values}]}})
     with serving(lambda form, headers: (200, answer.encode())) as url:
@@ -106,7 +114,7 @@ def test_stale_markers_are_no_samples() -> None:
     assert (list(series.samples.times), list(series.samples.values)) == ([1, 4], [5, 6])
 
 
-def test_a_series_of_stale_markers_is_none() -> None:
+def test_a_series_of_only_stale_markers_is_dropped() -> None:
     answer = b'{"status":"success","data":{"result":[{"metric":{},"values":[[1,"NaN"]]}]}}'
     with serving(lambda form, headers: (200, answer)) as url:
         assert Prometheus(url).series("x", "", 60, NOW) == []

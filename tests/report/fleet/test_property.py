@@ -28,14 +28,14 @@ EXAMPLES = int(os.environ.get("MSRTRACE_EXAMPLES", "300"))
 
 
 class InMemory(Prometheus):
-    """A server that has STORED that."""
+    """A server that stores the series in memory."""
 
     def __init__(self, stored: Stored) -> None:
         super().__init__("http://in-memory")
         self.stored = stored
 
     def series(self, name: str, selector: str, window: int, end: float) -> list[Series]:
-        """As a Prometheus answers; SELECTOR is one pair, or empty."""
+        """As a Prometheus answers; the selector is one pair, or empty."""
         label, _, value = selector.partition("=")
         wanted = {label: value.strip('"')} if label else {}
         found = [(labels, samples) for labels, samples in self.stored.get(name, []) if matches(labels, wanted)]
@@ -45,7 +45,7 @@ class InMemory(Prometheus):
 
 @dataclass(frozen=True)
 class Scrape:
-    """What a process shows: counts of calls by MSR, and of filter updates."""
+    """What a process exports: counts of calls by MSR, and of filter updates."""
 
     calls: Mapping[str, int]
     updates: int
@@ -53,7 +53,7 @@ class Scrape:
 
 @dataclass
 class Run:
-    """A process of a host: when it started, whether it tells VMs apart, and what each tick added to its counts."""
+    """A process of a host: its start time, whether it runs --by-vm, and what each tick added to its counts."""
 
     start: float
     by_vm: bool
@@ -63,7 +63,7 @@ class Run:
     kinds_from: Mapping[str, int]  # the tick from which an update makes a call of that kind
 
     def at(self, tick: int) -> Scrape:
-        """Its counts at the end of TICK."""
+        """Its counts at the end of the tick."""
         counted = {kind: self.before if first < 0 else 0 for kind, first in self.kinds_from.items()}
         for number in range(self.since, tick + 1):
             for kind, first in self.kinds_from.items():
@@ -81,8 +81,8 @@ class Host:
     target: dict[str, str]
     patch: str
     runs: list[Run]
-    copies: list[dict[str, str]]  # the labels that each copy of it has more
-    federated: bool  # a server above stores it, too, under its own labels
+    copies: list[dict[str, str]]  # the additional labels of each copy
+    federated: bool  # a federating server stores it, too, under its own labels
     relabel: tuple[int, int, dict[str, str], dict[str, str]] | None  # between two ticks; labels outside, and inside
     pods: bool  # a restart changes the label `pod`
     seen: list[list[bool]]  # by copy: in which ticks a scrape succeeds
@@ -92,11 +92,11 @@ class Host:
     scraped: dict[int, set[int]] = field(default_factory=dict)  # the ticks in which a run was scraped, by its number
 
     def run_at(self, tick: int) -> int:
-        """The number of the process that runs at the end of TICK."""
+        """The number of the process that runs at the end of the tick."""
         return max(number for number, run in enumerate(self.runs) if run.since <= tick)
 
     def labels(self, tick: int, copy: int) -> dict[str, str]:
-        """Of its target, as COPY has them."""
+        """The labels of its target, in the given copy."""
         labels = {**self.target, **self.copies[copy], "patch": self.patch}
         if self.relabel:
             since, until, outside, inside = self.relabel
@@ -108,7 +108,7 @@ class Host:
         return labels
 
     def store(self, stored: Stored) -> None:
-        """Scrape it into STORED."""
+        """Add its scrapes to the stored series."""
         series: dict[tuple[str, tuple[tuple[str, str], ...]], dict[float, float]] = {}
 
         def put(metric: str, labels: Mapping[str, str], own: Mapping[str, str], time: float, value: float) -> None:
@@ -131,7 +131,7 @@ class Host:
             stored.setdefault(metric, []).append((dict(named), samples))
 
     def show(self, run: Run, tick: int, labels: Mapping[str, str], time: float, put: Put) -> None:
-        """One scrape of RUN."""
+        """One scrape of a run."""
         shown = run.at(tick)
         info = {"layout": "toggle", "redundancy": "exact", "kernel": "6.1", "version": "1", "backend": "kprobe"}
         put("msrtrace_build_info", labels, info, time, 1)
@@ -148,7 +148,7 @@ class Host:
                     put(metric, labels, {**own, "vm": "x", "pid": "1"}, time, count // 2)
 
     def made(self) -> tuple[int, int]:
-        """The calls and updates that it made in the window, as far as scrapes show.
+        """The calls and updates that it made in the window, as far as the scrapes show.
 
         Where its start is not stored, its first process counts from its first scrape on (and a warning says so).
         """
@@ -163,7 +163,7 @@ class Host:
 
     @property
     def hides_a_restart(self) -> bool:
-        """Whether a copy of it saw, after a restart, no count below the old one: only the start tells."""
+        """Whether a copy saw no lower count after a restart, so that only the start time shows it."""
         for seen in self.seen:
             ticks = [tick for tick in range(TICKS) if seen[tick]]
             for before, after in pairwise(ticks):
@@ -177,7 +177,7 @@ class Host:
 
 @st.composite
 def hosts(draw: st.DrawFn, number: int, plain: bool, agents: bool, start_stored: bool) -> Host:
-    """One host of a fleet; PLAIN: nothing about it is ambiguous."""
+    """One host of a fleet; `plain`: nothing about it is ambiguous."""
     equal_starts = not plain and draw(st.booleans())
     began = NOW - 50_000 - (0 if equal_starts else 7 * (number + 1))
     idle = draw(st.sampled_from([False, False, False, True]))
@@ -276,7 +276,7 @@ def made(fleet: list[Host]) -> dict[str, tuple[int, int]]:
 @pytest.mark.timeout(60 + EXAMPLES)
 @settings(max_examples=EXAMPLES)
 @given(fleets(plain=True))
-def test_a_fleet_whose_starts_are_stored_is_counted_exactly_and_never_refused(fleet: list[Host]) -> None:
+def test_with_start_times_a_fleet_is_counted_exactly_and_never_refused(fleet: list[Host]) -> None:
     if not any(any(seen) for host in fleet for seen in host.seen):
         return
     totals, warnings, numbers = ask(fleet)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from fleets import CALLS, LOCAL, REDUNDANT, START, UPDATES, Stored, counted, fleet_reports, host, only, together
+from fleets import CALLS, LOCAL, REDUNDANT, START, UPDATES, Stored, counted, fleet_reports, host, merged, only
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +20,7 @@ TITLE = LOCAL["instance"]
 
 
 def updates_of(values: list[float | None], starts: list[float | None]) -> Stored:
-    """A host whose filter updates and starts were scraped like that."""
+    """A host with these scraped filter updates and start times."""
     stored = host(LOCAL, SCRAPES, updates=0, before=0, start=None, info={"layout": "filter-only"})
     stored |= {CALLS: [], REDUNDANT: []}
     for name, column in ((UPDATES, values), (START, starts)):
@@ -30,7 +30,7 @@ def updates_of(values: list[float | None], starts: list[float | None]) -> Stored
 
 
 def updates(values: list[float | None], starts: list[float | None] | float | None, window: int = 3600) -> int:
-    """How many updates a report has of that host."""
+    """The updates in the report on that host."""
     column = starts if isinstance(starts, list) else [starts] * len(SCRAPES)
     [report] = fleet_reports(updates_of(values, column), NOW, window=window)
     return report.totals.filter_updates or 0
@@ -47,33 +47,33 @@ def test_a_process_that_started_in_the_window_counts_from_0() -> None:
 
 
 @pytest.mark.parametrize("start", [OLD, None])
-def test_scrapes_that_are_missing_or_late_do_not_matter(start: float | None) -> None:
+def test_missing_and_late_scrapes_do_not_matter(start: float | None) -> None:
     scrapes = [NOW - 600, NOW - 585, NOW - 400.5, NOW - 391, NOW - 10]
     assert counted(host(LOCAL, scrapes, start=start), NOW) == {TITLE: (100, 1300)}
 
 
-def test_a_restart_counts_on() -> None:
+def test_counts_after_a_restart_are_added() -> None:
     new = NOW - 20
     assert updates([100, 130, 130, 5, 25], [OLD, OLD, OLD, new, new]) == 30 + 25
 
 
-def test_a_restart_counts_on_where_the_new_process_has_passed_the_old() -> None:
-    """Only its start tells."""
+def test_a_restart_is_seen_where_the_new_counts_are_higher() -> None:
+    """Only its start time shows it."""
     new = NOW - 20
     assert updates([100, 130, 130, 140, 150], [OLD, OLD, OLD, new, new]) == 30 + 150
 
 
 def test_a_host_whose_clock_was_never_set_may_restart() -> None:
-    """Starts in 1970 say nothing but that they changed."""
+    """Of start times in 1970 only the change means something."""
     assert updates([100, 130, 130, 140, 150], [5, 5, 5, 9, 9]) == 30 + 150
 
 
-def test_a_start_that_was_not_stored_at_a_scrape_is_that_of_its_neighbours() -> None:
+def test_a_missing_start_time_is_that_of_the_neighbouring_scrapes() -> None:
     assert updates([100, 130, 130, 140, 150], [None, OLD, None, OLD, None]) == 50
 
 
-def test_without_starts_a_fall_is_a_restart_of_all_counters() -> None:
-    """Those of the new process that have passed their old counts, too."""
+def test_without_start_times_a_fall_restarts_all_counters() -> None:
+    """Also those that are already above their old counts."""
     target = {**LOCAL, "msr": "0x10", "name": "?", "access": "read", "action": "disable", "cause": "filter_change"}
     stored = updates_of([100, 130, 130, 5, 25], [None] * 5)
     stored["msrtrace_build_info"] = host(LOCAL, SCRAPES)["msrtrace_build_info"]
@@ -82,7 +82,7 @@ def test_without_starts_a_fall_is_a_restart_of_all_counters() -> None:
     assert counted(stored, NOW) == {TITLE: (30 + 25, 2 + 24)}
 
 
-def test_a_fall_after_the_last_stored_start_is_a_restart() -> None:
+def test_a_fall_after_the_last_stored_start_time_is_a_restart() -> None:
     assert updates([100, 130, 130, 5, 25], [OLD, OLD, OLD, None, None]) == 30 + 25
 
 
@@ -97,14 +97,14 @@ def test_a_fall_after_the_last_stored_start_is_a_restart() -> None:
         ([100, 110, 500, 510, 520], [OLD, OLD, None, NOW - 10, NOW - 10], START),
     ],
 )
-def test_two_processes_behind_the_same_labels_are_refused(
+def test_two_processes_with_the_same_labels_are_refused(
     values: list[float | None], starts: list[float | None], named: str
 ) -> None:
-    with pytest.raises(MsrtraceError, match=rf"{named}.*(label|cannot be told)"):
+    with pytest.raises(MsrtraceError, match=rf"{named}.*(label|is unknown)"):
         updates(values, starts)
 
 
-def test_without_starts_a_kind_of_call_that_goes_is_refused() -> None:
+def test_without_start_times_a_kind_of_call_that_vanishes_is_refused() -> None:
     stored = host(LOCAL, SCRAPES, start=None)
     for name in (CALLS, REDUNDANT):
         labels, samples = stored[name][0]
@@ -121,7 +121,7 @@ def test_a_restart_with_by_vm_keeps_both_parts(start: float | None) -> None:
         name.replace("msrtrace_", "msrtrace_host_") if name.startswith(("msrtrace_int", "msrtrace_fil")) else name: it
         for name, it in after.items()
     }
-    assert counted(together(plain, by_vm), NOW) == {TITLE: (20 + 2008, 13 * (20 + 2008))}
+    assert counted(merged(plain, by_vm), NOW) == {TITLE: (20 + 2008, 13 * (20 + 2008))}
 
 
 @pytest.mark.parametrize("start", [OLD, None])
@@ -143,8 +143,8 @@ def test_the_first_calls_of_a_process_count_from_0() -> None:
 
 
 @pytest.mark.parametrize("metric", [CALLS, REDUNDANT, UPDATES])
-def test_a_metric_that_is_stored_from_the_middle_on_is_refused(metric: str) -> None:
-    """It counted before that: it does not count from 0."""
+def test_a_metric_first_stored_within_the_window_is_refused(metric: str) -> None:
+    """It counted before that, so it does not count from 0."""
     stored = host(LOCAL, SCRAPES, start=OLD)
     stored[metric] = only({metric: stored[metric]}, SCRAPES[2], NOW)[metric]
     with pytest.raises(MsrtraceError, match=f"{metric}.* is not stored from the first scrape on"):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fleets import LOCAL, Stored, exposition, host, openmetrics, relabelled, together
+from fleets import LOCAL, Stored, exposition, host, merged, openmetrics, relabelled
 from needs import tool
 
 Main = Callable[..., tuple[int, str, str]]
@@ -32,7 +32,7 @@ def fleet() -> Stored:
     moved = relabelled(one(100, start=old + 3, group="moved"), scrapes[2], {"dc": "eu"})
     copies = (one(100, start=old + 4, group="copies", prometheus_replica=name) for name in "ab")
     alike = (one(100, start=old + 5, group="alike", shard=name) for name in "ab")
-    return together(
+    return merged(
         one(100, group="agents", host="kvm1"), one(40, 17, old, group="agents", host="kvm2"), moved, *copies, *alike
     )
 
@@ -45,7 +45,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(command: list[str], ready: str, log: Path) -> Iterator[None]:
-    """COMMAND, from when it answers at the URL READY on; then it is stopped."""
+    """Run a command for the duration of the context, which begins when the URL `ready` answers."""
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
             end = time.monotonic() + 60
@@ -89,13 +89,13 @@ def victoria_metrics(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module", params=[prometheus, victoria_metrics], ids=lambda server: str(server.__name__))
 def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of a server that has stored the fleet."""
+    """The URL of a server that has stored the fleet."""
     with request.param(tmp_path_factory.mktemp(request.param.__name__)) as found:
         yield found
 
 
 def counts(main: Main, url: str, new: str) -> tuple[int, int, float]:
-    """Reports, filter updates and calls of what NEW selects, compared with the host without the patch."""
+    """Reports, filter updates and calls of the selected hosts, compared with the host without the patch."""
     sides = ("--base", 'host="kvm2"', "--new", new)
     status, out, err = main("compare", "--prometheus", url, *sides, "--format", "json")
     assert (status, err) == (0, "")
@@ -108,7 +108,7 @@ def counts(main: Main, url: str, new: str) -> tuple[int, int, float]:
 @pytest.mark.parametrize(
     "new",
     [
-        pytest.param('host="kvm1"', id="hosts with one instance, told apart by another label"),
+        pytest.param('host="kvm1"', id="hosts with one instance and another label that differs"),
         pytest.param('group="moved"', id="a label is added in the window"),
         pytest.param('group="copies"', id="two replicas"),
     ],
@@ -117,13 +117,13 @@ def test_each_host_counts_once(main: Main, url: str, new: str) -> None:
     assert counts(main, url, new) == (1, 100, 1300)
 
 
-def test_hosts_with_one_instance_are_several(main: Main, url: str) -> None:
+def test_hosts_with_the_same_instance_are_several(main: Main, url: str) -> None:
     assert main("compare", "--prometheus", url, "--base", 'host="kvm2"', "--new", 'group="agents"')[:2] == (1, "")
     _, out, _ = main("compare", "--prometheus", url, "--base", 'group="moved"', "--new", 'group="agents"')
     assert "140 filter updates, 2 reports" in out
 
 
-def test_what_cannot_be_told_is_refused(main: Main, url: str) -> None:
+def test_ambiguous_series_are_refused(main: Main, url: str) -> None:
     status, out, err = main("compare", "--prometheus", url, "--base", 'host="kvm2"', "--new", 'group="alike"')
     assert (status, out) == (1, "")
-    assert "differ in the label shard and their counts do not tell; select one of them, as with {shard=" in err
+    assert "differ in the label shard and their counts do not decide it; select one of them, as with {shard=" in err

@@ -9,16 +9,16 @@ __all__ = ["NAMES", "hexadecimal", "name"]
 def name(index: int) -> str:
     """The kernel's name of an MSR without its leading ``MSR_``, or `hexadecimal` of it.
 
-    index: the 32-bit number RDMSR and WRMSR take in ECX.
+    :param index: the 32-bit number that RDMSR and WRMSR take in ECX
 
     ``name(0x48)`` is ``IA32_SPEC_CTRL``. KVM's own registers are ``KVM_*``
     (asm/kvm_para.h), Hyper-V's keep their whole name ``HV_X64_MSR_*``, the local
     APIC's in x2APIC mode are ``X2APIC_*``. Where the headers give several names,
-    `tracer.msr.generate` says which one is taken.
+    `tracer.model.msr.generate` says which one is taken.
     """
     return NAMES.get(index) or hexadecimal(index)
 
 
 def hexadecimal(index: int) -> str:
-    """An MSR index as the ``msr`` label of the metrics has it: ``0x48``, ``0xc0000100``."""
+    """An MSR index as in the ``msr`` label of the metrics: ``0x48``, ``0xc0000100``."""
     return f"{index:#x}"

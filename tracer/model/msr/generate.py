@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Make `tracer.msr.table` from the headers of a kernel.
+"""Make `tracer.model.msr.table` from the headers of a kernel.
 
-    python3 -m tracer.msr.generate HEADERS_DIR... [-o FILE]
+    python3 -m tracer.model.msr.generate HEADERS_DIR... [-o FILE]
 
 HEADERS_DIR is a "common" header tree: Debian's linux-headers-VERSION-common, installed at
-/usr/src/linux-headers-VERSION-common. Several may be given, the one to believe first: a
+/usr/src/linux-headers-VERSION-common. Several may be given, the most trusted first: a
 later tree only adds the indices that the earlier ones do not name.
 
 What is an index: a ``#define`` that starts with ``MSR_`` (``HV_X64_MSR_`` in the Hyper-V
 header) whose value is a hexadecimal number, another such name, or such a name plus a number.
-Bit numbers and counts are decimal, bits and masks are made with ``BIT()`` or ``<<``: those
-fall out by themselves. `_is_field` knows the rest.
+Bit numbers and counts are decimal, bits and masks are made with ``BIT()`` or ``<<``, so they
+never match. `_is_field` excludes the rest.
 
 Which name is taken when there are several, for a host with an Intel CPU and VMX:
 
 1. ``IA32_*``, the architectural registers;
 2. names that say neither vendor nor model (``CORE_PERF_FIXED_CTR0``);
 3. names of one Intel model (``P4_*``, ``P6_*``, ``ATOM_*``...), and ``IA32_MCG_EAX`` to
-   ``IA32_MCG_RESERVED`` of the Pentium 4, whose place the event selectors took;
+   ``IA32_MCG_RESERVED`` of the Pentium 4, whose indices are now event selectors;
 4. names of AMD's and of other vendors' registers.
 
-Among equals a name with a number of its own goes before one defined as another, then the
-one that comes first in the headers. `_PREFERRED` holds what these rules get wrong.
+Among equals a name defined as a number goes before one defined as another name, then the
+one that comes first in the headers. `_PREFERRED` overrides these rules where they are wrong.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Each row is one header, with the places it has had, the newest first.
+# Each row is one header, with the paths it has had, the newest first.
 _HEADERS = (
     ("arch/x86/include/asm/msr-index.h",),
     ("arch/x86/include/asm/perf_event.h",),
@@ -51,7 +51,7 @@ _LAST_INDEX = 0xFFFFFFFF
 
 
 class _Family(NamedTuple):
-    """Registers numbered from 0, of which the headers may only name the first."""
+    """Registers numbered from 0, of which the headers may name only the first."""
 
     first: str | int
     pattern: str
@@ -59,7 +59,7 @@ class _Family(NamedTuple):
     stride: int = 1
 
 
-# How far each family goes, and who says so. Only those that KVM walks by a loop
+# How long each family is, and the source of that. Only those that KVM walks in a loop
 # (vmx_recalc_pmu_msr_intercepts, vmx_update_intercept_for_lbr_msrs, kvm_set_msr_common).
 # The first keeps the name the headers give it.
 _FAMILIES = (
@@ -120,7 +120,7 @@ _PENTIUM_4_STATE = re.compile(r"IA32_MCG_(E(AX|BX|CX|DX|SI|DI|BP|SP|FLAGS|IP)|RE
 _INTEL_MODEL = re.compile(r"(P4|P6|KNC|KNL|ATOM)_")
 _OTHER_VENDOR = re.compile(r"AMD|(K[678]|F1\dH|FAM10H|ZEN\d|IDT|VIA|TMTA|GEODE)_")
 
-# The bits of a capability register, in 6.1 (a mask that is neither called nor made like one).
+# The bits of a capability register, in 6.1 (a mask, but neither its name nor its value shows it).
 _FIELDS = {"MSR_IA32_VMX_MISC_PREEMPTION_TIMER_SCALE"}
 
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
@@ -130,7 +130,7 @@ _REFERENCE = re.compile(r"([A-Za-z_]\w*)(?:\s*\+\s*(0[xX][0-9a-fA-F]+|\d+)[uUlL]
 
 
 class HeadersError(Exception):
-    """A header tree cannot be used; the text says which, and what it lacks."""
+    """A header tree cannot be used; the message says which, and what it lacks."""
 
 
 class _Candidate(NamedTuple):
@@ -142,7 +142,7 @@ class _Candidate(NamedTuple):
 
 
 def names_in(tree: Path) -> dict[int, str]:
-    """Index -> name for every MSR one header tree gives, sorted by index.
+    """Index -> name for every MSR that one header tree names, sorted by index.
 
     Raises HeadersError when a header is missing or cannot be read.
     """
@@ -181,7 +181,11 @@ def kernel_version(tree: Path) -> str:
 
 
 def source(names: dict[int, str], command: str, versions: Sequence[str]) -> str:
-    """The text of table.py. command: what made it, as comment lines; versions: of the headers."""
+    """The text of table.py.
+
+    :param command: the command that made it, as comment lines
+    :param versions: the kernel versions of the headers
+    """
     # Capital digits are the way ruff formats them.
     rows = "".join(f'    0x{index:08X}: "{name}",\n' for index, name in names.items())
     return (
@@ -192,7 +196,7 @@ def source(names: dict[int, str], command: str, versions: Sequence[str]) -> str:
         "#\n"
         f"# Headers: Linux {', then '.join(versions)}.\n"
         "\n"
-        '"""MSR index -> name, see `tracer.msr.generate` for where the names come from."""\n'
+        '"""MSR index -> name, see `tracer.model.msr.generate` for where the names come from."""\n'
         "\n"
         f"NAMES: dict[int, str] = {{\n{rows}}}\n"
     )
@@ -202,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, or 1 after one line on stderr."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
-        prog="python3 -m tracer.msr.generate",
+        prog="python3 -m tracer.model.msr.generate",
         description="Make the table of MSR names from kernel headers.",
     )
     parser.add_argument("headers", metavar="HEADERS_DIR", nargs="+", type=Path)
@@ -279,9 +283,9 @@ def _candidates(tree: Path) -> Iterator[_Candidate]:
 
 
 def _index(name: str, defines: dict[str, str]) -> int | None:
-    """What a define stands for, followed through others; None unless it may be an index."""
+    """The value of a define, resolved through other defines; None unless it may be an index."""
     offset = 0
-    for _ in range(len(defines)):  # a chain longer than that is a circle
+    for _ in range(len(defines)):  # a longer chain is a cycle
         value = _bare(defines.get(name, ""))
         if number := _NUMBER.fullmatch(value):
             return int(number[1], 16) + offset
@@ -294,17 +298,17 @@ def _index(name: str, defines: dict[str, str]) -> int | None:
 
 
 def _bare(value: str) -> str:
-    """A define's value without the parentheses around it; ``(A)|(B)`` is of no use either way."""
+    """A define's value without the parentheses around it; ``(A)|(B)`` is unusable either way."""
     while value.startswith("(") and value.endswith(")"):
         value = value[1:-1].strip()
     return value
 
 
 def _is_field(name: str, index: int, registers: Container[str]) -> bool:
-    """Whether a define of hexadecimal value is a part of a register, no register itself.
+    """Whether a define of hexadecimal value is a field of a register, not a register itself.
 
-    MSR_IA32_BNDCFGS_RSVD is one: what it continues is the name of a register.
-    MSR_SYSCALL_MASK and MSR_IA32_RTIT_OUTPUT_MASK are registers: MSR_SYSCALL is none.
+    MSR_IA32_BNDCFGS_RSVD is one: without the suffix it is the name of a register.
+    MSR_SYSCALL_MASK and MSR_IA32_RTIT_OUTPUT_MASK are registers: there is no MSR_SYSCALL.
     """
     if name.startswith(_HYPERV) and index < _HYPERV_FIRST:
         return True
@@ -326,7 +330,7 @@ def _x2apic(defines: dict[str, str]) -> dict[int, str]:
     """The local APIC's registers as MSRs: 0x800 + offset / 16 (X2APIC_MSR() in KVM).
 
     apicdef.h mixes offsets with the values of fields. An offset is written with at most
-    three digits and no suffix; a value that would pass for one has five.
+    three digits and no suffix; the values that could be mistaken for one have five.
     """
     names: dict[int, str] = {}
     for define, value in defines.items():

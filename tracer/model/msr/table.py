@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # Made from the kernel's headers, do not edit. The command that makes it:
 #
-#     python3 -m tracer.msr.generate \
+#     python3 -m tracer.model.msr.generate \
 #         /usr/src/linux-headers-7.2.13+deb14-common -o tracer/model/msr/table.py
 #
 # Headers: Linux 7.2.13.
 
-"""MSR index -> name, see `tracer.msr.generate` for where the names come from."""
+"""MSR index -> name, see `tracer.model.msr.generate` for where the names come from."""
 
 NAMES: dict[int, str] = {
     0x00000000: "IA32_P5_MC_ADDR",

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Comparisons of hosts by what Prometheus stores."""
+"""Reports on many hosts, from what Prometheus stored."""

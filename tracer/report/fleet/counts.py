@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What processes counted in the window of a fleet, as a Snapshot."""
+"""The counts of processes within the window, as a Snapshot."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tracer.report.fleet.targets import (
 
 @dataclass(frozen=True, eq=False)
 class Grown:
-    """A process, and by how much its counters grew."""
+    """A process and the increases of its counters."""
 
     process: Process
     counters: Mapping[Key, float]
@@ -48,7 +48,7 @@ class Grown:
 
 
 def check_complete(one: Grown) -> None:
-    """Raises MsrtraceError if counts of ONE are not stored that its other counts need."""
+    """Raise MsrtraceError if series are missing without which the other counts of a process mislead."""
     target, info = one.process.newest.target, one.process.newest.info
 
     def refuse(metric: str, why: str) -> MsrtraceError:
@@ -56,14 +56,14 @@ def check_complete(one: Grown) -> None:
 
     for run in one.process.runs:
         for metric in run.split:
-            raise refuse(host_family(metric), "the series by VM that are stored lose what VMs counted that ended")
+            raise refuse(host_family(metric), "the series by VM, which are stored, lose the counts of VMs that ended")
     if not one.counted:
         return
     if info is None:
-        raise refuse(INFO, "without it the kernel and what msrtrace could see of it are not known")
+        raise refuse(INFO, "without it the kernel and its layout are unknown")
     calls = sum(value for _, value in one.family(CALLS))
     if calls and info.get("redundancy") == "exact" and not one.family(REDUNDANT):
-        raise refuse(REDUNDANT, "which calls changed nothing cannot be told without it")
+        raise refuse(REDUNDANT, "without it, which calls changed nothing is unknown")
     updates = sum(value for _, value in one.family(UPDATES))
     layout = FIRST.layout(info.get("layout", ""))
     if updates and layout and layout.calls and not one.family(CALLS) and all(_attached([one]).values()):
@@ -71,7 +71,7 @@ def check_complete(one: Grown) -> None:
 
 
 def _attached(grown: Sequence[Grown]) -> dict[str, bool]:
-    """Whether each function was probed all the time."""
+    """Whether each function was probed at every scrape."""
     result: dict[str, bool] = {}
     for one in grown:
         for run in one.process.runs:
@@ -83,7 +83,7 @@ def _attached(grown: Sequence[Grown]) -> dict[str, bool]:
 
 
 def snapshot(info: Mapping[str, str], grown: Sequence[Grown]) -> Snapshot:
-    """What all processes of GROWN counted, of a host with the labels INFO of msrtrace_build_info."""
+    """The sum over the processes of a host; `info` has the labels of its msrtrace_build_info."""
     layout = FIRST.layout(info.get("layout", ""))
     exact = info.get("redundancy") == "exact"
 
@@ -118,7 +118,7 @@ def snapshot(info: Mapping[str, str], grown: Sequence[Grown]) -> Snapshot:
         ),
         unpaired_returns=_sum(family("msrtrace_unpaired_returns_total")),
         read_failures=_sum(family("msrtrace_read_failures_total")),
-        reattached=_sum(family("msrtrace_reattachments_total")),
+        module_unloads=_sum(family("msrtrace_module_unloads_total")),
         calls_observable=bool(layout is None or layout.calls),
         updates_observable=bool(updates),
     )
@@ -137,11 +137,11 @@ def _call(key: tuple[str, ...]) -> Call:
 
 
 def _foreign(label: str, value: str) -> MsrtraceError:
-    return MsrtraceError(f"Prometheus has a series of another msrtrace: {label}={value!r}")
+    return MsrtraceError(f"Prometheus stored a series that is not msrtrace's: {label}={value!r}")
 
 
 def _outcome(access: str, calls: int, redundant: int | None) -> Outcome:
-    """The metrics have no count per bit; it follows, except of a call for both bits that changed something."""
+    """The outcome. Counts per bit, which have no metric, follow unless a call for both bits changed something."""
     if redundant is None:
         return Outcome(calls)
     changed = calls - redundant
@@ -151,7 +151,7 @@ def _outcome(access: str, calls: int, redundant: int | None) -> Outcome:
 
 
 def _buckets(grown: Iterable[tuple[Mapping[str, str], float]]) -> tuple[int, ...]:
-    """Updates by duration, as Durations has them, of increases of the cumulative buckets."""
+    """The buckets of Durations, from the increases of the cumulative buckets."""
     cumulative: dict[float, float] = defaultdict(float)
     for labels, value in grown:
         le = labels.get("le", "")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Reports of many hosts from what a Prometheus stored of them: the engine for more than one machine.
+"""Reports on many hosts, from what a Prometheus stored.
 
-Counts are taken from the stored samples themselves. PromQL's increase() extrapolates to the edges of its window, which
-makes 12.98 calls of 13. Whose a series is, targets.py says; what continues what, runs.py and lineage.py.
+Counts are taken from the raw samples. PromQL's increase() extrapolates to the edges of its window, which makes 12.98
+calls of 13. targets.py says whose a series is; runs.py and lineage.py which series continue which.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from tracer.report.report import Report
 
 __all__ = ["Fleet", "Prometheus", "compared", "reports", "seconds"]
 
-#: A process that starts this long before the last scrape of another is not the other, restarted.
+#: A process that started this long before the last scrape of another is not a restart of that.
 _OVERLAP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """The reports of each side, and what should be known of them all."""
+    """The reports of each side, and warnings about all of them."""
 
     sides: list[list[Report]]
     warnings: list[str]
@@ -52,7 +52,7 @@ class Fleet:
 
 @dataclass(frozen=True, eq=False)
 class _Host:
-    """The processes of a host, oldest first, that traced one kernel in one way."""
+    """The processes of a host, oldest first, that traced one kernel with the same layout and redundancy."""
 
     grown: tuple[Grown, ...]
 
@@ -62,19 +62,23 @@ class _Host:
 
 
 def reports(prometheus: Prometheus, selectors: Iterable[str], window: int, end: float) -> list[Report]:
-    """A report for each host that any of SELECTORS matches, in the WINDOW seconds before END (seconds since 1970).
+    """A report for each host that any selector matches.
 
-    A selector is what stands between the braces of an instant vector selector, with or without them: `patch="x"`.
     Hosts on which no filter changed are left out, unless that leaves none. A host whose kernel changed has a report for
-    each. Raises MsrtraceError if no host matches, and where it cannot be told what the hosts counted.
+    each kernel.
+
+    :param selectors: label matchers of PromQL, with or without the braces: `patch="x"`
+    :param window: in seconds
+    :param end: of the window, in seconds since 1970
+    :raises MsrtraceError: if no host matches, or the stored samples are ambiguous
     """
     return compared(prometheus, [selectors], window, end).sides[0]
 
 
 def compared(prometheus: Prometheus, sides: Sequence[Iterable[str]], window: int, end: float) -> Fleet:
-    """The reports as `reports` has them, for the selectors of each of SIDES.
+    """As `reports`, for the selectors of each side.
 
-    Raises MsrtraceError if a host that counted something is on two sides, too.
+    Raises MsrtraceError also if a host that counted something is on two sides.
     """
     matched = [_matched(prometheus, selectors, window, end) for selectors in sides]
     stored: dict[Target, Stream] = {}
@@ -94,14 +98,14 @@ def compared(prometheus: Prometheus, sides: Sequence[Iterable[str]], window: int
 
 
 def _matched(prometheus: Prometheus, selectors: Iterable[str], window: int, end: float) -> dict[Target, Stream]:
-    """The streams of msrtrace that any of SELECTORS matches."""
+    """The streams of msrtrace that any of the selectors matches."""
     result: dict[Target, Stream] = {}
     for text in selectors:
         inside = text.strip().removeprefix("{").removesuffix("}").strip().rstrip(",")
         found = streams(_stored(prometheus, inside, window, end))
         ours = {target: stream for target, stream in found.items() if any(name != START for name, _ in stream.series)}
         if not ours:
-            raise MsrtraceError(f"Prometheus has stored nothing of msrtrace for {{{inside}}} in the last {window} s")
+            raise MsrtraceError(f"Prometheus has no series of msrtrace for {{{inside}}} in the last {window} s")
         if all(name == INFO for stream in ours.values() for name, _ in stream.series):
             labels = ", ".join(OWN[INFO])
             raise MsrtraceError(
@@ -114,7 +118,7 @@ def _matched(prometheus: Prometheus, selectors: Iterable[str], window: int, end:
 
 
 def _add(streams: dict[Target, Stream], more: Stream) -> None:
-    """Add the series of MORE to what STREAMS has of its target."""
+    """Add a stream to the one of the same target, if there is one."""
     stream = streams.setdefault(more.target, Stream(more.target))
     for key, samples in more.series.items():
         stream.add(key, samples)
@@ -126,7 +130,7 @@ def _stored(prometheus: Prometheus, inside: str, window: int, end: float) -> dic
 
 
 def _of_side(found: Sequence[Grown], matched: Sequence[Mapping[Target, Stream]], number: int) -> list[Grown]:
-    """The processes that the selectors of side NUMBER match. Raises MsrtraceError if one is on another side, too."""
+    """The processes on the side of that number. Raises MsrtraceError if one is on another side, too."""
     result = []
     for one in found:
         targets = {run.target for run in one.process.runs}
@@ -144,7 +148,7 @@ def _of_side(found: Sequence[Grown], matched: Sequence[Mapping[Target, Stream]],
 
 
 def _hosts(found: Sequence[Grown]) -> list[_Host]:
-    """The processes FOUND by host, and by kernel where a host had several, in the order of their labels."""
+    """The processes by host, and by kernel where a host had several, in the order of their labels."""
     ordered = sorted(found, key=lambda one: (one.process.first, one.process.newest.target))
     number: list[int] = []  # of its host, for each
     latest: dict[Target, int] = {}  # the newest process with those labels
@@ -163,7 +167,7 @@ def _hosts(found: Sequence[Grown]) -> list[_Host]:
 
 
 def _kind(one: Grown) -> Target:
-    """What the counts of a report must have in common: the kernel, and what can be seen of it."""
+    """What the counts of one report must have in common: the kernel, its layout and redundancy."""
     return tuple((name, one.info.get(name, "?")) for name in ("kernel", "layout", "redundancy"))
 
 
@@ -173,9 +177,9 @@ def _order(host: _Host) -> tuple[str, str, Target, float]:
 
 
 def _restarted(ordered: Sequence[Process], index: int, number: Sequence[int]) -> list[int]:
-    """The process before number INDEX that it may be, restarted under another label, as of its pod; or none.
+    """The earlier processes of the host that process `index` may be a restart of, under another label such as its pod.
 
-    NUMBER says which of those before are of one host.
+    `number` has the host of each earlier process. Empty if there is none, or more than one candidate.
     """
     new = ordered[index]
 
@@ -191,7 +195,7 @@ def _restarted(ordered: Sequence[Process], index: int, number: Sequence[int]) ->
 
 
 def _same_machine(one: Target, other: Target) -> bool:
-    """Whether two targets have a job and name a machine in common; beside a label for that, the instance may differ."""
+    """Whether two targets have the same job and machine; if a label names the machine, the instance may differ."""
     old, new = innermost(one), innermost(other)
     apart = {name for name in MACHINE_LABELS if old.get(name) != new.get(name)}
     beside = any(name in old for name in MACHINE_LABELS - apart - {"instance"})
@@ -199,7 +203,7 @@ def _same_machine(one: Target, other: Target) -> bool:
 
 
 def _titles(hosts: Sequence[_Host]) -> dict[_Host, str]:
-    """What to call HOSTS: their instance and, where several have it, the labels in which those differ."""
+    """The titles of hosts: the instance and, where several share it, the labels in which they differ."""
     titles: dict[_Host, str] = {}
     by_instance: dict[str, list[_Host]] = defaultdict(list)
     for host in hosts:
@@ -238,13 +242,13 @@ def _report(title: str, host: _Host) -> Report:
         label=title,
         notes=notes,
     )
-    # Recalculations are not asked for, which is not the same as that there were none.
+    # Recalculations are not queried, so they are unknown rather than 0.
     totals = msgspec.structs.replace(made.totals, recalculations=None)
     return msgspec.structs.replace(made, totals=totals, recalculation_seconds=None)
 
 
 def _copies(title: str, process: Process) -> list[str]:
-    """Notes on a process that is stored under several sets of labels."""
+    """Notes on a process that was stored under several label sets."""
     targets = sorted({run.target for run in process.runs})
     apart = sorted({name for target in targets for name in differing(target, targets[0])})
     if not apart:
@@ -260,6 +264,6 @@ def _warnings(found: Sequence[Grown]) -> list[str]:
         return []
     names = ", ".join(sorted(unknown)[:3]) + (", ..." if len(unknown) > 3 else "")
     return [
-        f"{START} is not stored of {names}: counts are from the first scrape in the window on, and a restart of "
-        "msrtrace is seen only if a counter is lower than before at the next scrape"
+        f"{START} is not stored of {names}: counts begin at the first scrape in the window, and a restart of "
+        "msrtrace is seen only if a counter is lower at the next scrape than before"
     ]

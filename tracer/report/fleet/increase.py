@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""By how much the counters of a process grew: from 0 only where msrtrace's own rule says that they did."""
+"""Increases of the counters of a process; from 0 only where it is certain that a counter started there."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from tracer.report.fleet.targets import CALLS, LOSSES, REDUNDANT, UPDATES, Key, 
 
 
 def increases(runs: Sequence[Run], from_zero: bool) -> dict[Key, float]:
-    """By how much each counter of the process that RUNS are of grew in the window; FROM_ZERO: it started in it.
+    """The increase of each counter of a process in the window.
 
-    Raises MsrtraceError where that cannot be told.
+    :param runs: the runs of the process
+    :param from_zero: whether the process started within the window
+    :raises MsrtraceError: where an increase is ambiguous
     """
     keys = {key for run in runs for key in run.counters}
     return {key: _increase(runs, key, from_zero) for key in keys}
 
 
 def _increase(runs: Sequence[Run], key: Key, from_zero: bool) -> float:
-    """By how much the counter KEY of a process grew from the first of its scrapes to the last."""
+    """The increase of one counter of a process, from its first scrape to the last."""
     parts = [run.counters[key] for run in runs if key in run.counters]
     first, value = min((samples.times[0], samples.values[0]) for samples in parts)
     last = max(samples.values[-1] for samples in parts)
@@ -30,29 +32,29 @@ def _increase(runs: Sequence[Run], key: Key, from_zero: bool) -> float:
 
 
 def _came(runs: Sequence[Run], key: Key, first: float) -> bool:
-    """Whether the counter KEY, FIRST seen then, did not exist at a scrape before: it is there from its first call on.
+    """Whether the counter, seen at `first`, did not exist at an earlier scrape: a series exists from its first call on.
 
-    Raises MsrtraceError where it was only not stored.
+    Raises MsrtraceError where it existed but was not stored.
     """
     metric = key[0]
     earlier = [run for run in runs if run.first < first]
     if not earlier:
         return False
     if metric in LOSSES:
-        return True  # those of a map or a function, that came with another program
+        return True  # of a map or a function that a reload has added
     if metric in (CALLS, REDUNDANT):
         if any(time < first for run in earlier for time in run.family_times.get(metric, ())[:1]):
             return True
         if not any(_called(run, first) for run in earlier):
             return True
     raise MsrtraceError(
-        f"{metric}{selector(earlier[0].target)} is not stored from the first scrape on, so what it counted in the "
-        "window cannot be told"
+        f"{metric}{selector(earlier[0].target)} is not stored from the first scrape on, so its increase in the "
+        "window is unknown"
     )
 
 
 def _called(run: Run, before: float) -> bool:
-    """Whether calls had been made at a scrape BEFORE then: some are counted, or filter updates, which make calls."""
+    """Whether calls had been made at an earlier scrape: it has calls, or filter updates, which make calls."""
     updates = run.counters.get((UPDATES, ()))
     updated = updates and any(t < before and v > 0 for t, v in zip(updates.times, updates.values, strict=True))
     return bool(updated or any(time < before for time in run.family_times.get(CALLS, ())[:1]))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which runs are one process: the same one under other labels later, or scraped more than once at a time.
+"""Which runs are one process: relabelled over time, or scraped more than once at the same time.
 
-Exact, or a refusal that names the label: where two runs may be one process or two, and the sums depend on it, nothing
+Exact, or refused with the label named: where two runs may be one process or two, and the sums depend on it, nothing
 is guessed.
 """
 
@@ -34,12 +34,12 @@ from tracer.report.fleet.targets import (
     selector,
 )
 
-#: A scrape takes this long at most (scrape_timeout's default): a counter read by two servers at that distance may be
-#: stored in the wrong order. It takes a fraction of a second usually.
+#: A scrape takes this long at most (the default of scrape_timeout): counters that two servers read within this time may
+#: be stored in the wrong order. Usually it takes a fraction of a second.
 _SCRAPE_SECONDS, _USUAL_SCRAPE_SECONDS = 10.0, 1.0
-#: A federated copy without the times of its samples (`honor_timestamps: false`) is at most --query.lookback-delta old.
+#: A federated copy without the original timestamps (`honor_timestamps: false`) is at most --query.lookback-delta old.
 _FEDERATION_SECONDS = 300.0
-#: A counter that grew this many times as fast while its labels changed may be another one.
+#: A counter that grew this many times faster while its labels changed may be that of another process.
 _LEAP = 10.0
 #: Clocks of hosts and servers that differ by more than this are wrong.
 _SKEW_SECONDS = 5.0
@@ -47,7 +47,7 @@ _SKEW_SECONDS = 5.0
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """A process of msrtrace: its RUNS, oldest first, and whether it counted from 0 inside the window."""
+    """A process of msrtrace: its runs, oldest first, and whether it started within the window, counting from 0."""
 
     runs: tuple[Run, ...]
     from_zero: bool
@@ -69,11 +69,11 @@ class Process:
 
     @property
     def start(self) -> float | None:
-        """When it started, in seconds since 1970, if that is stored."""
+        """When it started, in seconds since 1970; None if that is not stored."""
         return next((run.start for run in self.runs if run.start is not None), None)
 
     def increases(self) -> dict[Key, float]:
-        """By how much each counter grew in the window. Raises MsrtraceError where that cannot be told."""
+        """The increase of each counter in the window. Raises MsrtraceError where one is ambiguous."""
         return increases(self.runs, self.from_zero)
 
 
@@ -86,9 +86,9 @@ class _Relation(Enum):
 
 
 def processes(runs: Sequence[Run], begin: float) -> list[Process]:
-    """The processes that RUNS are of, in a window that starts at BEGIN (seconds since 1970).
+    """The processes behind the runs, in a window that starts at `begin` (seconds since 1970).
 
-    Raises MsrtraceError where that cannot be told and the sums depend on it.
+    Raises MsrtraceError where that is ambiguous and the sums depend on it.
     """
     ordered = sorted(runs, key=lambda run: (run.first, run.target))
     interval: dict[Target, float] = {}
@@ -105,13 +105,13 @@ def processes(runs: Sequence[Run], begin: float) -> list[Process]:
         if one is other and relation is _Relation.DIFFERENT:
             raise _ambiguous(ordered[a], ordered[b], "although others of these series are copies of one")
         if one is not other and relation is _Relation.UNSURE and _matters(one, other, begin):
-            raise _ambiguous(ordered[a], ordered[b], "and their counts do not tell")
+            raise _ambiguous(ordered[a], ordered[b], "and their counts do not decide it")
     _check_beginnings(found)
     return found
 
 
 def _candidates(runs: Sequence[Run]) -> Iterable[tuple[int, int]]:
-    """The pairs that may be of one process: those that may have started at the same time."""
+    """The pairs of runs that may be one process: their start times are equal or unknown."""
     by_start: dict[float | None, list[int]] = {}
     for index, run in enumerate(runs):
         by_start.setdefault(run.start, []).append(index)
@@ -124,9 +124,10 @@ def _candidates(runs: Sequence[Run]) -> Iterable[tuple[int, int]]:
 
 
 def _relation(one: Run, other: Run, interval: Mapping[Target, float]) -> _Relation:
-    """What two runs are to each other, ONE the first to be scraped; their starts are equal or not known.
+    """How two runs are related, whose start times are equal or unknown.
 
-    INTERVAL has the usual time between two scrapes of a target, in seconds.
+    :param one: the one that was scraped first
+    :param interval: the usual time between two scrapes of a target, in seconds
     """
     if one.target == other.target or _hosts_differ(one, other):
         return _Relation.DIFFERENT
@@ -139,7 +140,7 @@ def _relation(one: Run, other: Run, interval: Mapping[Target, float]) -> _Relati
 
 
 def _at_once(one: Run, other: Run, known: bool) -> _Relation:
-    """The relation of runs that were scraped at the same time; KNOWN: they started at the same time."""
+    """The relation of runs that were scraped over the same time; `known`: their start times are known, and equal."""
     disorder = _disorder(one, other)
     copies, above = replicas(one.target, other.target), federated(one.target, other.target)
     if disorder and disorder[-1] > (_FEDERATION_SECONDS if above and not copies else _SCRAPE_SECONDS):
@@ -155,7 +156,7 @@ def _at_once(one: Run, other: Run, known: bool) -> _Relation:
 
 
 def _take_turns(one: Run, other: Run, interval: float) -> bool:
-    """Whether one was scraped only while scrapes of the other are missing, as of a label that came and went."""
+    """Whether each was scraped only while scrapes of the other are missing, as when a label comes and goes."""
     missing = 1.5 * interval
     place = bisect_right(one.scrapes, other.first)
     if 0 < place < len(one.scrapes) and one.scrapes[place] - one.scrapes[place - 1] < missing:
@@ -170,7 +171,7 @@ def _take_turns(one: Run, other: Run, interval: float) -> bool:
 
 
 def _succession(one: Run, other: Run) -> _Relation:
-    """The relation of OTHER to ONE, which ended before and started at the same time as OTHER."""
+    """The relation of a run to a later one with the same start time."""
     disorder = _disorder(one, other)
     if not disorder:
         return _Relation.UNSURE if _machines_differ(one, other) and _leaps(one, other) else _Relation.SAME
@@ -179,9 +180,9 @@ def _succession(one: Run, other: Run) -> _Relation:
 
 
 def _succession_without_start(one: Run, other: Run) -> _Relation:
-    """The relation of OTHER to ONE, which ended before, where a start is not stored."""
+    """The relation of a run to a later one, where a start time is not stored."""
     disorder = _disorder(one, other)
-    if other.new:  # than another run with its labels
+    if other.new:  # it follows another run with its labels
         elsewhere = disorder or one.machine != other.machine
         return _Relation.DIFFERENT if elsewhere else _Relation.UNSURE
     if extends(one.target, other.target) and not disorder:
@@ -190,7 +191,7 @@ def _succession_without_start(one: Run, other: Run) -> _Relation:
 
 
 def _leaps(one: Run, other: Run) -> bool:
-    """Whether filters would have been updated at a much higher rate between ONE and OTHER than in both."""
+    """Whether filters would have been updated at a much higher rate between the runs than during either."""
     before, after = (run.counters.get((UPDATES, ())) for run in (one, other))
     if not before or not after or after.times[0] <= before.times[-1]:
         return False
@@ -204,7 +205,7 @@ def _leaps(one: Run, other: Run) -> bool:
 
 
 def _hosts_differ(one: Run, other: Run) -> bool:
-    """Whether they say different things of what is the same as long as a process lives."""
+    """Whether they differ in what never changes during the life of a process."""
     if not (one.info and other.info):
         return False
     return any(
@@ -221,7 +222,7 @@ def _machines_differ(one: Run, other: Run) -> bool:
 def _own_scrapes(one: Run, other: Run) -> bool:
     """Whether two machines were scraped at the same moments.
 
-    A copy of a scrape has its times and its instance; two scrapes of one process have times of their own, as Prometheus
+    A copy of a scrape has the same times and instance; two scrapes of one process have different times, as Prometheus
     spreads targets over the interval by a hash of their labels (scrape/target.go, Target.offset).
     """
     if not _machines_differ(one, other):
@@ -232,9 +233,9 @@ def _own_scrapes(one: Run, other: Run) -> bool:
 
 
 def _disorder(one: Run, other: Run) -> list[float]:
-    """Where the counts of two runs cannot be of one process that was scraped without delay.
+    """Where the counts of two runs cannot come from one process that was scraped without delay.
 
-    Seconds between a count and a later (or, 0, simultaneous) one that is lower, in order; each of the longest.
+    Sorted seconds from a count to a later (0: simultaneous) one that is lower; the longest for each scrape.
     """
     found: set[float] = set()
     keys = one.counters.keys() | other.counters.keys()
@@ -248,7 +249,7 @@ def _disorder(one: Run, other: Run) -> list[float]:
 
 
 def _behind(key: Key, ahead: Run, behind: Run) -> Iterable[float]:
-    """Seconds since the count of AHEAD at which the one of BEHIND is lower. A kind of call that is not there is 0."""
+    """Seconds from a count of `ahead` to a later, lower one of `behind`, where a missing kind of call counts as 0."""
     counted = ahead.counters.get(key)
     family = behind.family_times.get(key[0])
     if not counted or not family:
@@ -262,7 +263,7 @@ def _behind(key: Key, ahead: Run, behind: Run) -> Iterable[float]:
 
 
 def _settle_survivals(runs: Sequence[Run], pairs: dict[tuple[int, int], _Relation]) -> None:
-    """A run does not continue under another value of a label while its own labels are those of another process."""
+    """Decide that a run does not continue under a changed label while another process has its labels."""
     for (a, b), found in pairs.items():
         one, other = runs[a], runs[b]
         if found is not _Relation.SAME or one.last >= other.first or extends(one.target, other.target):
@@ -272,9 +273,9 @@ def _settle_survivals(runs: Sequence[Run], pairs: dict[tuple[int, int], _Relatio
 
 
 def _settle_successions(runs: Sequence[Run], pairs: dict[tuple[int, int], _Relation]) -> None:
-    """Of several runs that may continue one, or that one may continue, keep those with the nearest labels.
+    """Of several runs that may precede or follow one, keep those whose labels differ least.
 
-    That is for starts that are equal by chance: of one process there is but one run at a time, copies apart.
+    This handles start times that are equal by chance: a process has only one run at a time, except for copies.
     """
 
     def relation(a: int, b: int) -> _Relation:
@@ -300,7 +301,7 @@ def _settle_successions(runs: Sequence[Run], pairs: dict[tuple[int, int], _Relat
 
 
 def _groups(count: int, same: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """The numbers below COUNT, in groups that pairs of SAME connect."""
+    """The numbers below `count`, in groups connected by the pairs (union-find)."""
     leader = list(range(count))
 
     def find(index: int) -> int:
@@ -326,13 +327,13 @@ def _process(runs: Sequence[Run], begin: float) -> Process:
     if start is not None and inside and not follows and start > runs[0].first + _SKEW_SECONDS and counted:
         raise MsrtraceError(
             f"{START}{selector(runs[0].target)} is {start - runs[0].first:.0f} s later than the first sample: the "
-            "clock of the host or of Prometheus is wrong, so whether it started in the window cannot be told"
+            "clock of the host or of Prometheus is wrong, so whether it started in the window is unknown"
         )
     return Process(tuple(runs), inside or follows)
 
 
 def _matters(one: Process, other: Process, begin: float) -> bool:
-    """Whether the sums are other ones if two processes are one."""
+    """Whether the sums would change if the two processes were one."""
     both = sorted((*one.runs, *other.runs), key=lambda run: (run.first, run.target))
     merged = _process(both, begin).increases()
     apart, more = one.increases(), other.increases()
@@ -341,7 +342,7 @@ def _matters(one: Process, other: Process, begin: float) -> bool:
 
 
 def _check_beginnings(found: Sequence[Process]) -> None:
-    """Raises MsrtraceError for counts that came in the middle of the window, where it is not known since when."""
+    """Raise MsrtraceError for counts that appear within the window if their start time is unknown."""
     if not found:
         return
     begun = min(process.first for process in found)
@@ -355,8 +356,8 @@ def _check_beginnings(found: Sequence[Process]) -> None:
         counted = next((metric for (metric, _), samples in run.counters.items() if samples.values[0]), None)
         if late and counted and process.start is None and not process.from_zero:
             raise MsrtraceError(
-                f"{counted}{selector(run.target)} begins in the middle of the window, and without {START}, which is "
-                "not stored, since when it counted cannot be told"
+                f"{counted}{selector(run.target)} begins within the window, and {START}, which would say since when "
+                "it counts, is not stored"
             )
 
 
@@ -367,7 +368,7 @@ def _shown(run: Run) -> str:
 def _ambiguous(one: Run, other: Run, why: str) -> MsrtraceError:
     names = differing(one.target, other.target)
     what = f"label {names[0]}" if len(names) == 1 else f"labels {', '.join(names)}"
-    missing = f"; {START}, which would tell, is not stored" if one.start is None or other.start is None else ""
+    missing = f"; {START}, which would decide it, is not stored" if one.start is None or other.start is None else ""
     return MsrtraceError(
         f"cannot tell whether {_shown(one)} and {_shown(other)} are one msrtrace or two: they differ in the {what} "
         f"{why}{missing}; select one of them, as with {selector(one.target, names[:1])}"

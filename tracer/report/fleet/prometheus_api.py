@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A client of Prometheus' HTTP API, as Prometheus and VictoriaMetrics speak it.
+"""A client of the Prometheus HTTP API, which VictoriaMetrics has, too.
 
 https://prometheus.io/docs/prometheus/latest/querying/api/
 """
@@ -31,65 +31,65 @@ _LARGEST = 2.0**63
 def seconds(text: str) -> int:
     """A duration as Prometheus writes it, such as 90s, 15m, 1h30m or 2d, in seconds. Raises ValueError."""
     if not re.fullmatch(r"(\d+[smhdw])+", text):
-        raise ValueError(f"{text!r} is no duration such as 90s, 15m, 1h or 2d")
+        raise ValueError(f"{text!r} is not a duration such as 90s, 15m, 1h or 2d")
     total = sum(int(number) * _UNITS[unit] for number, unit in re.findall(r"(\d+)([smhdw])", text))
     if not 0 < total <= 10 * 365 * 86400:
-        raise ValueError(f"{text!r} is no duration of up to ten years")
+        raise ValueError(f"{text!r} is not between 1 s and ten years")
     return total
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples of one series in the order of time: timestamps (seconds since 1970) and the values then."""
+    """Samples of one series in the order of time: timestamps (seconds since 1970) and values."""
 
     times: array[float]
     values: array[float]
 
     @classmethod
     def of(cls, samples: Mapping[float, float]) -> Samples:
-        """SAMPLES by timestamp; those that are no numbers are stale markers and dropped. Raises ValueError."""
+        """Samples from values by timestamp; NaNs are stale markers and dropped. Raises ValueError."""
         kept = sorted((time, value) for time, value in samples.items() if not math.isnan(value))
         if any(abs(value) > _LARGEST or not math.isfinite(time) for time, value in kept):
             raise ValueError("a sample is out of range")
         return cls(array("d", (time for time, _ in kept)), array("d", (value for _, value in kept)))
 
     def merged(self, other: Samples) -> Samples:
-        """These and those of OTHER."""
+        """The union with other samples."""
         if self.times == other.times and self.values == other.values:
             return self
         times = dict(zip(self.times, self.values, strict=True)) | dict(zip(other.times, other.values, strict=True))
         return Samples.of(times)
 
     def between(self, first: float, last: float) -> Samples:
-        """Those from FIRST to LAST, both included."""
+        """The samples from `first` to `last`, both included."""
         low, high = bisect_left(self.times, first), bisect_right(self.times, last)
         return self if high - low == len(self.times) else Samples(self.times[low:high], self.values[low:high])
 
     def at(self, time: float) -> float | None:
-        """The value at exactly TIME."""
+        """The value at exactly that time."""
         place = bisect_left(self.times, time)
         return self.values[place] if place < len(self.times) and self.times[place] == time else None
 
 
 @dataclass(frozen=True)
 class Series:
-    """A stored time series, with all its labels but the name of the metric."""
+    """A stored time series, with all labels except the name of the metric."""
 
     labels: Mapping[str, str]
     samples: Samples
 
 
 class Prometheus:
-    """A Prometheus server, or what speaks its HTTP API, at a URL (which may hold a user and a password)."""
+    """A server with the Prometheus HTTP API, at a URL (which may contain a user and a password)."""
 
     def __init__(self, url: str) -> None:
-        """Raises MsrtraceError if URL is none."""
+        """Raises MsrtraceError if the URL is invalid."""
         try:
             parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
         except ValueError:
             parts = urllib.parse.urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise MsrtraceError(f"{url!r} is no URL of a Prometheus, such as http://127.0.0.1:9090")
+            raise MsrtraceError(f"{url!r} is not the URL of a Prometheus, such as http://127.0.0.1:9090")
         host = parts.netloc.rpartition("@")[2]
         self.url = urllib.parse.urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
         self._headers = {"Accept": "application/json"}
@@ -105,37 +105,37 @@ class Prometheus:
         )
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:
-                said = json.load(answer)
+                reply = json.load(answer)
         except urllib.error.HTTPError as error:
-            raise MsrtraceError(f"Prometheus at {self.url} refuses: {_reason(error)}") from None
+            raise MsrtraceError(f"Prometheus at {self.url} refused the query: {_reason(error)}") from None
         except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
             why = getattr(error, "reason", error)
-            raise MsrtraceError(f"cannot ask Prometheus at {self.url}: {why}") from None
-        if not isinstance(said, dict) or said.get("status") != "success":
-            raise self._strange()
-        return said.get("data")
+            raise MsrtraceError(f"cannot query Prometheus at {self.url}: {why}") from None
+        if not isinstance(reply, dict) or reply.get("status") != "success":
+            raise self._unexpected()
+        return reply.get("data")
 
-    def _strange(self) -> MsrtraceError:
-        return MsrtraceError(f"{self.url} does not answer as a Prometheus does")
+    def _unexpected(self) -> MsrtraceError:
+        return MsrtraceError(f"{self.url} does not answer like a Prometheus; check the URL")
 
     def now(self) -> float:
         """The server's clock, in seconds since 1970.
 
         time() is a scalar, [TIME, "VALUE"]. VictoriaMetrics answers with a vector of one sample, whose value is
-        `-search.latencyOffset` (30 s) older than its time; what it stored since then is there all the same.
+        `-search.latencyOffset` (30 s) older than its time; samples stored since then can be queried nevertheless.
         """
         try:
             result = self._query("time()")["result"]
             time, value = result[0]["value"] if isinstance(result[0], dict) else result
             clocks = float(time), float(value)
         except (KeyError, IndexError, TypeError, ValueError):
-            raise self._strange() from None
+            raise self._unexpected() from None
         if not all(map(math.isfinite, clocks)):
-            raise self._strange()
+            raise self._unexpected()
         return max(clocks)
 
     def series(self, name: str, selector: str, window: int, end: float) -> list[Series]:
-        """What was stored of the metric NAME in WINDOW seconds before END, as it was scraped."""
+        """The raw samples of a metric in the `window` seconds before `end` (seconds since 1970)."""
         found = self._query(f"{name}{{{selector}}}[{window}s]", end)
         try:
             stored = [
@@ -146,7 +146,7 @@ class Prometheus:
                 for one in found["result"]
             ]
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise self._strange() from None
+            raise self._unexpected() from None
         return [series for series in stored if series.samples.times]
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The runs of msrtrace behind one set of target labels: one after the other, told apart by when they started.
+"""The runs of msrtrace under one set of target labels: consecutive, and distinguished by their start times.
 
-A run is what one stream has of one process. process_start_time_seconds says when that was; where it is not stored, a
-counter that falls or goes is a new run.
+A run is the part of a stream that one process made. process_start_time_seconds says when that started; where it is not
+stored, a counter that falls or disappears begins a new run.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from tracer.report.fleet.targets import (
 )
 
 COUNTERS = (*PER_VM, *LOSSES)
-#: A clock that is behind this (in 2001) was never set: when a process started by it says only that it is another one.
+#: A clock before this (in 2001) was never set: a start time from it only identifies the process.
 _CLOCK_SET = 1e9
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a stream has of one process. `start` is when that began, in seconds since 1970; None: not stored.
+    """The part of a stream that one process made.
 
-    `scrapes` are the times of its scrapes. `new`: it follows another process in the same stream, so that it began
-    between two scrapes. `counters` are its counters, those of all VMs together; `split` the metrics that are there by
-    VM alone.
+    `start` is when the process started, in seconds since 1970 (None: not stored). `scrapes` are the times of its
+    scrapes. `new`: it follows another process in the stream, so it started between two scrapes. `counters` are its
+    counters summed over VMs; `split` the metrics that are stored only by VM.
     """
 
     target: Target
@@ -67,12 +67,12 @@ class Run:
 
     @cached_property
     def machine(self) -> str:
-        """The instance, as the server next to the target called it."""
+        """The instance, as the server that scraped the target called it."""
         return machine(self.target)
 
     @cached_property
     def interval(self) -> float:
-        """The usual time between two scrapes, in seconds; infinite if there was but one."""
+        """The usual time between two scrapes, in seconds; infinite if there was only one."""
         return median_low(gaps) if (gaps := [b - a for a, b in pairwise(self.scrapes)]) else inf
 
     @cached_property
@@ -83,7 +83,7 @@ class Run:
 
     @cached_property
     def family_times(self) -> Mapping[str, list[float]]:
-        """The times at which any series of a metric was there, by metric."""
+        """The times at which any series of a metric existed, by metric."""
         times: dict[str, set[float]] = {}
         for (metric, _), samples in self.counters.items():
             times.setdefault(metric, set()).update(samples.times)
@@ -91,7 +91,7 @@ class Run:
 
 
 def runs(stream: Stream, begin: float) -> list[Run]:
-    """The runs in STREAM, oldest first; BEGIN is the time at which the window begins.
+    """The runs in a stream, oldest first; the window starts at `begin`.
 
     Raises MsrtraceError where the stream has more than one process at a time.
     """
@@ -106,12 +106,12 @@ def runs(stream: Stream, begin: float) -> list[Run]:
 
 
 def _check_restart(before: Run, after: Run, begin: float) -> None:
-    """Raises MsrtraceError if AFTER was there while BEFORE was scraped: it cannot be BEFORE, restarted."""
+    """Raise MsrtraceError if `after` started before the window: then it is not a restart of `before`."""
     if after.start is not None and _CLOCK_SET < after.start <= begin and _counted(after):
         raise MsrtraceError(
-            f"{selector(after.target)} is another process from {before.last:.0f} s on, and {START} says that it began "
+            f"{selector(after.target)} is another process after {before.last:.0f} s, but {START} says that it started "
             f"before the window, at {after.start:.0f}: two processes have these labels, or the host's clock is wrong; "
-            "give each process target labels of its own"
+            "give each process its own target labels"
         )
 
 
@@ -120,7 +120,7 @@ def _counted(run: Run) -> bool:
 
 
 def _by_start(stream: Stream, scrapes: list[float]) -> list[tuple[float | None, list[float]]]:
-    """SCRAPES by when their process started, oldest first."""
+    """The scrapes by the start time of their process, oldest first."""
     known = stream.series.get((START, ()))
     if not known:
         return [(None, scrapes)] if scrapes else []
@@ -128,7 +128,7 @@ def _by_start(stream: Stream, scrapes: list[float]) -> list[tuple[float | None, 
     if any(after < before for before, after in pairwise(values)):
         raise MsrtraceError(
             f"{START}{selector(stream.target)} goes back: two processes have the same labels; give each a target label "
-            "that tells them apart"
+            "of its own"
         )
     starts = [_start_at(time, stream.target, known, values) for time in scrapes]
     grouped = groupby(zip(starts, scrapes, strict=True), key=lambda pair: pair[0])
@@ -136,7 +136,7 @@ def _by_start(stream: Stream, scrapes: list[float]) -> list[tuple[float | None, 
 
 
 def _start_at(time: float, target: Target, known: Samples, values: list[float]) -> float | None:
-    """When the process started that was scraped at TIME, by the samples KNOWN of its start."""
+    """The start time of the process that was scraped at `time`, from the known samples of start times."""
     low, high = bisect_left(known.times, time), bisect_right(known.times, time)
     if low < high:
         return values[low]
@@ -145,37 +145,37 @@ def _start_at(time: float, target: Target, known: Samples, values: list[float]) 
         return after if after is not None and after <= time else None
     if after is not None and after != before:
         raise MsrtraceError(
-            f"{START}{selector(target)} is missing where the process changed: which counts are whose cannot be told"
+            f"{START}{selector(target)} is missing where the process changed, so whose the counts are is unknown"
         )
     return before
 
 
 def _without_falls(stream: Stream, start: float | None, times: list[float]) -> Iterator[tuple[list[float], bool]]:
-    """TIMES, cut where a counter falls or goes, which no process lets it do; and whether it is another process then.
+    """The scrapes, split where a counter falls or disappears; and whether the part is of another process.
 
-    Raises MsrtraceError where the start is known on both sides of the cut: then two processes have it.
+    Raises MsrtraceError where the start time on both sides of the split is the same: then two processes have it.
     """
     inside = {key: samples.between(times[0], times[-1]) for key, samples in stream.series.items()}
     known = stream.series.get((START, ()))
-    told = known.times[-1] if known and start is not None else -inf  # up to then
+    known_until = known.times[-1] if known and start is not None else -inf
     losses = sorted(_falls(inside), key=lambda loss: loss.until)
     for loss in losses:
-        if loss.until <= told:
+        if loss.until <= known_until:
             raise MsrtraceError(
                 f"{loss.metric}{selector(stream.target)} falls while {START} stays the same: two processes have the "
-                "same labels; give each a target label that tells them apart"
+                "same labels; give each a target label of its own"
             )
     fallen = {loss.until for loss in losses}
     for loss in _gone(inside):
-        if loss.until > told and loss.until not in fallen:
+        if loss.until > known_until and loss.until not in fallen:
             raise MsrtraceError(
                 f"{loss.metric}{selector(stream.target)} lost a kind of call, and without {START}, which is not "
-                "stored, whether msrtrace was restarted cannot be told"
+                "stored, whether msrtrace was restarted is unknown"
             )
-    losses += [loss for loss in _modes(inside) if loss.until > told]
+    losses += [loss for loss in _modes(inside) if loss.until > known_until]
     place, cut = 0, -inf
     for loss in sorted(losses, key=lambda loss: loss.until):
-        if loss.after >= cut:  # else that cut explains it
+        if loss.after >= cut:  # else the previous split explains it
             cut = loss.until
             end = bisect_left(times, cut)
             yield times[place:end], place > 0
@@ -185,7 +185,7 @@ def _without_falls(stream: Stream, start: float | None, times: list[float]) -> I
 
 @dataclass(frozen=True)
 class _Loss:
-    """A counter of `metric` lost its count at a scrape later than `after`, and not later than `until`."""
+    """A counter of `metric` lost its count between the scrapes at `after` and `until`."""
 
     after: float
     until: float
@@ -197,12 +197,12 @@ def _falls(series: Mapping[Key, Samples]) -> Iterator[_Loss]:
         if metric in (START, INFO, ATTACHED) or "vm" in dict(own):
             continue
         for (after, before), (time, value) in pairwise(zip(samples.times, samples.values, strict=True)):
-            if value < before * (1 - 1e-9):  # VictoriaMetrics keeps 15 or so digits of a float
+            if value < before * (1 - 1e-9):  # VictoriaMetrics keeps about 15 digits of a float
                 yield _Loss(after, time, metric)
 
 
 def _gone(series: Mapping[Key, Samples]) -> Iterator[_Loss]:
-    """Where a kind of call is no longer there though others are."""
+    """Where a kind of call disappears while others are still there."""
     for calls, updates in ((CALLS, UPDATES), (host_family(CALLS), host_family(UPDATES))):
         present = _times(series, updates, calls)
         for (metric, own), samples in series.items():
@@ -214,7 +214,7 @@ def _gone(series: Mapping[Key, Samples]) -> Iterator[_Loss]:
 
 
 def _modes(series: Mapping[Key, Samples]) -> Iterator[_Loss]:
-    """Where VMs begin or cease to be told apart: that is an option of msrtrace."""
+    """Where --by-vm was switched on or off, which takes a restart."""
     plain = _times(series, UPDATES, CALLS)
     by_host = _times(series, host_family(UPDATES), host_family(CALLS))
     modes = sorted([(time, CALLS) for time in plain] + [(time, host_family(CALLS)) for time in by_host])
@@ -224,7 +224,7 @@ def _modes(series: Mapping[Key, Samples]) -> Iterator[_Loss]:
 
 
 def _times(series: Mapping[Key, Samples], *metrics: str) -> list[float]:
-    """When any of METRICS was there, of all VMs together."""
+    """When any of the metrics existed, summed over VMs."""
     return sorted(
         {t for (metric, own), s in series.items() if metric in metrics and "vm" not in dict(own) for t in s.times}
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whose a stored series is: the labels that msrtrace gave it, and those of the target that it was scraped from."""
+"""Splits the labels of a stored series into those that msrtrace gave it and those of the scrape target."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ START = "process_start_time_seconds"
 ATTACHED = "msrtrace_probe_attached"
 
 _CALL_LABELS = ("msr", "name", "access", "action", "cause")
-#: With --by-vm these are by VM, and end with it; then there are others, called msrtrace_host_..., of all VMs together.
+#: With --by-vm these are by VM, and end with it; msrtrace_host_... are then the sums over all VMs.
 PER_VM: Mapping[str, tuple[str, ...]] = {
     CALLS: _CALL_LABELS,
     REDUNDANT: _CALL_LABELS,
@@ -33,16 +33,16 @@ LOSSES: Mapping[str, tuple[str, ...]] = {
     "msrtrace_dropped_updates_total": ("map",),
     "msrtrace_unpaired_returns_total": (),
     "msrtrace_read_failures_total": (),
-    "msrtrace_reattachments_total": (),
+    "msrtrace_module_unloads_total": (),
 }
 
 
 def host_family(metric: str) -> str:
-    """The name under which METRIC has the sums over all VMs of a host."""
+    """The metric with the sums over all VMs of a host."""
     return metric.replace("msrtrace_", "msrtrace_host_", 1)
 
 
-#: The labels that msrtrace itself gives to each metric that is asked for; all others are the target's.
+#: The labels that msrtrace itself gives to each metric that is queried; all others are the target's.
 OWN: Mapping[str, tuple[str, ...]] = {
     INFO: ("version", "kernel", "layout", "backend", "redundancy"),
     START: (),
@@ -51,10 +51,10 @@ OWN: Mapping[str, tuple[str, ...]] = {
     **LOSSES,
     **{host_family(metric): labels for metric, labels in PER_VM.items()},
 }
-#: Labels that msrtrace may give too: with --by-vm, or in another version of it.
+#: Labels that msrtrace may give as well: with --by-vm, or in another version.
 _MAYBE_OWN: Mapping[str, tuple[str, ...]] = {INFO: ("vendor",), **dict.fromkeys(PER_VM, ("vm", "pid"))}
 
-#: Labels in which copies of one target differ: who scraped, received or evaluated, not who was scraped.
+#: Labels in which copies of one target differ: they name who scraped, received or evaluated, not what was scraped.
 #: prometheus, prometheus_replica: prometheus-operator's defaults of prometheusExternalLabelName and
 #: replicaExternalLabelName; replica: `--query.replica-label` in Thanos' docs/components/query.md; receive_replica,
 #: rule_replica, ruler_replica, thanos_replica: kube-thanos; __replica__: the default of Mimir's and Cortex' HA tracker
@@ -71,31 +71,31 @@ REPLICA_LABELS = frozenset(
         "__replica__",
     }
 )
-#: Labels that name a machine: Prometheus' own, and what service discovery and agents commonly call it.
+#: Labels that name a machine: Prometheus' own, and the common ones of service discovery and agents.
 MACHINE_LABELS = frozenset(
     {"instance", "host", "hostname", "host_name", "node", "nodename", "node_name", "kubernetes_node", "fqdn"}
 )
 
-Target = tuple[tuple[str, str], ...]  # all labels of a target, in order
+Target = tuple[tuple[str, str], ...]  # all labels of a target, sorted
 Own = tuple[tuple[str, str], ...]
 Key = tuple[str, Own]  # a metric and its own labels
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """What was stored under one set of target labels."""
+    """The series stored under one set of target labels."""
 
     target: Target
     series: dict[Key, Samples] = field(default_factory=dict)
 
     def add(self, key: Key, samples: Samples) -> None:
-        """Add SAMPLES of a series, which may be there already."""
+        """Add samples to a series, which may exist already."""
         known = self.series.get(key)
         self.series[key] = known.merged(samples) if known else samples
 
 
 def streams(found: Mapping[str, Iterable[Series]]) -> dict[Target, Stream]:
-    """The streams among the series FOUND, by the names of their metrics. A series found twice counts once."""
+    """The streams in series, given by the names of their metrics. A series found twice counts once."""
     split = [(metric, series) for metric, group in found.items() for series in group]
     certain = {_target(metric, series.labels, ()) for metric, series in split if metric not in _MAYBE_OWN}
     result: dict[Target, Stream] = {}
@@ -108,7 +108,7 @@ def streams(found: Mapping[str, Iterable[Series]]) -> dict[Target, Stream]:
 
 
 def _also_own(metric: str, labels: Mapping[str, str], certain: Collection[Target]) -> tuple[str, ...]:
-    """Which of the labels that may be msrtrace's are: those without which the target is one that other metrics have."""
+    """Which of the labels in question are msrtrace's: without those, other metrics have the same target."""
     maybe = tuple(name for name in _MAYBE_OWN.get(metric, ()) if name in labels)
     for number in range(len(maybe), -1, -1):
         for also in combinations(maybe, number):
@@ -118,7 +118,7 @@ def _also_own(metric: str, labels: Mapping[str, str], certain: Collection[Target
 
 
 def _stored_names(metric: str, labels: Mapping[str, str], also: tuple[str, ...]) -> dict[str, str]:
-    """METRIC's own labels, and what they are called in LABELS.
+    """The metric's own labels, and the names under which they are stored.
 
     Where a target has a label of the same name, Prometheus stores the metric's as exported_... (`honor_labels: false`,
     https://prometheus.io/docs/prometheus/latest/configuration/configuration/#scrape_config).
@@ -138,7 +138,7 @@ def _target(metric: str, labels: Mapping[str, str], also: tuple[str, ...]) -> Ta
 
 
 def innermost(target: Target) -> dict[str, str]:
-    """The labels as the server next to the target gave them: exported_job for job where another server renamed it."""
+    """The labels as the server that scraped the target gave them: exported_job is job where another renamed it."""
     labels, depth = dict(target), 0
     found: dict[str, tuple[int, str]] = {}
     for name, value in labels.items():
@@ -151,12 +151,12 @@ def innermost(target: Target) -> dict[str, str]:
 
 
 def machine(target: Target) -> str:
-    """The instance, as the server next to the target called it."""
+    """The instance, as the server that scraped the target called it."""
     return innermost(target).get("instance", "")
 
 
 def differing(one: Target, other: Target) -> list[str]:
-    """The labels in which two targets differ, in order."""
+    """The labels in which two targets differ, sorted."""
     return sorted({name for name, _ in set(one) ^ set(other)})
 
 
@@ -166,19 +166,19 @@ def replicas(one: Target, other: Target) -> bool:
 
 
 def federated(one: Target, other: Target) -> bool:
-    """Whether the labels say that one is a copy by a federating server, which renamed labels of the target."""
+    """Whether the labels say that one is a federated copy, with the target's labels renamed."""
     inner, outer = innermost(one), innermost(other)
     apart = {name for name in inner.keys() | outer.keys() if inner.get(name) != outer.get(name)}
     for renamed, labels, plain in ((one, inner, outer), (other, outer, inner)):
         if any(name.startswith("exported_") for name, _ in renamed) and "instance" in plain:
-            more = labels.keys() - plain.keys()  # of the federating server
+            more = labels.keys() - plain.keys()  # given by the federating server
             if apart <= REPLICA_LABELS | more:
                 return True
     return False
 
 
 def extends(one: Target, other: Target) -> bool:
-    """Whether labels were only added or only removed (or a replica's changed) from ONE to OTHER."""
+    """Whether labels were only added or removed, or replica labels changed, from one target to the other."""
     inner, outer = innermost(one), innermost(other)
     shared = inner.keys() & outer.keys()
     changed = {name for name in shared if inner[name] != outer[name]}
@@ -186,14 +186,14 @@ def extends(one: Target, other: Target) -> bool:
 
 
 def distance(one: Target, other: Target) -> tuple[int, int]:
-    """How many labels changed their value, and how many came or went; labels of replicas do not count."""
+    """How many labels changed their value, and how many were added or removed; replica labels do not count."""
     names = set(differing(one, other)) - REPLICA_LABELS
     changed = sum(name in dict(one) and name in dict(other) for name in names)
     return changed, len(names) - changed
 
 
 def selector(target: Target, names: Iterable[str] | None = None) -> str:
-    """TARGET as PromQL has it, or only its labels NAMES; a label that it lacks is empty."""
+    """The target as a PromQL selector, or only the named labels; one that it lacks is empty."""
     labels: dict[str, str] = defaultdict(str, target)
     pairs = [(name, labels[name]) for name in (names if names is not None else sorted(labels))]
     return "{" + ", ".join(f'{name}="{_escaped(value)}"' for name, value in pairs) + "}"
