@@ -47,7 +47,7 @@ def start() -> dict[str, float]:
     from tracer.model.options import Options
     from tracer.model.vmx import VMX
     from tracer.program.compiler import compiled
-    from tracer.program.program import load
+    from tracer.program.loading import load
     from tracer.program.resources import resource as file
     from tracer.trace.plan import values, variants
 

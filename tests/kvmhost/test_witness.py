@@ -73,7 +73,7 @@ def test_the_witness_saw_all_that_the_workload_did(collected: Collected) -> None
         causes = {key[3] for key in counts.calls}
         created = "recalc" if collected.host == "sid" else "vcpu_create"
         assert causes >= {"filter_change", "msr_write", created}
-        # Refused, redundant and effective calls, of both actions: the equality above compared something.
+        # NotPermitted, redundant and effective calls, of both actions: the equality above compared something.
         assert counts.refused
         assert sum(counts.redundant.values()) < sum(counts.calls.values())
         assert {key[2] for key in counts.calls} == {"enable", "disable"}

@@ -40,9 +40,11 @@ from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome
 from tracer.model.vendor import Layout
 from tracer.model.vmx import VMX
 from tracer.program import syscalls
-from tracer.program.compiler import build, compiled, whole_text
-from tracer.program.program import Loaded, Target, Variant, load
+from tracer.program.compiler import build, compiled
+from tracer.program.loading import Loaded, load
+from tracer.program.program import Target, Variant
 from tracer.program.resources import resource
+from tracer.program.source import whole_text
 from tracer.program.syscalls import MMAPABLE
 from tracer.trace.engine import Engine
 from tracer.trace.plan import preemptible, values, variants

@@ -8,17 +8,17 @@ import sys
 
 import click
 
+from tracer.cli.session import this_machine
 from tracer.doctor.check import State
 from tracer.doctor.examination import examine
 from tracer.doctor.output import as_json, as_text
-from tracer.kernel.machine import Machine
 
 
 @click.command()
 @click.option("--json", "as_json_", is_flag=True, help="Print JSON.")
 def doctor(as_json_: bool) -> None:
     """Check everything that tracing needs, and say how to fix what is missing."""
-    machine = Machine.here()
+    machine = this_machine()
     checks = examine(machine)
     if as_json_:
         click.echo(as_json(checks, machine))

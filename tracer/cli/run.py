@@ -99,10 +99,10 @@ def run(  # noqa: PLR0917 (click passes them by name)
 
 
 def _drop_capabilities(attaches_again: bool) -> None:
-    from tracer.trace.capabilities import keep_needed
+    from tracer.trace.capabilities import drop_capabilities
 
     try:
-        keep_needed(attaches_again)
+        drop_capabilities(attaches_again)
     except OSError as error:
         warn(f"this process keeps all its capabilities: {error.strerror}")
 

@@ -20,9 +20,16 @@ if TYPE_CHECKING:
     from tracer.trace.tracer import Tracer
 
 
+def this_machine() -> Machine:
+    """This machine, and whether the BPF program is there compiled."""
+    from tracer.trace.engine import program_is_compiled
+
+    return Machine.here(compiled=program_is_compiled())
+
+
 def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> Machine:
     """This machine. Raises MsrtraceError, which says what to do, if it cannot be traced with these options."""
-    machine = Machine.here()
+    machine = this_machine()
     check_pid(options.pid)
     problem = obstacle(machine, ignore=(MODULE, SYMBOLS) if module_may_be_missing else ())
     if problem:

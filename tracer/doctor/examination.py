@@ -17,6 +17,7 @@ _CHECKS: dict[str, Callable[[Machine], Found]] = {
     MODULE: host.check_module,
     SYMBOLS: host.check_symbols,
     "livepatch": host.check_livepatch,
+    "library": tools.check_library,
     "headers": tools.check_headers,
     "bcc": tools.check_bcc,
     "btf": host.check_btf,

@@ -11,9 +11,32 @@ from tracer.doctor.check import Found, State
 from tracer.doctor.packages import install_command
 from tracer.kernel.machine import Machine, search
 
+_COMPILED = "the BPF program is there compiled"
+_WHY = "this msrtrace came without the compiled BPF program"
+#: What attaches: tracer/program/bcc_library.py.
+_LIBRARIES = ("libbcc_bpf.so.0", "libbcc.so.0")
+
+
+def check_library(machine: Machine) -> Found:
+    """BCC's library, which attaches probes; the dynamic linker lists every one that it knows, but musl has no list."""
+    cache = machine.at("/etc/ld.so.cache")
+    if not cache.exists() or "LD_LIBRARY_PATH" in machine.environ:
+        return State.OK, "looked for when tracing starts: the dynamic linker has no list here", None
+    known = cache.read_bytes()
+    for name in _LIBRARIES:
+        if name.encode() in known:
+            return State.OK, name, None
+    install = install_command(machine, 2) or "install BCC's library (libbcc) with the system's package manager"
+    return State.FAILED, f"BCC's library, which attaches probes, is missing ({' and '.join(_LIBRARIES)})", install
+
 
 def check_headers(machine: Machine) -> Found:
-    """Where BCC looks (src/cc/frontends/clang/loader.cc), including the kernel's own copy (CONFIG_IKHEADERS)."""
+    """Where BCC looks (src/cc/frontends/clang/loader.cc), including the kernel's own copy (CONFIG_IKHEADERS).
+
+    Else those of any other kernel will do: tracer/program/headers.py finds them where these do.
+    """
+    if machine.compiled:
+        return State.OK, f"not needed: {_COMPILED}", None
     modules, override = f"/lib/modules/{machine.release}", machine.environ.get("BCC_KERNEL_SOURCE")
     build = override or f"{modules}/build"
     # Debian and SUSE split the tree: common headers are in source, generated ones in build.
@@ -27,7 +50,10 @@ def check_headers(machine: Machine) -> Found:
         return State.OK, f"the kernel's own copy, {copy}, which BCC unpacks", None
     if override:
         return State.FAILED, f"BCC_KERNEL_SOURCE is set, but there is no {missing[0]}", "unset BCC_KERNEL_SOURCE"
-    detail = f"no headers of kernel {machine.release}, which BCC needs to compile: {missing[0]} does not exist"
+    others = [*machine.at("/usr/src").glob("linux-headers-*"), *machine.at("/usr/src/kernels").glob("*")]
+    if whole := [path for path in others if (path / "include/generated/autoconf.h").is_file()]:
+        return State.OK, f"{whole[0]}: those of any kernel will do", None
+    detail = f"no kernel headers, which BCC needs to compile ({_WHY}): {missing[0]} does not exist"
     if machine.at("/.dockerenv").exists() or machine.at("/run/.containerenv").exists():
         detail += " (in a container, mount the host's: -v /lib/modules:/lib/modules:ro -v /usr/src:/usr/src:ro)"
     generic = f"install the headers of kernel {machine.release}, or set BCC_KERNEL_SOURCE to them"
@@ -35,12 +61,14 @@ def check_headers(machine: Machine) -> Found:
 
 
 def check_bcc(machine: Machine) -> Found:
-    """BCC's Python module, for the running Python, and its library."""
+    """BCC's Python module, for the running Python, and the library that it loads."""
+    if machine.compiled:
+        return State.OK, f"not needed: {_COMPILED}", None
     install = install_command(machine, 1) or "install BCC's Python module with the system's package manager"
     spec = PathFinder.find_spec("bcc", list(machine.python_path))
     if spec is None or spec.origin is None:
         if not any(machine.at("/usr/lib").glob("python3*/*-packages/bcc")):
-            return State.FAILED, "BCC is not installed (PyPI's bcc is an unrelated package)", install
+            return State.FAILED, f"BCC is not installed ({_WHY}; PyPI's bcc is an unrelated package)", install
         detail = f"BCC is installed for /usr/bin/python3, but {machine.python} does not find it"
         venv = f"/usr/bin/python3 -m venv --clear --system-site-packages {machine.venv or 'msrtrace-venv'}"
         return State.FAILED, detail, f"{venv}, then install msrtrace there"

@@ -40,12 +40,16 @@ class Machine:
     python_path: tuple[str, ...] = ()
     python: str = "python3"
     venv: str | None = None
+    #: whether the BPF program is there compiled, so that neither BCC's compiler nor headers are needed
+    compiled: bool = False
 
     @classmethod
-    def here(cls) -> Machine:
-        """This machine and this process."""
+    def here(cls, *, compiled: bool = False) -> Machine:
+        """This machine and this process; `compiled` is for the caller to know."""
         venv = sys.prefix if sys.prefix != sys.base_prefix else None
-        return cls(Path("/"), os.geteuid(), os.uname().release, os.environ, tuple(sys.path), sys.executable, venv)
+        return cls(
+            Path("/"), os.geteuid(), os.uname().release, os.environ, tuple(sys.path), sys.executable, venv, compiled
+        )
 
     @property
     def command(self) -> str:

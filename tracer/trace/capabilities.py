@@ -21,12 +21,12 @@ _PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 _MOUNTS = Path("/proc/self/mounts")
 
 
-def keep_needed(attaches_again: bool) -> None:
+def drop_capabilities(attaches_again: bool) -> None:
     """Keep what it takes to read maps and, if it ATTACHES AGAIN, to probe a kvm_intel that was loaded anew.
 
     That is CAP_BPF, and CAP_PERFMON and CAP_SYSLOG (for the addresses in /proc/kallsyms). Where Debian's and Ubuntu's
     kernels ask for CAP_SYS_ADMIN to probe (kernel.perf_event_paranoid above 2), and before 5.8, which has not the
-    first two, that is kept, too, but for `in_force` alone; and CAP_SYS_PTRACE where /proc hides processes. All else is
+    first two, that is kept, too, but for `raised` alone; and CAP_SYS_PTRACE where /proc hides processes. All else is
     given up for good, by the calling thread and those that it starts, and by programs that they run. Raises OSError.
     """
     permitted = _state("CapPrm")
@@ -43,7 +43,7 @@ def keep_needed(attaches_again: bool) -> None:
 
 
 @contextmanager
-def in_force() -> Iterator[None]:
+def raised() -> Iterator[None]:
     """Use all that was kept, in this thread. Raises OSError."""
     effective, permitted = _state("CapEff"), _state("CapPrm")
     _set(permitted, permitted)

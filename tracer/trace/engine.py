@@ -16,13 +16,20 @@ from tracer.model.snapshot import Probe, Snapshot
 from tracer.model.vendor import Layout
 from tracer.program import syscalls
 from tracer.program.bcc_library import attach_tracing
-from tracer.program.compiler import Built, build, refused
-from tracer.program.program import Refused
+from tracer.program.compiler import Built, build, is_compiled
+from tracer.program.program import NotPermitted, not_permitted
 from tracer.program.resources import resource
-from tracer.trace.capabilities import in_force
+from tracer.trace.capabilities import raised
 from tracer.trace.kprobe import attach_kprobe
 from tracer.trace.plan import Point, points, preemptible, values, variants
 from tracer.trace.reader import Reader
+
+SOURCE = "bpf/msrtrace.c"
+
+
+def program_is_compiled() -> bool:
+    """Whether the BPF program is there compiled, for this msrtrace on this machine."""
+    return is_compiled(resource(SOURCE))
 
 
 class Engine:
@@ -39,8 +46,8 @@ class Engine:
         self._values, self._btf_problem, btf = self._plan(layout, symbols)
         wanted = variants(layout, symbols, self._values, options, btf)
         try:
-            self._built: Built = build(resource("bpf/msrtrace.c"), wanted)
-        except Refused:
+            self._built: Built = build(resource(SOURCE), wanted)
+        except NotPermitted:
             raise MsrtraceError(explain()) from None
         self._functions = self._built.loaded.functions
         self._reader = Reader(
@@ -79,7 +86,7 @@ class Engine:
 
     def _attach_all(self) -> None:
         self._points = points(self._layout, self._symbols, exact="bitmap_offset" in self._values)
-        with in_force():
+        with raised():
             # Calls come last: whatever settles them is there by then.
             self.probes = [self._attach(point) for point in self._points]
         counted = (self._layout.update, *self._layout.calls)
@@ -152,7 +159,7 @@ class Engine:
         except (OSError, KeyError) as error:
             for fd in links:
                 os.close(fd)
-            reason = self._explain() if refused(error, "") else str(error)
+            reason = self._explain() if not_permitted(error) else str(error)
             return Probe(point.function, symbol.name, False, f"{where}: {reason}")
         self._links[point.function] = links
         others = f", not on its clones {', '.join(s.name for s in clones[1:])}" if clones[1:] else ""

@@ -24,7 +24,7 @@ from tracer.kernel.layout import choose
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.program import bcc_library
 from tracer.program.syscalls import load_program
-from tracer.trace.capabilities import keep_needed
+from tracer.trace.capabilities import drop_capabilities
 from tracer.trace.kprobe import attach_kprobe
 
 KPROBES = Path("/sys/kernel/debug/kprobes")
@@ -121,7 +121,7 @@ def clean_up() -> None:
 
 def with_few_rights(act: Callable[[], Any], paranoid: bool = False) -> Any:
     """ACT with what `msrtrace run` keeps, PARANOID: under a setting that asks for more. For good."""
-    keep_needed(attaches_again=True)
+    drop_capabilities(attaches_again=True)
     if paranoid:
         PARANOID.write_text("3")
     return act()

@@ -43,8 +43,10 @@ from tracer.kernel.btf import Btf
 from tracer.model.options import BACKENDS
 from tracer.model.vmx import VMX
 from tracer.program.bcc_library import attach_kprobe, attach_tracing
+from tracer.program.cache import cache_dir
 from tracer.program.compiler import compiled
-from tracer.program.program import Program, Target, Variant, folder, load
+from tracer.program.loading import load
+from tracer.program.program import Program, Target, Variant
 
 ENABLE, DISABLE, UPDATE = FUNCTIONS = (
     "vmx_enable_intercept_for_msr",
@@ -146,7 +148,7 @@ def msrtrace(*options: str) -> Any:
 
 def starts() -> dict[str, float]:
     """How many seconds of the guest's it takes msrtrace to serve: the first time, and when its program is kept."""
-    shutil.rmtree(folder(), ignore_errors=True)
+    shutil.rmtree(cache_dir(), ignore_errors=True)
     found = {}
     for which in ("first", "later"):
         tracer = Msrtrace()

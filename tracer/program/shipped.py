@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`python -m tracer.program.shipped SOURCE DIRECTORY`: compiles what a package ships; hosts then need no compiler."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+
+from tracer.model.errors import MsrtraceError
+from tracer.program.cache import seal
+from tracer.program.compiler import PROGRAMS, compile_program, identity, shipped_file
+from tracer.program.program import NotPermitted, VariantRejected
+
+
+def ship(source: Path, directory: Path) -> None:
+    """Compile every program of a source for a package. Raises MsrtraceError, VariantRejected or NotPermitted."""
+    for definitions in PROGRAMS:
+        made = (identity(source, definitions), compile_program(source, definitions))
+        (directory / shipped_file(source, definitions).name).write_bytes(seal(msgspec.msgpack.encode(made)))
+
+
+def main() -> None:
+    """See the module. A failure is one line on standard error."""
+    try:
+        ship(Path(sys.argv[1]), Path(sys.argv[2]))
+    except (MsrtraceError, VariantRejected) as error:
+        sys.exit(str(error))
+    except NotPermitted:
+        sys.exit("the kernel permits this user no BPF, so BCC cannot make maps: compile as root")
+
+
+if __name__ == "__main__":
+    main()
