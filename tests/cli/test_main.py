@@ -282,7 +282,6 @@ def test_an_obstacle(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
         return "kvm_intel is not loaded: sudo modprobe kvm_intel"
 
     monkeypatch.setattr(session, "obstacle", obstacle)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # it is this process that would keep the handlers
     expected = (1, "", "msrtrace: error: kvm_intel is not loaded: sudo modprobe kvm_intel\n")
     assert main("run") == expected
     assert main("run", "--wait-module") == expected

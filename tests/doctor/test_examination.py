@@ -20,7 +20,7 @@ from tracer.kernel.machine import Machine
 from tracer.kernel.symbols import Symbols
 
 RELEASE = "6.1.0-56-amd64"
-NAMES = ["cpu", "kvm-intel", "symbols", "livepatch", "headers", "bcc", "btf"]
+NAMES = ["cpu", "kvm-intel", "symbols", "livepatch", "library", "headers", "bcc", "btf"]
 NAMES += ["lockdown", "capabilities", "perf-event-paranoid", "bpf", "tracefs"]
 EVERYTHING, BPF_AND_PERFMON, OF_DOCKER = 0x1FFFFFFFFFF, 0xC000000000, 0xA80425FB  # CapEff
 OK, WARNING, FAILED, UNKNOWN = State.OK, State.WARNING, State.FAILED, State.UNKNOWN
@@ -160,6 +160,7 @@ def test_a_good_host_needs_no_fix(host: Host) -> None:
         "kvm-intel": "loaded nested=Y enable_apicv=N",
         "symbols": f"layout toggle (kernels 5.13-6.16): {', '.join(TOGGLE)}",
         "livepatch": "no livepatch or other module has a function that msrtrace probes",
+        "library": "libbcc.so.0",
         "headers": f"/lib/modules/{RELEASE}/build",
         "bcc": f"0.26.0 in {host.site}/bcc",
         "btf": "vmcs01.msr_bitmap is at 0x1ab8 in struct vcpu_vmx",
@@ -537,12 +538,13 @@ def test_a_livepatch_whose_own_calls_are_not_seen(host: Host) -> None:
     ],
 )
 def test_no_headers(host: Host, os_release: str, release: str, fix: str) -> None:
+    host.remove("usr/src")
     host.write("etc/os-release", f'NAME="some"\n{os_release}\nVERSION_ID="1"\n')
     host.be(release=release)
     for link in ("build", "source"):
         host.remove(f"lib/modules/{RELEASE}/{link}")
     detail = (
-        f"no headers of kernel {release}, which BCC needs to compile: "
+        "no kernel headers, which BCC needs to compile (this msrtrace came without the compiled BPF program): "
         f"/lib/modules/{release}/build/include/linux/kconfig.h does not exist"
     )
     assert host.check("headers") == Check("headers", FAILED, detail, fix)
@@ -561,7 +563,24 @@ def test_half_of_the_headers(host: Host, lost: str) -> None:
     assert host.found("headers") == (FAILED, f"sudo apt-get install linux-headers-{RELEASE}")
 
 
+def test_headers_of_another_kernel_will_do(host: Host) -> None:
+    host.remove(f"lib/modules/{RELEASE}/build")
+    assert host.found("headers") == (OK, None)
+    assert host.check("headers").detail.endswith(f"linux-headers-{RELEASE}: those of another kernel, which will do")
+
+
+def test_where_the_program_is_compiled_nothing_that_compiles_is_needed(host: Host) -> None:
+    host.remove(f"lib/modules/{RELEASE}")
+    host.remove("usr/src")
+    host.remove("usr/lib/python3/dist-packages/bcc")
+    assert {host.found(name)[0] for name in ("headers", "bcc")} == {FAILED}
+    host.be(compiled=True)
+    assert {host.found(name)[0] for name in ("headers", "bcc")} == {OK}
+    assert obstacle(host.machine) is None
+
+
 def test_no_headers_in_a_container(host: Host) -> None:
+    host.remove("usr/src")
     host.remove(f"lib/modules/{RELEASE}")
     host.write(".dockerenv")
     check = host.check("headers")
@@ -570,6 +589,7 @@ def test_no_headers_in_a_container(host: Host) -> None:
 
 
 def test_headers_that_the_kernel_carries(host: Host) -> None:
+    host.remove("usr/src")
     host.remove(f"lib/modules/{RELEASE}/build")
     host.write("sys/kernel/kheaders.tar.xz")
     assert host.found("headers") == (OK, None)
@@ -614,7 +634,9 @@ def test_headers_elsewhere(host: Host) -> None:
 def test_no_bcc(host: Host, os_release: str, fix: str) -> None:
     host.write("etc/os-release", os_release)
     host.remove("usr/lib/python3/dist-packages/bcc")
-    detail = "BCC is not installed (PyPI's bcc is an unrelated package)"
+    detail = (
+        "BCC is not installed (this msrtrace came without the compiled BPF program; PyPI's bcc is an unrelated package)"
+    )
     assert host.check("bcc") == Check("bcc", FAILED, detail, fix)
     assert obstacle(host.machine) == f"{detail}: {fix}"
 
@@ -660,13 +682,13 @@ def test_virtual_environment_without_system_packages(host: Host) -> None:
     )
 
 
-def test_bcc_without_its_library(host: Host) -> None:
+def test_no_library(host: Host) -> None:
     host.write("etc/ld.so.cache", b"glibc-ld.so.cache1.1\0libc.so.6\0")
-    check = host.check("bcc")
-    assert check.detail == f"BCC 0.26.0 is in {host.site}/bcc, but its library libbcc.so.0 is missing"
+    check = host.check("library")
+    assert check.detail == "BCC's library, which attaches probes, is missing (libbcc_bpf.so.0 and libbcc.so.0)"
     assert (check.state, check.fix) == (FAILED, "sudo apt-get install libbpfcc")
     host.be(environ={"LD_LIBRARY_PATH": "/opt/bcc/lib"})
-    assert host.found("bcc") == (OK, None)
+    assert host.found("library") == (OK, None)
 
 
 # --- btf ---

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import signal
-import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 from tracer.cli.console import say, version, warn
 from tracer.cli.options import tracing_options
-from tracer.cli.session import module_is_loaded, ready_machine, tracing, wait_for_module
+from tracer.cli.session import EndSignals, module_is_loaded, ready_machine, tracing, wait_for_module
 from tracer.model.module_change import FOLLOW_SECONDS
 from tracer.model.options import Options
 
@@ -70,32 +69,31 @@ def run(  # noqa: PLR0917 (click passes them by name)
         raise click.UsageError("--web.tls-key-file and --web.tls-client-ca-file need --web.tls-cert-file")
     if cert and not key:
         raise click.UsageError("--web.tls-cert-file needs --web.tls-key-file")
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    machine = ready_machine(options, module_may_be_missing=wait_module)
+    with EndSignals() as signals:
+        machine = ready_machine(options, module_may_be_missing=wait_module)
 
-    from prometheus_client import CollectorRegistry, ProcessCollector
+        from prometheus_client import CollectorRegistry, ProcessCollector
 
-    from tracer.export.metrics import SnapshotCollector
-    from tracer.export.server import Server
+        from tracer.export.metrics import SnapshotCollector
+        from tracer.export.server import Server
 
-    if wait_module and not module_is_loaded():
-        say(f"waiting for {machine.vendor.module} to be loaded")
-        if not wait_for_module(stop):
-            return
-    # Bind before attaching, so that an address in use is reported at once.
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
-    server = Server(registry, address, cert=cert, key=key, ca=ca, on_error=warn)
-    with tracing(machine, options) as tracer:
-        _drop_capabilities(attaches_again=tracer.backend == "kprobe")  # fentry holds the module
-        _show_probes(tracer)
-        registry.register(SnapshotCollector(tracer.snapshot, version(), on_error=warn))
-        server.start()
-        say(f"serving {server.url}")
-        while not stop.wait(FOLLOW_SECONDS):
-            _follow(tracer)
+        if wait_module and not module_is_loaded():
+            say(f"waiting for {machine.vendor.module} to be loaded")
+            if not wait_for_module(signals):
+                return
+            machine = replace(machine)  # a copy has none of what was read before the module was there
+        # Bind before attaching, so that an address in use is reported at once.
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        server = Server(registry, address, cert=cert, key=key, ca=ca, on_error=warn)
+        with tracing(machine, options) as tracer:
+            _drop_capabilities(attaches_again=tracer.backend == "kprobe")  # fentry holds the module
+            _show_probes(tracer)
+            registry.register(SnapshotCollector(tracer.snapshot, version(), on_error=warn))
+            server.start()
+            say(f"serving {server.url}")
+            while not signals.wait(FOLLOW_SECONDS):
+                _follow(tracer)
 
 
 def _drop_capabilities(attaches_again: bool) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-import threading
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,10 +57,30 @@ def module_is_loaded() -> bool:
     return loaded_module() is not None
 
 
-def wait_for_module(stop: threading.Event) -> bool:
-    """Wait until a module that can be traced is loaded; False if `stop` was set first."""
+class EndSignals:
+    """SIGINT and SIGTERM, which end a command in order: in this context they are waited for, and interrupt nothing.
+
+    A handler could run in the middle of anything, and one that takes a lock may then wait for ever.
+    """
+
+    _NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> EndSignals:
+        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, self._NUMBERS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait this long; True at once when one of the signals has come."""
+        return signal.sigtimedwait(self._NUMBERS, seconds) is not None
+
+
+def wait_for_module(signals: EndSignals) -> bool:
+    """Wait until a module that can be traced is loaded; False if a signal came first."""
     while not module_is_loaded():
-        if stop.wait(FOLLOW_SECONDS):
+        if signals.wait(FOLLOW_SECONDS):
             return False
     return True
 

@@ -50,9 +50,8 @@ def check_headers(machine: Machine) -> Found:
         return State.OK, f"the kernel's own copy, {copy}, which BCC unpacks", None
     if override:
         return State.FAILED, f"BCC_KERNEL_SOURCE is set, but there is no {missing[0]}", "unset BCC_KERNEL_SOURCE"
-    others = [*machine.at("/usr/src").glob("linux-headers-*"), *machine.at("/usr/src/kernels").glob("*")]
-    if whole := [path for path in others if (path / "include/generated/autoconf.h").is_file()]:
-        return State.OK, f"{whole[0]}: those of any kernel will do", None
+    if other := _other_headers(machine):
+        return State.OK, f"{other}: those of another kernel, which will do", None
     detail = f"no kernel headers, which BCC needs to compile ({_WHY}): {missing[0]} does not exist"
     if machine.at("/.dockerenv").exists() or machine.at("/run/.containerenv").exists():
         detail += " (in a container, mount the host's: -v /lib/modules:/lib/modules:ro -v /usr/src:/usr/src:ro)"
@@ -60,8 +59,17 @@ def check_headers(machine: Machine) -> Found:
     return State.FAILED, detail, install_command(machine, 0) or generic
 
 
+def _other_headers(machine: Machine) -> Path | None:
+    for tree in (*machine.at("/usr/src").glob("linux-headers-*"), *machine.at("/usr/src/kernels").glob("*")):
+        common = tree.with_name(tree.name.rpartition("-")[0] + "-common")
+        whole = any((part / "include/linux/kconfig.h").is_file() for part in (tree, common))
+        if whole and (tree / "include/generated/autoconf.h").is_file():
+            return tree
+    return None
+
+
 def check_bcc(machine: Machine) -> Found:
-    """BCC's Python module, for the running Python, and the library that it loads."""
+    """BCC's Python module, which compiles, for the running Python."""
     if machine.compiled:
         return State.OK, f"not needed: {_COMPILED}", None
     install = install_command(machine, 1) or "install BCC's Python module with the system's package manager"
@@ -80,9 +88,4 @@ def check_bcc(machine: Machine) -> Found:
         detail = f"{package} is not BCC but PyPI's unrelated package bcc (it has no BPF)"
         return State.FAILED, detail, f"{machine.python} -m pip uninstall bcc && {install}"
     version = search(r"__version__ = '([^']+)'", (package / "version.py").read_text())
-    library, cache = search(r'CDLL\("([^"/]+)"', (package / "libbcc.py").read_text()), machine.at("/etc/ld.so.cache")
-    # The dynamic linker lists every library that it knows by name; musl has no such list.
-    if cache.exists() and library.encode() not in cache.read_bytes() and "LD_LIBRARY_PATH" not in machine.environ:
-        detail = f"BCC {version} is in {package}, but its library {library} is missing"
-        return State.FAILED, detail, install_command(machine, 2) or install
     return State.OK, f"{version} in {package}", None

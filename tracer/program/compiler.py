@@ -102,7 +102,7 @@ def _find_shipped(source: Path, definitions: Mapping[str, int]) -> Program | Non
 def identity(source: Path, definitions: Mapping[str, int]) -> str:
     """A digest of all that decides what a program is, but for the compiler's version: text, -D, machine, our code."""
     parts = [_text(source), *(path.read_bytes() for path in _MADE_BY)]
-    return _digest(*parts, json.dumps([sorted(definitions.items()), os.uname().machine]).encode())
+    return _digest(*parts, json.dumps([sorted(definitions.items()), os.uname()[4]]).encode())
 
 
 def _key(source: Path, definitions: Mapping[str, int]) -> str:
