@@ -6,6 +6,7 @@
 #                 build/dashboard/, of emulated ones (the whole chain: probes, exporter, Prometheus, panels) to build/chain/
 # make check      linter, formatter, types and unit tests, in 90 seconds on two idle cores: no root, no emulator, no
 #                 network once installed; it ends with what was left out
+# make wheel      build/wheel/*.whl with the compiled BPF programs; fails where they cannot be compiled
 # make lint       linter, formatter and types alone
 # make compare-demo  the kernel without the patch against the one with it, on an emulated host; leaves build/compare/
 # make saving     what the patch saves, in instructions, with no tracer attached
@@ -19,7 +20,7 @@ SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 -qq
 PORT := 9753
 
-.PHONY: run check test test-all lint format clean compare-demo saving scrape-cost start-cost bench bench-parts test-dashboard
+.PHONY: run wheel check test test-all lint format clean compare-demo saving scrape-cost start-cost bench bench-parts test-dashboard
 
 # What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
 build/packages: Makefile
@@ -53,6 +54,11 @@ run: $(if $(shell ls -d /sys/module/kvm_intel 2>/dev/null; grep -wom1 vmx /proc/
 	  command -v python3 >/dev/null || { $(APT) update && $(APT) install -y --no-install-recommends python3; }; \
 	  $(SUDO) tests/kvmhost/demo $(PORT) || [ $$? -eq 130 ]; \
 	fi
+
+wheel: $(VENV)/run
+	rm -rf build/wheel
+	$(SUDO) env MSRTRACE_COMPILED=required $(VENV)/bin/pip wheel --disable-pip-version-check -q --no-deps -w build/wheel .
+	@ls build/wheel/*.whl
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -18,7 +18,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 _FIND_BCC = "import os, bcc; bcc.BPF; print(os.path.dirname(os.path.dirname(bcc.__file__)))"
 
 
-class CompiledPrograms(BuildHookInterface):  # type: ignore[type-arg]
+class CompiledPrograms(BuildHookInterface):  # type: ignore[misc]
     """See the module."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The rows that say what KVM does: the fleet at a glance, by MSR, by cause, by VM."""
+"""The rows on what KVM does: overview, by MSR, by cause, by VM."""
 
 from __future__ import annotations
 
@@ -54,67 +54,67 @@ VERDICTS = {
     MISSING_CODE: ("missing", RED),
     PRESENT_CODE: ("present", GREEN),
     SUPERSEDED_CODE: ("superseded (6.17+)", BLUE),
-    UNDECIDED_CODE: ("cannot tell", GREY),
+    UNDECIDED_CODE: ("undecided", GREY),
 }
 HOST_LEGEND = "{{instance}}"
 
 
 READING = """\
 KVM keeps one bitmap per vCPU that says which MSR accesses leave the guest. A **call** asks KVM to intercept one MSR \
-or to pass it through; it is **redundant** if every bit that it names is afterwards what it was before. A **filter \
-update** is one vCPU applying a changed MSR filter: kernels before 6.0 lack the patch that skips its useless enables. \
-What a kernel cannot show is *absent* here, never 0: before 5.13 calls cannot be seen, and without the BTF of \
-kvm_intel it is not known which are redundant."""
+or to pass it through; it is **redundant** if it changes none of the bits that it names. A **filter update** is one \
+vCPU applying a changed MSR filter: kernels before 6.0 lack the patch that skips its redundant enables. What a kernel \
+cannot show is *absent* here, never 0: before 5.13 calls cannot be observed, and without the BTF of kvm_intel which \
+of them are redundant is unknown."""
 
 
 def overview() -> list[Json]:
-    """The fleet at a glance."""
+    """An overview of the fleet."""
     return [
-        text("How to read this", "What the words on this dashboard mean.", READING, size=(WIDTH, 4)),
+        text("How to read this", "The terms on this dashboard.", READING, size=(WIDTH, 4)),
         stat(
             "Hosts traced",
-            "Hosts whose msrtrace answers.",
+            "Hosts whose msrtrace can be scraped.",
             f"count(group by ({HOST}) ({BUILD}))",
             unit="none",
             absent="none",
         ),
         stat(
             "Hosts without the patch",
-            "Hosts (kernels 5.13 to 6.16) whose filter updates enable intercepts that are enabled already: they lack "
+            "Hosts (kernels 5.13 to 6.16) whose filter updates enable intercepts that are already enabled: they lack "
             "'KVM: VMX: Skip filter updates for MSRs that KVM is already intercepting' (d895f28ed6da, v6.0). Counted "
-            "since msrtrace started there. 'cannot tell' if no host has shown either; the table below says which.",
+            "since msrtrace started there. 'undecided' if no host has shown either; see the table below.",
             host_count(MISSING, PRESENT),
             unit="none",
-            absent="cannot tell",
+            absent="undecided",
             thresholds=BAD,
         ),
         stat(
             "Intercept calls",
-            "Calls of the functions that enable or disable the interception of an MSR, on all hosts together.",
+            "Calls of the functions that enable or disable the interception of an MSR, summed over all hosts.",
             f"sum({rate(CALLS)})",
             unit=CALLS_PER_SECOND,
             absent="not observable",
         ),
         stat(
             "Redundant share",
-            "Of the calls whose outcome is known, how many changed nothing. Absent if there were no calls.",
+            "The share of calls that changed nothing, of those whose outcome is known. Absent if there were no calls.",
             share(""),
             unit=SHARE,
-            absent="not known",
+            absent="unknown",
             thresholds=WASTE,
             decimals=1,
         ),
         stat(
             "Filter updates",
-            "Times that a vCPU applied a changed MSR filter, on all hosts together.",
+            "Changed MSR filters applied by vCPUs, summed over all hosts.",
             f"sum({UPDATES})",
             unit=PER_SECOND,
             absent="not observable",
         ),
         stat(
             "Incomplete counts",
-            "Hosts on which, since msrtrace started, something was not counted: missed probes, full maps, unpaired "
-            "returns, bitmaps that could not be read. Their counts are lower bounds; see the row Health.",
+            "Hosts on which counts were lost since msrtrace started: missed probes, full maps, unpaired returns, "
+            "bitmaps that could not be read. Their counts are lower bounds; see the row Health of the tracers.",
             host_count(LOSSY, BUILD),
             unit="none",
             absent="none",
@@ -122,29 +122,28 @@ def overview() -> list[Json]:
         ),
         graph(
             "Calls by host",
-            "Calls that enable or disable the interception of an MSR. A host whose kernel hides them is absent.",
+            "Calls that enable or disable the interception of an MSR. Hosts whose calls cannot be observed are absent.",
             Query(by(HOST, rate(CALLS)), HOST_LEGEND),
             unit=CALLS_PER_SECOND,
         ),
         graph(
             "Redundant share by host",
-            "Of the calls whose outcome is known, how many changed nothing. Gaps: no calls. A host that cannot tell is "
-            "absent.",
+            "The share of calls that changed nothing. Gaps: no calls. Hosts where it is unknown are absent.",
             Query(share(HOST), HOST_LEGEND),
             unit=SHARE,
             top=1,
         ),
         graph(
             "Filter updates by host",
-            "Times that a vCPU applied a changed MSR filter.",
+            "Changed MSR filters applied by vCPUs.",
             Query(by(HOST, UPDATES), HOST_LEGEND),
             unit=PER_SECOND,
         ),
         table(
             "Hosts",
-            "What each host runs and does now. Patch: whether its filter updates since msrtrace started show the "
+            "What each host runs and its rates now. Patch: whether its filter updates since msrtrace started show the "
             "patch of v6.0 missing or present; 'superseded' from 6.17 on, where every update recomputes all "
-            "intercepts; 'cannot tell' if too little was seen, or something was lost. Label: what the operator says.",
+            "intercepts; 'undecided' if too little was seen, or something was lost. Label: as set by the operator.",
             [
                 f"group by ({HOST}, kernel, layout, redundancy, {GROUP}) ({BUILD})",
                 VERDICT,
@@ -174,7 +173,7 @@ def overview() -> list[Json]:
 
 
 def per_msr() -> list[Json]:
-    """Which MSRs."""
+    """The row by MSR."""
     labels = "msr, name, access, action, cause"
     return [
         graph(
@@ -186,17 +185,17 @@ def per_msr() -> list[Json]:
         ),
         graph(
             "Redundant calls by MSR",
-            "The ten MSRs with the most calls that changed nothing in the time shown. Without those of hosts that "
-            "cannot tell.",
+            "The ten MSRs with the most calls that changed nothing in the time shown. Without hosts where that is "
+            "unknown.",
             Query(most(REDUNDANT, "msr, name"), "{{name}}"),
             unit=CALLS_PER_SECOND,
             size=(12, 10),
         ),
         table(
             "MSRs",
-            "Every kind of call that is made now: for which MSR and access, whether it enables or disables the "
-            "interception, why, how often, and how many change nothing. The last two are of the hosts that can tell; "
-            "'-' if none can.",
+            "Every kind of call that is made now: its MSR and access, whether it enables or disables the interception, "
+            "why, how often, and how many change nothing. The last two are of hosts where that is known; '-' if "
+            "there are none.",
             [by(labels, rate(CALLS)) + " > 0", by(labels, rate(REDUNDANT)), share(labels)],
             [
                 Column("name", "MSR"),
@@ -215,26 +214,26 @@ def per_msr() -> list[Json]:
 
 
 def per_cause() -> list[Json]:
-    """Why."""
+    """The row by cause."""
     return [
         graph(
             "Calls by cause",
-            "Why KVM called, stacked: a filter update, a new vCPU, a CPUID update, a write to an MSR, a change of the "
-            "x2APIC mode, LBR, Intel PT, a recalculation (6.18+), or something else.",
+            "Why KVM made the calls, stacked: a filter update, a new vCPU, a CPUID update, a write to an MSR, a change "
+            "of the x2APIC mode, LBR, Intel PT, a recalculation (6.18+), or something else.",
             Query(by("cause", rate(CALLS)), "{{cause}}"),
             unit=CALLS_PER_SECOND,
             stacked=True,
         ),
         graph(
             "Redundant calls by cause",
-            "Those that changed nothing, stacked. Without those of hosts that cannot tell.",
+            "Calls that changed nothing, stacked. Without hosts where that is unknown.",
             Query(by("cause", rate(REDUNDANT)), "{{cause}}"),
             unit=CALLS_PER_SECOND,
             stacked=True,
         ),
         graph(
             "Redundant share by cause",
-            "Of the calls with this cause whose outcome is known, how many changed nothing. Gaps: no such calls.",
+            "The share of calls with this cause that changed nothing, of those whose outcome is known. Gaps: no calls.",
             Query(share("cause"), "{{cause}}"),
             unit=SHARE,
             top=1,
@@ -243,7 +242,7 @@ def per_cause() -> list[Json]:
 
 
 def per_vm() -> list[Json]:
-    """Which VMs, where they are told apart."""
+    """The row by VM, for hosts with --by-vm."""
     needs = " Empty unless a host runs `msrtrace run --by-vm`."
     labels, legend = f"{HOST}, vm, pid", "{{vm}} ({{instance}})"
     updates = by(labels, of_vms("filter_updates_total"))
@@ -254,19 +253,19 @@ def per_vm() -> list[Json]:
             Query(most_vms(CALLS, labels), legend),
             unit=CALLS_PER_SECOND,
             size=(12, 8),
-            absent="no host tells VMs apart",
+            absent="no host runs --by-vm",
         ),
         graph(
             "Filter updates by VM",
-            "Times that a vCPU of the VM applied a changed MSR filter." + needs,
+            "Changed MSR filters applied by vCPUs of the VM." + needs,
             Query(updates, legend),
             unit=PER_SECOND,
             size=(12, 8),
-            absent="no host tells VMs apart",
+            absent="no host runs --by-vm",
         ),
         table(
             "VMs",
-            "What each VM that runs now makes KVM do." + needs,
+            "The VMs that run now, and their rates." + needs,
             [by(labels, of_vms(CALLS)), share(labels, of_vms), updates],
             [
                 Column("vm", "VM"),
@@ -277,7 +276,7 @@ def per_vm() -> list[Json]:
                 Column("Value #C", "Filter updates", unit=PER_SECOND, decimals=1, width=200),
             ],
             sort="Calls",
-            absent="no host tells VMs apart",
+            absent="no host runs --by-vm",
             size=(WIDTH, 6),
         ),
     ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The parts of a Grafana dashboard as plain dictionaries: what every panel of one kind has in common.
+"""The parts of a Grafana dashboard as plain dictionaries: what all panels of a kind have in common.
 
-All that Grafana would fill in with a default is written out, so that a picture of the JSON needs none of them.
+Every default of Grafana is written out, so that the JSON can be drawn without Grafana.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ CALLS_PER_SECOND, PER_SECOND, SHARE = "cps", "ops", "percentunit"
 
 @dataclass(frozen=True)
 class Query:
-    """A PromQL expression, and how its series are called in a legend."""
+    """A PromQL expression, and the format of its legend."""
 
     expr: str
     legend: str = ""
 
 
 def steps(*limits: tuple[float | None, str]) -> Json:
-    """Colours from a value on; the first limit is None."""
+    """Thresholds: colours from a value on; the first limit is None."""
     return {"mode": "absolute", "steps": [{"color": color, "value": limit} for limit, color in limits]}
 
 
@@ -72,7 +72,7 @@ def _panel(kind: str, title: str, description: str, size: tuple[int, int]) -> Js
 
 
 def text(title: str, description: str, markdown: str, *, size: tuple[int, int]) -> Json:
-    """A panel of prose."""
+    """A text panel."""
     return _panel("text", title, description, size) | {"options": {"mode": "markdown", "content": markdown}}
 
 
@@ -87,7 +87,7 @@ def stat(
     decimals: int | None = None,
     size: tuple[int, int] = (4, 4),
 ) -> Json:
-    """One number of now; ABSENT is shown where Prometheus has no answer."""
+    """One current number; `absent` is shown if the query has no result."""
     defaults: Json = {
         "unit": unit,
         "noValue": absent,
@@ -125,7 +125,7 @@ def graph(
     top: float | None = None,
     size: tuple[int, int] = (8, 8),
 ) -> Json:
-    """Values over time, from 0, to TOP if given. Where there is room, the legend has the last values too."""
+    """Values over time, from 0 up to `top` if given. In a wide panel the legend has the last values."""
     defaults: Json = {
         "unit": unit,
         "min": 0,
@@ -172,7 +172,7 @@ def graph(
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: the field that it shows, its heading, and how its values look."""
+    """A column of a table: the field that it shows, its heading, and the format of its values."""
 
     field: str
     heading: str
@@ -184,7 +184,7 @@ class Column:
     top: float | None = None  # the largest value: the cell is then drawn as a bar
 
     def override(self) -> Json:
-        """How Grafana is told."""
+        """The field override for Grafana."""
         properties: list[Json] = [{"id": "unit", "value": self.unit}, {"id": "noValue", "value": "-"}]
         if self.width:
             properties.append({"id": "custom.width", "value": self.width})
@@ -217,7 +217,7 @@ def table(
     absent: str = "No data",
     size: tuple[int, int] = (WIDTH, 8),
 ) -> Json:
-    """What instant QUERIES say now, a row for each set of labels that they share. Other fields are left out."""
+    """The results of instant queries, with a row for each set of labels that they share. Other fields are left out."""
     return _panel("table", title, description, size) | {
         "datasource": DATASOURCE,
         "targets": _targets([Query(query) for query in queries], instant=True, table=True),
@@ -258,7 +258,7 @@ def table(
 
 
 def laid_out(rows: Mapping[str, Sequence[Json]]) -> list[Json]:
-    """The panels of each row after its heading, from left to right and on to a new line when one is full."""
+    """The panels of each row below its heading, from left to right, wrapped when a line is full."""
     placed: list[Json] = []
     y = 0
     for title, panels in rows.items():
@@ -295,7 +295,7 @@ def _variable(name: str, metric: str) -> Json:
 
 
 def dashboard(uid: str, title: str, description: str, panels: Iterable[Json], *, metric: str) -> Json:
-    """All of it; the values of `job` and `instance` are those of METRIC."""
+    """The whole dashboard; the values of `job` and `instance` are those of the metric."""
     source = {
         "type": "datasource",
         "name": "datasource",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The row that says whether the numbers can be trusted, and what taking them costs."""
+"""The row on the health of the tracers: whether their counts are complete, and what they cost."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FULL = f"{metric('map_entries')} / {metric('map_capacity')}"
 
 
 def health() -> list[Json]:
-    """Whether the numbers above can be trusted, and what taking them costs."""
+    """The row on the health of the tracers."""
 
     return [
         stat(
             "Tracers down",
-            "Targets of the chosen jobs that Prometheus cannot scrape now.",
+            "Targets of the selected jobs that Prometheus cannot scrape now.",
             host_count(f"{metric('up')} == 0", metric("up")),
             unit="none",
             absent="no targets",
@@ -35,7 +35,7 @@ def health() -> list[Json]:
         ),
         stat(
             "Fullest map",
-            "How much of the fullest BPF map is taken. When one is full, counts are dropped.",
+            "How full the fullest BPF map is. When one is full, counts are dropped.",
             f"max({FULL})",
             unit=SHARE,
             absent="no maps",
@@ -52,7 +52,7 @@ def health() -> list[Json]:
         ),
         stat(
             "Failed scrapes",
-            "Scrapes within the last minutes that showed older counts, because reading the kernel's failed.",
+            "Scrapes within the last minutes that showed older counts, because reading failed.",
             f"sum({increase('scrape_failures_total')})",
             unit="none",
             absent="no hosts",
@@ -60,9 +60,9 @@ def health() -> list[Json]:
             thresholds=BAD,
         ),
         stat(
-            "Calls under way",
-            "Calls that are not counted yet. A call is counted when its vCPU is known to have left it: that a few are "
-            "open is as it should be.",
+            "Calls in progress",
+            "Calls that are not counted yet. A call is counted once its vCPU is known to have left it, so a few are "
+            "normal.",
             f"sum({metric('open_calls')})",
             unit="none",
             absent="no hosts",
@@ -70,8 +70,8 @@ def health() -> list[Json]:
         ),
         stat(
             "Reloads of kvm_intel",
-            "Within the last minutes. msrtrace attaches again and keeps its counters; whether the patch is missing is "
-            "then not told any more, as the counts may be of two modules.",
+            "Within the last minutes. msrtrace attaches again and keeps its counters; but whether the patch is missing "
+            "is then undecided, as the counts may be of two modules.",
             f"sum({increase('module_unloads_total')})",
             unit="none",
             absent="no hosts",
@@ -79,8 +79,8 @@ def health() -> list[Json]:
         ),
         table(
             "Tracers",
-            "The chosen targets, those first that Prometheus cannot scrape now: what runs there, since when, and how "
-            "many counts it has lost in that time. What is lost makes the counts of that host lower bounds.",
+            "The selected targets, those first that Prometheus cannot scrape now: what runs there, since when, and "
+            "how many counts it has lost since then. Any loss makes the counts of that host lower bounds.",
             [
                 metric("up"),
                 f"group by ({HOST}, version, backend) ({BUILD})",
@@ -101,7 +101,7 @@ def health() -> list[Json]:
         ),
         table(
             "Probes",
-            "The functions that msrtrace probes. One that is not attached is not counted; one that misses runs makes "
+            "The functions that msrtrace probes. One that is not attached is not counted; one with missed runs makes "
             "every count of its host a lower bound.",
             [
                 f"max by ({HOST}, function) ({metric('probe_attached')})",
@@ -121,14 +121,14 @@ def health() -> list[Json]:
         graph(
             "Counts lost",
             "What was not counted, in each step of the graph: runs of a function that its probes missed, updates of a "
-            "BPF map that was full, returns without an entry, bitmaps that could not be read. 0 on a good day.",
+            "BPF map that was full, returns without an entry, bitmaps that could not be read. Normally 0.",
             *(Query(f"sum({increase(kind)})", what) for kind, what in LOSSES.items()),
             unit="none",
             size=(8, 8),
         ),
         graph(
             "Counts lost, by host",
-            "All of these together.",
+            "The sum of these losses.",
             Query(" + ".join(by(HOST, increase(kind)) for kind in LOSSES), HOST_LEGEND),
             unit="none",
             size=(8, 8),
@@ -142,7 +142,7 @@ def health() -> list[Json]:
         ),
         graph(
             "Fullest map, by host",
-            "Entries of each host's fullest map by its capacity.",
+            "How full each host's fullest map is.",
             Query(f"max by ({HOST}) ({FULL})", HOST_LEGEND),
             unit=SHARE,
             size=(8, 8),
@@ -156,7 +156,7 @@ def health() -> list[Json]:
         ),
         graph(
             "CPU of msrtrace",
-            "CPU time of the tracer itself, without its probes in the kernel: 100 % is one CPU fully taken.",
+            "CPU time of the tracer itself, without its probes in the kernel: 100 % is one full CPU.",
             Query(rate("process_cpu_seconds_total"), HOST_LEGEND),
             unit=SHARE,
             size=(8, 8),

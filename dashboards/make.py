@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Makes grafana.json and rules.yml: `python -m dashboards.make` in the root of the checkout.
 
-queries.py has what Prometheus is asked, verdict.py what it is asked about the patch, grafana.py what panels of one kind
-share; the other files have the rows. rules.template.yml is rules.yml with names in place of what is made.
+queries.py has the queries, verdict.py those for the patch, grafana.py what panels of one kind share; the other files
+have the rows. rules.template.yml is rules.yml with placeholders for what is generated.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def made() -> Json:
         "By VM": per_vm(),
         "Health of the tracers": health(),
     }
-    description = "What KVM's MSR-intercept code does on VMX hosts, how much of it is useless, and what it costs."
+    description = "What KVM's MSR-intercept code does on VMX hosts, how much of it is redundant, and what it costs."
     return dashboard("msrtrace", "msrtrace: MSR intercepts", description, laid_out(rows), metric="msrtrace_build_info")
 
 
 def rules(template: Path = _TEMPLATE) -> str:
-    """The rules: each @name@ in TEMPLATE replaced by what is made; with its indentation if it stands alone."""
+    """The rules: the template with each @name@ replaced; indented as it is if it is alone on its line."""
     parts = {
         "missing_by_kernel": missing_by_kernel(),
         "judged": label("layout", JUDGED),
         # each function once, whatever layouts share it
         "call_functions": label("function", list(dict.fromkeys(f for layout in layouts() for f in layout.calls))),
-        "no_births": label("function", [name for vendor in VENDORS for name in vendor.vcpu_create], other=True),
+        "not_vcpu_create": label("function", [name for vendor in VENDORS for name in vendor.vcpu_create], other=True),
     }
     text = template.read_text()
     text = re.sub(r"^( *)@(\w+)@$", lambda found: indent(parts[found[2]], found[1]), text, flags=re.MULTILINE)
@@ -56,7 +56,7 @@ def rules(template: Path = _TEMPLATE) -> str:
 
 
 def main() -> None:
-    """Write both."""
+    """Write both files."""
     FILE.write_text(json.dumps(made(), indent=2) + "\n")
     RULES.write_text(rules())
 

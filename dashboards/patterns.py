@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Matchers of labels, from tables."""
+"""PromQL label matchers, from tables."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _DIGITS = "0123456789abcdef"
 
 
 def label(name: str, values: Sequence[str], *, other: bool = False) -> str:
-    """What matches a label NAME that is one of VALUES, which are plain words, or, if OTHER, none."""
+    """A matcher for a label that is one of the values (plain words) or, if `other`, none of them."""
     exactly, pattern = ("!=", "!~") if other else ("=", "=~")
     return f'{name}{exactly}"{values[0]}"' if len(values) == 1 else f'{name}{pattern}"{"|".join(values)}"'
 
 
 def msr_pattern(msrs: Sequence[range]) -> str:
-    """A regular expression for the label `msr` of those in MSRS: `0x` and hexadecimal digits, no zeros before them."""
+    """A regular expression for the label `msr`, `0x` and hexadecimal digits without leading zeros, of these MSRs."""
     parts: list[str] = []
     for numbers in msrs:
         first, last = numbers[0], numbers[-1]
@@ -28,7 +28,7 @@ def msr_pattern(msrs: Sequence[range]) -> str:
 
 
 def _spans(first: str, last: str) -> list[str]:
-    """Patterns for the numbers from FIRST to LAST, of equally many digits."""
+    """Patterns for the numbers from `first` to `last`, which have equally many digits."""
     if not first:
         return [""]
     if first[0] == last[0]:
@@ -50,7 +50,7 @@ def _spans(first: str, last: str) -> list[str]:
 
 
 def _any_of(digits: str) -> str:
-    """One of DIGITS, which follow each other."""
+    """A pattern for one of these consecutive digits."""
     if len(digits) == 1:
         return digits
     runs = [run for run in ("".join(filter(str.isdecimal, digits)), "".join(filter(str.isalpha, digits))) if run]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the dashboard asks Prometheus, in pieces with names."""
+"""The PromQL of the dashboard, built from named parts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-#: The label that operators give to targets, as prometheus.yml shows: `patched` or `unpatched`, what they believe.
+#: The label that operators give to targets, as in prometheus.yml: `patched` or `unpatched`, as they believe.
 GROUP = "patch"
 HOST = "job, instance"
 CALLS, REDUNDANT = "intercept_calls_total", "intercept_redundant_calls_total"
@@ -15,46 +15,46 @@ _IN_UPDATE = 'cause="filter_change"'
 
 
 def metric(name: str, *matchers: str) -> str:
-    """The series of `msrtrace_NAME`, or of NAME in another namespace, of the hosts that were chosen."""
+    """The series of `msrtrace_<name>`, or of a metric in another namespace, of the selected hosts."""
     name = name if name.startswith(("process_", "up")) else f"msrtrace_{name}"
     chosen = ('job=~"$job"', 'instance=~"$instance"', *matchers)
     return f"{name}{{{', '.join(chosen)}}}"
 
 
 def total(name: str, *matchers: str, over: str = "{}") -> str:
-    """A counter of each host, OVER which a function may be laid.
+    """A counter of each host, inside the format string `over`, such as a function.
 
-    Where VMs are told apart (--by-vm) it is that of all of them, ended ones too, which has a name of its own. The two
-    are joined by `or`: one selector of both names would fail wherever msrtrace was started anew the other way.
+    With --by-vm it is the sum over all VMs, including ended ones, which has its own name. The two are joined by `or`:
+    one selector for both names would fail where msrtrace was restarted with or without --by-vm.
     """
     if not name.startswith(("intercept_", "filter_update")):
         return over.format(metric(name, *matchers))
-    together, plain = metric(f"host_{name}", *matchers), metric(name, 'vm=""', *matchers)
-    return f"({over.format(together)} or {over.format(plain)})"
+    all_vms, plain = metric(f"host_{name}", *matchers), metric(name, 'vm=""', *matchers)
+    return f"({over.format(all_vms)} or {over.format(plain)})"
 
 
 def rate(name: str, *matchers: str) -> str:
-    """A counter's growth in a second."""
+    """The rate of a counter, per second."""
     return total(name, *matchers, over="rate({}[$__rate_interval])")
 
 
 def increase(name: str, *matchers: str) -> str:
-    """A counter's growth within a point of the graph."""
+    """The increase of a counter, per step of the graph."""
     return total(name, *matchers, over="increase({}[$__rate_interval])")
 
 
 def of_vms(name: str) -> str:
-    """A counter's growth in a second, of each VM."""
+    """The rate of a counter by VM, per second."""
     return f"rate({metric(name, _A_VM)}[$__rate_interval])"
 
 
 def by(labels: str, what: str) -> str:
-    """WHAT, summed by LABELS; over everything if there are none."""
+    """A sum by labels; over everything if there are none."""
     return f"sum by ({labels}) ({what})" if labels else f"sum({what})"
 
 
 def ratio(part: str, whole: str) -> str:
-    """PART of WHOLE where there is any WHOLE: 0 of 0 is not 0 %, it is nothing."""
+    """A part divided by the whole where that is not 0: 0 of 0 has no value."""
     return f"{part} / ({whole} > 0)"
 
 
@@ -66,24 +66,24 @@ def share(labels: str, growth: Callable[[str], str] = rate) -> str:
 
 
 def host_count(found: str, among: str) -> str:
-    """How many hosts were FOUND; 0 only where one is AMONG those that could have been."""
+    """The number of hosts in `found`; 0 only if any host is in `among`, else nothing."""
     return f"count(group by ({HOST}) ({found})) or 0 * count(group by ({HOST}) ({among}))"
 
 
 def most(name: str, labels: str) -> str:
-    """The rates of a counter by LABELS, of the ten that grew most in the time shown."""
+    """The rates of a counter by labels, of the ten with the largest increase in the time shown."""
     grown = total(name, over="increase({}[$__range] @ end())")
     return f"{by(labels, rate(name))} and topk(10, {by(labels, grown)})"
 
 
 def most_vms(name: str, labels: str) -> str:
-    """The same of VMs."""
+    """The same by VM."""
     grown = f"increase({metric(name, _A_VM)}[$__range] @ end())"
     return f"{by(labels, of_vms(name))} and topk(10, {by(labels, grown)})"
 
 
 def quantile(part: float, labels: str = "") -> str:
-    """The time that this PART of the filter updates did not exceed; nothing where there were none."""
+    """A quantile of the duration of filter updates; nothing if there were none."""
     buckets = by(f"{labels}, le" if labels else "le", rate("filter_update_duration_seconds_bucket"))
     return f"histogram_quantile({part}, {buckets}) > 0"
 
@@ -93,32 +93,32 @@ UPDATES = rate("filter_updates_total")
 
 
 def comparable(*groups: str) -> str:
-    """Restricts what it follows to hosts whose calls mean the same, and to those labelled as one of GROUPS, if any."""
+    """Restricts an expression to hosts with comparable calls and, if given, one of these labels."""
     labelled = [f'{GROUP}=~"' + "|".join(groups) + '"'] if groups else []
     hosts = metric("build_info", 'layout="toggle"', *labelled)
     return f" and on ({HOST}) {hosts}"
 
 
 def per_update(name: str, labels: str, only: str = "") -> str:
-    """Calls that one filter update makes, on those hosts that show such calls."""
+    """Calls per filter update, of hosts with such calls."""
     calls = rate(name, _IN_UPDATE) + only
     return ratio(by(labels, calls), by(labels, f"{UPDATES} and on ({HOST}) {calls}"))
 
 
 def per_update_by_kernel() -> str:
-    """The same by the kernel's release, on every host that shows calls."""
+    """The same by kernel release, of all hosts with calls."""
     calls = rate(CALLS, _IN_UPDATE)
     join = f"* on ({HOST}) group_left (kernel) {BUILD}"
     return ratio(by("kernel", f"{calls} {join}"), by("kernel", f"({UPDATES} and on ({HOST}) {calls}) {join}"))
 
 
 def mean_update(labels: str, only: str = "") -> str:
-    """Seconds that one filter update takes."""
+    """The mean duration of a filter update, in seconds."""
     seconds = rate("filter_update_duration_seconds_sum") + only
     return ratio(by(labels, seconds), by(labels, rate("filter_update_duration_seconds_count") + only))
 
 
-#: Counters of what was not counted, and what each is called.
+#: The counters of losses, and their names in the legend.
 LOSSES = {
     "probe_missed_total": "runs that probes missed",
     "dropped_updates_total": "full maps",

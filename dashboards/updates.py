@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The rows that say what a filter update costs, and what the patch saves."""
+"""The rows on what a filter update costs, and what the patch saves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dashboards.queries import (
 HOST_LEGEND = "{{instance}}"
 
 LABELLING = f"""\
-In the scrape configuration, say what you believe of a host (`prometheus.yml` beside this dashboard is an example):
+In the scrape configuration, label each host with what you believe (see `prometheus.yml` next to this dashboard):
 
 ```yaml
 static_configs:
@@ -29,18 +29,18 @@ static_configs:
     labels: {{{GROUP}: patched}}    # or: unpatched
 ```
 
-Only kernels 5.13 to 6.16 are compared: newer ones ask for reads and writes in one call, so their calls cannot be set \
-against these. *By kernel* needs no label."""
+Only kernels 5.13 to 6.16 are compared: newer ones update reads and writes in one call, so their calls are not \
+comparable. *By kernel* needs no label."""
 
 
 def filter_updates() -> list[Json]:
-    """What an update costs."""
+    """The row on what an update costs."""
     return [
         graph(
             "Filter update duration",
-            "How long a vCPU took to apply a changed MSR filter, msrtrace's own probes included: half of the updates, "
-            "90 % and 99 % took at most this long. The buckets are powers of two, so a quantile is exact to a "
-            "factor of two. All hosts together. Gaps: no updates.",
+            "How long a vCPU took to apply a changed MSR filter, including the probes: half of the updates, 90 % and "
+            "99 % took at most this long. The buckets are powers of two, so a quantile is accurate to a factor of "
+            "two. All hosts. Gaps: no updates.",
             Query(quantile(0.5), "median"),
             Query(quantile(0.9), "90 %"),
             Query(quantile(0.99), "99 %"),
@@ -48,32 +48,32 @@ def filter_updates() -> list[Json]:
         ),
         graph(
             "99 % of filter updates, by host",
-            "99 % of a host's filter updates took at most this long, exact to a factor of two. Gaps: no updates.",
+            "99 % of a host's filter updates took at most this long, accurate to a factor of two. Gaps: no updates.",
             Query(quantile(0.99, HOST), HOST_LEGEND),
             unit="s",
         ),
         graph(
             "Mean filter update, by host",
-            "The time of all filter updates by their number; unlike the quantiles it is exact. Gaps: no updates.",
+            "The mean duration of filter updates; unlike the quantiles it is exact. Gaps: no updates.",
             Query(mean_update(HOST), HOST_LEGEND),
             unit="s",
         ),
         graph(
             "Calls per filter update, by host",
-            "Calls with cause filter_change by filter updates. Kernels 5.13 to 6.16 with the patch make 13 where "
+            "Calls with the cause filter_change, per filter update. Kernels 5.13 to 6.16 with the patch make 13 where "
             "those without make 30 or more, depending on the CPU's features.",
             Query(per_update(CALLS, HOST), HOST_LEGEND),
             unit="none",
         ),
         graph(
             "Redundant calls per filter update, by host",
-            "Those of them that changed nothing. A host that cannot tell is absent.",
+            "Of these calls, those that changed nothing. Hosts where that is unknown are absent.",
             Query(per_update(REDUNDANT, HOST), HOST_LEGEND),
             unit="none",
         ),
         graph(
             "CPU time in filter updates, by host",
-            "Seconds per second that vCPUs spent in filter updates: 100 % is one CPU fully taken.",
+            "Seconds per second that vCPUs spent in filter updates: 100 % is one full CPU.",
             Query(by(HOST, rate("filter_update_duration_seconds_sum")), HOST_LEGEND),
             unit=SHARE,
         ),
@@ -81,30 +81,30 @@ def filter_updates() -> list[Json]:
 
 
 def comparison() -> list[Json]:
-    """Hosts with the patch against hosts without, as their operator labelled them."""
+    """The row that compares hosts with the patch and without, as labelled by the operator."""
     labelled = f" Empty unless targets have the label {GROUP}."
     both = f" Empty unless targets of both kinds have the label {GROUP}."
     legend, groups = f"{{{{{GROUP}}}}}", comparable("patched", "unpatched")
     patched, unpatched = comparable("patched"), comparable("unpatched")
     return [
-        text("How to label hosts", "What the operator does for this row.", LABELLING, size=(8, 8)),
+        text("How to label hosts", "How to prepare this row.", LABELLING, size=(8, 8)),
         graph(
             "Calls per filter update",
-            "What one vCPU's filter update makes KVM call, with the patch and without." + labelled,
+            "Calls that KVM makes in one vCPU's filter update, with the patch and without." + labelled,
             Query(per_update(CALLS, GROUP, groups), legend),
             unit="none",
             absent="no labels",
         ),
         graph(
             "Redundant calls per filter update",
-            "Those of them that changed nothing." + labelled,
+            "Of these calls, those that changed nothing." + labelled,
             Query(per_update(REDUNDANT, GROUP, groups), legend),
             unit="none",
             absent="no labels",
         ),
         stat(
             "Calls saved by the patch",
-            "Fewer calls in each filter update." + both,
+            "How many fewer calls each filter update makes." + both,
             f"{per_update(CALLS, '', unpatched)} - {per_update(CALLS, '', patched)}",
             unit="none",
             decimals=1,
@@ -113,8 +113,8 @@ def comparison() -> list[Json]:
         ),
         stat(
             "Time saved by the patch",
-            "Less time in each filter update, on average, msrtrace's probes included; below 0 the patched hosts are "
-            "slower, for other reasons." + both,
+            "How much less time each filter update takes on average, including the probes; below 0 the patched hosts "
+            "are slower, for other reasons." + both,
             f"{mean_update('', unpatched)} - {mean_update('', patched)}",
             unit="s",
             absent="no labels",
@@ -129,8 +129,8 @@ def comparison() -> list[Json]:
         ),
         graph(
             "Calls per filter update, by kernel",
-            "The same by the kernel's release, for all kernels whose calls can be seen. From 6.17 on one call asks for "
-            "reads and writes.",
+            "The same by the kernel's release, for all kernels whose calls can be observed. From 6.17 on one call "
+            "updates reads and writes.",
             Query(per_update_by_kernel(), "{{kernel}}"),
             unit="none",
         ),

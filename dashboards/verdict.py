@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The rules of tracer/model/verdict.py as questions to Prometheus, for the dashboard and the alert in rules.yml."""
+"""The rules of tracer/model/verdict.py in PromQL, for the dashboard and the alert in rules.yml."""
 
 from __future__ import annotations
 
@@ -30,45 +30,45 @@ MISSING_CODE, PRESENT_CODE, SUPERSEDED_CODE, UNDECIDED_CODE = 1, 2, 3, 4
 
 
 def matchers(calls: Calls) -> tuple[str, ...]:
-    """What selects the series of CALLS."""
+    """The matchers for the series of these calls."""
     pattern = f'msr{"!~" if calls.outside else "=~"}"{msr_pattern(calls.msrs)}"'
     return f'action="{calls.action}"', f'cause="{FILTER_CHANGE}"', pattern
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How hosts are told apart, and which series are looked at."""
+    """How a query distinguishes hosts and selects series."""
 
-    #: of a counter of VMs together and of one with labels of VMs: what makes one series for each host of it
+    #: aggregations to one series for each host: of counters summed over VMs, and of counters by VM
     sums: tuple[str, str]
-    #: what matches series of a host, after `unless` and `and`
+    #: the vector matching by host, after `unless` and `and`
     on: str
-    #: for how long, after a reload of kvm_intel, what was called before may have been called by another
+    #: for how long after a reload of kvm_intel the calls may be those of the previous module
     window: str
     #: the selector of a metric of msrtrace's, by its name and matchers
     select: Callable[..., str]
 
     def per_host(self, counter: Callable[[str], str]) -> str:
-        """COUNTER, given `host_` or nothing for its metrics' names, summed by host: ended VMs are in `host_` alone."""
+        """A counter summed by host; `counter` gets the prefix `host_`, which alone includes ended VMs, or ""."""
         sums = (f"{clause} {_block(counter(of))}" for clause, of in zip(self.sums, ("host_", ""), strict=True))
         return _block("\nor\n".join(sums))
 
     def calls(self, calls: Calls, *more: str, over: str = "{}") -> Callable[[str], str]:
-        """The counter of CALLS, OVER which a function may be laid."""
+        """The counter of these calls, inside the format string `over`, such as a function."""
         return lambda of: over.format(self.select(f"{of}intercept_calls_total", *matchers(calls), *more))
 
     def unless(self, *parts: str) -> str:
-        """The first of PARTS on hosts of which no other is true."""
+        """The first part, on hosts for which no other part has series."""
         return f"\nunless{self.on}\n".join(parts)
 
     def since_reload(self, found: str, calls: Calls) -> str:
-        """FOUND of CALLS since the tracer started; after a reload of kvm_intel, if there were any within the window."""
+        """`found` since the tracer started; after a reload of kvm_intel only if there were such calls in the window."""
         grown = self.per_host(self.calls(calls, over=f"increase({{}}[{self.window}])"))
         reloaded = self.unless(f"{self.select('module_unloads_total')} > 0", f"{grown} > 0")
         return _block(self.unless(found, _block(reloaded)))
 
     def enabled(self) -> str:
-        """Fact.ENABLED; the value is how often."""
+        """Fact.ENABLED; the value is the number of calls."""
         return self.since_reload(f"{self.per_host(self.calls(ENABLES))} > 0", ENABLES)
 
     def changed(self) -> str:
@@ -81,7 +81,7 @@ class Dialect:
 
 
 def _block(text: str) -> str:
-    """TEXT in parentheses, on lines of its own."""
+    """The text in parentheses, indented on its own lines."""
     return "(\n" + indent(text, "  ") + "\n)"
 
 
@@ -94,12 +94,12 @@ _PANELS = Dialect(
     select=metric,
 )
 _BUILD = metric("build_info")
-#: Probes without which a call may escape.
+#: Functions without whose probes a call may be missed.
 _COUNTED = [f for vendor in VENDORS for layout in JUDGED for f in sorted(vendor.counted_functions(layout))]
 
 
 def _one_direction() -> str:
-    """MSRs of which filter updates passed one direction through and never the other."""
+    """MSRs of which filter updates passed only one direction through."""
     clause = f"sum by ({HOST}, msr, access)"
     by_direction = replace(_PANELS, sums=(clause, clause))
     passed = by_direction.per_host(_PANELS.calls(DISABLES, label("access", ("read", "write"))))
@@ -107,9 +107,9 @@ def _one_direction() -> str:
 
 
 def _facts() -> dict[Fact, str]:
-    """The facts that can be asked for: each has series of the hosts of which it is true.
+    """The facts that can be queried: each has series for the hosts where it holds.
 
-    Fact.RELOADED is a part of two of them. Fact.UPDATES_UNSEEN is Fact.NO_UPDATES here: there is no such counter.
+    Fact.RELOADED is a part of two of them. Fact.UPDATES_UNSEEN is Fact.NO_UPDATES here: the counter is absent.
     """
     unprobed = metric("probe_attached", label("function", _COUNTED))
     return {
@@ -134,7 +134,7 @@ def _code(rule: Rule) -> int:
 
 
 def _verdict() -> str:
-    """`or` keeps the first series of a host, as a verdict is that of the first rule that applies."""
+    """The rules joined by `or`, which keeps the first series of a host: that of the first rule that applies."""
     facts = _facts()
     found = " or ".join(
         f"{_code(rule)} * group by ({HOST}) ({facts[rule.fact]})" for rule in RULES if rule.fact in facts
@@ -142,7 +142,7 @@ def _verdict() -> str:
     return re.sub(r"\( | (?=\))", lambda part: part[0].strip(), " ".join(found.split()))
 
 
-#: For each host one of the codes above.
+#: One of the codes above for each host.
 VERDICT = _verdict()
 MISSING, PRESENT = (f"({VERDICT}) == {code}" for code in (MISSING_CODE, PRESENT_CODE))
 
@@ -157,7 +157,7 @@ def _select(name: str, *chosen: str) -> str:
     return f"msrtrace_{name}{{{', '.join(chosen)}}}" if chosen else f"msrtrace_{name}"
 
 
-#: Labels of targets are kept, whatever they are.
+#: All labels of targets are kept.
 _ALERT = Dialect(
     sums=(f"sum without ({', '.join(_KIND)})", f"sum without ({', '.join(_KIND)}, vm, pid)"),
     on="",
@@ -173,7 +173,7 @@ def missing_by_kernel() -> str:
         # These two are of other layouts.
         Fact.SUPERSEDED: None,
         Fact.CALLS_UNSEEN: None,
-        # It is a part of what `enabled` is.
+        # It is a part of `enabled`.
         Fact.RELOADED: None,
     }
     earlier = [facts[rule.fact] for rule in takewhile(lambda rule: rule.fact is not Fact.ENABLED, RULES)]

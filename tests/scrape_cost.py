@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a scrape costs, natively: milliseconds of CPU (user and system) of one core, by the number of series.
+"""What a scrape costs on this machine: milliseconds of CPU (user and system), by the number of series.
 
 `make scrape-cost` prints the table in docs/cost.md. The series are those of `--by-vm`. Each row is measured in a
 process of its own; the client is another one. The best of several scrapes: what is more is other people's work.
@@ -46,7 +46,7 @@ for line in sys.stdin:
 
 
 class Made(Collector):
-    """Families that were made before."""
+    """Families that were collected before."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = list(families)
@@ -56,7 +56,7 @@ class Made(Collector):
 
 
 def milliseconds(work: Callable[[], object]) -> float:
-    """Of CPU that WORK takes in all threads of this process, at best."""
+    """The least CPU time that the work takes, in all threads of this process."""
 
     def once() -> float:
         before = time.process_time()
@@ -67,13 +67,13 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def _resident() -> float:
-    """MB of memory of this process."""
+    """The memory of this process, in MB."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
 def row(series: int) -> dict[str, float]:
-    """The figures of a host with about so many SERIES."""
+    """The figures of a host with about that many series."""
     empty = _resident()
     snapshot = crowd(math.ceil((series - _OF_THE_HOST) / _OF_A_VM))
     registry, collector = CollectorRegistry(), SnapshotCollector(lambda: snapshot, "0.1.0")
@@ -116,7 +116,7 @@ def _rounded(value: float) -> str:
 
 
 def main() -> None:
-    """Print the table, or what one process found."""
+    """Print the table, or the figures of one process."""
     if len(sys.argv) > 1:
         print(json.dumps(row(int(sys.argv[1]))))
         return

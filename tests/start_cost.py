@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a start of msrtrace takes, natively, up to its first scrape: milliseconds of CPU (user and system), by step.
+"""What a start of msrtrace costs here, up to its first scrape: milliseconds of CPU (user and system) by step.
 
 `make start-cost` prints the table in docs/cost.md. Each start is a process of its own, the compiler's included;
 the best of several, since what is more is other people's work. This machine may have no kvm_intel, so the program is
@@ -24,13 +24,13 @@ _REPEATS = 5
 
 
 def spent() -> float:
-    """Milliseconds of CPU that this process and its children have taken."""
+    """The CPU time of this process and its children, in milliseconds."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages) * 1000
 
 
 def start() -> dict[str, float]:
-    """One start: what each step takes."""
+    """The cost of each step of one start."""
     seen = {"Python": spent()}
 
     def step(name: str) -> None:
@@ -85,7 +85,7 @@ def start() -> dict[str, float]:
 
 
 def best(headers: Path, cold: bool) -> dict[str, float]:
-    """Of several starts, what each step takes at least; COLD: with nothing kept."""
+    """The least cost of each step of several starts; `cold`: with an empty cache."""
     runs = []
     with tempfile.TemporaryDirectory() as kept:
         for number in range(_REPEATS + (not cold)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The README stays short, and what the texts point at is there."""
+"""The README stays short, and links and file names in the docs are valid."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _FILE = re.compile(r"(?:bpf|dashboards|docs|tests|tracer)/[\w./-]+\.\w+")
 
 
 def prose(page: Path) -> str:
-    """PAGE without its blocks of code."""
+    """The page without its code blocks."""
     return _INDENTED.sub("", _FENCED.sub("", page.read_text()))
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub calls the headings of PAGE."""
+    """The anchors of the page's headings, as GitHub makes them."""
     found: set[str] = set()
     for heading in _HEADING.findall(prose(page)):
         slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
@@ -41,11 +41,11 @@ def anchors(page: Path) -> set[str]:
 
 
 def links(page: Path) -> list[str]:
-    """The relative links of PAGE."""
+    """The relative links of the page."""
     return [link for link in _LINK.findall(_CODE.sub("", prose(page))) if "://" not in link]
 
 
-def test_the_readme_is_read_in_five_minutes() -> None:
+def test_the_readme_is_short() -> None:
     lines = README.read_text().splitlines()
     assert len(lines) <= _LINES
     assert [line for line in lines if len(line) > _COLUMNS] == []
@@ -56,7 +56,7 @@ def test_the_package_shows_the_readme() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_link_is_valid(page: Path) -> None:
     dead = []
     for link in links(page):
         path, _, anchor = link.partition("#")
@@ -72,7 +72,7 @@ def test_every_file_that_is_named_exists(page: Path) -> None:
     assert [name for name in sorted(named) if not (REPO / name).exists()] == []
 
 
-def test_every_page_is_reached_from_the_readme() -> None:
+def test_every_page_is_linked_from_the_readme() -> None:
     reached = {(README.parent / link.partition("#")[0]).resolve() for link in links(README)}
     assert {*(REPO / "docs").glob("*.md")} <= reached
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every source file says its licence in its first lines, as the kernel's own do."""
+"""Every source file has its licence in its first lines, as the kernel's do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TEXTS = {"LICENSE", ".gitignore"}
 
 
 def _licences() -> dict[str, str]:
-    """Path -> licence of every tracked source file; "" where its first two lines name none."""
+    """Path -> licence of every tracked source file; "" where its first two lines have none."""
     # Under sudo the checkout belongs to another user, which git asks to be told of.
     command = ["git", "-c", f"safe.directory={REPO}", "-C", str(REPO), "ls-files", "-z"]
     names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
@@ -36,7 +36,7 @@ def test_every_source_file_names_its_licence() -> None:
     assert [name for name, licence in licences.items() if not licence] == []
 
 
-def test_only_what_goes_into_the_kernel_is_of_version_2_alone() -> None:
+def test_only_what_goes_into_the_kernel_is_gpl_2_0_only() -> None:
     version_2_alone = {name for name, licence in _licences().items() if licence == "GPL-2.0-only"}
     assert version_2_alone == {name for name in _licences() if name.startswith("bpf/")} | {"tests/kvmhost/unpatch.diff"}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which rooms of tracer/ may import which, and that what differs between vendors is said in their tables alone."""
+"""Which directories of tracer/ may import which, and that only the vendors' tables have what differs between them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def room(file: Path) -> str:
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
-    """The modules of ours that a file imports, at its top or in a function."""
+    """The modules of ours that a file imports, at the top or in a function."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "tracer")
@@ -45,7 +45,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
 
 
 def vendors_words(tree: ast.Module) -> Iterator[str]:
-    """Names, and strings that are a name or the path of a module, which only one vendor has; sentences are none."""
+    """Names, and strings that are a name or a path of a module, which only one vendor has; not sentences."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             words = re.split(r"[/\s|]", node.value) if " " not in node.value else []
@@ -60,12 +60,12 @@ def vendors_words(tree: ast.Module) -> Iterator[str]:
         yield from (word for word in words if _IDENTIFIER.fullmatch(word))
 
 
-def test_every_file_is_in_a_room() -> None:
+def test_every_file_is_in_a_known_directory() -> None:
     assert {room(file) for file in FILES} == {"__init__.py", *ARROWS}
 
 
 @pytest.mark.parametrize("name", ARROWS)
-def test_arrows_point_one_way(name: str) -> None:
+def test_imports_point_one_way(name: str) -> None:
     wrong = [
         f"{file.relative_to(REPO)} imports {module}"
         for file in FILES
@@ -76,14 +76,14 @@ def test_arrows_point_one_way(name: str) -> None:
     assert wrong == []
 
 
-def test_the_arrows_have_no_circle() -> None:
+def test_imports_have_no_cycle() -> None:
     done: set[str] = set()
     while ready := [name for name in ARROWS if name not in done and ARROWS[name] <= done]:
         done.update(ready)
     assert done == ARROWS.keys()
 
 
-def test_vendors_are_named_in_their_tables_alone() -> None:
+def test_only_the_vendors_tables_name_vendors() -> None:
     exempt = {REPO / "tracer/model/vendors.py"}  # the list of the tables
     found = {
         str(file.relative_to(REPO)): sorted(set(vendors_words(ast.parse(file.read_text()))))
@@ -103,5 +103,5 @@ def test_vendors_are_named_in_their_tables_alone() -> None:
         ("x = 'a sentence on kvm_intel'", []),
     ],
 )
-def test_vendors_words_are_found(code: str, words: list[str]) -> None:
+def test_names_of_vendors_are_found(code: str, words: list[str]) -> None:
     assert sorted(vendors_words(ast.parse(code))) == words

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`msrtrace compare` as it is typed."""
+"""`msrtrace compare` on the command line."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ["--format", "text", "--", "u.json", "p.json"],
     ],
 )
-def test_compare(main: Main, arguments: list[str]) -> None:
+def test_two_reports_are_compared(main: Main, arguments: list[str]) -> None:
     status, out, err = main("compare", *arguments)
     assert (status, err) == (0, "")
     assert out.startswith(SENTENCE + "\n")
 
 
 @pytest.mark.usefixtures("files")
-def test_compare_repeats(main: Main) -> None:
+def test_repeats_are_compared(main: Main) -> None:
     _, out, _ = main("compare", "--base", "u.json", "u.json", "u.json", "--new", "p.json", "seven.json")
     assert "unpatched: workload --updates 101 (303 filter updates, 3 reports)" in out
     assert "patched: workload --updates 101 (108 filter updates, 2 reports)" in out
@@ -79,14 +79,14 @@ def test_compare_repeats(main: Main) -> None:
         ["u.json", "p.json", "--bogus"],
     ],
 )
-def test_compare_wrong_usage(main: Main, arguments: list[str]) -> None:
+def test_wrong_usage_is_explained(main: Main, arguments: list[str]) -> None:
     status, out, err = main("compare", *arguments)
     assert (status, out) == (2, "")
     assert "Error: " in err
 
 
 @pytest.mark.usefixtures("files")
-def test_compare_refusals(main: Main) -> None:
+def test_incomparable_reports_are_refused_with_status_3(main: Main) -> None:
     status, out, err = main("compare", "other.json", "u.json")
     refusal = (
         "msrtrace: error: the workloads differ: patched ran x, unpatched workload --updates 101 (--force compares them "
@@ -107,7 +107,7 @@ def test_compare_refusals(main: Main) -> None:
         ("\x1b[2J", r"cannot read \x1b[2J: No such file or directory"),
     ],
 )
-def test_compare_what_cannot_be_read(main: Main, name: str, why: str) -> None:
+def test_unreadable_reports_are_an_error(main: Main, name: str, why: str) -> None:
     for arguments in ([name, "u.json"], ["u.json", name]):
         assert main("compare", *arguments) == (1, "", f"msrtrace: error: {why}\n")
 
@@ -123,14 +123,14 @@ def test_compare_what_cannot_be_read(main: Main, name: str, why: str) -> None:
         (["-o", "-"], SENTENCE),
     ],
 )
-def test_formats_of_a_comparison(main: Main, options: list[str], start: str) -> None:
+def test_a_comparison_has_every_format(main: Main, options: list[str], start: str) -> None:
     status, out, err = main("compare", *options, "u.json", "p.json")
     assert (status, err) == (0, "")
     assert out.lower().startswith(start.lower())
 
 
 @pytest.mark.usefixtures("files")
-def test_a_comparison_in_a_file(main: Main) -> None:
+def test_a_comparison_is_written_to_a_file(main: Main) -> None:
     assert main("compare", "u.json", "p.json", "-o", "c.json") == (0, "", "")
     assert json.loads(Path("c.json").read_text())["sentence"] == SENTENCE
     status, _, err = main("compare", "u.json", "p.json", "-o", "none/c.json")
@@ -138,7 +138,7 @@ def test_a_comparison_in_a_file(main: Main) -> None:
 
 
 @pytest.mark.usefixtures("files")
-def test_a_comparison_with_standard_input() -> None:
+def test_a_report_may_come_from_standard_input() -> None:
     def compare(*arguments: str) -> Any:
         command = [sys.executable, "-m", "tracer.cli.main", "compare", *arguments]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}

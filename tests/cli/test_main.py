@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line: what it prints, and its exit status, in this process and in one of its own."""
+"""The command line: its output and exit status, in this process and in a process of its own."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
 @pytest.mark.parametrize("name", [None, *COMMANDS])
-def test_help(name: str | None, option: str) -> None:
+def test_help_is_shown(name: str | None, option: str) -> None:
     result = invoke(*([name] if name else []), option)
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.startswith(f"Usage: msrtrace {f'{name} [OPTIONS]' if name else '[OPTIONS] COMMAND'}")
@@ -85,19 +85,19 @@ def test_help(name: str | None, option: str) -> None:
     assert name or all(f"\n  {other} " in result.stdout for other in COMMANDS)
 
 
-def test_commands() -> None:
+def test_every_command_is_listed() -> None:
     assert COMMANDS == ["compare", "doctor", "report", "run", "top"]
     assert [named(name).name for name in COMMANDS] == COMMANDS
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_list_says_what_the_help_of_a_command_begins_with(name: str) -> None:
+def test_the_list_has_the_first_line_of_each_help(name: str) -> None:
     known = " ".join((named(name).help or "").split())
     assert known.startswith(cli.commands()[name])
     assert " ".join(f"{name} {cli.commands()[name]}".split()) in " ".join(invoke("--help").stdout.split())
 
 
-def test_version() -> None:
+def test_the_version_is_that_of_the_package() -> None:
     done = command("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"msrtrace, version {version('msrtrace')}\n", "")
 
@@ -122,7 +122,7 @@ def test_version() -> None:
         (["run", "--web.tls-cert-file", "/"], "'/' is a directory"),
     ],
 )
-def test_wrong_usage(main: Main, arguments: list[str], message: str) -> None:
+def test_wrong_usage_is_explained(main: Main, arguments: list[str], message: str) -> None:
     status, out, err = main(*arguments)
     assert (status, out) == (2, "")
     usage, hint, blank, error = err.splitlines()
@@ -142,7 +142,7 @@ def test_wrong_usage(main: Main, arguments: list[str], message: str) -> None:
         ("[::]:80", ("::", 80)),
     ],
 )
-def test_addresses(text: str, address: tuple[str, int]) -> None:
+def test_addresses_are_parsed(text: str, address: tuple[str, int]) -> None:
     assert Address().convert(text, None, None) == address
 
 
@@ -168,7 +168,7 @@ def reports(tmp_path: Path) -> Path:
 
 
 def start_up(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`msrtrace ARGUMENTS` in FOLDER; stderr has the modules that it imports."""
+    """Run msrtrace with arguments in a directory; stderr has the modules that it imports."""
     return subprocess.run(
         [sys.executable, "-c", NOTED, *arguments],
         cwd=folder,
@@ -181,7 +181,7 @@ def start_up(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_a_command_imports_nothing_that_takes_long(tmp_path: Path, name: str) -> None:
+def test_the_help_of_a_command_imports_nothing_slow(tmp_path: Path, name: str) -> None:
     found = set(start_up(tmp_path, name, "--help").stderr.split())
     assert f"tracer.cli.{name}" in found
     assert not found & HEAVY
@@ -205,13 +205,13 @@ def test_compare_imports_nothing_that_tracing_needs(reports: Path) -> None:
 
 
 def others(modules: set[str]) -> set[str]:
-    """The packages of other projects. msgspec takes typing_extensions along where it is."""
+    """The packages of other projects. msgspec imports typing_extensions if it is installed."""
     return {name.partition(".")[0] for name in modules} - sys.stdlib_module_names - {"tracer", "typing_extensions"}
 
 
 @pytest.mark.parametrize("arguments", STARTS)
-def test_start_up(reports: Path, arguments: list[str]) -> None:
-    """The goal is 0.2 s of a free core. Emulated hosts may be at work beside, hence the double."""
+def test_starting_takes_little_time(reports: Path, arguments: list[str]) -> None:
+    """The goal is 0.2 s on an idle core; the limit is twice that, as emulated hosts may run at the same time."""
 
     def took() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -226,7 +226,7 @@ def test_start_up(reports: Path, arguments: list[str]) -> None:
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """Let `msrtrace doctor` end with ERROR."""
+    """Make `msrtrace doctor` raise an error."""
 
     def broken(_: Machine) -> None:
         raise error
@@ -234,7 +234,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(doctor_command, "examine", broken)
 
 
-def test_no_such_process() -> None:
+def test_a_pid_without_a_process_is_an_error() -> None:
     done = command("run", "--pid", NOBODY)
     expected = f"msrtrace: error: there is no process {NOBODY}\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
@@ -261,20 +261,20 @@ def test_debugging_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main()
 
 
-def test_an_error_moves_no_cursor(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
+def test_an_error_has_no_control_characters(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
     fail(monkeypatch, MsrtraceError("\x1b[2J\u202e"))
     assert main("doctor") == (1, "", "msrtrace: error: \\x1b[2J\\u202e\n")
 
 
-def test_an_error_has_its_status(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
+def test_an_error_has_its_own_exit_status(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
     error = MsrtraceError("why")
     error.status = 3
     fail(monkeypatch, error)
     assert main("doctor") == (3, "", "msrtrace: error: why\n")
 
 
-def test_an_obstacle(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
-    """What doctor finds first is what run fails with; --wait-module asks for no module."""
+def test_what_prevents_tracing_is_the_error(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
+    """run fails with the first finding of doctor; with --wait-module the module may be missing."""
     ignored = []
 
     def obstacle(_: Machine, ignore: tuple[str, ...] = ()) -> str:
@@ -291,7 +291,7 @@ def test_an_obstacle(monkeypatch: pytest.MonkeyPatch, main: Main) -> None:
 # --- doctor ---
 
 
-def test_doctor() -> None:
+def test_doctor_prints_every_check_and_fails_if_one_does() -> None:
     names = [check.name for check in examine(Machine.here())]
     done = command("doctor", "--json")
     document = json.loads(done.stdout)
@@ -309,7 +309,7 @@ def test_doctor() -> None:
 
 
 class Running:
-    """`msrtrace run ARGUMENTS` in a process of its own, on a made-up kernel that is files in a folder."""
+    """`msrtrace run` in a process of its own, on a fake kernel that is files in a directory."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.folder = folder
@@ -324,7 +324,7 @@ class Running:
             )
 
     def until(self, text: str, file: Path | None = None) -> str:
-        """Wait until stdout (or FILE) has TEXT; all that it has then."""
+        """Wait until stdout (or a file) has the text; returns all of it."""
         end = time.monotonic() + 30
         while text not in (content := (file or self.out).read_text()):
             assert time.monotonic() < end, f"no {text!r} in {content!r}; stderr: {self.err.read_text()}"
@@ -336,7 +336,7 @@ class Running:
         return self.until("/metrics\n").rpartition("serving ")[2].splitlines()[0]
 
     def warnings(self) -> list[str]:
-        """What it said on stderr, but for what it says of capabilities to others than root."""
+        """The lines on stderr, without those on capabilities unless run by root."""
         lines = self.err.read_text().splitlines()
         return lines if os.geteuid() == 0 else [line for line in lines if "capabilities" not in line]
 
@@ -374,7 +374,7 @@ SERIES = 'msrtrace_intercept_calls_total{access="read",action="disable",cause="v
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_run(start: Start, number: signal.Signals) -> None:
+def test_run_serves_until_a_signal(start: Start, number: signal.Signals) -> None:
     running = start()
     url = running.url()
     assert running.out.read_text() == (
@@ -401,12 +401,12 @@ def test_run(start: Start, number: signal.Signals) -> None:
     assert running.warnings() == ["msrtrace: warning: vmx_vcpu_create is not probed: none"]
 
 
-def test_run_by_vm(start: Start) -> None:
+def test_run_by_vm_adds_the_labels(start: Start) -> None:
     running = start("--by-vm", "--pid", str(os.getpid()))
     assert f'{SERIES},pid="{os.getpid()}",vm="' in scrape(running.url())
 
 
-def test_a_reload_while_it_runs(start: Start) -> None:
+def test_run_follows_a_reload(start: Start) -> None:
     running = start()
     url = running.url()
     (running.folder / "module").unlink()
@@ -421,7 +421,7 @@ def test_a_reload_while_it_runs(start: Start) -> None:
     assert running.end() == 0
 
 
-def test_a_reload_to_what_cannot_be_traced_is_said_once(start: Start) -> None:
+def test_a_module_that_cannot_be_traced_is_reported_once(start: Start) -> None:
     running = start()
     url = running.url()
     (running.folder / "refusal").write_text("why")
@@ -433,7 +433,7 @@ def test_a_reload_to_what_cannot_be_traced_is_said_once(start: Start) -> None:
     assert running.end() == 0
 
 
-def test_waiting_for_the_module(start: Start, tmp_path: Path) -> None:
+def test_run_can_wait_for_the_module(start: Start, tmp_path: Path) -> None:
     (tmp_path / "module").unlink()
     running = start("--wait-module")
     assert running.until("waiting") == "msrtrace: waiting for kvm_intel to be loaded\n"
@@ -441,7 +441,7 @@ def test_waiting_for_the_module(start: Start, tmp_path: Path) -> None:
     assert f"{SERIES}}} 7.0\n" in scrape(running.url())
 
 
-def test_waiting_can_be_ended(start: Start, tmp_path: Path) -> None:
+def test_a_signal_ends_the_wait(start: Start, tmp_path: Path) -> None:
     (tmp_path / "module").unlink()
     running = start("--wait-module")
     running.until("waiting")
@@ -449,7 +449,7 @@ def test_waiting_can_be_ended(start: Start, tmp_path: Path) -> None:
 
 
 def failed(running: Running) -> str:
-    """The one error line of a run that cannot serve; no probe may be left."""
+    """The error line of a run that cannot serve; no probe may be left."""
     assert running.process.wait(30) == 1
     assert (running.folder / "closed").exists() == (running.folder / "attached").exists()
     assert "serving" not in running.out.read_text()
@@ -458,7 +458,7 @@ def failed(running: Running) -> str:
     return error.removeprefix("msrtrace: error: ")
 
 
-def test_port_taken(start: Start) -> None:
+def test_a_port_in_use_is_an_error(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         error = failed(start(address=address))
@@ -467,7 +467,7 @@ def test_port_taken(start: Start) -> None:
     )
 
 
-def test_no_such_address(start: Start) -> None:
+def test_an_unknown_address_is_an_error(start: Start) -> None:
     error = failed(start(address="host.invalid:9753"))
     assert error.startswith("cannot listen on host.invalid:9753: ")
 
@@ -476,21 +476,21 @@ def test_no_such_address(start: Start) -> None:
 
 
 @pytest.mark.parametrize("missing", ["cert", "key", "client-ca"])
-def test_tls_files_that_are_not_there(start: Start, tmp_path: Path, missing: str) -> None:
+def test_missing_tls_files_are_an_error(start: Start, tmp_path: Path, missing: str) -> None:
     options = [f"--web.tls-{name}-file={tmp_path / name}.pem" for name in ("cert", "key", "client-ca")]
     for name in {"cert", "key", "client-ca"} - {missing}:
         (tmp_path / f"{name}.pem").write_text("")
     assert failed(start(*options)).startswith(("cannot read a TLS file: ", "the TLS files cannot be used: "))
 
 
-def test_tls_files_that_are_nothing_of_the_kind(start: Start, tmp_path: Path) -> None:
+def test_invalid_tls_files_are_an_error(start: Start, tmp_path: Path) -> None:
     (tmp_path / "pem").write_text("nothing")
     error = failed(start(f"--web.tls-cert-file={tmp_path}/pem", f"--web.tls-key-file={tmp_path}/pem"))
     assert error.startswith("the TLS files cannot be used: ")
 
 
 def test_a_certificate_without_a_key_is_not_served_in_the_clear(start: Start, tmp_path: Path) -> None:
-    """prometheus_client serves HTTP, with no word, unless it is given both."""
+    """prometheus_client silently serves HTTP unless it is given both."""
     (tmp_path / "cert.pem").write_text("nothing")
     running = start("--web.tls-cert-file", str(tmp_path / "cert.pem"))
     with suppress(subprocess.TimeoutExpired):
@@ -499,7 +499,7 @@ def test_a_certificate_without_a_key_is_not_served_in_the_clear(start: Start, tm
     assert "serving" not in running.out.read_text()
 
 
-def test_tls(start: Start, tmp_path: Path) -> None:
+def test_https_with_client_certificates(start: Start, tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     request = [tool("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]

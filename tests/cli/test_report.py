@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`msrtrace report` as it is typed, on a made-up kernel."""
+"""`msrtrace report` on the command line, on a fake kernel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
 
 
 class Done(NamedTuple):
-    """What came of a command, and the names of the files that the stand-in left."""
+    """The result of a command, and the names of the files that the stand-in left."""
 
     returncode: int
     stdout: str
@@ -39,7 +39,7 @@ def command(folder: str | Path, *arguments: str) -> list[str]:
 
 
 def run(*arguments: str, given: str = "", **files: str) -> Done:
-    """`msrtrace report ARGUMENTS`, on a kernel that is FILES (see standin.py)."""
+    """`msrtrace report` with arguments, on a kernel that is files (see standin.py)."""
     with tempfile.TemporaryDirectory() as folder:
         for name, content in {MODULE: "1", **files}.items():
             (Path(folder) / name).write_text(content)
@@ -58,7 +58,7 @@ def run(*arguments: str, given: str = "", **files: str) -> Done:
 # --- report ---
 
 
-def test_for_a_time() -> None:
+def test_a_trace_of_a_duration() -> None:
     done = run("-d", "0.2")
     assert (done.returncode, done.stderr) == (0, "")
     assert CLOSED in done.left
@@ -66,7 +66,7 @@ def test_for_a_time() -> None:
     assert "\n13 calls per filter update, 11 of them redundant" in done.stdout
 
 
-def test_json() -> None:
+def test_the_json_of_a_trace() -> None:
     done = run("-d", "0.2", "--format", "json", "--label", "mine")
     made = decode(done.stdout.encode())
     assert (done.returncode, done.stderr) == (0, "")
@@ -75,7 +75,7 @@ def test_json() -> None:
     assert made.duration_seconds >= 0.2
 
 
-def test_the_suffix_says_the_format_unless_the_option_does(tmp_path: Path) -> None:
+def test_the_suffix_selects_the_format_unless_the_option_does(tmp_path: Path) -> None:
     starts = {
         "a.json": '{\n "schema": "msrtrace-report/1"',
         "b.JSON": '{\n "schema": "msrtrace-report/1"',
@@ -95,7 +95,7 @@ def test_the_suffix_says_the_format_unless_the_option_does(tmp_path: Path) -> No
         assert (tmp_path / name).read_text().startswith("**patch present: "), name
 
 
-def test_a_suffix_that_says_no_format_is_wrong_usage(tmp_path: Path) -> None:
+def test_an_unknown_suffix_is_wrong_usage(tmp_path: Path) -> None:
     done = run("-d", "99", "-o", str(tmp_path / "x.pdf"))
     assert (done.returncode, done.stdout) == (2, "")
     assert "no format has the suffix .pdf (.txt, .md, .json, .html, .htm); set --format" in done.stderr
@@ -104,7 +104,7 @@ def test_a_suffix_that_says_no_format_is_wrong_usage(tmp_path: Path) -> None:
     assert (done.returncode, (tmp_path / "x.pdf").read_text()[:13]) == (0, "patch present")
 
 
-def test_several_files(tmp_path: Path) -> None:
+def test_several_files_are_written(tmp_path: Path) -> None:
     done = run("-d", "0.01", "-o", str(tmp_path / "a.json"), "-o", "-", "-o", str(tmp_path / "a.md"))
     assert done.stdout.startswith(VERDICT)
     assert read(tmp_path / "a.json").totals.filter_updates == 101
@@ -112,8 +112,8 @@ def test_several_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [0, 7, 255])
-def test_a_command(status: int) -> None:
-    """Its output is its own, and its status is ours."""
+def test_a_command_is_traced(status: int) -> None:
+    """Its output is separate from the report, and msrtrace exits with its status."""
     done = run("--", "sh", "-c", f"cat; exit {status}", given="text\n")
     assert (done.returncode, done.stdout) == (status, "text\n")
     assert done.stderr.startswith(VERDICT)
@@ -121,20 +121,20 @@ def test_a_command(status: int) -> None:
     assert ("which ended with status" in done.stderr) == bool(status)
 
 
-def test_options_of_a_command_are_its_own() -> None:
+def test_options_after_the_command_belong_to_it() -> None:
     done = run("-o", "-", "--label", "x", "echo", "-d", "1", "--label", "--help")
     assert done.returncode == 0
     assert done.stdout.startswith(f"-d 1 --label --help\n{VERDICT}")
     assert done.stderr == ""
 
 
-def test_a_command_that_is_killed(tmp_path: Path) -> None:
+def test_a_killed_command_is_reported(tmp_path: Path) -> None:
     done = run("-o", str(tmp_path / "a.json"), "sh", "-c", "kill -KILL $$")
     assert (done.returncode, done.stdout, done.stderr) == (137, "", "")
     assert read(tmp_path / "a.json").exit_status == 137
 
 
-def test_a_command_that_is_not_there() -> None:
+def test_a_missing_command_is_an_error() -> None:
     done = run("no-such-command")
     expected = "msrtrace: error: cannot run no-such-command: No such file or directory\n"
     assert (done.returncode, done.stdout, done.stderr) == (127, "", expected)
@@ -142,14 +142,14 @@ def test_a_command_that_is_not_there() -> None:
     assert run("/").returncode == 126
 
 
-def test_a_command_that_is_no_text(tmp_path: Path) -> None:
+def test_a_command_may_have_arguments_that_are_not_utf_8(tmp_path: Path) -> None:
     done = run("-o", str(tmp_path / "a.json"), os.fsdecode(b"true"), os.fsdecode(b"\xff\x1b[2J\n"))
     assert (done.returncode, done.stderr) == (0, "")
     assert read(tmp_path / "a.json").command == ["true", r"\udcff\x1b[2J\n"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_until_a_signal(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_ends_the_trace(number: signal.Signals, tmp_path: Path) -> None:
     counting = tmp_path / COUNTED
     (tmp_path / MODULE).write_text("1")
     with subprocess.Popen(
@@ -167,19 +167,19 @@ def test_until_a_signal(number: signal.Signals, tmp_path: Path) -> None:
     assert decode(out).notes == []
 
 
-def test_by_vm() -> None:
+def test_by_vm_has_a_row_for_each_vm() -> None:
     made = decode(run("-d", "0.5", "--by-vm", "--format", "json").stdout.encode())
     assert made.vms
     assert made.vms[0].name.startswith("python")
 
 
-def test_warnings_are_said_and_kept() -> None:
+def test_warnings_are_shown_and_in_the_report() -> None:
     done = run("-d", "0.01", "--format", "json", warning="something is not as it should be")
     assert done.stderr == "msrtrace: warning: something is not as it should be\n"
     assert decode(done.stdout.encode()).notes == ["something is not as it should be"]
 
 
-def test_an_obstacle() -> None:
+def test_what_prevents_tracing_is_the_error() -> None:
     done = run("-d", "9", obstacle="kvm_intel is not loaded")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "msrtrace: error: kvm_intel is not loaded\n")
 
@@ -191,7 +191,7 @@ def test_a_file_that_cannot_be_written_is_found_before_tracing(tmp_path: Path) -
     assert run("-d", "99", "-o", str(tmp_path)).returncode == 2
 
 
-def test_a_report_that_cannot_be_written_at_last_is_not_lost(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_is_printed(tmp_path: Path) -> None:
     done = run("-d", "0.01", "-o", "/dev/full", "-o", str(tmp_path / "a.txt"))
     error = "msrtrace: error: cannot write /dev/full: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, error)
@@ -220,7 +220,7 @@ Main = Callable[..., tuple[int, str, str]]
         (["--pid", "0"], "0 is not in the range"),
     ],
 )
-def test_wrong_usage(main: Main, arguments: list[str], message: str) -> None:
+def test_wrong_usage_is_explained(main: Main, arguments: list[str], message: str) -> None:
     status, out, err = main("report", *arguments)
     assert (status, out) == (2, "")
     assert message in err
@@ -230,7 +230,7 @@ def test_wrong_usage(main: Main, arguments: list[str], message: str) -> None:
 
 
 def on_a_terminal(*arguments: str) -> tuple[str, str]:
-    """What `msrtrace report ARGUMENTS` writes to a terminal on standard error, and to standard output."""
+    """The output of `msrtrace report` to a terminal on standard error, and to standard output."""
     folder = tempfile.mkdtemp()
     (Path(folder) / MODULE).write_text("1")
     terminal, end = pty.openpty()

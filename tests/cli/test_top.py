@@ -25,7 +25,7 @@ _SGR = re.compile(rb"\x1b\[[\d;]*m")
 
 
 class Terminal:
-    """A process that leads a session with a terminal, of which this has the other side."""
+    """A process that leads a session on a pseudo-terminal, of which this is the other side."""
 
     def __init__(
         self, folder: Path, *command: str | Path, size: tuple[int, int] = (24, 80), **environment: str
@@ -45,18 +45,18 @@ class Terminal:
         )
 
     def resize(self, rows: int, columns: int) -> None:
-        """The kernel tells the foreground process group."""
+        """Change the size; the kernel signals the foreground process group."""
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def read(self, seconds: float) -> bool:
-        """Read what comes within SECONDS; whether anything did."""
+        """Read output for at most so many seconds; returns whether there was any."""
         if not select.select([self.master], [], [], seconds)[0]:
             return False
         self.sent += os.read(self.master, 65536)
         return True
 
     def screen(self) -> str:
-        """What stands there: lines are drawn at CSI row;1H, and all is wiped by CSI 2J."""
+        """The screen: lines are drawn at CSI row;1H, and CSI 2J clears it."""
         last = self.sent.rpartition(b"\x1b[2J")[2]
         rows: dict[int, bytes] = {}
         for row, text in re.findall(rb"\x1b\[(\d+);1H\x1b\[K([^\x1b]*(?:\x1b\[[\d;]*m[^\x1b]*)*)", last):
@@ -64,7 +64,7 @@ class Terminal:
         return "\n".join(rows.get(n, b"").decode() for n in range(1, max(rows, default=0) + 1))
 
     def until(self, *texts: str) -> str:
-        """Wait until the screen has TEXTS; all that it has then."""
+        """Wait until the screen has these texts; returns all of it."""
         end = time.monotonic() + 30
         while not all(text in self.screen() for text in texts):
             assert time.monotonic() < end, f"no {texts} in {self.screen()!r}; sent: {self.sent!r}"
@@ -76,7 +76,7 @@ class Terminal:
         os.write(self.master, keys.encode())
 
     def end(self) -> int:
-        """Wait for the end, which must leave the terminal as it was."""
+        """Wait for the exit, which must restore the terminal."""
         end = time.monotonic() + 30
         while self.process.poll() is None:
             assert time.monotonic() < end
@@ -136,7 +136,7 @@ ENTER, LEAVE = b"\x1b[?1049h", b"\x1b[0m\x1b[?7h\x1b[?25h\x1b[?1049l"
 ORDER = re.compile(r"IA32_TSC .*IA32_SPEC_CTRL ", re.DOTALL)
 
 
-def test_a_session(start: Start) -> None:
+def test_keys_control_the_screen(start: Start) -> None:
     terminal = start()
     drawn = terminal.until("IA32_SPEC_CTRL", "sorted by calls; ? for help, q to quit")
     assert ORDER.search(drawn)
@@ -167,7 +167,7 @@ def test_a_session(start: Start) -> None:
     assert (terminal.folder / "closed").exists()
 
 
-def test_a_pause(start: Start) -> None:
+def test_a_pause_keeps_the_screen(start: Start) -> None:
     terminal = start()
     terminal.until("IA32_TSC")
     terminal.type(" ")
@@ -188,7 +188,7 @@ def test_a_pause(start: Start) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_signals_end_it_in_order(start: Start, number: signal.Signals) -> None:
+def test_signals_end_it_cleanly(start: Start, number: signal.Signals) -> None:
     terminal = start()
     terminal.until("IA32_TSC")
     terminal.process.send_signal(number)
@@ -197,14 +197,14 @@ def test_signals_end_it_in_order(start: Start, number: signal.Signals) -> None:
     assert (terminal.folder / "closed").exists()
 
 
-def test_ctrl_c(start: Start) -> None:
+def test_ctrl_c_ends_it_cleanly(start: Start) -> None:
     terminal = start()
     terminal.until("IA32_TSC")
     terminal.type("\x03")
     assert terminal.end() == 0
 
 
-def test_an_exception_leaves_the_terminal_as_it_was(start: Start) -> None:
+def test_an_exception_restores_the_terminal(start: Start) -> None:
     terminal = start()
     terminal.until("IA32_TSC")
     (terminal.folder / "interrupt").touch()
@@ -214,7 +214,7 @@ def test_an_exception_leaves_the_terminal_as_it_was(start: Start) -> None:
     assert b"Traceback" not in terminal.sent
 
 
-def test_a_terminal_that_goes_away(start: Start) -> None:
+def test_a_closed_terminal_ends_it(start: Start) -> None:
     terminal = start()
     terminal.until("IA32_TSC")
     for name in ("slave", "master"):
@@ -224,8 +224,8 @@ def test_a_terminal_that_goes_away(start: Start) -> None:
     assert (terminal.folder / "closed").exists()
 
 
-def test_stopping_and_going_on(start: Start) -> None:
-    """After SIGSTOP, which nobody can prepare for, and whatever a shell then did to the terminal."""
+def test_it_redraws_after_a_stop(start: Start) -> None:
+    """After SIGSTOP, which cannot be handled, and whatever a shell then did to the terminal."""
     terminal = start()
     terminal.until("IA32_TSC")
     terminal.process.send_signal(signal.SIGSTOP)
@@ -272,8 +272,8 @@ print("ENDED", os.waitstatus_to_exitcode(status), termios.tcgetattr(0) == before
 """
 
 
-def test_job_control(folder: Path) -> None:
-    """Ctrl-Z, bg, fg, Ctrl-Z, kill: as a shell does it."""
+def test_job_control_restores_the_terminal(folder: Path) -> None:
+    """Ctrl-Z, bg, fg, Ctrl-Z, kill, as a shell does them."""
     shell = folder / "shell.py"
     shell.write_text(JOB_CONTROL)
     terminal = Terminal(folder, shell, *command(folder, "-d", "0.3"))
@@ -301,7 +301,7 @@ def test_job_control(folder: Path) -> None:
         terminal.close()
 
 
-def test_a_resize(start: Start) -> None:
+def test_a_resize_redraws(start: Start) -> None:
     terminal = start()
     assert len(terminal.until("q to quit", "IA32_TSC").splitlines()) == 24
     assert "filter_change" in terminal.screen()
@@ -316,7 +316,7 @@ def test_a_resize(start: Start) -> None:
     assert terminal.end() == 0
 
 
-def test_a_terminal_that_does_not_know_its_size(start: Start) -> None:
+def test_a_terminal_without_a_size_has_24_lines(start: Start) -> None:
     terminal = start(size=(0, 0))
     assert len(terminal.until("q to quit").splitlines()) == 24
     terminal.type("q")
@@ -324,7 +324,7 @@ def test_a_terminal_that_does_not_know_its_size(start: Start) -> None:
 
 
 @pytest.mark.parametrize("term", ["vt100", "linux"])
-def test_a_serial_console(start: Start, term: str) -> None:
+def test_a_serial_console_gets_ascii(start: Start, term: str) -> None:
     terminal = start(TERM=term)
     terminal.until("100 us each")
     terminal.type("q")
@@ -335,7 +335,7 @@ def test_a_serial_console(start: Start, term: str) -> None:
     assert (b"\x1b[31m" in terminal.sent) == (term == "linux")
 
 
-def test_no_colour(start: Start) -> None:
+def test_no_color_is_respected(start: Start) -> None:
     terminal = start(NO_COLOR="1")
     terminal.until("IA32_TSC", "100 µs each")
     terminal.type("q")
@@ -343,7 +343,7 @@ def test_no_colour(start: Start) -> None:
     assert not re.search(rb"\x1b\[[\d;]*3\dm", terminal.sent)
 
 
-def test_no_utf_8(start: Start) -> None:
+def test_without_utf_8_it_is_ascii(start: Start) -> None:
     terminal = start(LANG="C")
     terminal.until("100 us each")
     terminal.type("q")
@@ -351,20 +351,20 @@ def test_no_utf_8(start: Start) -> None:
     assert terminal.sent.isascii()
 
 
-def test_a_dumb_terminal(start: Start) -> None:
+def test_a_dumb_terminal_gets_frames_one_after_another(start: Start) -> None:
     terminal = start("-n", "2", TERM="dumb")
     assert terminal.end() == 0
     assert b"\x1b" not in terminal.sent
     assert terminal.sent.count(b"redundancy exact") == 2
 
 
-def test_an_end_after_some_frames(start: Start) -> None:
+def test_it_ends_after_n_frames(start: Start) -> None:
     terminal = start("-n", "2")
     assert terminal.end() == 0
     assert terminal.sent.rstrip().endswith(LEAVE)
 
 
-def test_vms_by_key(start: Start) -> None:
+def test_b_switches_to_vms(start: Start) -> None:
     terminal = start("--by-vm")
     terminal.until("pid VM ", "IA32_TSC")
     terminal.type("b")
@@ -412,7 +412,7 @@ def piped(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
     )
 
 
-def test_frames_in_a_pipe(folder: Path) -> None:
+def test_a_pipe_gets_frames(folder: Path) -> None:
     done = piped(folder, "-n", "2", "--sort", "share")
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"\x1b" not in done.stdout
@@ -428,14 +428,14 @@ def test_frames_in_a_pipe(folder: Path) -> None:
     assert (folder / "closed").exists()
 
 
-def test_a_wide_pipe(folder: Path) -> None:
+def test_a_pipe_has_the_width_of_columns(folder: Path) -> None:
     assert b"pid VM" in piped(folder, "-n", "1", "--by-vm", COLUMNS="200").stdout
     narrow = piped(folder, "-n", "1", COLUMNS="40").stdout.decode()
     assert max(map(len, narrow.splitlines())) <= 40
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_frames_until_a_signal(folder: Path, number: signal.Signals) -> None:
+def test_a_signal_ends_frames_in_a_pipe(folder: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, *command(folder, "-d", "0.2")],
         env=clean_environment(),
@@ -451,7 +451,7 @@ def test_frames_until_a_signal(folder: Path, number: signal.Signals) -> None:
     assert (folder / "closed").exists()
 
 
-def test_a_reader_that_stops_reading(folder: Path) -> None:
+def test_a_closed_pipe_ends_it(folder: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, *command(folder, "-d", "0.1")],
         env=clean_environment(),
@@ -473,7 +473,7 @@ def test_a_reader_that_stops_reading(folder: Path) -> None:
     "arguments",
     [["-d", "0"], ["-d", "nan"], ["-d", "inf"], ["-d", "0.01"], ["-n", "0"], ["--sort", "name"], ["--pid", "0"]],
 )
-def test_wrong_usage(arguments: list[str]) -> None:
+def test_wrong_usage_is_explained(arguments: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tracer.cli.main", "top", *arguments],
         cwd=REPO,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Asks a Prometheus every query of the dashboard as Grafana does, its variables substituted."""
+"""Runs every query of the dashboard on a Prometheus as Grafana does, with its variables substituted."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ class Range:
 
     @property
     def step(self) -> float:
-        """Between two points of a graph."""
+        """The step of a graph."""
         return max(self.scrape, math.ceil((self.end - self.start) / POINTS))
 
     def variables(self) -> dict[str, str]:
-        """What Grafana puts in: `All` of job and instance, and $__rate_interval as its manual defines it."""
+        """Grafana's variables: `All` for job and instance, and $__rate_interval as in its manual."""
         rate = max(self.step + self.scrape, 4 * self.scrape)
         seconds = {"__rate_interval": rate, "__interval": self.step, "__range": self.end - self.start}
         return {"job": ".+", "instance": ".+", **{name: f"{value:.0f}s" for name, value in seconds.items()}}
 
 
 def substituted(expression: str, variables: dict[str, str]) -> str:
-    """EXPRESSION without variables. Raises KeyError for one that is not among VARIABLES."""
+    """The expression with its variables substituted. Raises KeyError for an unknown one."""
     return re.sub(r"\$(\w+)|\$\{(\w+)\}", lambda found: variables[found[1] or found[2]], expression)
 
 
 def panels(dashboard: Json) -> list[Json]:
-    """Those that ask something."""
+    """The panels with queries."""
     return [panel for panel in dashboard["panels"] if panel.get("targets")]
 
 
 def ask(
     prometheus: Prometheus, dashboard: Json, time: Range, **chosen: str
 ) -> tuple[dict[str, dict[str, list[Json]]], list[str]]:
-    """The answers by panel and refId, and what is wrong with them, with variables as CHOSEN, or else `All`."""
+    """The answers by panel and refId, and errors; variables have the given values, or else `All`."""
     variables = time.variables() | chosen
 
     def one(panel: Json, target: Json) -> list[Json]:

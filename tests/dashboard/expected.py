@@ -26,7 +26,7 @@ NUMBERS = {
     "Failed scrapes": 0,
     "Reloads of kvm_intel": 0,
 }
-#: The last values of graphs by the label that tells their series apart.
+#: The last values of graphs, by the label in which their series differ.
 GRAPHS = {
     "Calls per filter update, by host": {"kvm1": 13, "kvm2": 30, "kvm3": 8, "kvm4": 13, "kvm6": 30, "kvm9": 14},
     "Redundant calls per filter update, by host": {"kvm1": 11, "kvm2": 28, "kvm3": 7, "kvm4": 11, "kvm9": 12},
@@ -60,7 +60,7 @@ NOT_OF_VAGUE = {
 
 
 def wrong(prometheus: Prometheus, dashboard: Json, time: Range, answers: Answers) -> list[str]:
-    """What is not as it must be in ANSWERS, and in those of single hosts."""
+    """The differences from what the answers must be, for all hosts and for single ones."""
     found = _by_title(dashboard, answers)
     differences = [
         f"{title} is {_numbers(found[title]['A'])}, not {number}"
@@ -68,10 +68,12 @@ def wrong(prometheus: Prometheus, dashboard: Json, time: Range, answers: Answers
         if [round(value, 6) for value in _numbers(found[title]["A"])] != [number]
     ]
     verdicts = _by_label(found["Hosts"]["B"])
-    differences += [f"the hosts' verdicts are {verdicts}"] * (verdicts != VERDICTS)
+    if verdicts != VERDICTS:
+        differences.append(f"the hosts' verdicts are {verdicts}")
     for title, expected in GRAPHS.items():
         last = _by_label([series for series in found[title]["A"] if series["values"][-1][0] == time.end])
-        differences += [f"{title} are {last}, not {expected}"] * (last != expected)
+        if last != expected:
+            differences.append(f"{title} are {last}, not {expected}")
     blind = _speaking(prometheus, dashboard, time, BLIND)
     differences += [f"{title!r} must say nothing of a host without calls" for title in sorted(blind - OF_BLIND)]
     vague = _speaking(prometheus, dashboard, time, VAGUE)
@@ -81,7 +83,7 @@ def wrong(prometheus: Prometheus, dashboard: Json, time: Range, answers: Answers
 
 
 def _speaking(prometheus: Prometheus, dashboard: Json, time: Range, instance: str) -> set[str]:
-    """The panels with an answer if INSTANCE alone is chosen, but for those of the row on msrtrace itself."""
+    """The panels with an answer if only this instance is selected, without those on msrtrace itself."""
     health = next(p["id"] for p in dashboard["panels"] if p["title"] == "Health of the tracers")
     about_kvm = {**dashboard, "panels": [p for p in dashboard["panels"] if p["id"] < health]}
     answers, _ = ask(prometheus, about_kvm, time, instance=instance)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A small fleet with an hour of history, for a Prometheus without hosts: what msrtrace exports of made-up snapshots."""
+"""A fleet with an hour of history, for a Prometheus without hosts: what msrtrace exports for made-up snapshots."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JOB = "msrtrace"
 
 
 def durations(count: int, median: float) -> Durations:
-    """COUNT updates whose times are distributed about MEDIAN seconds as times are: by their logarithm."""
+    """The durations of updates with a log-normal distribution about the median, in seconds."""
     shares = NormalDist(math.log2(median), 0.8)
     cumulative = [math.floor(count * shares.cdf(math.log2(bound)) + 0.5) for bound in DURATION_BOUNDS]
     cumulative.append(count)
@@ -35,7 +35,7 @@ def durations(count: int, median: float) -> Durations:
 
 
 def calm(per_second: float, swing: float = 0.4, period: float = 1500) -> Callable[[float], int]:
-    """How many until a moment, at a rate that comes and goes with PERIOD but is never negative."""
+    """A count over time, at a rate that varies with a period but is never negative."""
 
     def count(t: float) -> int:
         t += BEFORE
@@ -45,13 +45,13 @@ def calm(per_second: float, swing: float = 0.4, period: float = 1500) -> Callabl
 
 
 def bursts(per_second: float, begin: float, end: float) -> Callable[[float], int]:
-    """The same at a constant rate between BEGIN and END only."""
+    """A count over time, at a constant rate between two times only."""
     return lambda t: math.floor(per_second * (min(max(t, begin), end) - begin))
 
 
 @dataclass(frozen=True)
 class Host:
-    """A scraped target: its labels, its kernel, what it counts at a moment, and until when it answers."""
+    """A scraped target: its labels, its kernel, its counts at a time, and how long it answers."""
 
     instance: str
     kernel: str
@@ -60,7 +60,7 @@ class Host:
     until: float = math.inf
 
     def metrics(self, t: float) -> Iterator[Metric]:
-        """The families of a scrape after T seconds. What depends on the machine that this runs on is made up."""
+        """The families of a scrape after `t` seconds. Values that depend on this machine are replaced."""
         for family in SnapshotCollector(lambda: self.snapshot(t), "0.1.0", self.kernel).collect():
             if family.name == "msrtrace_scrape_duration_seconds":
                 family = GaugeMetricFamily(family.name, family.documentation, 0.004 + 0.002 * math.sin(t / 97) ** 2)
@@ -81,7 +81,7 @@ RECALC = ("vmx_set_intercept_for_msr", "vmx_recalc_intercepts", "kvm_vm_ioctl_se
 
 
 def _besides(snapshot: Snapshot, t: float, per_second: float, pid: int = 0) -> Snapshot:
-    """The same host with guests that write MSRs, and VMs that are started and get their CPUID."""
+    """The same host with guests that write MSRs, and VMs that are started and have their CPUID set."""
     set_ = snapshot.layout == "recalc"
     writes, starts = calm(per_second, 0.7, 700)(t), calm(per_second / 4)(t)
     exact = snapshot.redundancy == "exact"
@@ -167,7 +167,7 @@ def _by_vm(t: float) -> Snapshot:
     return replace(snapshot, maps=_maps(snapshot))
 
 
-#: Patched, unpatched and newer: one tells VMs apart, one hides its calls, one has no BTF and loses counts, one
+#: Patched, unpatched and newer: one runs --by-vm, one hides its calls, one has no BTF and loses counts, one
 #: went down, one was idle since its kvm_intel was reloaded, one shows Intel PT to guests.
 FLEET = (
     Host("kvm1:9753", "6.1.0-53-amd64", _one(calm(22), 15e-6), {"patch": "patched"}),
@@ -197,7 +197,7 @@ def _line(name: str, labels: dict[str, str], value: float, when: int) -> str:
 
 
 def write(file: Path, hosts: Iterable[Host] = FLEET) -> None:
-    """The hour before END as OpenMetrics text, family by family, as `promtool tsdb create-blocks-from` reads it."""
+    """The hour before `end` as OpenMetrics text, family by family, as `promtool tsdb create-blocks-from` reads it."""
     types: dict[str, str] = {"up": "gauge"}
     lines: dict[str, list[str]] = defaultdict(list)
     for host in hosts:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The rules of grafana/dashboard-linter, by its names for them, and ours, on the JSON of a dashboard.
+"""The rules of grafana/dashboard-linter, by their names, and our own, for the JSON of a dashboard.
 
 The linter itself is a Go program; these are its rules (docs/index.md there), stricter in two places: a
 counter with matchers is seen too, and every kind of panel needs a unit.
@@ -31,7 +31,7 @@ Node = tuple[Any, tuple[Any, ...]]
 
 
 def nodes(tree: Any, above: tuple[Any, ...] = ()) -> Iterator[Node]:
-    """Every node of a parsed query, with those above it, the nearest last."""
+    """Every node of a parsed query, with its ancestors, the nearest last."""
     yield tree, above
     names = ("lhs", "rhs", "expr", "param", "vector_selector")
     below = [child for name in names if isinstance(child := getattr(tree, name, None), promql.Expr)]
@@ -40,7 +40,7 @@ def nodes(tree: Any, above: tuple[Any, ...] = ()) -> Iterator[Node]:
 
 
 def selectors(expression: str) -> list[promql.VectorSelector]:
-    """The metrics that a query asks for. Raises ValueError if it is no PromQL."""
+    """The metrics in a query. Raises ValueError if it is not PromQL."""
     tree = promql.parse(substituted(expression, VARIABLES))
     return [node for node, _ in nodes(tree) if isinstance(node, promql.VectorSelector)]
 
@@ -51,7 +51,7 @@ def metric(selector: promql.VectorSelector) -> str:
 
 
 def complaints(dashboard: Json) -> list[str]:
-    """What breaks a rule: the rule's name, and where."""
+    """The broken rules, each with its place."""
     found = [f"{rule}: the dashboard" for rule in _of_dashboard(dashboard)]
     for panel in dashboard["panels"]:
         found += [f"{rule}: {panel['title']!r}" for rule in _of_panel(panel)]
@@ -133,6 +133,6 @@ def _of_query(panel: Json, target: Json) -> Iterator[str]:
                     yield f"target-{label}-rule"
             is_counter = metric(node).endswith(("_total", "_total)"))
             within = above[-2].func.name if len(above) > 1 and isinstance(above[-2], promql.Call) else None
-            # Nothing but what was counted since msrtrace started can be shown as it is, and then the panel says so.
+            # A bare counter is the count since msrtrace started, and the panel must say so.
             if is_counter and within not in _COUNTING and "since" not in panel["description"]:
                 yield "target-counter-agg-rule"

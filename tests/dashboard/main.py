@@ -29,7 +29,7 @@ NPM_TRIES = 4
 
 
 def install(built: Path) -> None:
-    """The npm packages of the lock file into BUILT, unless they are there."""
+    """Install the npm packages of the lock file, unless they are installed."""
     wanted = hashlib.sha256((HERE / "package-lock.json").read_bytes()).hexdigest()
     stamp = built / "node_modules" / ".installed"
     if stamp.exists() and stamp.read_text() == wanted:
@@ -46,7 +46,7 @@ def install(built: Path) -> None:
 
 
 def bundle(built: Path) -> None:
-    """draw.tsx and all that it imports as one script."""
+    """Bundle draw.tsx and its imports into one script."""
     shutil.copy(HERE / "draw.tsx", built)
     loaders = [f"--loader:.{kind}=dataurl" for kind in ("svg", "png", "ttf", "woff2")]
     options = ["--bundle", "--format=iife", "--jsx=automatic", "--outfile=draw.js", "--log-level=error", *loaders]
@@ -68,7 +68,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0 if nothing is wrong; what is wrong goes to standard error."""
+    """0 if nothing is wrong; errors go to standard error."""
     options = parsed(arguments)
     dashboard = json.loads((REPO / "dashboards/grafana.json").read_text())
     out: Path = options.out

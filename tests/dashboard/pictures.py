@@ -54,7 +54,7 @@ class _Files(SimpleHTTPRequestHandler):
 
 @contextmanager
 def _served(folder: Path) -> Iterator[str]:
-    """The URL of FOLDER: Grafana's icons are fetched, which a page from a file may not."""
+    """Serve a directory; yields its URL. Grafana's icons are fetched, which a page from a file may not do."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -62,7 +62,7 @@ def _served(folder: Path) -> Iterator[str]:
 
 
 def draw(data: dict[str, Any], built: Path, out: Path) -> list[str]:
-    """Draw DATA, as draw.tsx takes it, with the bundle in BUILT, light and dark. Returns what went wrong."""
+    """Draw the data for draw.tsx with the built bundle, light and dark. Returns errors."""
     page = built / "page.html"
     page.write_text(_PAGE.format(data=json.dumps(data).replace("</", "<\\/")))
     out.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def _drawn(browser: Chromium) -> int:
 
 
 def _panels(browser: Chromium) -> list[dict[str, Any]]:
-    """The panels, once nothing moves any more and each shows something, or it never will."""
+    """The panels, once nothing changes any more and each shows something, or after a timeout."""
     seen: list[dict[str, Any]] = []
     for _ in range(20):
         time.sleep(0.5)

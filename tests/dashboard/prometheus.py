@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A Prometheus to ask: one that is there, or one with the hour of hosts.py in it."""
+"""A Prometheus to query: an existing one, or one with the hour of hosts.py."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Prometheus:
     url: str
 
     def query(self, expression: str, at: float) -> list[dict[str, Any]]:
-        """The instant vector of a moment, a dictionary for each series."""
+        """The instant vector at a time, a dictionary for each series."""
         return self._ask("query", query=expression, time=at)
 
     def query_range(self, expression: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
-        """The matrix of a time, a dictionary for each series."""
+        """The matrix of a range, a dictionary for each series."""
         return self._ask("query_range", query=expression, start=start, end=end, step=step)
 
     def _ask(self, path: str, **parameters: str | float) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ def _free_port() -> int:
 
 @contextmanager
 def backfilled(folder: Path) -> Iterator[Prometheus]:
-    """A server that knows what hosts.py wrote, until the context ends. FOLDER must be empty or not be."""
+    """A server with the series of hosts.py, until the context ends. The directory must be empty or not exist."""
     folder.mkdir(parents=True)
     samples, blocks, config = folder / "samples.txt", folder / "blocks", folder / "prometheus.yml"
     hosts.write(samples)

@@ -32,7 +32,7 @@ _KINDS = {"text": "Text", "stat": "Stat", "timeseries": "TimeSeries", "table": "
 
 
 def program(dashboard: dict[str, Any]) -> str:
-    """The whole against the type of a dashboard; what that leaves open against the types of the panels' kinds."""
+    """The dashboard with its type, and its panels' options with the types of their kinds."""
     lines = [_HEAD]
     for kind, name in _KINDS.items():
         path = f"@grafana/schema/dist/esm/raw/composable/{kind}/panelcfg/x/{name}PanelCfg_types.gen"
@@ -55,7 +55,7 @@ def program(dashboard: dict[str, Any]) -> str:
 
 
 def compile_(dashboard: dict[str, Any], built: Path) -> list[str]:
-    """What tsc in BUILT, where the npm packages are, says against DASHBOARD."""
+    """The errors of tsc, with the installed npm packages, on the dashboard."""
     (built / "dashboard.ts").write_text(program(dashboard))
     (built / "tsconfig.json").write_text(json.dumps(_CONFIG))
     done = subprocess.run(["node_modules/.bin/tsc"], cwd=built, capture_output=True, text=True, check=False)

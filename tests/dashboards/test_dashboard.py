@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""dashboards/grafana.json without a Grafana; `make test-dashboard` draws it (tests/dashboard/)."""
+"""dashboards/grafana.json, without Grafana; `make test-dashboard` draws it (tests/dashboard/)."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ DASHBOARD: Json = make.made()
 QUERIES = [(panel, target) for panel in panels(DASHBOARD) for target in panel["targets"]]
 
 
-def test_the_committed_file_is_what_the_source_makes() -> None:
+def test_the_committed_files_are_generated_from_the_source() -> None:
     assert json.loads(make.FILE.read_text()) == DASHBOARD, "python -m dashboards.make"
     assert make.RULES.read_text() == make.rules(), "python -m dashboards.make"
     assert not re.search(r"@\w+@", make.rules())
 
 
-def test_patterns_of_msrs() -> None:
-    """Exactly the MSRs of the table, of all that a bitmap has; and any ranges at all."""
+def test_patterns_match_the_msrs_of_the_table() -> None:
+    """They match exactly the MSRs of the table, of all in the bitmap."""
     numbers = [*range(0x2100), *range(0xBFFFFF00, 0xC0002100)]
     for msrs in (LOOP, BESIDES, (*LOOP, *BESIDES)):
         pattern = re.compile(msr_pattern(msrs))
@@ -46,20 +46,20 @@ def test_patterns_of_msrs() -> None:
 
 
 @given(st.integers(0, 0x2100), st.integers(1, 0x2100))
-def test_patterns_of_any_range(first: int, count: int) -> None:
+def test_a_pattern_matches_its_range(first: int, count: int) -> None:
     pattern = re.compile(msr_pattern([range(first, first + count)]))
     for number in {first - 1, first, first + count // 2, first + count - 1, first + count} - {-1}:
         assert bool(pattern.fullmatch(f"{number:#x}")) == (first <= number < first + count), pattern.pattern
 
 
 @given(st.integers(0, 0x2100), st.integers(1, 0x2100), st.integers(0, 0x4300))
-def test_patterns_have_no_other(first: int, count: int, number: int) -> None:
+def test_a_pattern_matches_nothing_else(first: int, count: int, number: int) -> None:
     assert bool(re.fullmatch(msr_pattern([range(first, first + count)]), f"{number:#x}")) == (
         first <= number < first + count
     )
 
 
-def test_no_rule_is_broken() -> None:
+def test_the_dashboard_breaks_no_rule() -> None:
     assert complaints(DASHBOARD) == []
 
 
@@ -103,7 +103,7 @@ BREAKS: dict[str, list[Callable[[Json, Json], object]]] = {
 
 
 @pytest.mark.parametrize(("rule", "break_"), [(rule, b) for rule, breaks in BREAKS.items() for b in breaks])
-def test_a_broken_rule_is_seen(rule: str, break_: Callable[[Json, Json], object]) -> None:
+def test_a_broken_rule_is_found(rule: str, break_: Callable[[Json, Json], object]) -> None:
     broken = copy.deepcopy(DASHBOARD)
     break_(broken, next(panel for panel in broken["panels"] if panel["title"] == "Calls by host"))
     assert rule in {complaint.partition(":")[0] for complaint in complaints(broken)}
@@ -111,7 +111,7 @@ def test_a_broken_rule_is_seen(rule: str, break_: Callable[[Json, Json], object]
 
 @cache
 def _exported() -> dict[str, set[str]]:
-    """The labels of every metric that a Prometheus has of msrtrace, with targets labelled as the example does."""
+    """The labels of every metric of msrtrace in a Prometheus, with targets labelled as in the example."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     registry.register(SnapshotCollector(lambda: hosts.FLEET[0].snapshot(60), "0.1.0"))
@@ -125,7 +125,7 @@ def _exported() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(("panel", "target"), QUERIES, ids=[f"{p['title']}-{t['refId']}" for p, t in QUERIES])
-def test_queries_ask_for_what_is_exported(panel: Json, target: Json) -> None:
+def test_queries_use_exported_metrics_and_labels(panel: Json, target: Json) -> None:
     exported = _exported()
     for selector in selectors(target["expr"]):
         names = [name for name in exported if re.fullmatch(metric(selector), name)]
@@ -140,7 +140,7 @@ def test_every_metric_is_shown() -> None:
     assert {name for name in of_ours if not any(re.fullmatch(pattern, name) for pattern in patterns)} == set()
 
 
-def test_tables_show_what_their_queries_give() -> None:
+def test_tables_have_columns_for_their_queries() -> None:
     for panel in (panel for panel in panels(DASHBOARD) if panel["type"] == "table"):
         shown = panel["transformations"][1]["options"]["include"]["names"]
         values = [f"Value #{target['refId']}" for target in panel["targets"]]

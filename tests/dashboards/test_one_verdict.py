@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The report, the alert and the dashboard must say the same of a host: all three are given the same counts.
+"""The report, the alert and the dashboard must give the same verdict: all three have the same counts.
 
 The report's sentence is of tracer.verdict; the counts are exported as `msrtrace run` does and put into promtool, which
 evaluates dashboards/rules.yml and the query of the dashboard's table of hosts as they are in the repository.
@@ -39,7 +39,7 @@ Said = bool | None | str
 
 @dataclass(frozen=True)
 class Host:
-    """What was counted on a host, and what is to be said of the patch there."""
+    """The counts of a host, and the expected verdict."""
 
     counted: Snapshot
     patched: Said
@@ -47,14 +47,14 @@ class Host:
 
 
 def also(counted: Snapshot, *calls: tuple[int, str, str], changed: int = 0) -> Snapshot:
-    """COUNTED, and once for each filter update CALLS (MSR, access, action), of which CHANGED changed something."""
+    """The snapshot plus `calls` (MSR, access, action), each once per update; `changed` of each changed something."""
     updates = sum(durations.count for durations in counted.updates.values())
     more = {Call(*call, "filter_change", HOOK): outcome(updates, changed, call[1]) for call in calls}
     return replace(counted, calls={**counted.calls, **more})
 
 
 def of_updates(counted: Snapshot, *indices: int, accesses: tuple[str, ...] = ("read", "write")) -> Snapshot:
-    """COUNTED with no calls but those in filter updates for MSRs INDICES."""
+    """The snapshot with only the calls in filter updates for these MSRs."""
     calls = {c: o for c, o in counted.calls.items() if c.cause == "filter_change" and c.access in accesses}
     return replace(counted, calls={c: o for c, o in calls.items() if c.msr in indices})
 
@@ -73,7 +73,7 @@ def x2apic(counted: Snapshot, changed: int) -> Snapshot:
 
 
 def probed(counted: Snapshot, lacking: str) -> Snapshot:
-    """With all functions probed but one."""
+    """With all functions probed except one."""
     functions = (
         *("vmx_msr_filter_changed", "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr"),
         *("vmx_vcpu_create", "vmx_vcpu_free", "vmx_update_msr_bitmap_x2apic"),
@@ -95,7 +95,7 @@ def both(name: str, patched: Snapshot, unpatched: Snapshot) -> dict[str, Host]:
 
 
 def hosts() -> dict[str, Host]:
-    """By a name that says what is special."""
+    """The hosts by a name for what is special."""
     patched, unpatched = toggle(), toggle(patched=False)
     first = replace(unpatched, updates={})
     vms = [
@@ -163,7 +163,7 @@ RELOADED = {
 
 
 def series(name: str, host: Host) -> Iterator[dict[str, str]]:
-    """What a Prometheus has of HOST, in promtool's notation."""
+    """The series of a host, in promtool's notation."""
     registry = CollectorRegistry()
     registry.register(SnapshotCollector(lambda: host.counted, "0.1.0", "6.1"))
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
@@ -176,7 +176,7 @@ def series(name: str, host: Host) -> Iterator[dict[str, str]]:
 
 
 def expect(name: str, expression: str, *values: int) -> dict[str, object]:
-    """A test of promtool's: EXPRESSION has one series with this value in the end, or none; it complains by NAME."""
+    """A promtool test: the expression has one series with this value at the end, or none."""
     instance = json.dumps(name)
     samples = [{"labels": f"{{instance={instance}}}", "value": value} for value in values]
     named = f'label_replace(sum({expression}), "instance", {instance}, "", "")'
@@ -184,26 +184,26 @@ def expect(name: str, expression: str, *values: int) -> dict[str, object]:
 
 
 def dashboard(title: str, ref: str) -> str:
-    """The query REF of the panel TITLE."""
+    """A query of a panel, by title and refId."""
     panels = json.loads((DASHBOARDS / "grafana.json").read_text())["panels"]
     targets = next(panel for panel in panels if panel["title"] == title)["targets"]
     return substituted(next(target["expr"] for target in targets if target["refId"] == ref), VARIABLES)
 
 
 @pytest.mark.parametrize(("name", "host"), hosts().items())
-def test_the_report(name: str, host: Host) -> None:
+def test_the_report_has_the_expected_verdict(name: str, host: Host) -> None:
     verdict = report(host.counted).verdict
     assert verdict.patched is (None if host.patched == SUPERSEDED else host.patched), verdict.why
     assert verdict.why.startswith("superseded") == (host.patched == SUPERSEDED)
 
 
 @pytest.mark.parametrize("name", RELOADED)
-def test_a_report_says_nothing_after_a_reload(name: str) -> None:
+def test_a_report_is_undecided_after_a_reload(name: str) -> None:
     assert report(RELOADED[name].counted).verdict.patched is None
 
 
 def complaints(fleet: dict[str, Host], folder: Path) -> str:
-    """What promtool finds where the alert or the dashboard says anything else of FLEET, in one run, with its name."""
+    """The output of promtool where the alert or the dashboard differs from the expected verdicts, in one run."""
     promtool = tool("promtool")
     table, tile = dashboard("Hosts", "B"), dashboard("Hosts without the patch", "A")
     said: dict[Said, int] = {False: 1, True: 2, SUPERSEDED: 3, None: 4}
@@ -225,12 +225,12 @@ def complaints(fleet: dict[str, Host], folder: Path) -> str:
     return (done.stdout + done.stderr) if done.returncode else ""
 
 
-def test_the_alert_and_the_dashboard(tmp_path: Path) -> None:
+def test_the_alert_and_the_dashboard_agree_with_the_report(tmp_path: Path) -> None:
     assert complaints(hosts() | RELOADED, tmp_path) == ""
 
 
 def any_host(random: Random) -> Host:
-    """Counts that need not be of any kernel, and what a report says of them."""
+    """Counts that no kernel need have, and the verdict of a report on them."""
     exact, by_vm = random.random() < 0.8, random.random() < 0.3
     pids = [100, 200] if by_vm else [0]
     enables = random.random() < 0.5
@@ -259,7 +259,7 @@ def any_host(random: Random) -> Host:
     return Host(counted, SUPERSEDED if verdict.why.startswith(SUPERSEDED) else verdict.patched)
 
 
-def test_any_counts(tmp_path: Path) -> None:
+def test_all_three_agree_on_any_counts(tmp_path: Path) -> None:
     fleet = {f"{seed}": any_host(Random(seed)) for seed in range(60)}
     assert Counter(host.patched for host in fleet.values()).keys() == {True, False, None, SUPERSEDED}
     assert complaints(fleet, tmp_path) == ""

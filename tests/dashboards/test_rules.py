@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""dashboards/rules.yml and prometheus.yml: by promtool, and by a Prometheus that scrapes msrtrace over TLS."""
+"""dashboards/rules.yml and prometheus.yml, with promtool, and a Prometheus that scrapes msrtrace over TLS."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def promtool(*arguments: str | Path) -> None:
 
 
 def make_certificates(folder: Path, host: str) -> None:
-    """The files that the example speaks of, by the commands that it gives."""
+    """The files in the example, made by its own commands."""
     commands = re.findall(r"^ *# +(openssl .*)$", EXAMPLE.read_text(), re.MULTILINE)
     assert len(commands) == 3
     folder.mkdir()
@@ -49,11 +49,11 @@ def make_certificates(folder: Path, host: str) -> None:
         subprocess.run(["sh", "-ec", f"host={host}\n{command}"], cwd=folder, check=True, capture_output=True)
 
 
-def test_check_rules() -> None:
+def test_promtool_accepts_the_rules() -> None:
     promtool("check", "rules", RULES)
 
 
-def test_rules_speak_and_are_silent() -> None:
+def test_rules_fire_when_they_should_and_only_then() -> None:
     promtool("test", "rules", DASHBOARDS / "rules.test.yml")
 
 
@@ -66,8 +66,8 @@ def test_every_rule_is_tested() -> None:
     assert [alert for alert in alerts if f'alertname="{alert}", alertstate="firing"' not in tests] == []
 
 
-def test_check_example(tmp_path: Path) -> None:
-    """As an operator copies it, with the certificates that its comments make."""
+def test_promtool_accepts_the_example(tmp_path: Path) -> None:
+    """As copied by an operator, with the certificates made by the commands in its comments."""
     for path in (RULES, EXAMPLE):
         shutil.copy(path, tmp_path)
     make_certificates(tmp_path / TLS, "kvm1.example.com")
@@ -75,8 +75,8 @@ def test_check_example(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_what_the_example_offers_in_comments(tmp_path: Path, number: int) -> None:
-    """Each commented part, used, is a valid configuration: limits of series, federation, Alertmanager."""
+def test_commented_parts_of_the_example_are_valid(tmp_path: Path, number: int) -> None:
+    """Each commented part, when enabled, is a valid configuration: limits of series, federation, Alertmanager."""
     text = EXAMPLE.read_text()
     parts = [
         r"    # sample_limit:.*\n|    # metric_relabel_configs:\n(?:    #  .*\n)+|      # server_name:.*\n",
@@ -98,7 +98,7 @@ ODD = 'we"b\\, é'  # a VM's name, which may be anything
 
 
 class Host:
-    """What a tracer would show on a host whose kernel has the patch, or not. BY_VM: two VMs, each with one vCPU."""
+    """A tracer's counts on a host with the patch or without; `by_vm`: of two VMs, each with one vCPU."""
 
     def __init__(self, *, patched: bool, by_vm: bool) -> None:
         self._patched, self._by_vm, self._updates = patched, by_vm, 0
@@ -132,7 +132,7 @@ class Host:
         )
 
     def series(self) -> set[Labels]:
-        """What it exports, each series by its labels."""
+        """The exported series by their labels."""
         families = text_string_to_metric_families(generate_latest(self.registry).decode())
         samples = (sample for family in families for sample in family.samples)
         return {frozenset({"__name__": s.name, **s.labels}.items()) for s in samples}
@@ -140,7 +140,7 @@ class Host:
 
 @dataclass
 class Fleet:
-    """Two hosts by their `patch` label, where each is scraped, and the Prometheus that does it."""
+    """Two hosts by their `patch` label, the targets, and the Prometheus that scrapes them."""
 
     hosts: dict[str, Host]
     targets: dict[str, str]
@@ -155,7 +155,7 @@ class Fleet:
         return answer["data"]
 
     def values(self, query: str) -> dict[str, float]:
-        """The answer to QUERY, whose series differ in `patch` alone."""
+        """The answer to a query whose series differ only in `patch`."""
         result = self.ask("query", query=query)["result"]
         values = {series["metric"].get("patch", ""): float(series["value"][1]) for series in result}
         assert len(values) == len(result)
@@ -163,7 +163,7 @@ class Fleet:
 
 
 def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until CONDITION holds; the last answer that it gave is in the message."""
+    """Wait until the condition holds; a failure shows its last value."""
     deadline = time.monotonic() + seconds
     while not (last := condition()):
         assert time.monotonic() < deadline, last
@@ -172,7 +172,7 @@ def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
 
 @contextmanager
 def served(host: Host, certificates: Path) -> Iterator[int]:
-    """HOST's metrics on 127.0.0.1, as `msrtrace run --web.tls-client-ca-file` serves them; the port."""
+    """Serve a host's metrics on 127.0.0.1 as `msrtrace run --web.tls-client-ca-file` does; yields the port."""
     cert, key, ca = (str(certificates / name) for name in ("server.pem", "server.key", "ca.pem"))
     server = Server(host.registry, ("127.0.0.1", 0), cert=cert, key=key, ca=ca).start()
     try:
@@ -183,7 +183,7 @@ def served(host: Host, certificates: Path) -> Iterator[int]:
 
 
 def ready(url: str) -> bool:
-    """Whether the Prometheus answers that it is: it is 503 while it reads its files."""
+    """Whether the Prometheus is ready: it answers 503 while it reads its files."""
     try:
         urlopen(url, timeout=5).close()
     except OSError:
@@ -193,7 +193,7 @@ def ready(url: str) -> bool:
 
 @contextmanager
 def prometheus(folder: Path) -> Iterator[str]:
-    """A Prometheus with the prometheus.yml of FOLDER, on a free port of 127.0.0.1; its URL."""
+    """A Prometheus with the prometheus.yml of a directory, on a free port of 127.0.0.1; yields its URL."""
     log = folder / "log"
     options = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     options += ["--web.listen-address=127.0.0.1:0", "--log.format=json"]
@@ -217,7 +217,7 @@ def prometheus(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """The example as it is, but for the targets and the pace; the rules as they are, but for their `for`."""
+    """The example except its targets and intervals; the rules except their `for`."""
     folder = tmp_path_factory.mktemp("prometheus")
     make_certificates(folder / TLS, "localhost")
     hosts = {"patched": Host(patched=True, by_vm=False), "unpatched": Host(patched=False, by_vm=True)}
@@ -240,7 +240,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 
 @pytest.mark.timeout(240)
-def test_a_scrape_by_the_example_over_tls(fleet: Fleet) -> None:
+def test_the_example_scrapes_over_tls(fleet: Fleet) -> None:
     def targets() -> list[dict[str, Any]]:
         active: list[dict[str, Any]] = fleet.ask("targets", state="active")["activeTargets"]
         return active
@@ -256,8 +256,8 @@ def test_a_scrape_by_the_example_over_tls(fleet: Fleet) -> None:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("patch", ["patched", "unpatched"])
-def test_labels_come_through_unchanged(fleet: Fleet, patch: str) -> None:
-    """Every series with its own labels and the three of its target: none is renamed exported_..., none replaced."""
+def test_labels_are_stored_unchanged(fleet: Fleet, patch: str) -> None:
+    """Every series has its own labels and the three of its target: none is renamed exported_..., none replaced."""
     of_target = {"job": "msrtrace", "instance": fleet.targets[patch], "patch": patch}
     selector = f'{{__name__=~"msrtrace_.+|process_.+", patch="{patch}"}}'
     eventually(lambda: fleet.ask("query", query=selector)["result"])
@@ -280,14 +280,14 @@ def test_labels_come_through_unchanged(fleet: Fleet, patch: str) -> None:
         ),
     ],
 )
-def test_recorded(fleet: Fleet, record: str, patched: float, unpatched: float) -> None:
+def test_recording_rules_have_the_expected_values(fleet: Fleet, record: str, patched: float, unpatched: float) -> None:
     eventually(lambda: len(fleet.values(record)) == 2)
     assert fleet.values(record) == pytest.approx({"patched": patched, "unpatched": unpatched}, rel=0.02)
 
 
 @pytest.mark.timeout(240)
-def test_alerts(fleet: Fleet) -> None:
-    """The one host fires the one alert; nothing else is so much as pending."""
+def test_only_the_unpatched_host_fires_an_alert(fleet: Fleet) -> None:
+    """One host fires one alert; nothing else is even pending."""
 
     def alerts() -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = fleet.ask("alerts")["alerts"]
@@ -303,8 +303,8 @@ def test_alerts(fleet: Fleet) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_rules_are_well(fleet: Fleet) -> None:
-    """All were evaluated without an error, keep to the conventions and tell an operator what to do."""
+def test_rules_evaluate_without_errors(fleet: Fleet) -> None:
+    """All were evaluated without errors, follow the conventions and tell an operator what to do."""
 
     def rules() -> list[dict[str, Any]]:
         return [rule for group in fleet.ask("rules")["groups"] for rule in group["rules"]]

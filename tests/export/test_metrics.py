@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Metrics of hand-made snapshots, as a Prometheus server reads them."""
+"""Metrics of synthetic snapshots, as a Prometheus server parses them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def text(take: Callable[[], Snapshot]) -> str:
 
 
 def parsed(exposition: str) -> Samples:
-    """Every sample by `name{label=value,...}`, but how long the scrape took."""
+    """Every sample by `name{label=value,...}`, except the duration of the scrape."""
     samples: Samples = {}
     for family in text_string_to_metric_families(exposition):
         assert family.documentation.endswith(".")
@@ -90,7 +90,7 @@ def families(snapshot: Snapshot) -> dict[str, str]:
     return {family.name: family.type for family in text_string_to_metric_families(text(lambda: snapshot))}
 
 
-def test_samples() -> None:
+def test_every_count_is_a_sample() -> None:
     assert samples_of(SNAPSHOT) == {
         f"msrtrace_build_info{{{BUILD}}}": 1,
         f"{CALLS}{{{OF_TSC}}}": 11,
@@ -123,8 +123,8 @@ def test_samples() -> None:
     }
 
 
-def test_families() -> None:
-    """The names and types that dashboards are made for: DESIGN.md, Metrics."""
+def test_families_have_these_names_and_types() -> None:
+    """The names and types that dashboards depend on: DESIGN.md, Metrics."""
     assert families(SNAPSHOT) == {
         "msrtrace_build_info": "gauge",
         "msrtrace_intercept_calls": "counter",
@@ -145,7 +145,7 @@ def test_families() -> None:
     }
 
 
-def test_before_anything_was_seen() -> None:
+def test_an_empty_snapshot_has_no_calls() -> None:
     samples = samples_of(Snapshot("toggle"))
     assert of(samples, CALLS) == of(samples, REDUNDANT) == {}
     assert of(samples, UPDATES) == {"": 0}
@@ -162,7 +162,7 @@ def test_redundancy_that_is_unknown_is_absent_and_not_zero() -> None:
     assert samples[f"msrtrace_build_info{{{BUILD.replace('exact', 'unknown')}}}"] == 1
 
 
-def test_redundancy_that_was_unknown_for_a_time() -> None:
+def test_redundancy_that_was_unknown_for_a_while_stays_unknown() -> None:
     # As after a reload that brought BTF: what is not known of all calls of a series is not claimed.
     samples = samples_of(
         replace(SNAPSHOT, calls={TSC: Outcome(7), CLONE: Outcome(4, 2, 2, 0, 0), FS_BASE: Outcome(3, 1)})
@@ -203,7 +203,7 @@ BY_VM = replace(
 )
 
 
-def test_by_vm() -> None:
+def test_by_vm_adds_labels_and_sums() -> None:
     samples = samples_of(BY_VM)
     web, db = 'pid=100,vm=we"b\\,\n', "pid=200,vm=db"
     assert of(samples, CALLS) == {f"{{{OF_TSC},{web}}}": 8, f"{{{OF_TSC},{db}}}": 14}
@@ -221,7 +221,7 @@ def test_by_vm_without_a_vm() -> None:
     assert families(replace(BY_VM, vms={})).items() >= families(SNAPSHOT).items()
 
 
-def test_by_vm_the_host_keeps_what_its_vms_take_with_them() -> None:
+def test_sums_over_vms_keep_the_counts_of_ended_vms() -> None:
     for vms in (BY_VM.vms, {}):
         samples = samples_of(replace(BY_VM, vms=vms))
         together = samples_of(replace(BY_VM.without_vms(BY_VM.pids), by_vm=False))
@@ -257,14 +257,14 @@ def test_recalculations_are_shown_where_they_can_be_observed(layout: str) -> Non
 
 
 @pytest.mark.parametrize("layout", ["toggle", "filter-only", "?"])
-def test_recalculations_are_absent_where_the_kernel_makes_none_or_hides_them(layout: str) -> None:
+def test_recalculations_are_absent_where_they_cannot_be_observed(layout: str) -> None:
     assert not families(replace(RECALC, layout=layout)).keys() & OF_RECALCS.keys()
     blind = replace(RECALC, updates={}, updates_observable=False)  # without a probe that tells them from updates
     assert not families(blind).keys() & OF_RECALCS.keys()
     assert not families(replace(RECALC_BY_VM, layout=layout)).keys() & OF_RECALCS.keys()
 
 
-def test_recalculations_are_those_of_the_host_by_vm_too() -> None:
+def test_recalculations_are_those_of_the_host_also_by_vm() -> None:
     for vms in (RECALC_BY_VM.vms, {}):
         samples = samples_of(replace(RECALC_BY_VM, vms=vms))
         assert of(samples, RECALCS) == {"": 12}
@@ -274,7 +274,7 @@ def test_recalculations_are_those_of_the_host_by_vm_too() -> None:
         assert not [name for name in samples if name.startswith("msrtrace_host_recalc")]
 
 
-def test_a_read_that_fails_shows_what_was_known() -> None:
+def test_a_failed_read_shows_older_counts() -> None:
     answers: list[Snapshot | Exception] = [OSError("no"), SNAPSHOT, OSError("no"), ValueError("no"), BY_VM]
 
     def take() -> Snapshot:
@@ -306,7 +306,7 @@ def test_the_kernel_is_this_one() -> None:
     "snapshot",
     [SNAPSHOT, BY_VM, replace(SNAPSHOT, redundancy="unknown"), Snapshot("toggle"), RECALC, RECALC_BY_VM],
 )
-def test_promtool_is_silent(snapshot: Snapshot) -> None:
+def test_promtool_finds_nothing_wrong(snapshot: Snapshot) -> None:
     def check(exposition: str) -> tuple[int, str]:
         command = [tool("promtool"), "check", "metrics"]
         done = subprocess.run(command, input=exposition, capture_output=True, text=True, check=False)

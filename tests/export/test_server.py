@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Scrapes over HTTP and HTTPS: what clients get, also at once, and beside clients that do nothing."""
+"""Scrapes over HTTP and HTTPS: answers to single, concurrent and misbehaving clients."""
 
 from __future__ import annotations
 
@@ -92,21 +92,21 @@ def scrape(server: Server, query: str = "", cert: str | None = None, **headers: 
 # --- what clients get ---
 
 
-def test_plain(serve: Serve) -> None:
+def test_the_text_format(serve: Serve) -> None:
     text, headers = scrape(serve(toggle))
     assert text.startswith(b"# HELP msrtrace_build_info ")
     assert headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert int(headers["Content-Length"]) == len(text)
 
 
-def test_gzip(serve: Serve) -> None:
+def test_gzip_is_used_if_accepted(serve: Serve) -> None:
     server = serve(toggle)
     text, headers = scrape(server, Accept_Encoding="gzip")
     assert headers["Content-Encoding"] == "gzip"
     assert DURATION.sub(b"", gzip.decompress(text)) == DURATION.sub(b"", scrape(server)[0])
 
 
-def test_openmetrics(serve: Serve) -> None:
+def test_openmetrics_is_used_if_accepted(serve: Serve) -> None:
     text, headers = scrape(serve(toggle), Accept="application/openmetrics-text;version=1.0.0;escaping=allow-utf-8")
     assert headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
     assert text.endswith(b"\n# EOF\n")
@@ -118,7 +118,7 @@ ACCEPTED = ("*/*", OPENMETRICS, f"{OPENMETRICS};escaping=dots", "text/plain;vers
 
 
 def lines_of(text: bytes) -> dict[str, list[bytes]]:
-    """The lines of an exposition by the name of their family in it, each with its HELP line first."""
+    """The lines of an exposition by family, the HELP line first."""
     found: dict[str, list[bytes]] = {}
     for line in text.splitlines():
         if line.startswith(b"# HELP "):
@@ -129,8 +129,8 @@ def lines_of(text: bytes) -> dict[str, list[bytes]]:
 
 
 @pytest.mark.parametrize("accept", ACCEPTED)
-def test_each_family_alone(serve: Serve, accept: str) -> None:
-    """By its name in either format: its lines of the whole text, those of the process too."""
+def test_each_family_can_be_selected(serve: Serve, accept: str) -> None:
+    """By its name in either format: the lines that it has in the whole text."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     registry.register(SnapshotCollector(lambda: crowd(2), "0.1.0"))
@@ -147,14 +147,14 @@ def test_each_family_alone(serve: Serve, accept: str) -> None:
                 assert headers["Content-Type"] == scrape(server, Accept=accept)[1]["Content-Type"]
 
 
-def test_the_version_alone(serve: Serve) -> None:
+def test_the_version_can_be_selected(serve: Serve) -> None:
     text, _ = scrape(serve(toggle), "?name[]=msrtrace_build_info")
     assert re.fullmatch(
         rb"# HELP msrtrace_build_info .*\n# TYPE msrtrace_build_info gauge\nmsrtrace_build_info\{.*\} 1.0\n", text
     )
 
 
-def test_a_sample_s_name_selects_those_samples_alone(serve: Serve) -> None:
+def test_the_name_of_samples_selects_only_those(serve: Serve) -> None:
     server, family = serve(crowd(2)), "msrtrace_filter_update_duration_seconds"
     lines = lines_of(scrape(server)[0])[family]
     for suffix, count in {"_bucket": 2 * 25, "_count": 2, "_sum": 2}.items():
@@ -163,8 +163,8 @@ def test_a_sample_s_name_selects_those_samples_alone(serve: Serve) -> None:
         assert len(found[family]) == 2 + count
 
 
-def test_several_names(serve: Serve) -> None:
-    """In the order of the whole text; what is unknown among them is ignored."""
+def test_several_names_can_be_selected(serve: Serve) -> None:
+    """In the order of the whole text; unknown names are ignored."""
     server = serve(toggle)
     names = ["msrtrace_open_calls", "no_such_metric", "msrtrace_intercept_calls", "msrtrace_build_info"]
     found = lines_of(scrape(server, "?" + "&".join(f"name[]={name}" for name in names))[0])
@@ -172,7 +172,7 @@ def test_several_names(serve: Serve) -> None:
     assert all(lines_of(scrape(server)[0])[name] == lines for name, lines in found.items())
 
 
-def test_a_name_that_nothing_has(serve: Serve) -> None:
+def test_an_unknown_name_selects_nothing(serve: Serve) -> None:
     server = serve(toggle)
     for name in ("msrtrace", "msrtrace_intercept_calls_tota", "msrtrace_build_info{}", ".*", "%00%ff"):
         assert scrape(server, f"?name[]={name}")[0] == b""
@@ -186,7 +186,7 @@ def test_other_parameters_are_ignored(serve: Serve) -> None:
         assert DURATION.sub(b"", scrape(server, query)[0]) == whole
 
 
-def test_an_answer_that_cannot_be_made(serve: Serve) -> None:
+def test_a_failed_collection_is_reported(serve: Serve) -> None:
     class Broken(Collector):
         def collect(self) -> list[Metric]:
             raise ValueError("why")
@@ -208,8 +208,8 @@ def test_an_address_without_a_name_is_not_looked_up(serve: Serve, monkeypatch: p
 # --- at once ---
 
 
-def test_scrapes_at_once_are_each_of_one_moment(serve: Serve) -> None:
-    """All counts of a text are those of one snapshot, and all of them are there."""
+def test_concurrent_scrapes_are_each_of_one_snapshot(serve: Serve) -> None:
+    """All counts in a text are of one snapshot, and none is missing."""
     taken = 0
 
     def take() -> Snapshot:
@@ -247,8 +247,8 @@ ALIKE |= {
 
 
 @pytest.mark.parametrize("requests", ALIKE.values(), ids=ALIKE)
-def test_who_asks_while_an_answer_is_made_shares_the_next(serve: Serve, requests: list[Asked]) -> None:
-    """Otherwise each client that lost its patience, and comes again, makes all of them wait longer."""
+def test_requests_during_a_collection_share_the_next(serve: Serve, requests: list[Asked]) -> None:
+    """Otherwise each client that retries would make all of them wait longer."""
     taken, go_on = Semaphore(0), Semaphore(0)
 
     def take() -> Snapshot:
@@ -274,14 +274,14 @@ def test_who_asks_while_an_answer_is_made_shares_the_next(serve: Serve, requests
     assert not taken.acquire(blocking=False)
 
 
-def test_before_the_start_clients_are_refused(serve: Serve) -> None:
+def test_connections_are_refused_before_the_start(serve: Serve) -> None:
     server = Server(CollectorRegistry(), ("127.0.0.1", 0))
     with closing(server.socket), pytest.raises(OSError, match="refused"):
         scrape(server)
 
 
-def test_an_address_that_is_taken(serve: Serve) -> None:
-    """At the start, or by one that was as quick until then."""
+def test_an_address_in_use_is_an_error(serve: Serve) -> None:
+    """Before the server was made, or between that and its start."""
     address = ("127.0.0.1", serve(toggle).server_address[1])
     said = f"cannot listen on 127.0.0.1:{address[1]}: Address already in use; choose another .*"
     with pytest.raises(MsrtraceError, match=said):
@@ -295,7 +295,7 @@ def test_an_address_that_is_taken(serve: Serve) -> None:
 
 
 def connected(server: Server, said: bytes) -> socket.socket:
-    """A client that SAID that and reads nothing."""
+    """A client that sent something and reads nothing."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect(("127.0.0.1", server.server_address[1]))
@@ -307,7 +307,7 @@ REQUEST = b"GET /metrics HTTP/1.0\r\n\r\n"
 
 
 @pytest.mark.parametrize("said", [b"", REQUEST[:9], REQUEST])
-def test_a_client_that_is_silent_keeps_nobody(serve: Serve, said: bytes) -> None:
+def test_a_silent_client_blocks_nobody(serve: Serve, said: bytes) -> None:
     big = crowd(300)
     server = serve(lambda: big)
     with connected(server, said), connected(server, said):
@@ -316,7 +316,7 @@ def test_a_client_that_is_silent_keeps_nobody(serve: Serve, said: bytes) -> None
 
 
 @pytest.mark.parametrize("said", [b"", b"\x16\x03\x01", REQUEST])
-def test_a_client_that_is_silent_keeps_nobody_with_tls(serve: Serve, tls: dict[str, str], said: bytes) -> None:
+def test_a_silent_client_blocks_nobody_with_tls(serve: Serve, tls: dict[str, str], said: bytes) -> None:
     server = serve(toggle, **tls)
     assert server.url.startswith("https://127.0.0.1:")
     with connected(server, said), connected(server, said):
@@ -324,10 +324,10 @@ def test_a_client_that_is_silent_keeps_nobody_with_tls(serve: Serve, tls: dict[s
         assert scrape(server, cert=tls["cert"])[0].endswith(b"\n")
 
 
-def test_a_client_that_reads_nothing_is_given_up(
+def test_a_client_that_reads_nothing_is_disconnected(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """And nobody is told: it is not of what this program does."""
+    """Without a message, as it is no error of the server."""
     monkeypatch.setattr(server_module._Handler, "timeout", 0.3)
     big, said = crowd(300), list[str]()
     server = serve(lambda: big, on_error=said.append)
@@ -345,7 +345,9 @@ def test_a_client_that_reads_nothing_is_given_up(
 # --- TLS ---
 
 
-def test_a_client_without_a_certificate(serve: Serve, tls: dict[str, str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_client_without_a_certificate_is_refused(
+    serve: Serve, tls: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
     said: list[str] = []
     server = serve(toggle, **tls, ca=tls["cert"], on_error=said.append)
     with pytest.raises(OSError, match=r"(?i)certificate|reset|eof|closed"):
@@ -353,7 +355,7 @@ def test_a_client_without_a_certificate(serve: Serve, tls: dict[str, str], capfd
     assert (said, capfd.readouterr()) == ([], ("", ""))
 
 
-def test_files_that_are_not_there_are_named(tls: dict[str, str]) -> None:
+def test_missing_files_are_named(tls: dict[str, str]) -> None:
     for missing in ("cert", "key", "ca"):
         with pytest.raises(MsrtraceError, match=r"cannot read a TLS file: .*'/none'"):
             Server(CollectorRegistry(), ("127.0.0.1", 0), **{**tls, "ca": tls["cert"], missing: "/none"})  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`msrtrace top`: its figures with a made-up clock, how they look, and the command in a terminal of its own."""
+"""`msrtrace top`: its figures with a fake clock, its lines of text, and its keys and signals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def outcome(calls: int, redundant: int | None) -> Outcome:
 
 
 def snapshot(times_over: int = 1) -> Snapshot:
-    """Every filter update, of TIMES_OVER * 10, made 3 calls; there were others."""
+    """Ten times `times_over` filter updates of three calls each, and other calls."""
     n = 10 * times_over
     return Snapshot(
         "toggle",
@@ -87,7 +87,7 @@ def shown(sample: Sample | Frame, view: View | None = None, width: int = 80, hei
 # --- figures ---
 
 
-def test_rates_are_of_the_measured_time() -> None:
+def test_rates_are_per_measured_second() -> None:
     kernel = Kernel(snapshot(1), snapshot(5))
     sampler = kernel.sampler()
     assert sampler.sample.interval is None
@@ -109,7 +109,7 @@ def test_no_time_has_no_rate() -> None:
     assert frame(snapshot(), 0.0).rate(5) is None
 
 
-def test_rows_are_summed_over_what_is_not_told_apart() -> None:
+def test_rows_are_summed_over_the_other_parts() -> None:
     made = frame(snapshot(), 1.0)
     assert made.rows
     assert len(made.rows) == 4
@@ -122,7 +122,7 @@ def test_rows_are_summed_over_what_is_not_told_apart() -> None:
     assert merged[1].share == Fraction(1, 4)
 
 
-def test_orders() -> None:
+def test_rows_are_sorted_with_unknown_last() -> None:
     calls = {
         replace(TSC, msr=1, cause="x2apic"): outcome(100, 1),
         replace(TSC, msr=2, cause="lbr"): outcome(10, 5),
@@ -140,8 +140,8 @@ def test_orders() -> None:
     }
 
 
-def test_a_vm_that_ends_is_no_burst_of_calls() -> None:
-    """The tracer has what it counted for a VM that ended under pid 0 from then on."""
+def test_a_vm_that_ends_does_not_look_like_a_burst_of_calls() -> None:
+    """The tracer moves the counts of an ended VM to pid 0."""
     a, b = replace(TSC, pid=7), replace(TSC, pid=8)
     before = Snapshot("toggle", calls={a: outcome(1000, 0), b: outcome(5, 0)}, updates={7: times(9)}, by_vm=True)
     before = replace(before, vms={7: "a", 8: "b"}, recalcs={7: times(3)})
@@ -153,7 +153,7 @@ def test_a_vm_that_ends_is_no_burst_of_calls() -> None:
     assert apart.recalcs == {}
 
 
-def test_calls_per_update_only_where_all_was_seen() -> None:
+def test_calls_per_update_are_shown_only_if_nothing_was_missed() -> None:
     whole = snapshot()
     assert frame(whole, 1.0).per_update == (Fraction(3), Fraction(3, 2))
     for less in (
@@ -172,7 +172,7 @@ def test_calls_per_update_only_where_all_was_seen() -> None:
 # --- readings that fail, and reloads ---
 
 
-def test_a_reading_that_fails_leaves_the_older_numbers_and_says_so() -> None:
+def test_a_failed_reading_leaves_the_older_numbers_and_a_note() -> None:
     kernel = Kernel(snapshot(1), snapshot(2), OSError("no\x1b[31m\nway"), snapshot(6))
     sampler = kernel.sampler()
     sampler.take()
@@ -191,7 +191,7 @@ def test_a_reading_that_fails_leaves_the_older_numbers_and_says_so() -> None:
     assert made.calls == Outcome(124, 60, 64, 0, 0)
 
 
-def test_the_first_reading_fails() -> None:
+def test_a_failed_first_reading_shows_no_numbers() -> None:
     kernel = Kernel(OSError("x"), snapshot(1), snapshot(2))
     sampler = kernel.sampler()
     text = "\n".join(shown(sampler.sample))
@@ -203,7 +203,7 @@ def test_the_first_reading_fails() -> None:
     assert sampler.sample.interval
 
 
-def test_a_reload() -> None:
+def test_a_reload_has_a_note() -> None:
     kernel = Kernel(snapshot())
     sampler = kernel.sampler()
     sampler.follow()
@@ -256,7 +256,7 @@ def test_a_frame_at_40_columns() -> None:
     ]
 
 
-def test_all_since_the_start() -> None:
+def test_totals_are_since_the_start() -> None:
     found = shown(frame(snapshot(400), 4000.0, whole=True), View(whole=True))
     assert found[:2] == [
         "15:04:05 kvmhost 6.1.0-53-amd64 layout toggle, redundancy exact, all 1:06:40 h",
@@ -270,7 +270,7 @@ RECALC = replace(snapshot(), layout="recalc", recalcs={0: times(2, 2e-4), 7: tim
 
 
 @pytest.mark.parametrize("layout", ["recalc", "set"])
-def test_recalculations(layout: str) -> None:
+def test_recalculations_have_a_line(layout: str) -> None:
     made = frame(replace(RECALC, layout=layout), 2.0)
     assert made.all_recalcs == Durations(3, 9e-4, (3, *[0] * 24))
     found = shown(made)
@@ -289,7 +289,7 @@ def test_recalculations(layout: str) -> None:
 
 
 def test_recalculations_of_an_interval() -> None:
-    """That of a VM which ended since is under pid 0."""
+    """Those of a VM that ended since are under pid 0."""
     later = replace(RECALC, by_vm=True, recalcs={0: times(5, 3e-4), 8: times(4, 3e-4)}, vms={8: "b"})
     kernel = Kernel(replace(RECALC, by_vm=True, vms={7: "a"}), later)
     sampler = kernel.sampler()
@@ -318,7 +318,7 @@ def test_many_recalculations_fit_80_columns() -> None:
 @pytest.mark.parametrize("width", [1, 5, 20, 40, 60, 79, 80, 81, 100, 132, 250])
 @pytest.mark.parametrize("height", [None, 1, 2, 5, 24])
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_it_fits(width: int, height: int | None, level: int) -> None:
+def test_every_frame_fits_the_terminal(width: int, height: int | None, level: int) -> None:
     calls = {replace(call, pid=pid): o for call, o in snapshot().calls.items() for pid in (0, 7, 4194304)}
     many = replace(snapshot(), calls=calls, by_vm=True, vms={7: "web" * 40, 4194304: "x"}, read_failures=3)
     for look_ in (Look(width, height), Look(width, height, ascii=True, styles=True, colors=True)):
@@ -328,7 +328,7 @@ def test_it_fits(width: int, height: int | None, level: int) -> None:
         assert height is None or len(found) == height
 
 
-def test_more_rows_than_lines() -> None:
+def test_rows_beyond_the_screen_are_scrolled() -> None:
     calls = {replace(TSC, msr=0x10000 + index): outcome(200 - index, 0) for index in range(100)}
     made, view = frame(Snapshot("toggle", calls=calls), 1.0), View()
     found = shown(made, view, height=24)
@@ -369,18 +369,18 @@ def test_unknown_redundancy_is_a_question_mark() -> None:
     assert found[-1].split() == ["IA32_TSC", "read", "disable", "filter_change", "10.0", "?"]
 
 
-def test_little_is_not_shown_as_nothing() -> None:
+def test_a_small_rate_is_not_shown_as_0() -> None:
     calls = {TSC: outcome(1, 0)}
     found = shown(frame(Snapshot("toggle", calls=calls), 300.0))
     assert "calls 0.003/s" in found[1]
 
 
-def test_nothing_happened() -> None:
+def test_an_idle_interval_says_so() -> None:
     found = shown(frame(replace(snapshot(), calls={}, updates={}), 1.0))
     assert found[1:] == ["filter updates 0.0/s; calls 0.0/s", "no filter update", "", "no calls"]
 
 
-def test_losses_are_said() -> None:
+def test_losses_are_shown() -> None:
     lossy = replace(
         snapshot(),
         maps=(Map("calls", 10, 10, 1234), Map("threads", 0, 10)),
@@ -414,7 +414,7 @@ HOSTILE = "[red]x[/] \x1b[31m\x9b2J\r\n\u202eevil é中\U0001f600"
 
 
 @pytest.mark.parametrize("styles", [True, False])
-def test_hostile_names(styles: bool) -> None:
+def test_hostile_names_cannot_control_the_terminal(styles: bool) -> None:
     calls = {replace(TSC, pid=7): outcome(1, 1)}
     made = Snapshot("toggle", calls=calls, updates={7: times(1)}, by_vm=True, vms={7: HOSTILE}, probes=(PROBE,))
     for level in (0, 1):
@@ -430,7 +430,7 @@ def test_hostile_names(styles: bool) -> None:
     assert "é中" in "\n".join(lines(Sample("15:04:05", frame(made, 1.0)), View(), Look(200), HOSTILE))
 
 
-def test_vms() -> None:
+def test_vms_have_rows() -> None:
     calls = {TSC: outcome(5, 5), replace(TSC, pid=7): outcome(30, 15), replace(FS_READ, pid=8): outcome(10, 0)}
     made = Snapshot("toggle", calls=calls, updates={7: times(4), 0: times(1)}, by_vm=True)
     made = replace(made, vms={7: "web", 8: "db", 9: "idle"}, probes=(PROBE,))
@@ -478,7 +478,7 @@ def test_without_colour_there_is_still_bold() -> None:
 
 
 def test_an_idle_frame_costs_a_serial_console_little() -> None:
-    """Only lines that changed are sent: here the one with the time, and the rates of one MSR."""
+    """Only changed lines are sent: here the one with the time, and the rates of one MSR."""
     master, slave = pty.openpty()
     view, how = View(sort="msr"), Look(80, 24, styles=True, colors=True)
     with Signals() as signals:
@@ -515,7 +515,7 @@ def test_an_idle_frame_costs_a_serial_console_little() -> None:
         ([b"\x0c"], ["redraw"]),
     ],
 )
-def test_keys(typed: list[bytes], keys: list[str]) -> None:
+def test_keys_are_decoded(typed: list[bytes], keys: list[str]) -> None:
     out, in_ = os.pipe()
     with Signals() as signals:
         screen, found = Screen(signals, out, in_, alternate=False), []
@@ -529,7 +529,7 @@ def test_keys(typed: list[bytes], keys: list[str]) -> None:
     os.close(out)
 
 
-def test_signals_that_were_ignored_stay_so() -> None:
+def test_ignored_signals_stay_ignored() -> None:
     before = {n: signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A process that outlives its test is killed, and the test fails with its command line.
+"""A pytest plugin: a process that outlives its test is killed, and the test fails with the process's command line.
 
-A plugin of pytest. What a fixture of a module or of the session starts may live as long as that. What threads whose
-name begins with SESSION start, the boots of emulated hosts, may live until the session ends.
+Processes that a module or session fixture starts may live as long as that. Those started by threads whose name begins
+with SESSION, the boots of emulated hosts, may live until the session ends.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from typing import Any
 import pytest
 
 SESSION = "boots"
-#: How long a process may take to end by itself, when who made it is gone.
+#: How long an orphaned process may take to end by itself.
 PATIENCE_SECONDS = 2.0
 _PR_SET_CHILD_SUBREAPER = 36
 #: multiprocessing starts one for the whole process, and ends it there.
 _OF_PYTHON = "multiprocessing.resource_tracker"
 
-_before: set[int] = set()  # what was there when the test began
-_shared: set[int] = set()  # what fixtures of more than one test started
+_before: set[int] = set()  # processes that existed when the test began
+_shared: set[int] = set()  # processes that fixtures of several tests started
 
 
 def of_session() -> set[int]:
-    """The children of the threads whose name begins with SESSION."""
+    """The children of threads whose name begins with SESSION."""
     return _children(_session_threads().__contains__)
 
 
 def others() -> set[int]:
-    """All other children that run, orphans of theirs included."""
+    """All other running children, including their orphans."""
     threads = _session_threads()
     return _children(lambda thread: thread not in threads)
 
 
 def describe(pid: int) -> str:
-    """Its number and command line."""
+    """The pid and the command line."""
     return f"{pid}: {_command(pid)}"
 
 
 def kill(pids: Iterable[int]) -> None:
-    """Kill processes and all that they have started."""
+    """Kill processes and their descendants."""
     for pid in pids:
         below = _children(lambda _: True, pid)
         with suppress(ProcessLookupError):
@@ -58,7 +58,7 @@ def kill(pids: Iterable[int]) -> None:
 
 
 def _children(wanted: Callable[[int], bool], pid: int | None = None) -> set[int]:
-    """The children of PID, or of this process, that run, by the threads that are WANTED."""
+    """The running children of a process (default: this one) by those of its threads that are wanted."""
     found: set[int] = set()
     for thread in Path(f"/proc/{pid or os.getpid()}/task").glob("*"):
         with suppress(OSError):
@@ -72,7 +72,7 @@ def _session_threads() -> set[int]:
 
 
 def _runs(pid: int) -> bool:
-    """Whether it has not ended, and waits for no more than to be waited for."""
+    """Whether the process has not ended, and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -80,7 +80,7 @@ def _runs(pid: int) -> bool:
 
 
 def _command(pid: int) -> str:
-    """Its command line; nothing if it has ended, or has just begun."""
+    """The command line; empty if the process has ended or has just started."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
@@ -88,7 +88,7 @@ def _command(pid: int) -> str:
 
 
 def _left_over(excepted: set[int]) -> set[int]:
-    """The children that are not EXCEPTED and do not end by themselves."""
+    """The children that do not end by themselves, except the given ones."""
     end = time.monotonic() + PATIENCE_SECONDS
     while (left := others() - excepted) and time.monotonic() < end:
         time.sleep(0.02)
@@ -96,7 +96,7 @@ def _left_over(excepted: set[int]) -> set[int]:
 
 
 def _named_and_killed(left: set[int]) -> str:
-    """The lines that say which processes were LEFT; they are killed."""
+    """Kill the processes; returns lines that describe them."""
     text = "".join(f"\n  {describe(pid)}" for pid in sorted(left))
     kill(left)
     return text
@@ -143,7 +143,7 @@ _session_left = pytest.StashKey[str]()
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """What boots have left; they have ended by now."""
+    """Kill what the boots, which have ended by now, have left behind."""
     if left := _left_over(set()) | of_session():
         session.config.stash[_session_left] = _named_and_killed(left)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

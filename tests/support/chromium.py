@@ -72,7 +72,7 @@ class Chromium:
         self.close()
 
     def close(self) -> None:
-        """End it."""
+        """Stop the browser."""
         os.close(self._to)  # which ends it
         try:
             self._process.wait(10)
@@ -115,7 +115,7 @@ class Chromium:
         return message
 
     def open(self, page: Path, width: int, *, dark: bool = False, media: str = "") -> None:
-        """Show PAGE in a window of WIDTH CSS pixels, as for MEDIA (`print`, or the screen)."""
+        """Show a page in a window of that width in CSS pixels, for that medium (`print`, or the screen)."""
         self.requested, self.complaints = [], []
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.send("Emulation.setDeviceMetricsOverride", **size)
@@ -127,7 +127,7 @@ class Chromium:
             time.sleep(0.02)
 
     def value(self, expression: str) -> Any:
-        """The value of EXPRESSION, JavaScript, in the page; it runs in spite of the page's policy."""
+        """The value of a JavaScript expression in the page, which runs despite the page's policy."""
         result = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")

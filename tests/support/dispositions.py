@@ -18,7 +18,7 @@ _ignored: list[int] = []
 
 
 def as_begun(command: Sequence[str | Path]) -> list[str | Path]:
-    """COMMAND with the signals ignored that were ignored when pytest began: for what should live as long as that."""
+    """The command with the signals ignored that were ignored when pytest started: for what should live as long."""
     names = ",".join(signal.Signals(number).name for number in _ignored)
     return [*(["env", f"--ignore-signal={names}"] if names else []), *command]
 

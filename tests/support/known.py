@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A kernel as the BPF program needs to know it: its functions, its BTF, and its headers as BCC wants them."""
+"""The kernel for tests of the BPF program: its functions, its BTF, and its headers as BCC needs them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class KnownBtf(Btf):
 
 
 def symbols(layout: Layout, *without: str) -> Symbols:
-    """Each function is 0x100 long, the first begins at 0x1000."""
+    """Functions of 0x100 bytes each, from 0x1000 on."""
     names = [layout.update, *layout.calls, "vmx_vcpu_create", "vmx_vcpu_free", VMX.direct_write]
     names += [layout.filter_set] if layout.filter_set else []
     there = [name for name in names if name not in without]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Makes snapshots and reports: those that the kernel's loops of KERNEL.md 3 give, and any that can be read."""
+"""Synthetic snapshots and reports: those of the kernel's loops (KERNEL.md 3), and any that can be read."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ STARTED = datetime(2026, 11, 22, 15, 0, 0, 987654, tzinfo=UTC)
 
 
 def outcome(calls: int, changed: int, access: str, exact: bool = True, refused: int = 0) -> Outcome:
-    """That of CALLS of which CHANGED changed every bit that they named."""
+    """The outcome of calls of which `changed` changed every bit that they named."""
     if not exact:
         return Outcome(calls)
-    return Outcome(calls, calls - changed, changed * (access != "write"), changed * (access != "read"), refused)
+    read, write = 0 if access == "write" else changed, 0 if access == "read" else changed
+    return Outcome(calls, calls - changed, read, write, refused)
 
 
 def times(count: int) -> Durations:
-    """COUNT updates: all in the bucket of 8192 ns, but one in each of the first and the last."""
+    """The durations of updates: all in the bucket of 8192 ns, except one each in the first and the last."""
     buckets = [0] * 25
     buckets[6] = count
     if count > 2:
@@ -55,7 +56,7 @@ def toggle(
     vcpus: int = 1,
     **changes: Any,
 ) -> Snapshot:
-    """What 5.15 to 6.16 do in UPDATES filter updates that deny and allow FS_BASE in turn, and DENIED always."""
+    """What 5.15 to 6.16 count in filter updates that deny and allow FS_BASE in turn, and always deny `denied`."""
     calls: dict[Call, Outcome] = {}
     denied = set(denied)
     for index, access in sorted(PASSED):
@@ -78,11 +79,11 @@ def toggle(
 
 
 def recalc(updates: int = 101, **changes: Any) -> Snapshot:
-    """What 6.18 and newer do: reads and writes in one call."""
+    """What 6.18 and newer count: reads and writes in one call."""
     caller = "vmx_recalc_intercepts"
     calls = {Call(TSC, "read", "disable", "filter_change", caller): outcome(updates, 0, "read")}
     for index in BOTH_PASSED:
-        changed = updates * (index == FS_BASE)
+        changed = updates if index == FS_BASE else 0
         calls[Call(index, "read_write", "disable", "filter_change", caller)] = outcome(updates, changed, "read_write")
     calls[Call(XFD_ERR, "read", "enable", "filter_change", caller)] = outcome(updates, 0, "read")
     made = Snapshot("recalc", calls=calls, updates={0: times(updates)}, vcpus_seen=1, vmms_seen=1)
@@ -90,15 +91,15 @@ def recalc(updates: int = 101, **changes: Any) -> Snapshot:
 
 
 def recalculated(recalculations: int = 7, *, exact: bool = True, **changes: Any) -> Snapshot:
-    """RECALC, and RECALCULATIONS for other reasons, as after the creation of so many vCPUs: each makes eight calls."""
+    """As `recalc`, plus recalculations for other reasons, as at the creation of vCPUs: each makes eight calls."""
     made, caller = recalc(), "vmx_recalc_intercepts"
     calls = dict(made.calls)
     for index, access, action in (
         (TSC, "read", "disable"),
         *((index, "read_write", "disable") for index in BOTH_PASSED),
-        (SPEC_CTRL, "read_write", "enable"),  # for nothing
+        (SPEC_CTRL, "read_write", "enable"),  # redundant
     ):
-        changed = recalculations * (action == "disable")
+        changed = recalculations if action == "disable" else 0
         calls[Call(index, access, action, "recalc", caller)] = outcome(recalculations, changed, access, exact)
     if not exact:
         calls = {call: Outcome(made.calls) for call, made in calls.items()}
@@ -108,7 +109,7 @@ def recalculated(recalculations: int = 7, *, exact: bool = True, **changes: Any)
 
 
 def report(counted: Snapshot | None = None, host: HostInfo = HOST, **details: Any) -> Report:
-    """The report on what was COUNTED, in 2.5 seconds."""
+    """The report on a trace of 2.5 seconds."""
     given: dict[str, Any] = {
         "started": STARTED,
         "duration": 2.5,
@@ -128,7 +129,7 @@ def unpatched(**details: Any) -> Report:
 
 
 def views(one: Report, other: Report | None = None) -> dict[str, str]:
-    """Every view of ONE, and of it beside OTHER both ways."""
+    """Every view of a report, and of its comparisons with another one, both ways."""
     other = other or patched()
     found = {name: write_report(one, name).decode() for name in OF_REPORTS}
     for name, sides in {"base": ([one], [other]), "new": ([other], [one])}.items():
@@ -255,7 +256,7 @@ any_reports = st.builds(
 
 
 def crowd(vms: int, updates: int = 1009) -> Snapshot:
-    """A host with so many VMs told apart, of which each has 68 series."""
+    """The counts by VM of a host with so many VMs, each of which has 68 series."""
     counted = [toggle(updates + pid, pid=pid) for pid in range(1000, 1000 + vms)]
     return replace(
         counted[0],

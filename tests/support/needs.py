@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What tests need of the machine. A plugin of pytest, with the option --check.
+"""What tests need on the machine. A pytest plugin with the option --check.
 
 What is missing is a failure: without it nothing is proved. With --check, which is `make check`, it is left out, and at
 the end there is what was left out and why.
@@ -31,14 +31,14 @@ def tool(name: str) -> str:
 
 
 def missing(what: str, why: str) -> NoReturn:
-    """WHAT is not here: a failure, for the reason WHY, but for --check."""
+    """A requirement is missing: the test fails with the reason, or is skipped under --check."""
     if checking():
         leave_out(what)
     pytest.fail(why)
 
 
 def leave_out(what: str) -> NoReturn:
-    """Skip a test that needs WHAT."""
+    """Skip a test that needs something that is not available."""
     pytest.skip(f"{_LEFT_OUT}{what}")
 
 

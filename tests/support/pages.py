@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Pages to test: of which reports they are, and how to read them."""
+"""HTML pages to test: the reports that they show, and a parser for them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ EITHER: tuple[Report | Comparison, ...] = (*REPORTS.values(), *COMPARISONS.value
 
 
 def many() -> Report:
-    """A report of 300 MSRs, with the longest names and numbers that can be."""
+    """A report on 300 MSRs, with the longest possible names and numbers."""
     calls = {
         Call(index, "read", "enable", "filter_change", "f" * 60): Outcome(2**40 + index, 2**40, index, 0, 0)
         for index in range(0x10000, 0x10000 + 300)
@@ -64,7 +64,7 @@ class Element:
         return "".join(child if isinstance(child, str) else child.text for child in self.children)
 
     def all(self, tag: str = "", kind: str = "") -> list[Element]:
-        """Those below it with TAG and of class KIND, in their order."""
+        """The elements below it with a tag and a class, in order."""
         return [e for e in self if tag in ("", e.tag) and (not kind or kind in e.attributes.get("class", "").split())]
 
     def __iter__(self) -> Iterator[Element]:
@@ -79,7 +79,7 @@ class Element:
 
 
 class Page(HTMLParser):
-    """Builds the tree of a page; every element must be closed where it should be."""
+    """Builds the tree of a page; every element must be closed correctly."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -116,12 +116,12 @@ def source(of: Report | Comparison) -> str:
 
 
 def page(of: Report | Comparison) -> Element:
-    """That page, read."""
+    """That page, parsed."""
     return Page(source(of)).root
 
 
 def chart(of: Report | Comparison, title: str) -> Element | None:
-    """The figure below the heading TITLE."""
+    """The figure below a heading."""
     for section in page(of).all("section"):
         if section.all("h2")[0].text == title:
             return next(iter(section.all("figure")), None)
@@ -139,7 +139,7 @@ def lengths(bar: Element) -> list[tuple[str, float]]:
 
 
 def bars(figure: Element | None) -> list[tuple[str, list[tuple[str, float]], str]]:
-    """Of each bar: whose it is, its parts, the text at its end."""
+    """For each bar: its side, its parts, and the text at its end."""
     assert figure
     return [
         (row.all(kind="name")[0].text, lengths(bar), bar.all("text")[0].text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`python -m recorded OPTIONS`: record(**OPTIONS), as JSON, with a tracer that only writes down what it is asked.
+"""`python -m recorded OPTIONS`: record(**OPTIONS), with OPTIONS as JSON, and a tracer that only logs its calls.
 
 What became of it is the last line on standard output. `follows` of OPTIONS says what comes of following reloads.
 """
@@ -28,12 +28,12 @@ class Tracer:
         self.follows, self.snapshots = follows, 0
 
     def snapshot(self, patience: float = 0) -> Snapshot:
-        """Those before, and ten."""
+        """Ten more calls."""
         self.snapshots += 1
         return Snapshot("toggle", calls={Call(1, "read", "enable", "other", "f"): Outcome(10 * self.snapshots)})
 
     def follow(self) -> ModuleChange | None:
-        """What comes next."""
+        """The next change of the module."""
         change = self.follows.pop(0) if self.follows else ""
         if change == "broken":
             raise OSError(change)
@@ -41,7 +41,7 @@ class Tracer:
 
 
 def signals() -> list[Any]:
-    """The mask and the dispositions of this process."""
+    """The signal mask and dispositions of this process."""
     return [signal.pthread_sigmask(signal.SIG_BLOCK, []), [signal.getsignal(n) for n in range(1, 32)]]
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`python -m standin FOLDER COMMAND...`: `msrtrace COMMAND...` on a made-up kernel, which is files in FOLDER.
+"""`python -m standin DIRECTORY COMMAND...`: `msrtrace COMMAND...` on a fake kernel, which is files in DIRECTORY.
 
-`module` is there while the module is loaded, and another one when its content has changed; the engine leaves `attached`
-and `closed`. What each command counts is made so that its output is known.
+The file `module` exists while the module is loaded, and a changed content means another module; the engine creates
+`attached` and `closed`. The counts for each command are fixed, so that its output is known.
 """
 
 from __future__ import annotations
@@ -32,58 +32,58 @@ ATTACHED, CLOSED, COUNTED, BROKEN, INTERRUPT = "attached", "closed", "counted", 
 
 
 class Engine:
-    """What counts nothing, and says that it did."""
+    """An engine without probes, which returns fixed counts."""
 
     backend = "kprobe"
     functions: tuple[str, ...] = (*CALLS, HOOK)
-    folder = Path()
+    directory = Path()
 
     def __init__(self, layout: Layout, symbols: Symbols, options: Options, explain: Callable[[], str]) -> None:
-        (self.folder / ATTACHED).touch()
+        (self.directory / ATTACHED).touch()
         self.layout, self.options, self.taken = layout, options, 0
-        warning = self.folder / WARNING
+        warning = self.directory / WARNING
         self.warnings = [warning.read_text()] if warning.exists() else []
         self.probes = [Probe(name, name, True, f"{name} [{VMX.module}]") for name in self.functions]
 
     @property
     def pid(self) -> int:
-        """Of the one VMM that there is, if it is told apart."""
+        """The pid of the only VMM, with --by-vm; else 0."""
         return os.getpid() if self.options.by_vm else 0
 
     def snapshot(self, patience: float = 0) -> Snapshot:
-        """More each time."""
-        if (self.folder / BROKEN).exists():
+        """Higher counts each time."""
+        if (self.directory / BROKEN).exists():
             raise OSError("broken map")
-        if (self.folder / INTERRUPT).exists():
-            (self.folder / INTERRUPT).unlink()
+        if (self.directory / INTERRUPT).exists():
+            (self.directory / INTERRUPT).unlink()
             raise KeyboardInterrupt
         self.taken += 1
-        (self.folder / COUNTED).touch()
+        (self.directory / COUNTED).touch()
         return self.counted()
 
     def counted(self) -> Snapshot:
-        """What is in the next snapshot."""
+        """The counts of the next snapshot."""
         raise NotImplementedError
 
     def forget(self, pids: set[int]) -> None:
-        """Nothing is kept of anybody."""
+        """Nothing to forget."""
 
     def detach(self) -> None:
-        """There are no probes."""
+        """No probes to remove."""
 
     def reattach(self, layout: Layout, symbols: Symbols) -> bool:
-        """Works, unless it is refused."""
-        if (self.folder / REFUSAL).exists():
-            raise MsrtraceError((self.folder / REFUSAL).read_text())
+        """Succeeds unless there is a refusal."""
+        if (self.directory / REFUSAL).exists():
+            raise MsrtraceError((self.directory / REFUSAL).read_text())
         return True
 
     def close(self) -> None:
-        """Leave a trace of it."""
-        (self.folder / CLOSED).touch()
+        """Record that it was closed."""
+        (self.directory / CLOSED).touch()
 
 
 class RunEngine(Engine):
-    """Seven calls, from the first moment on, on a kernel of which only updates can be probed."""
+    """Seven calls from the start, on a kernel where only updates can be probed."""
 
     functions = (HOOK,)
 
@@ -93,7 +93,7 @@ class RunEngine(Engine):
         self.probes.append(Probe("vmx_vcpu_create", None, False, "none"))
 
     def counted(self) -> Snapshot:
-        """The seven."""
+        """The seven calls."""
         call = Call(0x10, "read", "disable", "vcpu_create", "vmx_vcpu_create", self.options.pid or 0)
         calls = {call: Outcome(7, 0, 7, 0, 0)}
         return Snapshot(self.layout.name, calls=calls, probes=tuple(self.probes), by_vm=self.options.by_vm)
@@ -103,16 +103,16 @@ class ReportEngine(Engine):
     """101 filter updates between two snapshots."""
 
     def counted(self) -> Snapshot:
-        """Those before, and 101."""
+        """101 more updates."""
         updates = 101 * self.taken - 100
         return toggle(updates, pid=self.pid, vcpus=1 + (self.taken > 1), probes=tuple(self.probes))
 
 
 class TopEngine(Engine):
-    """Ten filter updates between two snapshots, each with two calls, and as many others."""
+    """Ten filter updates between two snapshots, each with two calls, and ten other calls."""
 
     def counted(self) -> Snapshot:
-        """Those before, and ten."""
+        """Ten more updates."""
         n, pid = 10 * self.taken, self.pid
         calls = {
             Call(0x10, "read", "disable", "filter_change", "x", pid): Outcome(2 * n, n, n, 0, 0),
@@ -128,19 +128,19 @@ ENGINES: dict[str, type[Engine]] = {"run": RunEngine, "report": ReportEngine, "t
 
 
 def main() -> None:
-    """Put the stand-ins in their places, and run the command."""
-    folder, command = Path(sys.argv.pop(1)), sys.argv[1]
+    """Install the stand-ins, and run the command."""
+    directory, command = Path(sys.argv.pop(1)), sys.argv[1]
     chosen = ENGINES[command]
-    chosen.folder = folder
+    chosen.directory = directory
 
     def symbols(*_: Path) -> Symbols:
         return Symbols.of(Symbol(64 + n, name, VMX.module) for n, name in enumerate(chosen.functions))
 
     def module(*_: Path) -> str | None:
-        return (folder / MODULE).read_text() if (folder / MODULE).exists() else None
+        return (directory / MODULE).read_text() if (directory / MODULE).exists() else None
 
     def obstacle(*_: object, **__: object) -> str | None:
-        return (folder / OBSTACLE).read_text() if (folder / OBSTACLE).exists() else None
+        return (directory / OBSTACLE).read_text() if (directory / OBSTACLE).exists() else None
 
     places: tuple[tuple[Any, str, Any], ...] = (
         (Symbols, "read", symbols),

@@ -14,12 +14,12 @@ IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)
 
 
 def test_the_suite_passes_with_signals_ignored() -> None:
-    """As under nohup, or in the background of a script: of each file some of the tests whose children end by them."""
+    """As under nohup, or in the background of a script: with tests of each file that send signals to children."""
     asked = {
-        "tests/cli/test_main.py": "waiting_can_be_ended",
-        "tests/trace/test_recording.py": "a_signal_is_passed_on or nohup",
-        "tests/cli/test_report.py": "until_a_signal",
-        "tests/cli/test_top.py": "end_it_in_order or ctrl_c",
+        "tests/cli/test_main.py": "signal_ends_the_wait",
+        "tests/trace/test_recording.py": "signal_is_forwarded or ignored_signals_stay",
+        "tests/cli/test_report.py": "signal_ends_the_trace",
+        "tests/cli/test_top.py": "end_it_cleanly or ctrl_c",
     }
     command = [sys.executable, "-m", "pytest", "-q", "--hosts", "none", "-p", "no:cacheprovider"]
     done = subprocess.run(

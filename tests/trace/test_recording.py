@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Traces with an end, and the commands run in them: in a process of its own, with a tracer that only writes down."""
+"""Traces that end, and the commands run in them: in a process of its own, with a tracer that only logs its calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
 
 
 class Recorded:
-    """record(OPTIONS) under way."""
+    """A running record() with options."""
 
     def __init__(self, prefix: list[str], **options: Any) -> None:
         self.process = subprocess.Popen(
@@ -44,7 +44,7 @@ class Recorded:
         self.process.send_signal(number)
 
     def end(self, given: str = "") -> tuple[Any, str]:
-        """What became of it, and what else was on standard output."""
+        """The result, and what else was on standard output."""
         out, _ = self.process.communicate(given, timeout=30)
         lines = out.splitlines(keepends=True)
         result = json.loads(lines[-1])
@@ -79,7 +79,7 @@ def python(code: str) -> list[str]:
 # --- for a time ---
 
 
-def test_for_a_time(start: Start) -> None:
+def test_it_ends_after_a_duration(start: Start) -> None:
     result, _ = start(seconds=0.5).end()
     assert 0.5 <= result["seconds"] < 2
     assert (result["status"], result["notes"]) == (None, [])
@@ -88,13 +88,13 @@ def test_for_a_time(start: Start) -> None:
     assert result["started"].endswith("+00:00")
 
 
-def test_for_no_time_to_speak_of(start: Start) -> None:
+def test_a_tiny_duration_is_enough(start: Start) -> None:
     result, _ = start(seconds=1e-9).end()
     assert result["snapshots"] == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_it(start: Start, number: signal.Signals) -> None:
+def test_a_signal_ends_it_cleanly(start: Start, number: signal.Signals) -> None:
     for seconds in (None, 20):
         recorded = start(seconds=seconds)
         recorded.until()
@@ -106,8 +106,8 @@ def test_a_signal_ends_it(start: Start, number: signal.Signals) -> None:
         assert result["notes"] == ([note] if seconds else [])
 
 
-def test_nohup(start: Start) -> None:
-    """What was ignored when it began stays ignored."""
+def test_ignored_signals_stay_ignored(start: Start) -> None:
+    """Signals that were ignored at the start stay ignored."""
     recorded = start(*python("signal.signal(1, signal.SIG_IGN); " + EXEC), seconds=1)
     recorded.until()
     recorded.signal(signal.SIGHUP)
@@ -143,12 +143,12 @@ def test_vms_are_named_while_they_live(start: Start) -> None:
         (["sh", "-c", "kill -KILL $$"], 128 + 9),
     ],
 )
-def test_the_status_of_a_command(start: Start, command: list[str], status: int) -> None:
+def test_the_status_is_that_of_the_command(start: Start, command: list[str], status: int) -> None:
     result, _ = start(command=command).end()
     assert (result["status"], result["notes"], result["snapshots"]) == (status, [], 2)
 
 
-def test_commands_that_cannot_be_run(start: Start, tmp_path: Path) -> None:
+def test_a_command_that_cannot_be_run_is_an_error(start: Start, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "garbage").write_bytes(b"\0\0\0\0")
     (tmp_path / "garbage").chmod(0o755)
@@ -164,7 +164,7 @@ def test_commands_that_cannot_be_run(start: Start, tmp_path: Path) -> None:
         assert (result["error"], result["status"]) == (f"cannot run {command}: {why}", status)
 
 
-def test_what_a_command_reads_and_writes(start: Start) -> None:
+def test_a_command_has_our_standard_input_and_output(start: Start) -> None:
     result, out = start(command=["sh", "-c", "tr a-z A-Z; echo done"]).end("one\ntwo\n")
     assert (out, result["status"]) == ("ONE\nTWO\ndone\n", 0)
 
@@ -175,14 +175,14 @@ def test_the_end_of_a_command_is_seen_at_once(start: Start) -> None:
     assert min(results) < 0.15
 
 
-def test_no_wait_for_what_a_command_leaves_behind(start: Start) -> None:
+def test_background_processes_of_a_command_are_not_waited_for(start: Start) -> None:
     result, out = start(command=["sh", "-c", "sleep 20 >/dev/null 2>&1 <&1 & echo $!; exit 3"]).end()
     os.kill(int(out), signal.SIGKILL)
     assert result["status"] == 3
     assert result["seconds"] < 10
 
 
-def test_children_of_a_command_that_end_before_it(start: Start) -> None:
+def test_children_that_end_before_the_command_do_not_end_the_trace(start: Start) -> None:
     code = "for _ in range(20):\n if os.fork() == 0: os._exit(1)\ntime.sleep(0.5)\nsys.exit(5)"
     result, _ = start(command=python(code)).end()
     assert result["status"] == 5
@@ -190,7 +190,7 @@ def test_children_of_a_command_that_end_before_it(start: Start) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_is_passed_on(start: Start, number: signal.Signals) -> None:
+def test_a_signal_is_forwarded_to_the_command(start: Start, number: signal.Signals) -> None:
     recorded = start(
         command=python(f"signal.signal({int(number)}, lambda *_: sys.exit(42))\nprint(1, flush=True)\ntime.sleep(20)")
     )
@@ -227,7 +227,7 @@ SHOW += "[n for n in range(1, 32) if n not in (9, 19) and signal.getsignal(n) ==
         python("signal.signal(2, signal.SIG_IGN); " + EXEC),
     ],
 )
-def test_a_command_inherits_the_signals_that_we_did(start: Start, prefix: list[str]) -> None:
+def test_a_command_inherits_our_signal_dispositions(start: Start, prefix: list[str]) -> None:
     command = [sys.executable, "-c", f"{SHOW}; import sys; sys.exit(9)"]
     alone = subprocess.run([*prefix, *command], capture_output=True, text=True, check=False).stdout
     result, out = start(*prefix, command=command).end()
@@ -255,7 +255,7 @@ except OSError:
 
 
 def test_ctrl_c_reaches_a_command_once(start: Start) -> None:
-    """A terminal gives it to both, so it is not passed on."""
+    """A terminal sends it to both, so it is not forwarded."""
     count = "hits = []\nsignal.signal(2, lambda *_: hits.append(1))\nprint('ready', flush=True)\n"
     count += "end = time.monotonic() + 1.5\nwhile time.monotonic() < end: time.sleep(0.1)\nsys.exit(len(hits))"
     driver = [sys.executable, "-m", "recorded", json.dumps({"command": python(count)})]

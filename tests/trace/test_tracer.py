@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Tracing through reloads of kvm_intel and the lives of VMs, with a made-up kernel in place of BPF."""
+"""Tracing through reloads of kvm_intel and the lives of VMs, with a fake kernel in place of BPF."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CALL, UPDATE = Outcome(1, 0, 1, 0, 0), Durations(1, 0.25, (1, *[0] * 24))
 
 
 class Kernel:
-    """kvm_intel that comes and goes, and VMMs whose calls are seen by probes on the kvm_intel that they call."""
+    """A kvm_intel that is loaded and unloaded, and VMMs whose calls are seen by the probes on it."""
 
     def __init__(self, proc: Path, *, by_vm: bool = False, keep_gone: bool = False) -> None:
         self.by_vm = by_vm
@@ -70,7 +70,7 @@ class Kernel:
         self.load()
 
     def start(self, pid: int, name: str, started: int = 1000) -> None:
-        """A VMM starts; what had its pid is gone."""
+        """Start a VMM; whatever had its pid is gone."""
         folder = self.proc / str(pid)
         folder.mkdir(exist_ok=True)
         (folder / "stat").write_text(f"{pid} (qemu) S {'0 ' * 18}{started} 1 2\n")
@@ -81,7 +81,7 @@ class Kernel:
         shutil.rmtree(self.proc / str(pid))
 
     def call(self, pid: int = 0, times: int = 1) -> int:
-        """A vCPU of PID is created and updated, each TIMES. How often anything saw it: once, or never."""
+        """Create and update a vCPU of a VMM so many times. Returns how often each was seen: once, or never."""
         seeing = [engine for engine in self.engines if engine.sees()]
         assert len(seeing) <= 1
         for engine in seeing:
@@ -89,14 +89,14 @@ class Kernel:
         return times if seeing else 0
 
     def lose(self, times: int = 1) -> int:
-        """Something goes wrong in all the ways there are. How often that was seen."""
+        """Cause every kind of loss. Returns how often that was seen."""
         for engine in (seeing := [engine for engine in self.engines if engine.sees()]):
             engine.lost += times
         return times if seeing else 0
 
 
 class Engine:
-    """Stands in for tracer.trace.engine.Engine; knows what may be asked of it when."""
+    """A fake of tracer.trace.engine.Engine that checks the order of calls."""
 
     backend = "kprobe"
 
@@ -194,7 +194,7 @@ def by_vm(tmp_path: Path) -> Kernel:
 
 
 def counts(snapshot: Snapshot) -> dict[int, int]:
-    """Calls by pid; everything else that the made-up kernel counts must agree with them."""
+    """Calls by pid; all other counts of the fake kernel must agree with them."""
     assert {pid: d.count for pid, d in snapshot.updates.items()} == {c.pid: o.calls for c, o in snapshot.calls.items()}
     assert {pid: d.count for pid, d in snapshot.recalcs.items()} == {c.pid: o.calls for c, o in snapshot.calls.items()}
     assert snapshot.vcpus_seen == sum(outcome.calls for outcome in snapshot.calls.values())
@@ -209,7 +209,7 @@ def losses(snapshot: Snapshot) -> tuple[int, ...]:
 # --- reloads ---
 
 
-def test_attached(kernel: Kernel) -> None:
+def test_an_attached_tracer_has_counts_and_probes(kernel: Kernel) -> None:
     tracer = kernel.tracer
     assert (tracer.attached, tracer.probes, tracer.warnings) == (False, [], [])
     with pytest.raises(MsrtraceError, match=r"^nothing is attached$"):
@@ -225,7 +225,7 @@ def test_attached(kernel: Kernel) -> None:
     assert counts(tracer.snapshot()) == {0: 7}
 
 
-def test_reload(kernel: Kernel) -> None:
+def test_counts_survive_a_reload(kernel: Kernel) -> None:
     tracer = kernel.tracer
     tracer.attach()
     kernel.call(times=7)
@@ -245,7 +245,7 @@ def test_reload(kernel: Kernel) -> None:
     assert [probe.attached for probe in snapshot.probes] == [True, False]
 
 
-def test_every_reload_is_counted(kernel: Kernel) -> None:
+def test_every_unload_is_counted(kernel: Kernel) -> None:
     kernel.tracer.attach()
     seen = []
     for _ in range(3):
@@ -255,7 +255,7 @@ def test_every_reload_is_counted(kernel: Kernel) -> None:
     assert seen == [1, 2, 3]
 
 
-def test_unload(kernel: Kernel) -> None:
+def test_counts_stay_while_the_module_is_unloaded(kernel: Kernel) -> None:
     tracer = kernel.tracer
     tracer.attach()
     kernel.call(times=7)
@@ -277,7 +277,7 @@ def test_unload(kernel: Kernel) -> None:
     assert counts(tracer.snapshot()) == {0: 10}
 
 
-def test_another_layout_after_a_reload(kernel: Kernel) -> None:
+def test_the_layout_may_change_with_a_reload(kernel: Kernel) -> None:
     kernel.tracer.attach()
     kernel.call(times=7)
     kernel.functions = ("vmx_set_intercept_for_msr", "vmx_recalc_intercepts")
@@ -291,7 +291,7 @@ def test_another_layout_after_a_reload(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("functions", [(ENABLE, DISABLE, HOOK), (HOOK,)])
-def test_a_module_that_cannot_be_traced_is_tried_again(kernel: Kernel, functions: tuple[str, ...]) -> None:
+def test_a_module_that_cannot_be_traced_is_retried(kernel: Kernel, functions: tuple[str, ...]) -> None:
     tracer = kernel.tracer
     tracer.attach()
     kernel.call(times=7)
@@ -312,7 +312,7 @@ def test_a_module_that_cannot_be_traced_is_tried_again(kernel: Kernel, functions
     assert all(engine.closed for engine in kernel.engines)
 
 
-def test_closed_while_the_module_is_away(kernel: Kernel) -> None:
+def test_it_can_be_closed_while_the_module_is_unloaded(kernel: Kernel) -> None:
     kernel.tracer.attach()
     kernel.unload()
     kernel.tracer.follow()
@@ -320,7 +320,7 @@ def test_closed_while_the_module_is_away(kernel: Kernel) -> None:
     assert kernel.engines[0].closed
 
 
-def test_closing_gives_everything_back_though_the_last_reading_fails(
+def test_closing_releases_everything_even_if_the_last_reading_fails(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel.tracer.attach()
@@ -333,7 +333,7 @@ def test_closing_gives_everything_back_though_the_last_reading_fails(
     assert kernel.engines[0].closed
 
 
-def test_a_kernel_with_no_known_function(kernel: Kernel) -> None:
+def test_a_kernel_without_known_functions_is_an_error(kernel: Kernel) -> None:
     kernel.functions = ("vmx_vcpu_run",)
     message = "^this kernel's kvm_intel has none of the functions that msrtrace knows .*vmx_recalc_intercepts"
     with pytest.raises(MsrtraceError, match=message):
@@ -343,7 +343,7 @@ def test_a_kernel_with_no_known_function(kernel: Kernel) -> None:
     assert not kernel.tracer.attached
 
 
-def test_closed(kernel: Kernel) -> None:
+def test_counts_stay_after_closing(kernel: Kernel) -> None:
     kernel.tracer.attach()
     kernel.call(times=7)
     kernel.tracer.close()
@@ -354,7 +354,7 @@ def test_closed(kernel: Kernel) -> None:
     assert not kernel.tracer.follow()
 
 
-def test_loaded_module(tmp_path: Path) -> None:
+def test_a_reloaded_module_is_another_one(tmp_path: Path) -> None:
     module = tmp_path / "kvm_intel"
     assert loaded_module(tmp_path) is None
     module.mkdir()
@@ -375,7 +375,7 @@ def test_loaded_module(tmp_path: Path) -> None:
 # --- VMs ---
 
 
-def test_vms_apart(by_vm: Kernel) -> None:
+def test_vms_are_counted_separately(by_vm: Kernel) -> None:
     by_vm.call(100, 7)
     by_vm.call(200, 3)
     snapshot = by_vm.tracer.snapshot()
@@ -383,13 +383,13 @@ def test_vms_apart(by_vm: Kernel) -> None:
     assert by_vm.engines[0].forgotten == []
 
 
-def test_vms_are_not_looked_up_where_they_are_not_told_apart(kernel: Kernel) -> None:
+def test_vms_are_looked_up_only_by_vm(kernel: Kernel) -> None:
     kernel.tracer.attach()
     kernel.call(100, 7)
     assert (counts(kernel.tracer.snapshot()), kernel.tracer.snapshot().vms) == ({0: 7}, {})
 
 
-def test_a_vm_that_ends_leaves_its_counts(by_vm: Kernel) -> None:
+def test_the_counts_of_an_ended_vm_stay_in_the_totals(by_vm: Kernel) -> None:
     by_vm.call(100, 7)
     by_vm.call(200, 3)
     by_vm.tracer.snapshot()
@@ -402,13 +402,13 @@ def test_a_vm_that_ends_leaves_its_counts(by_vm: Kernel) -> None:
     assert counts(by_vm.tracer.snapshot()) == {0: 7, 200: 5}
 
 
-def test_a_vm_that_was_never_seen_alive(by_vm: Kernel) -> None:
+def test_a_vm_that_ended_before_any_snapshot_is_counted(by_vm: Kernel) -> None:
     by_vm.call(300, 5)
     snapshot = by_vm.tracer.snapshot()
     assert (counts(snapshot), snapshot.vms) == ({0: 5}, {})
 
 
-def test_vms_through_a_reload(by_vm: Kernel) -> None:
+def test_vms_keep_their_counts_through_a_reload(by_vm: Kernel) -> None:
     by_vm.call(100, 7)
     by_vm.call(200, 3)
     by_vm.unload()
@@ -424,7 +424,7 @@ def test_vms_through_a_reload(by_vm: Kernel) -> None:
     assert by_vm.engines[0].forgotten == [{100}]
 
 
-def test_a_vm_that_ends_while_nothing_is_attached(by_vm: Kernel) -> None:
+def test_a_vm_may_end_while_nothing_is_attached(by_vm: Kernel) -> None:
     by_vm.call(100, 7)
     by_vm.unload()
     by_vm.tracer.follow()
@@ -434,7 +434,7 @@ def test_a_vm_that_ends_while_nothing_is_attached(by_vm: Kernel) -> None:
 
 
 def test_the_end_of_a_vm_loses_no_other_count(by_vm: Kernel) -> None:
-    """Losses and reloads from before stay what they are."""
+    """Earlier losses and unloads stay the same."""
     by_vm.call(100, 7)
     by_vm.lose(3)
     by_vm.reload()
@@ -448,10 +448,8 @@ def test_the_end_of_a_vm_loses_no_other_count(by_vm: Kernel) -> None:
     assert (losses(after), after.module_unloads, counts(after)) == ((3,) * 5, 1, {0: 8})
 
 
-def test_what_a_vm_did_while_its_end_was_being_noticed_is_not_lost(
-    by_vm: Kernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After the reading that saw that it is gone, and before its places are freed."""
+def test_calls_of_a_vm_just_before_its_end_are_not_lost(by_vm: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the snapshot in which it was gone, and before its entries are freed."""
     by_vm.call(100, 7)
     by_vm.tracer.snapshot()
     by_vm.end(100)
@@ -469,7 +467,7 @@ def test_what_a_vm_did_while_its_end_was_being_noticed_is_not_lost(
     assert counts(by_vm.tracer.snapshot()) == {0: 15}
 
 
-def test_a_pid_that_is_used_again(by_vm: Kernel) -> None:
+def test_a_reused_pid_has_the_new_name(by_vm: Kernel) -> None:
     by_vm.call(100, 7)
     by_vm.tracer.snapshot()
     by_vm.start(100, "new", started=2000)
@@ -479,8 +477,8 @@ def test_a_pid_that_is_used_again(by_vm: Kernel) -> None:
     assert (counts(snapshot), snapshot.vms) == ({0: 7, 100: 3}, {100: "new"})
 
 
-def test_a_pid_that_is_used_again_does_not_inherit(by_vm: Kernel) -> None:
-    """Not what another VM did before a reload, nor before it ended."""
+def test_a_reused_pid_does_not_inherit_counts(by_vm: Kernel) -> None:
+    """Neither the counts of another VM before a reload, nor those before its end."""
     by_vm.call(100, 7)
     by_vm.reload()
     by_vm.tracer.follow()
@@ -505,7 +503,7 @@ def kept(tmp_path: Path) -> Kernel:
     return kernel
 
 
-def test_vms_that_are_gone_are_kept_under_their_names(kept: Kernel) -> None:
+def test_ended_vms_keep_their_names_in_a_report(kept: Kernel) -> None:
     kept.call(100, 7)
     kept.call(200, 3)
     kept.tracer.snapshot()
@@ -516,7 +514,7 @@ def test_vms_that_are_gone_are_kept_under_their_names(kept: Kernel) -> None:
     assert kept.engines[0].forgotten == []
 
 
-def test_a_vm_that_ended_before_it_was_named(kept: Kernel) -> None:
+def test_a_vm_that_ended_unnamed_has_the_name_of_its_command(kept: Kernel) -> None:
     kept.call(100, 7)
     kept.call(300, 5)
     kept.end(100)
@@ -529,7 +527,7 @@ def test_a_vm_that_ended_before_it_was_named(kept: Kernel) -> None:
     )
 
 
-def test_what_is_kept_outlives_a_reload_and_the_end(kept: Kernel) -> None:
+def test_kept_names_survive_a_reload_and_closing(kept: Kernel) -> None:
     kept.call(100, 7)
     kept.tracer.snapshot()
     kept.end(100)
@@ -543,7 +541,7 @@ def test_what_is_kept_outlives_a_reload_and_the_end(kept: Kernel) -> None:
     assert counts(snapshot.since(snapshot)) == {}
 
 
-def test_nothing_is_kept_where_vms_are_not_told_apart(tmp_path: Path) -> None:
+def test_no_names_are_kept_without_by_vm(tmp_path: Path) -> None:
     kernel = Kernel(tmp_path, keep_gone=True)
     kernel.tracer.attach()
     kernel.call(100, 7)
@@ -554,7 +552,7 @@ def test_nothing_is_kept_where_vms_are_not_told_apart(tmp_path: Path) -> None:
 
 
 class Life(RuleBasedStateMachine):
-    """Whatever happens: each call that probes could see is counted once, for its VM while that lives."""
+    """Whatever happens, each call that probes could see is counted once, for its VM while that lives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -637,7 +635,7 @@ TestLife.settings = settings(max_examples=40, stateful_step_count=25, deadline=N
 
 @pytest.fixture
 def restless() -> Iterator[None]:
-    """Threads that are switched as often as can be."""
+    """Switch threads as often as possible."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -645,7 +643,7 @@ def restless() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("restless")
-def test_scrapes_while_the_module_comes_and_goes(by_vm: Kernel) -> None:
+def test_concurrent_scrapes_and_reloads_lose_nothing(by_vm: Kernel) -> None:
     problems: list[BaseException] = []
     scrapes: Counter[int] = Counter()
     stop = threading.Event()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Names of VMs, from made-up /proc trees and from a real process."""
+"""Names of VMs, from synthetic /proc trees and a real process."""
 
 import subprocess
 from pathlib import Path
@@ -95,7 +95,7 @@ def arguments(*given: str) -> bytes:
         (["cloud-hypervisor", "--kernel", "vmlinux"], None),
     ],
 )
-def test_given_name(tmp_path: Path, command_line: list[str], name: str | None) -> None:
+def test_the_name_is_found_on_the_command_line(tmp_path: Path, command_line: list[str], name: str | None) -> None:
     add_process(tmp_path, arguments(*command_line), b"vmm")
     assert vm_name(PID, tmp_path) == (name or "vmm")
 
@@ -150,7 +150,7 @@ hostile = st.lists(st.one_of(piece, st.binary()), max_size=30).map(b"".join)
 
 
 @given(cmdline=hostile, comm=st.binary(max_size=64))
-def test_hostile_processes(hostile_proc: Path, cmdline: bytes, comm: bytes) -> None:
+def test_hostile_processes_have_safe_names(hostile_proc: Path, cmdline: bytes, comm: bytes) -> None:
     add_process(hostile_proc, cmdline, comm)
     for name in (vm_name(PID, hostile_proc), VmNames(hostile_proc).name(PID)):
         assert name is not None
@@ -160,7 +160,7 @@ def test_hostile_processes(hostile_proc: Path, cmdline: bytes, comm: bytes) -> N
 
 
 @given(stat=st.one_of(st.binary(), st.binary().map(b"1 (vmm) S ".__add__)))
-def test_a_hostile_stat_file(hostile_proc: Path, stat: bytes) -> None:
+def test_a_hostile_stat_file_raises_nothing(hostile_proc: Path, stat: bytes) -> None:
     add_process(hostile_proc, b"")
     (hostile_proc / str(PID) / "stat").write_bytes(stat)
     assert isinstance(start_time(PID, hostile_proc), int | None)
@@ -204,7 +204,7 @@ def test_a_reused_pid_never_has_the_old_name(tmp_path: Path) -> None:
     assert names.alive(PID)
 
 
-def test_a_vm_that_is_gone_leaves_nothing(tmp_path: Path) -> None:
+def test_names_of_ended_processes_are_dropped(tmp_path: Path) -> None:
     names = VmNames(tmp_path)
     add_process(tmp_path, arguments("qemu", "-name", "web"))
     assert names.name(PID) == "web"
@@ -220,7 +220,7 @@ def test_a_pid_reused_while_it_is_read_has_no_name_yet(tmp_path: Path, monkeypat
     assert VmNames(tmp_path).name(PID) is None
 
 
-def test_a_real_process() -> None:
+def test_the_name_of_a_real_process() -> None:
     process = subprocess.Popen(
         ["qemu-system-x86_64", "-c", "echo; read line", "-name", "guest=real,,vm,process=x"],
         executable="/bin/sh",
