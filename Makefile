@@ -55,7 +55,12 @@ run: $(if $(shell ls -d /sys/module/kvm_intel 2>/dev/null; grep -wom1 vmx /proc/
 	  $(SUDO) tests/kvmhost/demo $(PORT) || [ $$? -eq 130 ]; \
 	fi
 
-wheel: $(VENV)/run
+# Some kernel's headers, which BCC needs to compile; those of any will do.
+build/headers: build/packages
+	ls -d /usr/src/linux-headers-*-common /usr/src/kernels/* /lib/modules/$$(uname -r)/build 2>/dev/null | grep -q . || $(APT) install -y --no-install-recommends linux-headers-amd64
+	@touch $@
+
+wheel: $(VENV)/run build/headers
 	rm -rf build/wheel
 	$(SUDO) env MSRTRACE_COMPILED=required $(VENV)/bin/pip wheel --disable-pip-version-check -q --no-deps -w build/wheel .
 	@ls build/wheel/*.whl

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Puts the compiled BPF programs into the wheel, where BCC and some kernel's headers are there to make them.
 
-Where they are not, the wheel is built without, and the host compiles; MSRTRACE_COMPILED=required makes that an error.
+Where they are not, the wheel is built without, and the host compiles. MSRTRACE_COMPILED=required makes that an error,
+MSRTRACE_COMPILED=no does not try.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class CompiledPrograms(BuildHookInterface):  # type: ignore[misc]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and name what came of it as files of the package."""
-        if version == "editable":
+        if version == "editable" or os.environ.get("MSRTRACE_COMPILED") == "no":
             return
         directory = Path(tempfile.mkdtemp(prefix="msrtrace-"))
         problem = self._compile(directory)
@@ -48,7 +49,9 @@ class CompiledPrograms(BuildHookInterface):  # type: ignore[misc]
             return f"/usr/bin/python3: {error.strerror}"
         if found.returncode:
             return "BCC is not installed"
-        path = [self.root, *filter(None, sys.path), found.stdout.strip()]
+        # What isolates pip's builds would take our own modules from the path, if they are installed as well.
+        isolated = [entry for entry in sys.path if entry and not Path(entry, "sitecustomize.py").exists()]
+        path = [self.root, *isolated, found.stdout.strip()]
         done = subprocess.run(
             [sys.executable, "-m", "tracer.program.shipped", "bpf/msrtrace.c", str(directory)],
             cwd=self.root,

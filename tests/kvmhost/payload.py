@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from cache import HERE, REPO, cached, retried, sh
-from hosts import Host, unpatched_module, userland
+from hosts import Host, kernel, unpatched_module, userland
 
 #: What the wheel is made from.
 PARTS = ["tracer", "bpf", "dashboards"]
@@ -38,7 +38,7 @@ def pip() -> list[str | Path]:
 def own_wheel() -> Path:
     """A directory that holds one wheel: the checkout's."""
     files = [f for part in PARTS for f in sorted((REPO / part).rglob("*")) if f.is_file() and f.suffix != ".pyc"]
-    files += [REPO / "pyproject.toml", REPO / "README.md"]
+    files += [REPO / name for name in ("pyproject.toml", "hatch_build.py", "README.md")]
 
     def make(work: Path) -> None:
         source = work / "source"
@@ -46,17 +46,18 @@ def own_wheel() -> Path:
             copy = source / file.relative_to(REPO)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
-        retried("wheel", lambda: sh([*pip(), "wheel", "--quiet", "--no-deps", "--wheel-dir", work, source]))
+        build = ["env", "MSRTRACE_COMPILED=no", *pip(), "wheel", "--quiet", "--no-deps", "--wheel-dir", work, source]
+        retried("wheel", lambda: sh(build))
         shutil.rmtree(source)
 
     return cached("wheel", [[str(f.relative_to(REPO)) for f in files], *files], make)
 
 
 def guest_site(host: Host) -> Path:
-    """The site-packages directory of HOST's Python with msrtrace installed, and bytecode that its Python made.
+    """The site-packages directory of HOST's Python with msrtrace installed, as a package has it, and with bytecode.
 
     Its dependencies come from PyPI as wheels for the guest's version of Python. Compiling Python takes long in the
-    emulator, so the guest's own interpreter does it here, in a chroot.
+    emulator, so the guest's own interpreter does it here, in a chroot; so does its BCC with the BPF programs.
     """
     root, wheel = userland(host), own_wheel()
 
@@ -71,6 +72,10 @@ def guest_site(host: Host) -> Path:
         options = ["--quiet", "--upgrade", "--only-binary=:all:", "--no-compile", "--python-version", version]
         install = [*pip(), "install", *options, "--target", site, file]
         retried("packages for the guest", lambda: sh(install))
+        for headers in (kernel(host) / "usr/src").iterdir():
+            sh(["cp", "-al", headers, scratch / "usr/src"])
+        ship = ["python3", "-m", "tracer.program.shipped", "/mnt/site/tracer/bpf/msrtrace.c", "/mnt/site/tracer/bpf"]
+        sh(["chroot", scratch, "env", "PYTHONPATH=/mnt/site", *ship])
         sh(["chroot", scratch, "python3", "-m", "compileall", "-q", "-s", "/mnt/site", "-p", inside, "/mnt/site"])
         site.rename(work / "site")
         shutil.rmtree(scratch)

@@ -11,7 +11,7 @@ from tracer.doctor.check import Found, State
 from tracer.doctor.packages import install_command
 from tracer.kernel.machine import Machine, search
 
-_COMPILED = "the BPF program is there compiled"
+_COMPILED = "the BPF program is already compiled"
 _WHY = "this msrtrace came without the compiled BPF program"
 #: What attaches: tracer/program/bcc_library.py.
 _LIBRARIES = ("libbcc_bpf.so.0", "libbcc.so.0")
