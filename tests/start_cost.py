@@ -109,9 +109,9 @@ def main() -> None:
     from known import one_tree
     from tabulate import tabulate
 
-    with tempfile.TemporaryDirectory() as folder:
-        one_tree(kernel(HOSTS["bookworm"]) / "usr/src", Path(folder))
-        columns = [best(Path(folder), cold) for cold in (True, False)]
+    with tempfile.TemporaryDirectory() as directory:
+        one_tree(kernel(HOSTS["bookworm"]) / "usr/src", Path(directory))
+        columns = [best(Path(directory), cold) for cold in (True, False)]
     rows = [[name, *(f"{column[name]:,.0f}" for column in columns)] for name in columns[0]]
     rows.append(["all", *(f"{sum(column.values()):,.0f}" for column in columns)])
     headers = ["ms of CPU", "first start", "later ones"]

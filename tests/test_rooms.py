@@ -13,7 +13,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 FILES = sorted((REPO / "tracer").rglob("*.py"))
 
-#: Each room, and those that it may import beside its own files.
+#: Each directory, and the others that it may import.
 ARROWS = {
     "model": set[str](),
     "kernel": {"model"},

@@ -167,11 +167,11 @@ def reports(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start_up(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def start_up(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run msrtrace with arguments in a directory; stderr has the modules that it imports."""
     return subprocess.run(
         [sys.executable, "-c", NOTED, *arguments],
-        cwd=folder,
+        cwd=directory,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -311,12 +311,12 @@ def test_doctor_prints_every_check_and_fails_if_one_does() -> None:
 class Running:
     """`msrtrace run` in a process of its own, on a fake kernel that is files in a directory."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.folder = folder
-        self.out, self.err = folder / "out", folder / "err"
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        self.directory = directory
+        self.out, self.err = directory / "out", directory / "err"
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "standin", folder, "run", *arguments],
+                [sys.executable, "-m", "standin", directory, "run", *arguments],
                 env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -395,9 +395,9 @@ def test_run_serves_until_a_signal(start: Start, number: signal.Signals) -> None
     assert f'version="{version("msrtrace")}"' in metrics
     assert "\nprocess_resident_memory_bytes " in metrics
     assert "python_info" not in metrics
-    assert not (running.folder / "closed").exists()
+    assert not (running.directory / "closed").exists()
     assert running.end(number) == 0
-    assert (running.folder / "closed").exists()
+    assert (running.directory / "closed").exists()
     assert running.warnings() == ["msrtrace: warning: vmx_vcpu_create is not probed: none"]
 
 
@@ -409,12 +409,12 @@ def test_run_by_vm_adds_the_labels(start: Start) -> None:
 def test_run_follows_a_reload(start: Start) -> None:
     running = start()
     url = running.url()
-    (running.folder / "module").unlink()
+    (running.directory / "module").unlink()
     running.until("kvm_intel was unloaded; its counts are kept, and it is traced again when it comes back\n")
     metrics = scrape(url)
     assert f"{SERIES}}} 7.0\n" in metrics
     assert 'msrtrace_probe_attached{function="vmx_msr_filter_changed"} 0.0\n' in metrics
-    (running.folder / "module").write_text("2")
+    (running.directory / "module").write_text("2")
     after = running.until("kvm_intel was loaded again\n")
     assert after.count("serving") == 1
     assert f"{SERIES}}} 14.0\n" in scrape(url)
@@ -424,8 +424,8 @@ def test_run_follows_a_reload(start: Start) -> None:
 def test_a_module_that_cannot_be_traced_is_reported_once(start: Start) -> None:
     running = start()
     url = running.url()
-    (running.folder / "refusal").write_text("why")
-    (running.folder / "module").write_text("2")
+    (running.directory / "refusal").write_text("why")
+    (running.directory / "module").write_text("2")
     running.until("why\n", running.err)
     time.sleep(1.5)
     assert f"{SERIES}}} 7.0\n" in scrape(url)
@@ -451,7 +451,7 @@ def test_a_signal_ends_the_wait(start: Start, tmp_path: Path) -> None:
 def failed(running: Running) -> str:
     """The error line of a run that cannot serve; no probe may be left."""
     assert running.process.wait(30) == 1
-    assert (running.folder / "closed").exists() == (running.folder / "attached").exists()
+    assert (running.directory / "closed").exists() == (running.directory / "attached").exists()
     assert "serving" not in running.out.read_text()
     error = running.err.read_text().splitlines()[-1]
     assert error.startswith("msrtrace: error: ")

@@ -34,17 +34,17 @@ class Done(NamedTuple):
     left: set[str]
 
 
-def command(folder: str | Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "standin", str(folder), "report", *arguments]
+def command(directory: str | Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "standin", str(directory), "report", *arguments]
 
 
 def run(*arguments: str, given: str = "", **files: str) -> Done:
     """`msrtrace report` with arguments, on a kernel that is files (see standin.py)."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         for name, content in {MODULE: "1", **files}.items():
-            (Path(folder) / name).write_text(content)
+            (Path(directory) / name).write_text(content)
         done = subprocess.run(
-            command(folder, *arguments),
+            command(directory, *arguments),
             env=ENVIRONMENT,
             input=given,
             capture_output=True,
@@ -52,7 +52,7 @@ def run(*arguments: str, given: str = "", **files: str) -> Done:
             check=False,
             timeout=60,
         )
-        return Done(done.returncode, done.stdout, done.stderr, {file.name for file in Path(folder).iterdir()})
+        return Done(done.returncode, done.stdout, done.stderr, {file.name for file in Path(directory).iterdir()})
 
 
 # --- report ---
@@ -231,11 +231,11 @@ def test_wrong_usage_is_explained(main: Main, arguments: list[str], message: str
 
 def on_a_terminal(*arguments: str) -> tuple[str, str]:
     """The output of `msrtrace report` to a terminal on standard error, and to standard output."""
-    folder = tempfile.mkdtemp()
-    (Path(folder) / MODULE).write_text("1")
+    directory = tempfile.mkdtemp()
+    (Path(directory) / MODULE).write_text("1")
     terminal, end = pty.openpty()
     process = subprocess.Popen(
-        command(folder, *arguments),
+        command(directory, *arguments),
         env={**ENVIRONMENT, "TERM": "xterm"},
         stdout=subprocess.PIPE,
         stderr=end,

@@ -28,9 +28,9 @@ class Terminal:
     """A process that leads a session on a pseudo-terminal, of which this is the other side."""
 
     def __init__(
-        self, folder: Path, *command: str | Path, size: tuple[int, int] = (24, 80), **environment: str
+        self, directory: Path, *command: str | Path, size: tuple[int, int] = (24, 80), **environment: str
     ) -> None:
-        self.folder = folder
+        self.directory = directory
         self.master, self.slave = pty.openpty()
         self.resize(*size)
         self.before = termios.tcgetattr(self.slave)
@@ -105,26 +105,26 @@ def clean_environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": f"{REPO}:{REPO / 'tests/support'}", "TERM": "xterm", "LANG": "C.UTF-8"}
 
 
-def command(folder: Path, *arguments: str) -> list[str | Path]:
+def command(directory: Path, *arguments: str) -> list[str | Path]:
     """The arguments of Python that run `msrtrace top`."""
-    return ["-m", "standin", folder, "top", *arguments]
+    return ["-m", "standin", directory, "top", *arguments]
 
 
 Start = Callable[..., Terminal]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     (tmp_path / "module").write_text("1")
     return tmp_path
 
 
 @pytest.fixture
-def start(folder: Path) -> Iterator[Start]:
+def start(directory: Path) -> Iterator[Start]:
     started: list[Terminal] = []
 
     def run(*arguments: str, size: tuple[int, int] = (24, 80), **environment: str) -> Terminal:
-        started.append(Terminal(folder, *command(folder, "-d", "0.3", *arguments), size=size, **environment))
+        started.append(Terminal(directory, *command(directory, "-d", "0.3", *arguments), size=size, **environment))
         return started[-1]
 
     yield run
@@ -164,7 +164,7 @@ def test_keys_control_the_screen(start: Start) -> None:
     assert terminal.end() == 0
     assert terminal.sent.count(ENTER) == 1
     assert terminal.sent.rstrip().endswith(LEAVE)
-    assert (terminal.folder / "closed").exists()
+    assert (terminal.directory / "closed").exists()
 
 
 def test_a_pause_keeps_the_screen(start: Start) -> None:
@@ -194,7 +194,7 @@ def test_signals_end_it_cleanly(start: Start, number: signal.Signals) -> None:
     terminal.process.send_signal(number)
     assert terminal.end() == 0
     assert terminal.sent.rstrip().endswith(LEAVE)
-    assert (terminal.folder / "closed").exists()
+    assert (terminal.directory / "closed").exists()
 
 
 def test_ctrl_c_ends_it_cleanly(start: Start) -> None:
@@ -207,10 +207,10 @@ def test_ctrl_c_ends_it_cleanly(start: Start) -> None:
 def test_an_exception_restores_the_terminal(start: Start) -> None:
     terminal = start()
     terminal.until("IA32_TSC")
-    (terminal.folder / "interrupt").touch()
+    (terminal.directory / "interrupt").touch()
     assert terminal.end() == 1
     assert LEAVE in terminal.sent
-    assert (terminal.folder / "closed").exists()
+    assert (terminal.directory / "closed").exists()
     assert b"Traceback" not in terminal.sent
 
 
@@ -221,7 +221,7 @@ def test_a_closed_terminal_ends_it(start: Start) -> None:
         os.close(getattr(terminal, name))
         setattr(terminal, name, -1)
     assert terminal.process.wait(30) == 0
-    assert (terminal.folder / "closed").exists()
+    assert (terminal.directory / "closed").exists()
 
 
 def test_it_redraws_after_a_stop(start: Start) -> None:
@@ -272,11 +272,11 @@ print("ENDED", os.waitstatus_to_exitcode(status), termios.tcgetattr(0) == before
 """
 
 
-def test_job_control_restores_the_terminal(folder: Path) -> None:
+def test_job_control_restores_the_terminal(directory: Path) -> None:
     """Ctrl-Z, bg, fg, Ctrl-Z, kill, as a shell does them."""
-    shell = folder / "shell.py"
+    shell = directory / "shell.py"
     shell.write_text(JOB_CONTROL)
-    terminal = Terminal(folder, shell, *command(folder, "-d", "0.3"))
+    terminal = Terminal(directory, shell, *command(directory, "-d", "0.3"))
 
     def said(text: bytes, times: int) -> None:
         end = time.monotonic() + 30
@@ -296,7 +296,7 @@ def test_job_control_restores_the_terminal(folder: Path) -> None:
         assert terminal.sent.count(b"STOPPED True") == 3
         assert terminal.sent.count(ENTER) == terminal.sent.count(LEAVE) == 2
         assert terminal.end() == 0
-        assert (folder / "closed").exists()
+        assert (directory / "closed").exists()
     finally:
         terminal.close()
 
@@ -382,14 +382,14 @@ def test_b_switches_to_vms(start: Start) -> None:
 def test_a_reload_and_a_failure_are_shown(start: Start) -> None:
     terminal = start()
     terminal.until("IA32_TSC")
-    (terminal.folder / "module").unlink()
+    (terminal.directory / "module").unlink()
     terminal.until("kvm_intel was unloaded; its counts are kept", "nothing is traced now")
-    (terminal.folder / "module").write_text("2")
+    (terminal.directory / "module").write_text("2")
     terminal.until("kvm_intel was loaded again (", "LOWER BOUND", "kvm_intel unloaded: 1")
     terminal.until("kvm_intel unloaded: 1", "IA32_TSC")
-    (terminal.folder / "broken").touch()
+    (terminal.directory / "broken").touch()
     terminal.until("reading failed at", "the numbers are older: OSError: broken map", "IA32_TSC")
-    (terminal.folder / "broken").unlink()
+    (terminal.directory / "broken").unlink()
     end = time.monotonic() + 30
     while "reading failed" in terminal.screen():
         assert time.monotonic() < end
@@ -401,9 +401,9 @@ def test_a_reload_and_a_failure_are_shown(start: Start) -> None:
 # --- without a terminal ---
 
 
-def piped(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+def piped(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
-        [sys.executable, *command(folder, "-d", "0.2", *arguments)],
+        [sys.executable, *command(directory, "-d", "0.2", *arguments)],
         env={**clean_environment(), **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -412,8 +412,8 @@ def piped(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
     )
 
 
-def test_a_pipe_gets_frames(folder: Path) -> None:
-    done = piped(folder, "-n", "2", "--sort", "share")
+def test_a_pipe_gets_frames(directory: Path) -> None:
+    done = piped(directory, "-n", "2", "--sort", "share")
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"\x1b" not in done.stdout
     found = done.stdout.decode().splitlines()
@@ -425,19 +425,19 @@ def test_a_pipe_gets_frames(folder: Path) -> None:
         assert lines[4].startswith("MSR ")
         assert [line.split()[0] for line in lines[5:7]] == ["IA32_SPEC_CTRL", "IA32_TSC"]
         assert lines[7] == ""
-    assert (folder / "closed").exists()
+    assert (directory / "closed").exists()
 
 
-def test_a_pipe_has_the_width_of_columns(folder: Path) -> None:
-    assert b"pid VM" in piped(folder, "-n", "1", "--by-vm", COLUMNS="200").stdout
-    narrow = piped(folder, "-n", "1", COLUMNS="40").stdout.decode()
+def test_a_pipe_has_the_width_of_columns(directory: Path) -> None:
+    assert b"pid VM" in piped(directory, "-n", "1", "--by-vm", COLUMNS="200").stdout
+    narrow = piped(directory, "-n", "1", COLUMNS="40").stdout.decode()
     assert max(map(len, narrow.splitlines())) <= 40
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_frames_in_a_pipe(folder: Path, number: signal.Signals) -> None:
+def test_a_signal_ends_frames_in_a_pipe(directory: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
-        [sys.executable, *command(folder, "-d", "0.2")],
+        [sys.executable, *command(directory, "-d", "0.2")],
         env=clean_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -448,12 +448,12 @@ def test_a_signal_ends_frames_in_a_pipe(folder: Path, number: signal.Signals) ->
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
     assert (process.returncode, error) == (0, b"")
-    assert (folder / "closed").exists()
+    assert (directory / "closed").exists()
 
 
-def test_a_closed_pipe_ends_it(folder: Path) -> None:
+def test_a_closed_pipe_ends_it(directory: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, *command(folder, "-d", "0.1")],
+        [sys.executable, *command(directory, "-d", "0.1")],
         env=clean_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -466,7 +466,7 @@ def test_a_closed_pipe_ends_it(folder: Path) -> None:
     error = process.stderr.read()
     process.stderr.close()
     assert (process.wait(30), error) == (1, b"")
-    assert (folder / "closed").exists()
+    assert (directory / "closed").exists()
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
 
         if options.prometheus:
             return run(Prometheus(options.prometheus.rstrip("/")))
-        with tempfile.TemporaryDirectory() as folder, backfilled(Path(folder) / "prometheus") as prometheus:
+        with tempfile.TemporaryDirectory() as directory, backfilled(Path(directory) / "prometheus") as prometheus:
             return run(prometheus)
 
     step("npm packages", lambda: install(built))

@@ -54,16 +54,16 @@ def _free_port() -> int:
 
 
 @contextmanager
-def backfilled(folder: Path) -> Iterator[Prometheus]:
+def backfilled(directory: Path) -> Iterator[Prometheus]:
     """A server with the series of hosts.py, until the context ends. The directory must be empty or not exist."""
-    folder.mkdir(parents=True)
-    samples, blocks, config = folder / "samples.txt", folder / "blocks", folder / "prometheus.yml"
+    directory.mkdir(parents=True)
+    samples, blocks, config = directory / "samples.txt", directory / "blocks", directory / "prometheus.yml"
     hosts.write(samples)
     fill = ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(samples), str(blocks)]
     subprocess.run(fill, check=True, stdout=subprocess.DEVNULL)
     config.write_text("{}\n")
     address = f"127.0.0.1:{_free_port()}"
-    with (folder / "log").open("wb") as log:
+    with (directory / "log").open("wb") as log:
         server = subprocess.Popen(
             [
                 "prometheus",
@@ -76,7 +76,7 @@ def backfilled(folder: Path) -> Iterator[Prometheus]:
             stderr=log,
         )
         try:
-            _wait_for(f"http://{address}/-/ready", server, folder / "log")
+            _wait_for(f"http://{address}/-/ready", server, directory / "log")
             yield Prometheus(f"http://{address}")
         finally:
             server.terminate()

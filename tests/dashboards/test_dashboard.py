@@ -21,7 +21,7 @@ from tests.dashboard import hosts
 from tests.dashboard.answers import MAY_BE_EMPTY, Range, panels, substituted
 from tests.dashboard.lint import complaints, metric, selectors
 from tracer.export.metrics import SnapshotCollector
-from tracer.model.verdict import BESIDES, LOOP
+from tracer.model.verdict import ALSO_ENABLED, LOOP
 
 Json = dict[str, Any]
 
@@ -38,7 +38,7 @@ def test_the_committed_files_are_generated_from_the_source() -> None:
 def test_patterns_match_the_msrs_of_the_table() -> None:
     """They match exactly the MSRs of the table, of all in the bitmap."""
     numbers = [*range(0x2100), *range(0xBFFFFF00, 0xC0002100)]
-    for msrs in (LOOP, BESIDES, (*LOOP, *BESIDES)):
+    for msrs in (LOOP, ALSO_ENABLED, (*LOOP, *ALSO_ENABLED)):
         pattern = re.compile(msr_pattern(msrs))
         listed = {number for one in msrs for number in one}
         assert {number for number in numbers if pattern.fullmatch(f"{number:#x}")} == listed

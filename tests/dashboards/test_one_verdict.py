@@ -124,7 +124,7 @@ def hosts() -> dict[str, Host]:
     for name, counted in {
         "nothing seen": Snapshot("toggle"),
         "vCPUs were created": replace(patched, updates={}, calls=toggle(0).calls),
-        "the first update is under way": replace(of_updates(patched, TSC), updates={}),
+        "the first update is in progress": replace(of_updates(patched, TSC), updates={}),
         "both halves": of_updates(patched, FS_BASE),
         "updates not observable": replace(patched, updates={}, updates_observable=False),
         "an enable changed a bit": also(unpatched, (SPEC_CTRL, "read", "enable"), changed=2),
@@ -138,8 +138,8 @@ def hosts() -> dict[str, Host]:
         "another MSR": also(patched, (0x123, "read", "enable")),
         "LBR": also(patched, (0x1C9, "read_write", "enable")),
         "PMU": also(patched, *((index, "read", "enable") for index in (0xC1, 0x309, 0x38E, 0x4C1))),
-        "beside PT": also(patched, (0x58E, "read_write", "enable")),
-        "beside x2APIC": also(patched, (0x900, "read_write", "enable")),
+        "next to PT": also(patched, (0x58E, "read_write", "enable")),
+        "next to x2APIC": also(patched, (0x900, "read_write", "enable")),
         "reloaded, patched": replace(patched, module_unloads=1),
         "reloaded, unpatched": replace(unpatched, module_unloads=1),
         "filter-only": Snapshot("filter-only", updates=patched.updates, calls_observable=False),
@@ -202,7 +202,7 @@ def test_a_report_is_undecided_after_a_reload(name: str) -> None:
     assert report(RELOADED[name].counted).verdict.patched is None
 
 
-def complaints(fleet: dict[str, Host], folder: Path) -> str:
+def complaints(fleet: dict[str, Host], directory: Path) -> str:
     """The output of promtool where the alert or the dashboard differs from the expected verdicts, in one run."""
     promtool = tool("promtool")
     table, tile = dashboard("Hosts", "B"), dashboard("Hosts without the patch", "A")
@@ -218,8 +218,8 @@ def complaints(fleet: dict[str, Host], folder: Path) -> str:
         ]
         given = list(series(name, host))
         tests.append({"interval": "1m", "input_series": given, "promql_expr_test": expected})
-    shutil.copy(DASHBOARDS / "rules.yml", folder)
-    file = folder / "test.yml"
+    shutil.copy(DASHBOARDS / "rules.yml", directory)
+    file = directory / "test.yml"
     file.write_text(json.dumps({"rule_files": ["rules.yml"], "evaluation_interval": "3m", "tests": tests}))
     done = subprocess.run([promtool, "test", "rules", file], capture_output=True, text=True, check=False)
     return (done.stdout + done.stderr) if done.returncode else ""

@@ -29,7 +29,7 @@ from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 RULES, EXAMPLE = DASHBOARDS / "rules.yml", DASHBOARDS / "prometheus.yml"
-TLS = "msrtrace-tls"  # the folder of the certificates in the example
+TLS = "msrtrace-tls"  # the directory of the certificates in the example
 Labels = frozenset[tuple[str, str]]
 
 
@@ -39,14 +39,14 @@ def promtool(*arguments: str | Path) -> None:
     assert "FAILED" not in done.stdout + done.stderr
 
 
-def make_certificates(folder: Path, host: str) -> None:
+def make_certificates(directory: Path, host: str) -> None:
     """The files in the example, made by its own commands."""
     commands = re.findall(r"^ *# +(openssl .*)$", EXAMPLE.read_text(), re.MULTILINE)
     assert len(commands) == 3
-    folder.mkdir()
+    directory.mkdir()
     tool("openssl")
     for command in commands:
-        subprocess.run(["sh", "-ec", f"host={host}\n{command}"], cwd=folder, check=True, capture_output=True)
+        subprocess.run(["sh", "-ec", f"host={host}\n{command}"], cwd=directory, check=True, capture_output=True)
 
 
 def test_promtool_accepts_the_rules() -> None:
@@ -192,13 +192,13 @@ def ready(url: str) -> bool:
 
 
 @contextmanager
-def prometheus(folder: Path) -> Iterator[str]:
+def prometheus(directory: Path) -> Iterator[str]:
     """A Prometheus with the prometheus.yml of a directory, on a free port of 127.0.0.1; yields its URL."""
-    log = folder / "log"
-    options = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    log = directory / "log"
+    options = [f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/data"]
     options += ["--web.listen-address=127.0.0.1:0", "--log.format=json"]
     with log.open("w") as out:
-        process = subprocess.Popen([tool("prometheus"), *options], stdout=out, stderr=out, cwd=folder)
+        process = subprocess.Popen([tool("prometheus"), *options], stdout=out, stderr=out, cwd=directory)
 
     def address() -> re.Match[str] | None:
         assert process.poll() is None, log.read_text()
@@ -218,11 +218,11 @@ def prometheus(folder: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """The example except its targets and intervals; the rules except their `for`."""
-    folder = tmp_path_factory.mktemp("prometheus")
-    make_certificates(folder / TLS, "localhost")
+    directory = tmp_path_factory.mktemp("prometheus")
+    make_certificates(directory / TLS, "localhost")
     hosts = {"patched": Host(patched=True, by_vm=False), "unpatched": Host(patched=False, by_vm=True)}
     with ExitStack() as stack:
-        ports = {patch: stack.enter_context(served(host, folder / TLS)) for patch, host in hosts.items()}
+        ports = {patch: stack.enter_context(served(host, directory / TLS)) for patch, host in hosts.items()}
         targets = {patch: f"localhost:{port}" for patch, port in ports.items()}
         example = EXAMPLE.read_text()
         for patch, names in {"patched": ["kvm1", "kvm2"], "unpatched": ["kvm3"]}.items():
@@ -231,12 +231,12 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
                 example = example.replace(f"          - {name}.example.com:9753\n", "")
         example, paced = re.subn(r"(scrape|evaluation)_interval: 15s", r"\1_interval: 1s", example)
         assert paced == 2
-        (folder / "prometheus.yml").write_text(example)
+        (directory / "prometheus.yml").write_text(example)
         rules, hurried = re.subn(r"^( +for: ).*$", r"\g<1>0s", RULES.read_text(), flags=re.MULTILINE)
         assert hurried == 11
-        (folder / "rules.yml").write_text(rules)
-        url = stack.enter_context(prometheus(folder))
-        yield Fleet(hosts, targets, folder / TLS, url)
+        (directory / "rules.yml").write_text(rules)
+        url = stack.enter_context(prometheus(directory))
+        yield Fleet(hosts, targets, directory / TLS, url)
 
 
 @pytest.mark.timeout(240)

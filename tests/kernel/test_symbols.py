@@ -225,12 +225,12 @@ def test_callers_in_other_modules_have_their_module(tmp_path: Path, address: int
     assert read(tmp_path, MODULES).caller(address) == (caller, function)
 
 
-def livepatch(folder: Path, *replaced: str, enabled: bool = True) -> Path:
+def livepatch(directory: Path, *replaced: str, enabled: bool = True) -> Path:
     """Make the sysfs directory of a livepatch; `replaced` are paths of object and function."""
     for function in replaced:
-        (folder / f"{function},1").mkdir(parents=True)
-    (folder / "enabled").write_text(f"{enabled:d}\n")
-    return folder.parent
+        (directory / f"{function},1").mkdir(parents=True)
+    (directory / "enabled").write_text(f"{enabled:d}\n")
+    return directory.parent
 
 
 @pytest.mark.parametrize(
@@ -244,8 +244,8 @@ def livepatch(folder: Path, *replaced: str, enabled: bool = True) -> Path:
 )
 def test_a_livepatch_stands_for_what_it_replaces(tmp_path: Path, address: int, caller: str, cause: str) -> None:
     (tmp_path / "kallsyms").write_text(MODULES)
-    folder = livepatch(tmp_path / "livepatch/kpatch_x", "kvm_intel/vmx_set_msr", "vmlinux/tcp_ack")
-    symbols = Symbols.read(tmp_path / "kallsyms", folder)
+    directory = livepatch(tmp_path / "livepatch/kpatch_x", "kvm_intel/vmx_set_msr", "vmlinux/tcp_ack")
+    symbols = Symbols.read(tmp_path / "kallsyms", directory)
     shown, function = symbols.caller(address)
     assert (shown, VMX.cause_of(function)) == (caller, cause)
     assert [patch.module for patch in symbols.replacing("vmx_set_msr")] == ["kpatch_x"]
@@ -256,8 +256,8 @@ def test_a_livepatch_stands_for_what_it_replaces(tmp_path: Path, address: int, c
 
 def test_a_livepatch_of_something_else_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "kallsyms").write_text(MODULES)
-    folder = livepatch(tmp_path / "livepatch/kpatch_x", "vmlinux/vmx_set_msr", "nf_tables/pt_of_something_else")
-    symbols = Symbols.read(tmp_path / "kallsyms", folder)
+    directory = livepatch(tmp_path / "livepatch/kpatch_x", "vmlinux/vmx_set_msr", "nf_tables/pt_of_something_else")
+    symbols = Symbols.read(tmp_path / "kallsyms", directory)
     assert symbols.livepatches == ()
     assert symbols.caller(0xFFFFFFFFC0D00180) == ("vmx_set_msr [kpatch_x]", "")
 
@@ -337,8 +337,8 @@ ffffffffc0d00000 t vmx_msr_filter_changed\t[kpatch_x]
     assert VMX.cause_of(symbols.caller(0xFFFFFFFF81066FFF)[1]) == "pt"
     assert symbols.caller(0xFFFFFFFF81067001)[1] in ("", "_etext")
     assert symbols.caller(0xFFFFFFFFC0D00001) == ("vmx_msr_filter_changed [kpatch_x]", "")
-    folder = livepatch(tmp_path / "livepatch/kpatch_x", "vmlinux/vmx_msr_filter_changed")
-    patched = Symbols.read(tmp_path / "kallsyms", folder)
+    directory = livepatch(tmp_path / "livepatch/kpatch_x", "vmlinux/vmx_msr_filter_changed")
+    patched = Symbols.read(tmp_path / "kallsyms", directory)
     assert patched.caller(0xFFFFFFFFC0D00001) == ("vmx_msr_filter_changed [kpatch_x]", "vmx_msr_filter_changed")
 
 

@@ -11,7 +11,7 @@ from made import FS_BASE, HOOK, PASSED, POSSIBLE, RTIT_STATUS, SPEC_CTRL, TSC, o
 
 from tracer.model.snapshot import Call, Map, Probe, Snapshot
 from tracer.model.vendors import layouts
-from tracer.model.verdict import BESIDES, JUDGED, LOOP, RULES, SUPERSEDED, Fact, Row, Verdict, judge
+from tracer.model.verdict import ALSO_ENABLED, JUDGED, LOOP, RULES, SUPERSEDED, Fact, Row, Verdict, judge
 from tracer.report.making import call_rows
 from tracer.report.report import CallRow
 
@@ -256,4 +256,4 @@ def test_one_enable_of_any_loop_is_enough(kernel: str) -> None:
     for index in listed.intersection(KERNELS[kernel]):
         assert judged(loop({(index, "read")}, False, (index,))) is False
     assert listed == set(OF_6_4)
-    assert not listed & {index for msrs in BESIDES for index in msrs}
+    assert not listed & {index for msrs in ALSO_ENABLED for index in msrs}

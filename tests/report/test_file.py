@@ -57,7 +57,7 @@ def valid() -> jsonschema.protocols.Validator:
 
 def test_the_schema_is_generated_from_the_types() -> None:
     done = subprocess.run([sys.executable, "-m", "tracer.report.file"], capture_output=True, text=True, check=True)
-    assert done.stdout == SCHEMA.read_text(), f"{sys.executable} -m tracer.reportfile > {SCHEMA}"
+    assert done.stdout == SCHEMA.read_text(), f"{sys.executable} -m tracer.report.file > {SCHEMA}"
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -272,8 +272,8 @@ def test_standard_input_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
 OLD, NEW = b"old" * 100_000, b"new" * 100_000
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
+def names(directory: Path) -> list[str]:
+    return sorted(file.name for file in directory.iterdir())
 
 
 @pytest.fixture

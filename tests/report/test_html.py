@@ -308,5 +308,5 @@ def test_contrast_is_enough(theme: int) -> None:
     assert contrast(colours["ink"], colours["alert-ground"]) >= 4.5
     for line in ("calls", "redundant-line", "unknown"):
         assert contrast(colours[line], colours["ground"]) >= 3, line
-    # The two kinds of bars differ in grey, too, beside their hatching.
+    # The two kinds of bars differ in grey, too, besides their hatching.
     assert contrast(colours["calls"], colours["redundant-ground"]) >= 3

@@ -61,10 +61,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The pages, as files."""
-    folder = tmp_path_factory.mktemp("pages")
+    directory = tmp_path_factory.mktemp("pages")
     for name, made in PAGES.items():
-        (folder / f"{name}.html").write_text(source(made), encoding="utf-8")
-    return {name: folder / f"{name}.html" for name in PAGES}
+        (directory / f"{name}.html").write_text(source(made), encoding="utf-8")
+    return {name: directory / f"{name}.html" for name in PAGES}
 
 
 @pytest.mark.parametrize("width", [400, 1280])

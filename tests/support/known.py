@@ -50,7 +50,7 @@ def one_tree(packages: Path, tree: Path) -> None:
     """Join Debian's two header packages: of BCC_KERNEL_SOURCE, BCC takes all from one tree (loader.cc)."""
     for part in ("common", "amd64"):
         [headers] = packages.glob(f"linux-headers-*-{part}")
-        for folder in ("include", "arch/x86/include"):
-            (tree / folder).mkdir(parents=True, exist_ok=True)
-            for entry in (headers / folder).iterdir():  # the two have none in common
-                (tree / folder / entry.name).symlink_to(entry)
+        for directory in ("include", "arch/x86/include"):
+            (tree / directory).mkdir(parents=True, exist_ok=True)
+            for entry in (headers / directory).iterdir():  # the two have none in common
+                (tree / directory / entry.name).symlink_to(entry)

@@ -16,15 +16,15 @@ CHANGE_WHAT_PYTEST_PRINTS = {"CI", "BUILD_NUMBER", "PYTEST_ADDOPTS", "PY_COLORS"
 PLAIN_ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in CHANGE_WHAT_PYTEST_PRINTS}
 
 
-def suite(folder: Path, code: str, *options: str) -> str:
+def suite(directory: Path, code: str, *options: str) -> str:
     """What pytest prints of a file of tests, whoever calls it: where CI is set, it prints what failed twice."""
-    (folder / "conftest.py").write_text("import children\nchildren.PATIENCE_SECONDS = 0.2\n")
-    (folder / "test_it.py").write_text(f"import subprocess, threading, pytest\n{code}\n")
-    apart = ["-c", os.devnull, "--rootdir", str(folder), "--confcutdir", str(folder)]
+    (directory / "conftest.py").write_text("import children\nchildren.PATIENCE_SECONDS = 0.2\n")
+    (directory / "test_it.py").write_text(f"import subprocess, threading, pytest\n{code}\n")
+    apart = ["-c", os.devnull, "--rootdir", str(directory), "--confcutdir", str(directory)]
     command = [sys.executable, "-m", "pytest", *apart, "-p", "children", *options]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", "test_it.py"],
-        cwd=folder,
+        cwd=directory,
         env={**PLAIN_ENVIRONMENT, "PYTHONPATH": str(ROOT / "tests/support")},
         capture_output=True,
         text=True,

@@ -71,11 +71,11 @@ class Kernel:
 
     def start(self, pid: int, name: str, started: int = 1000) -> None:
         """Start a VMM; whatever had its pid is gone."""
-        folder = self.proc / str(pid)
-        folder.mkdir(exist_ok=True)
-        (folder / "stat").write_text(f"{pid} (qemu) S {'0 ' * 18}{started} 1 2\n")
-        (folder / "cmdline").write_text(f"qemu\0-name\0{name}\0")
-        (folder / "comm").write_text("qemu\n")
+        directory = self.proc / str(pid)
+        directory.mkdir(exist_ok=True)
+        (directory / "stat").write_text(f"{pid} (qemu) S {'0 ' * 18}{started} 1 2\n")
+        (directory / "cmdline").write_text(f"qemu\0-name\0{name}\0")
+        (directory / "comm").write_text("qemu\n")
 
     def end(self, pid: int) -> None:
         shutil.rmtree(self.proc / str(pid))
@@ -556,8 +556,8 @@ class Life(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="msrtrace-test-"))
-        self.kernel = Kernel(self.folder, by_vm=True)
+        self.directory = Path(tempfile.mkdtemp(prefix="msrtrace-test-"))
+        self.kernel = Kernel(self.directory, by_vm=True)
         self.kernel.tracer.attach()
         self.clock = 0
         self.alive: dict[int, str] = {}
@@ -568,7 +568,7 @@ class Life(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.kernel.tracer.close()
         assert all(engine.closed for engine in self.kernel.engines)
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.directory)
 
     @rule(pid=st.sampled_from([100, 200, 300]))
     def start_or_end(self, pid: int) -> None:

@@ -35,7 +35,7 @@ class Loss(Sanitized, frozen=True, kw_only=True):
         if self.read_failures:
             found.append(f"{self.read_failures:,} bitmaps not read")
         if self.open_calls:
-            found.append(f"{self.open_calls:,} calls still under way")
+            found.append(f"{self.open_calls:,} calls still in progress")
         return found + self.uncounted
 
 

@@ -37,7 +37,7 @@ LOOP = (
 )
 #: What else vmx_msr_filter_changed() of the same kernels enables, with the patch and without. There is nothing more:
 #: only vmx_vcpu_run() updates the intercepts of LBR MSRs (vmx_update_intercept_for_lbr_msrs() in vmx/pmu_intel.c).
-BESIDES = (
+ALSO_ENABLED = (
     # Intel PT, by pt_update_intercept_for_msr(): STATUS, OUTPUT_BASE, OUTPUT_MASK, CR3_MATCH, ADDRn_A and ADDRn_B of
     # each address range that the guest's CPUID has. That field has three bits (num_address_ranges in
     # arch/x86/events/intel/pt.c): seven ranges, though struct pt_ctx in vmx.h has room for four. Until 5.19 that is
@@ -70,8 +70,8 @@ class Calls:
 
 #: The loop's enables, all of which the patch removes; any that may be the loop's; those that no kernel read makes.
 ENABLES = Calls("enable", LOOP)
-ANY_ENABLES = Calls("enable", BESIDES, outside=True)
-UNKNOWN_ENABLES = Calls("enable", (*LOOP, *BESIDES), outside=True)
+ANY_ENABLES = Calls("enable", ALSO_ENABLED, outside=True)
+UNKNOWN_ENABLES = Calls("enable", (*LOOP, *ALSO_ENABLED), outside=True)
 #: What the loop passes through, with the patch and without.
 DISABLES = Calls("disable", LOOP)
 

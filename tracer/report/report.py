@@ -73,7 +73,7 @@ class CallRow(Sanitized, frozen=True, kw_only=True):
     """A kind of call and how many had which outcome; outcomes are null where redundancy is unknown.
 
     `msr` is hexadecimal. `changed_read` and `changed_write` count calls that changed that bit of the MSR;
-    `refused` those that asked for no interception and did not get it, as the VM's filter denies the access.
+    `refused` those that disabled interception without effect, because the VM's filter denies the access.
     """
 
     msr: Annotated[str, Meta(pattern="^0x[0-9a-f]{1,8}$")]

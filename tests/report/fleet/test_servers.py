@@ -64,24 +64,24 @@ def running(command: list[str], ready: str, log: Path) -> Iterator[None]:
 
 
 @contextmanager
-def prometheus(folder: Path) -> Iterator[str]:
+def prometheus(directory: Path) -> Iterator[str]:
     """A Prometheus that has stored the fleet."""
-    (folder / "fleet.txt").write_text(openmetrics(fleet()))
-    (folder / "prometheus.yml").write_text("")
+    (directory / "fleet.txt").write_text(openmetrics(fleet()))
+    (directory / "prometheus.yml").write_text("")
     blocks = [tool("promtool"), "tsdb", "create-blocks-from", "openmetrics", "fleet.txt", "data"]
-    subprocess.run(blocks, cwd=folder, check=True, capture_output=True, timeout=60)
+    subprocess.run(blocks, cwd=directory, check=True, capture_output=True, timeout=60)
     address = f"127.0.0.1:{free_port()}"
-    command = [tool("prometheus"), f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
-    with running([*command, f"--web.listen-address={address}"], f"http://{address}/-/ready", folder / "log"):
+    command = [tool("prometheus"), f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/data"]
+    with running([*command, f"--web.listen-address={address}"], f"http://{address}/-/ready", directory / "log"):
         yield f"http://{address}"
 
 
 @contextmanager
-def victoria_metrics(folder: Path) -> Iterator[str]:
+def victoria_metrics(directory: Path) -> Iterator[str]:
     """A single-node VictoriaMetrics that has stored the fleet."""
     address = f"127.0.0.1:{free_port()}"
-    command = [tool("victoria-metrics"), f"-storageDataPath={folder}/data", f"-httpListenAddr={address}"]
-    with running(command, f"http://{address}/health", folder / "log"):
+    command = [tool("victoria-metrics"), f"-storageDataPath={directory}/data", f"-httpListenAddr={address}"]
+    with running(command, f"http://{address}/health", directory / "log"):
         for path, body in (("api/v1/import/prometheus", exposition(fleet()).encode()), ("internal/force_flush", None)):
             urllib.request.urlopen(f"http://{address}/{path}", data=body, timeout=30).close()
         yield f"http://{address}"

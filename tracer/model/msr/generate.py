@@ -107,7 +107,7 @@ _APIC_OFFSETS = range(0x20, 0x400, 0x10)
 # Registers of the local APIC that have no MSR in x2APIC mode (SDM vol. 3, "x2APIC Register
 # Address Space").
 _NOT_IN_X2APIC = {"ARBPRI", "RRR", "DFR", "ICR2"}
-# The manuals' names, where the kernel's are no shorter and nobody else uses them.
+# The manuals' names, where the kernel's are not shorter and not used elsewhere.
 _X2APIC_RENAMED = {"TASKPRI": "TPR", "PROCPRI": "PPR"}
 # These are 256 bits wide: eight registers each (APIC_ISR_NR in apicdef.h).
 _X2APIC_WIDE = {"ISR", "TMR", "IRR"}

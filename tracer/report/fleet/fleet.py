@@ -190,16 +190,16 @@ def _restarted(ordered: Sequence[Process], index: int, number: Sequence[int]) ->
     found = [place for place in range(index) if follows(ordered[place], new)]
     if len({number[place] for place in found}) != 1:
         return []
-    beside = (one for one in ordered if one is not new and one.first <= new.last and new.first <= one.last)
-    return [] if any(follows(ordered[found[-1]], one) for one in beside) else found
+    overlapping = (one for one in ordered if one is not new and one.first <= new.last and new.first <= one.last)
+    return [] if any(follows(ordered[found[-1]], one) for one in overlapping) else found
 
 
 def _same_machine(one: Target, other: Target) -> bool:
     """Whether two targets have the same job and machine; if a label names the machine, the instance may differ."""
     old, new = innermost(one), innermost(other)
     apart = {name for name in MACHINE_LABELS if old.get(name) != new.get(name)}
-    beside = any(name in old for name in MACHINE_LABELS - apart - {"instance"})
-    return old.get("job") == new.get("job") and (not apart or (apart == {"instance"} and beside))
+    named = any(name in old for name in MACHINE_LABELS - apart - {"instance"})
+    return old.get("job") == new.get("job") and (not apart or (apart == {"instance"} and named))
 
 
 def _titles(hosts: Sequence[_Host]) -> dict[_Host, str]:

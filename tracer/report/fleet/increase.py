@@ -26,12 +26,12 @@ def _increase(runs: Sequence[Run], key: Key, from_zero: bool) -> float:
     parts = [run.counters[key] for run in runs if key in run.counters]
     first, value = min((samples.times[0], samples.values[0]) for samples in parts)
     last = max(samples.values[-1] for samples in parts)
-    if from_zero or not value or _came(runs, key, first):
+    if from_zero or not value or _appeared(runs, key, first):
         return last
     return last - value
 
 
-def _came(runs: Sequence[Run], key: Key, first: float) -> bool:
+def _appeared(runs: Sequence[Run], key: Key, first: float) -> bool:
     """Whether the counter, seen at `first`, did not exist at an earlier scrape: a series exists from its first call on.
 
     Raises MsrtraceError where it existed but was not stored.
