@@ -175,6 +175,26 @@ def test_promtool_is_silent_about_the_live_metrics(collected: Collected) -> None
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_all_of_it_runs_with_bccs_library_alone(collected: Collected) -> None:
+    """No kernel headers, no Python module of BCC: in every scenario but the one that compiles."""
+    host = collected.scenario("host")
+    assert (host["headers"], host["import bcc"]["status"]) == ([], 1)
+    checks = {check["name"]: check for check in json.loads(host["doctor"]["stdout"])["checks"]}
+    for name in ("headers", "bcc"):
+        assert (checks[name]["state"], checks[name]["fix"]) == ("ok", None)
+        assert checks[name]["detail"] == "not needed: the BPF program is already compiled"
+    assert checks["library"]["detail"] == "libbcc_bpf.so.0"
+
+
+def test_a_host_compiles_once_what_did_not_come_compiled(whole: Collected) -> None:
+    found = whole.scenario("compiles")
+    assert (found["shipped"], found["status"]) == (2, 0)
+    assert 1 <= found["cached"] <= 2
+    assert "\nmsrtrace_filter_updates_total 3.0\n" in found["scrape"]
+    checks = {check["name"]: check["detail"] for check in json.loads(found["doctor"]["stdout"])["checks"]}
+    assert all("not needed" not in checks[name] for name in ("headers", "bcc"))
+
+
 def test_doctor_says_what_each_kernel_can_show(collected: Collected) -> None:
     doctor = collected.scenario("host")["doctor"]
     checks: Any = json.loads(doctor["stdout"])

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +39,32 @@ from kerneltracer import KernelTracer
 from reporting import make_reports, report_command
 from stress import stress
 
+import tracer
+
 KERNEL_ALONE = "--kernel" in sys.argv
 VARIANTS = [word for word in sys.argv[1:] if not word.startswith("--")]
 STOCK = VARIANTS[0]
 HUNDRED = 100
 
 
+@contextmanager
+def library_alone() -> Iterator[None]:
+    """Of BCC the host has the library alone, and it has no kernel's headers: nothing can be compiled."""
+    hidden = ("/usr/lib/python3/dist-packages/bcc", "/usr/src")
+    for path in hidden:
+        subprocess.run(["mount", "-t", "tmpfs", "none", path], check=True)
+    try:
+        yield
+    finally:
+        for path in hidden:
+            subprocess.run(["umount", path], check=True)
+
+
 def host() -> Any:
     """What this host is."""
     return {
+        "headers": os.listdir("/usr/src"),
+        "import bcc": output_of("python3", "-c", "from bcc import BPF"),
         "release": os.uname().release,
         "doctor": output_of("msrtrace", "doctor", "--json"),
         "kernel": where_the_kernel_is(),
@@ -241,6 +260,24 @@ def waits() -> Any:
     return {"scrape": scrape()} | msrtrace.end()
 
 
+def compiles() -> Any:
+    """An msrtrace that came without the compiled programs, and a host that has all that compiling takes."""
+    load(STOCK)
+    shutil.rmtree("/var/cache/msrtrace", ignore_errors=True)
+    shipped = [*Path(tracer.__file__).parent.glob("bpf/*.bin")]
+    for file in shipped:
+        file.rename(file.with_suffix(".away"))
+    try:
+        doctor = output_of("msrtrace", "doctor", "--json")
+        msrtrace = Msrtrace()
+        workload("--updates", 3)
+        found = {"scrape": scrape(), "cached": len(os.listdir("/var/cache/msrtrace"))} | msrtrace.end()
+        return found | {"shipped": len(shipped), "doctor": doctor}
+    finally:
+        for file in shipped:
+            file.with_suffix(".away").rename(file)
+
+
 def not_root() -> Any:
     """Somebody who is not root, under the kernel's own rights. All else that a user can get wrong needs no kernel."""
     nobody = ("setpriv", "--reuid=65534", "--clear-groups", "msrtrace")
@@ -251,7 +288,7 @@ def main() -> None:
     """Run every scenario; what they return goes to /out/NAME.json. Ends with a status that pytest looks for."""
     of_the_kernel = [host, counts, fentry, stress, reports, unknown_redundancy, killed, attaching]
     of_the_program = [by_vm, one_pid, waits, not_root, report_command]
-    scenarios: list[Callable[[], Any]] = of_the_kernel if KERNEL_ALONE else [*of_the_kernel, *of_the_program]
+    scenarios: list[Callable[[], Any]] = of_the_kernel if KERNEL_ALONE else [*of_the_kernel, *of_the_program, compiles]
     only = os.environ.get("ONLY", "").split()
     for scenario in scenarios:
         name = scenario.__name__
@@ -259,7 +296,8 @@ def main() -> None:
             continue
         started = time.monotonic()
         try:
-            found = scenario()
+            with nullcontext() if scenario is compiles else library_alone():
+                found = scenario()
         except Exception:
             found = {"broken": traceback.format_exc()}
             print(found["broken"], flush=True)
