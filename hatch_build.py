@@ -8,6 +8,7 @@ MSRTRACE_COMPILED=no does not try.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,12 @@ class CompiledPrograms(BuildHookInterface):  # type: ignore[misc]
             f"msrtrace: the wheel has no compiled BPF programs, so the host will compile them ({problem}); it needs "
             "python3-bpfcc and the headers of a kernel (Debian, Ubuntu; elsewhere see `msrtrace doctor`)"
         )
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Remove what is in the wheel now."""
+        for file in build_data["force_include"]:
+            if file.endswith(".bin"):
+                shutil.rmtree(Path(file).parent, ignore_errors=True)
 
     def _compile(self, directory: Path) -> str:
         """Why nothing could be compiled, or "". BCC may be the system's alone: it works in any Python 3."""
