@@ -80,7 +80,8 @@ def test_one():
     thread = threading.Thread(target=lambda: (subprocess.Popen(["sleep", "4711"]), event.wait()), name="boots-1")
     thread.daemon = True
     thread.start()
-    while not pytest.importorskip("children").of_session(): pass
+    children = pytest.importorskip("children")
+    while not any("sleep" in children.describe(pid) for pid in children.of_session()): pass  # until it is no fork
 event = threading.Event()
 """
 
