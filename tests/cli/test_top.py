@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command `msrtrace top` in a terminal of its own and in a pipe, with a stand-in for the engine."""
+"""`msrtrace top` in a terminal of its own, on a made-up kernel."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-REPO = Path(__file__).parents[2]
+from terminal import clean_environment, command
 
 _SGR = re.compile(rb"\x1b\[[\d;]*m")
 
@@ -99,24 +98,7 @@ def _lead_session() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def clean_environment() -> dict[str, str]:
-    unwanted = {"NO_COLOR", "COLUMNS", "LINES", "LC_ALL", "LC_CTYPE", "PYTHONIOENCODING"}
-    kept = {name: value for name, value in os.environ.items() if name not in unwanted}
-    return {**kept, "PYTHONPATH": f"{REPO}:{REPO / 'tests/support'}", "TERM": "xterm", "LANG": "C.UTF-8"}
-
-
-def command(directory: Path, *arguments: str) -> list[str | Path]:
-    """The arguments of Python that run `msrtrace top`."""
-    return ["-m", "standin", directory, "top", *arguments]
-
-
 Start = Callable[..., Terminal]
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    (tmp_path / "module").write_text("1")
-    return tmp_path
 
 
 @pytest.fixture
@@ -133,6 +115,8 @@ def start(directory: Path) -> Iterator[Start]:
 
 
 ENTER, LEAVE = b"\x1b[?1049h", b"\x1b[0m\x1b[?7h\x1b[?25h\x1b[?1049l"
+
+
 ORDER = re.compile(r"IA32_TSC .*IA32_SPEC_CTRL ", re.DOTALL)
 
 
@@ -396,89 +380,3 @@ def test_a_reload_and_a_failure_are_shown(start: Start) -> None:
         terminal.read(0.1)
     terminal.type("q")
     assert terminal.end() == 0
-
-
-# --- without a terminal ---
-
-
-def piped(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, *command(directory, "-d", "0.2", *arguments)],
-        env={**clean_environment(), **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def test_a_pipe_gets_frames(directory: Path) -> None:
-    done = piped(directory, "-n", "2", "--sort", "share")
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"\x1b" not in done.stdout
-    found = done.stdout.decode().splitlines()
-    assert len(found) == 2 * 8
-    for lines in (found[:8], found[8:]):
-        assert re.fullmatch(r"\d\d:\d\d:\d\d .* layout toggle, redundancy exact, over 0\.\d s", lines[0])
-        assert re.fullmatch(r"filter updates .*/s, 100 µs each; calls .*/s, 66.7% redundant", lines[1])
-        assert lines[2:4] == ["2 calls per filter update, 1 of them redundant", ""]
-        assert lines[4].startswith("MSR ")
-        assert [line.split()[0] for line in lines[5:7]] == ["IA32_SPEC_CTRL", "IA32_TSC"]
-        assert lines[7] == ""
-    assert (directory / "closed").exists()
-
-
-def test_a_pipe_has_the_width_of_columns(directory: Path) -> None:
-    assert b"pid VM" in piped(directory, "-n", "1", "--by-vm", COLUMNS="200").stdout
-    narrow = piped(directory, "-n", "1", COLUMNS="40").stdout.decode()
-    assert max(map(len, narrow.splitlines())) <= 40
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_frames_in_a_pipe(directory: Path, number: signal.Signals) -> None:
-    process = subprocess.Popen(
-        [sys.executable, *command(directory, "-d", "0.2")],
-        env=clean_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout
-    assert process.stdout.readline()
-    process.send_signal(number)
-    _, error = process.communicate(timeout=30)
-    assert (process.returncode, error) == (0, b"")
-    assert (directory / "closed").exists()
-
-
-def test_a_closed_pipe_ends_it(directory: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, *command(directory, "-d", "0.1")],
-        env=clean_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout
-    assert process.stderr
-    process.stdout.readline()
-    process.stdout.close()
-    error = process.stderr.read()
-    process.stderr.close()
-    assert (process.wait(30), error) == (1, b"")
-    assert (directory / "closed").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["-d", "0"], ["-d", "nan"], ["-d", "inf"], ["-d", "0.01"], ["-n", "0"], ["--sort", "name"], ["--pid", "0"]],
-)
-def test_wrong_usage_is_explained(arguments: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tracer.cli.main", "top", *arguments],
-        cwd=REPO,
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
-    assert (done.returncode, done.stdout) == (2, b"")

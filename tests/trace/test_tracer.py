@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Tracing through reloads of kvm_intel and the lives of VMs, with a fake kernel in place of BPF."""
+"""Tracing that goes on: reloads of the module, and scrapes meanwhile."""
 
 from __future__ import annotations
 
@@ -10,203 +10,20 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from made_kernel import DISABLE, ENABLE, HOOK, TSC, Kernel, counts, losses
 
 from tracer.kernel.layout import layout_of
-from tracer.kernel.symbols import Symbol, Symbols
+from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.module_change import RETRY_SECONDS, ModuleChange
-from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
-from tracer.model.vendor import Layout
-from tracer.trace.tracer import Tracer, loaded_module
-from tracer.trace.vm_names import VmNames
-
-ENABLE, DISABLE, HOOK = "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_msr_filter_changed"
-TSC = Call(0x10, "read", "disable", "vcpu_create", "vmx_vcpu_create")
-CALL, UPDATE = Outcome(1, 0, 1, 0, 0), Durations(1, 0.25, (1, *[0] * 24))
-
-
-class Kernel:
-    """A kvm_intel that is loaded and unloaded, and VMMs whose calls are seen by the probes on it."""
-
-    def __init__(self, proc: Path, *, by_vm: bool = False, keep_gone: bool = False) -> None:
-        self.by_vm = by_vm
-        self.loads = self.loaded = 1
-        self.functions: tuple[str, ...] = (ENABLE, DISABLE, HOOK)
-        self.refusal = ""
-        self.engines: list[Engine] = []
-        self.proc = proc
-        self.now = 1000.0
-        self.tracer = Tracer(
-            self.attach,
-            symbols=lambda: Symbols.of(Symbol(64, name, "kvm_intel") for name in self.functions),
-            module=lambda: self.loaded or None,
-            names=VmNames(proc),
-            keep_gone=keep_gone,
-            clock=lambda: self.now,
-        )
-
-    def attach(self, layout: Layout, symbols: Symbols) -> Engine:
-        engine = Engine(self, layout)
-        engine.attach(symbols)
-        self.engines.append(engine)
-        return engine
-
-    def load(self) -> None:
-        self.loads += 1
-        self.loaded = self.loads
-
-    def unload(self) -> None:
-        self.loaded = 0
-
-    def reload(self) -> None:
-        self.unload()
-        self.load()
-
-    def start(self, pid: int, name: str, started: int = 1000) -> None:
-        """Start a VMM; whatever had its pid is gone."""
-        directory = self.proc / str(pid)
-        directory.mkdir(exist_ok=True)
-        (directory / "stat").write_text(f"{pid} (qemu) S {'0 ' * 18}{started} 1 2\n")
-        (directory / "cmdline").write_text(f"qemu\0-name\0{name}\0")
-        (directory / "comm").write_text("qemu\n")
-
-    def end(self, pid: int) -> None:
-        shutil.rmtree(self.proc / str(pid))
-
-    def call(self, pid: int = 0, times: int = 1) -> int:
-        """Create and update a vCPU of a VMM so many times. Returns how often each was seen: once, or never."""
-        seeing = [engine for engine in self.engines if engine.sees()]
-        assert len(seeing) <= 1
-        for engine in seeing:
-            engine.count(pid if self.by_vm else 0, times)
-        return times if seeing else 0
-
-    def lose(self, times: int = 1) -> int:
-        """Cause every kind of loss. Returns how often that was seen."""
-        for engine in (seeing := [engine for engine in self.engines if engine.sees()]):
-            engine.lost += times
-        return times if seeing else 0
-
-
-class Engine:
-    """A fake of tracer.trace.engine.Engine that checks the order of calls."""
-
-    backend = "kprobe"
-
-    def __init__(self, kernel: Kernel, layout: Layout) -> None:
-        self.kernel, self.layout = kernel, layout
-        self.modules: list[int] = []  # those that it was attached to
-        self.attached = self.closed = False
-        self.calls: Counter[int] = Counter()
-        self.lost = self.vcpus = 0
-        self.commands: dict[int, str] = {}
-        self.forgotten: list[set[int]] = []
-        self.busy = threading.Lock()
-        self.probes: list[Probe] = []
-        self.warnings: list[str] = []
-
-    def attach(self, symbols: Symbols) -> None:
-        assert not self.attached
-        assert not self.closed
-        assert [symbol.name for symbol in symbols.functions] == sorted(self.kernel.functions)
-        if self.kernel.refusal:
-            raise MsrtraceError(self.kernel.refusal)
-        self.attached = True
-        self.modules.append(self.kernel.loaded)
-        self.probes = [Probe(HOOK, HOOK, True, f"{HOOK} [kvm_intel]"), Probe("vmx_vcpu_create", None, False, "none")]
-        self.warnings = ["vmx_vcpu_create is not probed: none"]
-
-    def reattach(self, layout: Layout, symbols: Symbols) -> bool:
-        assert self.modules
-        if layout != self.layout:
-            return False
-        self.attach(symbols)
-        return True
-
-    def detach(self) -> None:
-        assert self.attached
-        self.attached = False
-        self.calls.clear()
-        self.lost = self.vcpus = 0
-
-    def close(self) -> None:
-        assert not self.closed
-        self.closed = True
-        self.attached = False
-
-    def sees(self) -> bool:
-        return self.attached and self.modules[-1] == self.kernel.loaded
-
-    def count(self, pid: int, times: int) -> None:
-        self.calls[pid] += times
-        self.vcpus += times
-
-    def snapshot(self, patience: float = 0) -> Snapshot:
-        assert self.attached
-        assert self.busy.acquire(blocking=False), "two threads in one engine"
-        try:
-            return self._snapshot()
-        finally:
-            self.busy.release()
-
-    def _snapshot(self) -> Snapshot:
-        n, calls = self.lost, dict(self.calls)
-        return Snapshot(
-            layout=self.layout.name,
-            calls={replace(TSC, pid=pid): Outcome(count, 0, count, 0, 0) for pid, count in calls.items()},
-            updates={pid: Durations(count, count / 4, (count, *[0] * 24)) for pid, count in calls.items()},
-            recalcs={pid: Durations(count, count / 8, (0, count, *[0] * 23)) for pid, count in calls.items()},
-            probes=tuple(replace(probe, missed=n) for probe in self.probes),
-            maps=(Map("calls", len(calls), 8192, n),),
-            unpaired_returns=n,
-            read_failures=n,
-            vcpus_seen=self.vcpus,
-            commands=dict(self.commands),
-            by_vm=self.kernel.by_vm,
-        )
-
-    def forget(self, pids: set[int]) -> None:
-        assert self.attached
-        self.forgotten.append(set(pids))
-        for pid in pids:
-            self.calls[0] += self.calls.pop(pid, 0)
-
-
-@pytest.fixture
-def kernel(tmp_path: Path) -> Kernel:
-    return Kernel(tmp_path)
-
-
-@pytest.fixture
-def by_vm(tmp_path: Path) -> Kernel:
-    kernel = Kernel(tmp_path, by_vm=True)
-    kernel.start(100, "web")
-    kernel.start(200, "db")
-    kernel.tracer.attach()
-    return kernel
-
-
-def counts(snapshot: Snapshot) -> dict[int, int]:
-    """Calls by pid; all other counts of the fake kernel must agree with them."""
-    assert {pid: d.count for pid, d in snapshot.updates.items()} == {c.pid: o.calls for c, o in snapshot.calls.items()}
-    assert {pid: d.count for pid, d in snapshot.recalcs.items()} == {c.pid: o.calls for c, o in snapshot.calls.items()}
-    assert snapshot.vcpus_seen == sum(outcome.calls for outcome in snapshot.calls.values())
-    return {call.pid: outcome.calls for call, outcome in snapshot.calls.items()}
-
-
-def losses(snapshot: Snapshot) -> tuple[int, ...]:
-    missed = [probe.missed for probe in snapshot.probes]
-    return (*missed, *(m.dropped for m in snapshot.maps), snapshot.unpaired_returns, snapshot.read_failures)
-
-
-# --- reloads ---
+from tracer.model.snapshot import Durations, Outcome, Snapshot
+from tracer.trace.tracer import loaded_module
 
 
 def test_an_attached_tracer_has_counts_and_probes(kernel: Kernel) -> None:
@@ -372,185 +189,6 @@ def test_a_reloaded_module_is_another_one(tmp_path: Path) -> None:
     assert loaded_module(tmp_path) not in (None, first)
 
 
-# --- VMs ---
-
-
-def test_vms_are_counted_separately(by_vm: Kernel) -> None:
-    by_vm.call(100, 7)
-    by_vm.call(200, 3)
-    snapshot = by_vm.tracer.snapshot()
-    assert (counts(snapshot), snapshot.vms) == ({100: 7, 200: 3}, {100: "web", 200: "db"})
-    assert by_vm.engines[0].forgotten == []
-
-
-def test_vms_are_looked_up_only_by_vm(kernel: Kernel) -> None:
-    kernel.tracer.attach()
-    kernel.call(100, 7)
-    assert (counts(kernel.tracer.snapshot()), kernel.tracer.snapshot().vms) == ({0: 7}, {})
-
-
-def test_the_counts_of_an_ended_vm_stay_in_the_totals(by_vm: Kernel) -> None:
-    by_vm.call(100, 7)
-    by_vm.call(200, 3)
-    by_vm.tracer.snapshot()
-    by_vm.end(100)
-    for _ in range(3):
-        snapshot = by_vm.tracer.snapshot()
-        assert (counts(snapshot), snapshot.vms) == ({0: 7, 200: 3}, {200: "db"})
-    assert by_vm.engines[0].forgotten == [{100}]  # once: its entries in the maps are free
-    by_vm.call(200, 2)
-    assert counts(by_vm.tracer.snapshot()) == {0: 7, 200: 5}
-
-
-def test_a_vm_that_ended_before_any_snapshot_is_counted(by_vm: Kernel) -> None:
-    by_vm.call(300, 5)
-    snapshot = by_vm.tracer.snapshot()
-    assert (counts(snapshot), snapshot.vms) == ({0: 5}, {})
-
-
-def test_vms_keep_their_counts_through_a_reload(by_vm: Kernel) -> None:
-    by_vm.call(100, 7)
-    by_vm.call(200, 3)
-    by_vm.unload()
-    by_vm.tracer.follow()
-    assert counts(by_vm.tracer.snapshot()) == {100: 7, 200: 3}
-    by_vm.load()
-    by_vm.tracer.follow()
-    by_vm.call(100, 2)
-    assert counts(by_vm.tracer.snapshot()) == {100: 9, 200: 3}
-    by_vm.end(100)
-    for _ in range(3):
-        assert counts(by_vm.tracer.snapshot()) == {0: 9, 200: 3}
-    assert by_vm.engines[0].forgotten == [{100}]
-
-
-def test_a_vm_may_end_while_nothing_is_attached(by_vm: Kernel) -> None:
-    by_vm.call(100, 7)
-    by_vm.unload()
-    by_vm.tracer.follow()
-    by_vm.end(100)
-    snapshot = by_vm.tracer.snapshot()
-    assert (counts(snapshot), snapshot.vms) == ({0: 7}, {})
-
-
-def test_the_end_of_a_vm_loses_no_other_count(by_vm: Kernel) -> None:
-    """Earlier losses and unloads stay the same."""
-    by_vm.call(100, 7)
-    by_vm.lose(3)
-    by_vm.reload()
-    by_vm.tracer.follow()
-    by_vm.call(100, 1)
-    before = by_vm.tracer.snapshot()
-    assert (losses(before), before.module_unloads) == ((3,) * 5, 1)
-    by_vm.end(100)
-    by_vm.tracer.snapshot()
-    after = by_vm.tracer.snapshot()
-    assert (losses(after), after.module_unloads, counts(after)) == ((3,) * 5, 1, {0: 8})
-
-
-def test_calls_of_a_vm_just_before_its_end_are_not_lost(by_vm: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the snapshot in which it was gone, and before its entries are freed."""
-    by_vm.call(100, 7)
-    by_vm.tracer.snapshot()
-    by_vm.end(100)
-    [engine] = by_vm.engines
-    forget = engine.forget
-
-    def late(pids: set[int]) -> None:
-        by_vm.call(100, 5)
-        forget(pids)
-        by_vm.call(100, 3)
-
-    monkeypatch.setattr(engine, "forget", late)
-    assert sum(counts(by_vm.tracer.snapshot()).values()) == 15
-    monkeypatch.undo()
-    assert counts(by_vm.tracer.snapshot()) == {0: 15}
-
-
-def test_a_reused_pid_has_the_new_name(by_vm: Kernel) -> None:
-    by_vm.call(100, 7)
-    by_vm.tracer.snapshot()
-    by_vm.start(100, "new", started=2000)
-    by_vm.tracer.snapshot()  # what it finds was counted before it could know of another VM
-    by_vm.call(100, 3)
-    snapshot = by_vm.tracer.snapshot()
-    assert (counts(snapshot), snapshot.vms) == ({0: 7, 100: 3}, {100: "new"})
-
-
-def test_a_reused_pid_does_not_inherit_counts(by_vm: Kernel) -> None:
-    """Neither the counts of another VM before a reload, nor those before its end."""
-    by_vm.call(100, 7)
-    by_vm.reload()
-    by_vm.tracer.follow()
-    by_vm.tracer.snapshot()
-    by_vm.end(100)
-    by_vm.tracer.snapshot()
-    by_vm.start(100, "new", started=2000)
-    by_vm.call(100, 3)
-    snapshot = by_vm.tracer.snapshot()
-    assert (counts(snapshot), snapshot.vms) == ({0: 7, 100: 3}, {100: "new"})
-
-
-# --- a trace with an end: VMs that are gone stay apart ---
-
-
-@pytest.fixture
-def kept(tmp_path: Path) -> Kernel:
-    kernel = Kernel(tmp_path, by_vm=True, keep_gone=True)
-    kernel.start(100, "web")
-    kernel.start(200, "db")
-    kernel.tracer.attach()
-    return kernel
-
-
-def test_ended_vms_keep_their_names_in_a_report(kept: Kernel) -> None:
-    kept.call(100, 7)
-    kept.call(200, 3)
-    kept.tracer.snapshot()
-    kept.end(100)
-    for _ in range(2):
-        snapshot = kept.tracer.snapshot()
-        assert (counts(snapshot), snapshot.vms) == ({100: 7, 200: 3}, {100: "web", 200: "db"})
-    assert kept.engines[0].forgotten == []
-
-
-def test_a_vm_that_ended_unnamed_has_the_name_of_its_command(kept: Kernel) -> None:
-    kept.call(100, 7)
-    kept.call(300, 5)
-    kept.end(100)
-    kept.call(400, 1)
-    kept.engines[0].commands = {100: "qemu", 300: "q\x1b[2Jemu"}
-    snapshot = kept.tracer.snapshot()
-    assert (counts(snapshot), snapshot.vms) == (
-        {100: 7, 300: 5, 400: 1},
-        {100: "qemu", 300: "q\N{REPLACEMENT CHARACTER}[2Jemu", 400: ""},
-    )
-
-
-def test_kept_names_survive_a_reload_and_closing(kept: Kernel) -> None:
-    kept.call(100, 7)
-    kept.tracer.snapshot()
-    kept.end(100)
-    kept.reload()
-    kept.tracer.follow()
-    kept.call(200, 3)
-    kept.tracer.snapshot()
-    kept.tracer.close()
-    snapshot = kept.tracer.snapshot()
-    assert (counts(snapshot), snapshot.vms) == ({100: 7, 200: 3}, {100: "web", 200: "db"})
-    assert counts(snapshot.since(snapshot)) == {}
-
-
-def test_no_names_are_kept_without_by_vm(tmp_path: Path) -> None:
-    kernel = Kernel(tmp_path, keep_gone=True)
-    kernel.tracer.attach()
-    kernel.call(100, 7)
-    assert (counts(kernel.tracer.snapshot()), kernel.tracer.snapshot().vms) == ({0: 7}, {})
-
-
-# --- both, in any order ---
-
-
 class Life(RuleBasedStateMachine):
     """Whatever happens, each call that probes could see is counted once, for its VM while that lives."""
 
@@ -627,10 +265,9 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
+
+
 TestLife.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
-
-
-# --- threads ---
 
 
 @pytest.fixture

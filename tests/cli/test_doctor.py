@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`msrtrace doctor` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from command import command
+
+from tracer.doctor.examination import examine
+from tracer.kernel.machine import Machine
+
+
+def test_doctor_prints_every_check_and_fails_if_one_does() -> None:
+    names = [check.name for check in examine(Machine.here())]
+    done = command("doctor", "--json")
+    document = json.loads(done.stdout)
+    assert [check["name"] for check in document["checks"]] == names
+    assert (document["schema"], document["kernel"]) == ("msrtrace-doctor/1", os.uname().release)
+    failed = any(check["state"] == "failed" for check in document["checks"])
+    assert (document["ok"], done.returncode, done.stderr) == (not failed, int(failed), "")
+    text = command("doctor")
+    assert (text.returncode, text.stderr) == (done.returncode, "")
+    assert "\x1b" not in text.stdout  # not a terminal
+    assert [line.split()[1] for line in text.stdout.split("\n\n")[0].splitlines() if line[0] != " "] == names

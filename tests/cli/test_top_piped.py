@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`msrtrace top` without a terminal, on a made-up kernel."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from terminal import REPO, clean_environment, command
+
+
+def piped(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, *command(directory, "-d", "0.2", *arguments)],
+        env={**clean_environment(), **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_pipe_gets_frames(directory: Path) -> None:
+    done = piped(directory, "-n", "2", "--sort", "share")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\x1b" not in done.stdout
+    found = done.stdout.decode().splitlines()
+    assert len(found) == 2 * 8
+    for lines in (found[:8], found[8:]):
+        assert re.fullmatch(r"\d\d:\d\d:\d\d .* layout toggle, redundancy exact, over 0\.\d s", lines[0])
+        assert re.fullmatch(r"filter updates .*/s, 100 µs each; calls .*/s, 66.7% redundant", lines[1])
+        assert lines[2:4] == ["2 calls per filter update, 1 of them redundant", ""]
+        assert lines[4].startswith("MSR ")
+        assert [line.split()[0] for line in lines[5:7]] == ["IA32_SPEC_CTRL", "IA32_TSC"]
+        assert lines[7] == ""
+    assert (directory / "closed").exists()
+
+
+def test_a_pipe_has_the_width_of_columns(directory: Path) -> None:
+    assert b"pid VM" in piped(directory, "-n", "1", "--by-vm", COLUMNS="200").stdout
+    narrow = piped(directory, "-n", "1", COLUMNS="40").stdout.decode()
+    assert max(map(len, narrow.splitlines())) <= 40
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_frames_in_a_pipe(directory: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, *command(directory, "-d", "0.2")],
+        env=clean_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout
+    assert process.stdout.readline()
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (0, b"")
+    assert (directory / "closed").exists()
+
+
+def test_a_closed_pipe_ends_it(directory: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, *command(directory, "-d", "0.1")],
+        env=clean_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout
+    assert process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(30), error) == (1, b"")
+    assert (directory / "closed").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-d", "0"], ["-d", "nan"], ["-d", "inf"], ["-d", "0.01"], ["-n", "0"], ["--sort", "name"], ["--pid", "0"]],
+)
+def test_wrong_usage_is_explained(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tracer.cli.main", "top", *arguments],
+        cwd=REPO,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, b"")

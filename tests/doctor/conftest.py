@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A machine made of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from machines import Host
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Checks of what a process may do, on machines made of files."""
+
+from __future__ import annotations
+
+import pytest
+from machines import BPF_AND_PERFMON, FAILED, OF_DOCKER, OK, RELEASE, UNKNOWN, WARNING, Host, status
+
+from tracer.doctor.check import Check, State
+from tracer.doctor.examination import explain_eperm, obstacle
+
+CONFIDENTIAL = "the kernel is locked down (confidentiality), which forbids kprobes even for root"
+
+
+def test_lockdown_by_the_command_line(host: Host) -> None:
+    host.write("sys/kernel/security/lockdown", "none integrity [confidentiality]\n")
+    host.write("proc/cmdline", "ro lockdown=confidentiality quiet\n")
+    fix = "remove lockdown=confidentiality from the kernel command line, and reboot"
+    assert host.check("lockdown") == Check("lockdown", FAILED, CONFIDENTIAL, fix)
+    assert obstacle(host.machine) == f"{CONFIDENTIAL}: {fix}"
+    assert explain_eperm(host.machine) == f"the kernel refused: {CONFIDENTIAL}: {fix}"
+
+
+def test_lockdown_by_something_else(host: Host) -> None:
+    host.write("sys/kernel/security/lockdown", "none integrity [confidentiality]\n")
+    assert host.found("lockdown") == (
+        FAILED,
+        "remove lockdown=confidentiality from what writes it to /sys/kernel/security/lockdown, "
+        "or from the kernel's config, and reboot",
+    )
+
+
+def test_lockdown_for_integrity_permits_kprobes(host: Host) -> None:
+    host.write("sys/kernel/security/lockdown", "none [integrity] confidentiality\n")
+    check = host.check("lockdown")
+    assert (check.state, check.detail) == (OK, "integrity, which permits kprobes and BPF")
+
+
+def test_securityfs_not_mounted(host: Host) -> None:
+    host.remove("sys/kernel/security/lockdown")
+    assert host.found("lockdown") == (OK, None)
+    host.write("proc/cmdline", "lockdown=confidentiality")
+    assert host.found("lockdown") == (UNKNOWN, "sudo mount -t securityfs securityfs /sys/kernel/security")
+
+
+def test_not_root(host: Host) -> None:
+    host.write("proc/self/status", status(0))
+    host.be(euid=1000)
+    assert host.check("capabilities").detail == "not root, and without CAP_BPF and CAP_PERFMON"
+    assert host.found("capabilities") == (FAILED, "sudo msrtrace run")
+    assert host.found("perf-event-paranoid") == (OK, None)
+    assert obstacle(host.machine) == "not root, and without CAP_BPF and CAP_PERFMON: sudo msrtrace run"
+    host.be(venv="/srv/venv")
+    assert host.found("capabilities") == (FAILED, "sudo /srv/venv/bin/msrtrace run")
+
+
+def test_one_capability_missing(host: Host) -> None:
+    host.write("proc/self/status", status(1 << 39))
+    host.be(euid=1000)
+    assert host.check("capabilities").detail == "not root, and without CAP_PERFMON"
+
+
+def test_root_of_a_container(host: Host) -> None:
+    host.write("proc/self/status", status(OF_DOCKER, seccomp=2))
+    fix = "docker run --cap-add BPF --cap-add PERFMON --cap-add SYSLOG (systemd: CapabilityBoundingSet=)"
+    assert host.found("capabilities") == (FAILED, fix)
+    assert explain_eperm(host.machine).endswith(fix)
+
+
+def test_sys_admin_stands_for_both(host: Host) -> None:
+    host.write("proc/self/status", status(OF_DOCKER | 1 << 21))
+    assert host.check("capabilities") == Check("capabilities", OK, "CAP_SYS_ADMIN")
+    assert obstacle(host.machine) is None
+
+
+def test_root_of_a_user_namespace(host: Host) -> None:
+    host.write("proc/self/uid_map", "0 1000 1\n1 100000 65536\n")
+    assert host.found("capabilities") == (FAILED, "as root of the host: sudo msrtrace run")
+
+
+def test_two_capabilities_are_enough_where_perf_is_not_paranoid(host: Host) -> None:
+    host.write("proc/self/status", status(BPF_AND_PERFMON))
+    host.write("proc/sys/kernel/perf_event_paranoid", "2\n")
+    host.be(euid=1000)
+    assert host.check("capabilities").detail == "CAP_BPF and CAP_PERFMON"
+    assert obstacle(host.machine) is None
+
+
+@pytest.mark.parametrize(("distribution", "state"), [("debian", FAILED), ("fedora", WARNING)])
+def test_paranoid_kernel(host: Host, distribution: str, state: State) -> None:
+    host.write("proc/self/status", status(BPF_AND_PERFMON))
+    host.write("etc/os-release", f"ID={distribution}\n")
+    host.be(euid=1000)
+    fix = "sudo sysctl -w kernel.perf_event_paranoid=2"
+    assert host.found("perf-event-paranoid") == (state, fix)
+    assert explain_eperm(host.machine).endswith(fix)
+
+
+@pytest.mark.parametrize(
+    ("lost", "what"),
+    [
+        ("proc/sys/kernel/unprivileged_bpf_disabled", "BPF (CONFIG_BPF_SYSCALL)"),
+        ("sys/bus/event_source/devices/kprobe", "kprobes (CONFIG_KPROBE_EVENTS)"),
+    ],
+)
+def test_kernel_without_bpf_or_kprobes(host: Host, lost: str, what: str) -> None:
+    host.remove(lost)
+    expected = Check("bpf", FAILED, f"kernel {RELEASE} has no {what}", "boot a kernel that has it")
+    assert host.check("bpf") == expected
+
+
+def test_silenced_probes(host: Host) -> None:
+    host.write("sys/kernel/debug/kprobes/enabled", "0\n")
+    assert host.found("tracefs") == (FAILED, "echo 1 | sudo tee /sys/kernel/debug/kprobes/enabled")
+    host.write("proc/sys/kernel/ftrace_enabled", "0\n")
+    assert host.found("tracefs") == (FAILED, "sudo sysctl -w kernel.ftrace_enabled=1")
+
+
+def test_kprobes_switch_that_cannot_be_read(host: Host) -> None:
+    host.remove("sys/kernel/debug/kprobes/enabled")
+    check = host.check("tracefs")
+    assert check.state is OK
+    assert check.detail == "mounted at /sys/kernel/tracing; /sys/kernel/debug/kprobes/enabled cannot be read here"
+
+
+def test_tracefs_not_mounted(host: Host) -> None:
+    host.write("proc/self/mounts", "proc /proc proc rw 0 0\n")
+    assert host.found("tracefs") == (WARNING, "sudo mount -t tracefs tracefs /sys/kernel/tracing")
+    assert obstacle(host.machine) is None

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Checks of what compiles and attaches the BPF program, on machines made of files."""
+
+from __future__ import annotations
+
+import pytest
+from machines import FAILED, OK, RELEASE, Host
+
+from tracer.doctor.check import Check
+from tracer.doctor.examination import obstacle
+
+
+@pytest.mark.parametrize(
+    ("os_release", "release", "fix"),
+    [
+        ("ID=debian", RELEASE, f"sudo apt-get install linux-headers-{RELEASE}"),
+        ("ID=ubuntu\nID_LIKE=debian", "6.8.0-45-generic", "sudo apt-get install linux-headers-6.8.0-45-generic"),
+        ("ID=debian", "6.12.117+deb13-amd64", "sudo apt-get install linux-headers-6.12.117+deb13-amd64"),
+        ("ID=debian", "6.8.12-4-pve", "sudo apt-get install proxmox-headers-6.8.12-4-pve"),
+        ("ID=fedora", "6.11.4-301.fc41.x86_64", "sudo dnf install kernel-devel-6.11.4-301.fc41.x86_64"),
+        (
+            'ID="rhel"\nID_LIKE="fedora"',
+            "5.14.0-427.13.1.el9_4.x86_64+rt",
+            "sudo dnf install kernel-rt-devel-5.14.0-427.13.1.el9_4.x86_64",
+        ),
+        (
+            'ID="rocky"\nID_LIKE="rhel centos fedora"',
+            "5.14.0-427.el9.x86_64",
+            "sudo dnf install kernel-devel-5.14.0-427.el9.x86_64",
+        ),
+        (
+            'ID="ol"\nID_LIKE="fedora"',
+            "5.15.0-206.153.7.el9uek.x86_64",
+            "sudo dnf install kernel-uek-devel-5.15.0-206.153.7.el9uek.x86_64",
+        ),
+        ("ID=arch", "6.11.5-arch1-1", "sudo pacman -S linux-headers"),
+        ("ID=arch", "6.6.63-1-lts", "sudo pacman -S linux-lts-headers"),
+        (
+            'ID="opensuse-leap"\nID_LIKE="suse opensuse"',
+            "6.4.0-150600.23-default",
+            "sudo zypper install kernel-default-devel",
+        ),
+        ('ID="opensuse-tumbleweed"', "6.11.3-1-default", "sudo zypper install kernel-default-devel"),
+        ("ID=alpine", "6.6.58-0-lts", "sudo apk add linux-lts-dev"),
+        ("ID=nixos", "6.6.58", "install the headers of kernel 6.6.58, or set BCC_KERNEL_SOURCE to them"),
+    ],
+)
+def test_no_headers(host: Host, os_release: str, release: str, fix: str) -> None:
+    host.remove("usr/src")
+    host.write("etc/os-release", f'NAME="some"\n{os_release}\nVERSION_ID="1"\n')
+    host.be(release=release)
+    for link in ("build", "source"):
+        host.remove(f"lib/modules/{RELEASE}/{link}")
+    detail = (
+        "no kernel headers, which BCC needs to compile (this msrtrace came without the compiled BPF program): "
+        f"/lib/modules/{release}/build/include/linux/kconfig.h does not exist"
+    )
+    assert host.check("headers") == Check("headers", FAILED, detail, fix)
+    assert obstacle(host.machine) == f"{detail}: {fix}"
+
+
+def test_headers_in_one_tree(host: Host) -> None:
+    host.remove(f"lib/modules/{RELEASE}/source")
+    host.write(f"usr/src/linux-headers-{RELEASE}/include/linux/kconfig.h")
+    assert host.found("headers") == (OK, None)
+
+
+@pytest.mark.parametrize("lost", [f"usr/src/linux-headers-{RELEASE}", "usr/src/linux-headers-6.1.0-56-common"])
+def test_half_of_the_headers(host: Host, lost: str) -> None:
+    host.remove(lost)
+    assert host.found("headers") == (FAILED, f"sudo apt-get install linux-headers-{RELEASE}")
+
+
+def test_headers_of_another_kernel_will_do(host: Host) -> None:
+    host.remove(f"lib/modules/{RELEASE}/build")
+    assert host.found("headers") == (OK, None)
+    assert host.check("headers").detail.endswith(f"linux-headers-{RELEASE}: those of another kernel, which will do")
+
+
+def test_where_the_program_is_compiled_nothing_that_compiles_is_needed(host: Host) -> None:
+    host.remove(f"lib/modules/{RELEASE}")
+    host.remove("usr/src")
+    host.remove("usr/lib/python3/dist-packages/bcc")
+    assert {host.found(name)[0] for name in ("headers", "bcc")} == {FAILED}
+    host.be(compiled=True)
+    assert {host.found(name)[0] for name in ("headers", "bcc")} == {OK}
+    assert obstacle(host.machine) is None
+
+
+def test_no_headers_in_a_container(host: Host) -> None:
+    host.remove("usr/src")
+    host.remove(f"lib/modules/{RELEASE}")
+    host.write(".dockerenv")
+    check = host.check("headers")
+    assert (check.state, check.fix) == (FAILED, f"sudo apt-get install linux-headers-{RELEASE}")
+    assert "-v /lib/modules:/lib/modules:ro -v /usr/src:/usr/src:ro" in check.detail
+
+
+def test_headers_that_the_kernel_carries(host: Host) -> None:
+    host.remove("usr/src")
+    host.remove(f"lib/modules/{RELEASE}/build")
+    host.write("sys/kernel/kheaders.tar.xz")
+    assert host.found("headers") == (OK, None)
+    host.remove("sys/kernel/kheaders.tar.xz")
+    host.write(f"lib/modules/{RELEASE}/modules.dep", "kernel/kernel/kheaders.ko.zst:\n")
+    assert host.found("headers") == (OK, None)
+
+
+def test_headers_that_the_kernel_carries_do_not_complete_a_tree(host: Host) -> None:
+    host.write("sys/kernel/kheaders.tar.xz")
+    host.remove(f"usr/src/linux-headers-{RELEASE}/include/generated/autoconf.h")
+    assert host.found("headers") == (FAILED, f"sudo apt-get install linux-headers-{RELEASE}")
+
+
+def test_headers_elsewhere(host: Host) -> None:
+    host.be(environ={"BCC_KERNEL_SOURCE": "/opt/linux"})
+    check = host.check("headers")
+    assert (check.state, check.fix) == (FAILED, "unset BCC_KERNEL_SOURCE")
+    assert check.detail == "BCC_KERNEL_SOURCE is set, but there is no /opt/linux/include/linux/kconfig.h"
+    host.write("opt/linux/include/generated/autoconf.h")
+    assert host.found("headers") == (FAILED, "unset BCC_KERNEL_SOURCE")
+    host.write("opt/linux/include/linux/kconfig.h")
+    assert host.found("headers") == (OK, None)
+
+
+@pytest.mark.parametrize(
+    ("os_release", "fix"),
+    [
+        ("ID=debian", "sudo apt-get install python3-bpfcc"),
+        ("ID=ubuntu\nID_LIKE=debian", "sudo apt-get install python3-bpfcc"),
+        ("ID=fedora", "sudo dnf install python3-bcc"),
+        ('ID="almalinux"\nID_LIKE="rhel centos fedora"', "sudo dnf install python3-bcc"),
+        ("ID=arch", "sudo pacman -S python-bcc"),
+        ('ID="sles"\nID_LIKE="suse"', "sudo zypper install python3-bcc"),
+        ("ID=alpine", "sudo apk add py3-bcc"),
+        ("ID=plan9", "install BCC's Python module with the system's package manager"),
+    ],
+)
+def test_no_bcc(host: Host, os_release: str, fix: str) -> None:
+    host.write("etc/os-release", os_release)
+    host.remove("usr/lib/python3/dist-packages/bcc")
+    detail = (
+        "BCC is not installed (this msrtrace came without the compiled BPF program; PyPI's bcc is an unrelated package)"
+    )
+    assert host.check("bcc") == Check("bcc", FAILED, detail, fix)
+    assert obstacle(host.machine) == f"{detail}: {fix}"
+
+
+def test_bcc_of_pypi(host: Host) -> None:
+    host.package("__author__ = 'Will Sheffler'\n__version__ = '0.1.10'\nfrom .bcc import *\n", site="venv/lib")
+    python = "/srv/venv/bin/python3"
+    host.be(python_path=(f"{host.root}/venv/lib", *host.machine.python_path), python=python)
+    check = host.check("bcc")
+    assert check.detail == f"{host.root}/venv/lib/bcc is not BCC but PyPI's unrelated package bcc (it has no BPF)"
+    assert (check.state, check.fix) == (
+        FAILED,
+        f"{python} -m pip uninstall bcc && sudo apt-get install python3-bpfcc",
+    )
+
+
+@pytest.mark.parametrize(("file", "shown"), [("bcc/__init__.py", "bcc"), ("bcc.py", "bcc.py")])
+def test_bcc_in_the_working_directory(host: Host, file: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.write(f"work/{file}", "import sys\n")
+    monkeypatch.chdir(host.root / "work")
+    host.be(python_path=("", *host.machine.python_path))
+    check = host.check("bcc")
+    assert check.detail == f"{host.root}/work/{shown} in the working directory hides BCC"
+    assert (check.state, check.fix) == (FAILED, "start msrtrace elsewhere: cd /")
+
+
+def test_directory_named_bcc_without_a_module_hides_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.write("work/bcc/README.md")
+    monkeypatch.chdir(host.root / "work")
+    host.be(python_path=("", *host.machine.python_path))
+    assert host.found("bcc") == (OK, None)
+    host.be(python_path=("",))
+    assert host.check("bcc").state is FAILED
+
+
+def test_virtual_environment_without_system_packages(host: Host) -> None:
+    host.be(python_path=("/nowhere",), python="/srv/venv/bin/python3", venv="/srv/venv")
+    check = host.check("bcc")
+    assert check.detail == "BCC is installed for /usr/bin/python3, but /srv/venv/bin/python3 does not find it"
+    assert (check.state, check.fix) == (
+        FAILED,
+        "/usr/bin/python3 -m venv --clear --system-site-packages /srv/venv, then install msrtrace there",
+    )
+
+
+def test_no_library(host: Host) -> None:
+    host.write("etc/ld.so.cache", b"glibc-ld.so.cache1.1\0libc.so.6\0")
+    check = host.check("library")
+    assert check.detail == "BCC's library, which attaches probes, is missing (libbcc_bpf.so.0 and libbcc.so.0)"
+    assert (check.state, check.fix) == (FAILED, "sudo apt-get install libbpfcc")
+    host.be(environ={"LD_LIBRARY_PATH": "/opt/bcc/lib"})
+    assert host.found("library") == (OK, None)

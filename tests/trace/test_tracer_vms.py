@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""VMs that come and go while their host is traced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from made_kernel import Kernel, counts, losses
+
+
+def test_vms_are_counted_separately(by_vm: Kernel) -> None:
+    by_vm.call(100, 7)
+    by_vm.call(200, 3)
+    snapshot = by_vm.tracer.snapshot()
+    assert (counts(snapshot), snapshot.vms) == ({100: 7, 200: 3}, {100: "web", 200: "db"})
+    assert by_vm.engines[0].forgotten == []
+
+
+def test_vms_are_looked_up_only_by_vm(kernel: Kernel) -> None:
+    kernel.tracer.attach()
+    kernel.call(100, 7)
+    assert (counts(kernel.tracer.snapshot()), kernel.tracer.snapshot().vms) == ({0: 7}, {})
+
+
+def test_the_counts_of_an_ended_vm_stay_in_the_totals(by_vm: Kernel) -> None:
+    by_vm.call(100, 7)
+    by_vm.call(200, 3)
+    by_vm.tracer.snapshot()
+    by_vm.end(100)
+    for _ in range(3):
+        snapshot = by_vm.tracer.snapshot()
+        assert (counts(snapshot), snapshot.vms) == ({0: 7, 200: 3}, {200: "db"})
+    assert by_vm.engines[0].forgotten == [{100}]  # once: its entries in the maps are free
+    by_vm.call(200, 2)
+    assert counts(by_vm.tracer.snapshot()) == {0: 7, 200: 5}
+
+
+def test_a_vm_that_ended_before_any_snapshot_is_counted(by_vm: Kernel) -> None:
+    by_vm.call(300, 5)
+    snapshot = by_vm.tracer.snapshot()
+    assert (counts(snapshot), snapshot.vms) == ({0: 5}, {})
+
+
+def test_vms_keep_their_counts_through_a_reload(by_vm: Kernel) -> None:
+    by_vm.call(100, 7)
+    by_vm.call(200, 3)
+    by_vm.unload()
+    by_vm.tracer.follow()
+    assert counts(by_vm.tracer.snapshot()) == {100: 7, 200: 3}
+    by_vm.load()
+    by_vm.tracer.follow()
+    by_vm.call(100, 2)
+    assert counts(by_vm.tracer.snapshot()) == {100: 9, 200: 3}
+    by_vm.end(100)
+    for _ in range(3):
+        assert counts(by_vm.tracer.snapshot()) == {0: 9, 200: 3}
+    assert by_vm.engines[0].forgotten == [{100}]
+
+
+def test_a_vm_may_end_while_nothing_is_attached(by_vm: Kernel) -> None:
+    by_vm.call(100, 7)
+    by_vm.unload()
+    by_vm.tracer.follow()
+    by_vm.end(100)
+    snapshot = by_vm.tracer.snapshot()
+    assert (counts(snapshot), snapshot.vms) == ({0: 7}, {})
+
+
+def test_the_end_of_a_vm_loses_no_other_count(by_vm: Kernel) -> None:
+    """Earlier losses and unloads stay the same."""
+    by_vm.call(100, 7)
+    by_vm.lose(3)
+    by_vm.reload()
+    by_vm.tracer.follow()
+    by_vm.call(100, 1)
+    before = by_vm.tracer.snapshot()
+    assert (losses(before), before.module_unloads) == ((3,) * 5, 1)
+    by_vm.end(100)
+    by_vm.tracer.snapshot()
+    after = by_vm.tracer.snapshot()
+    assert (losses(after), after.module_unloads, counts(after)) == ((3,) * 5, 1, {0: 8})
+
+
+def test_calls_of_a_vm_just_before_its_end_are_not_lost(by_vm: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the snapshot in which it was gone, and before its entries are freed."""
+    by_vm.call(100, 7)
+    by_vm.tracer.snapshot()
+    by_vm.end(100)
+    [engine] = by_vm.engines
+    forget = engine.forget
+
+    def late(pids: set[int]) -> None:
+        by_vm.call(100, 5)
+        forget(pids)
+        by_vm.call(100, 3)
+
+    monkeypatch.setattr(engine, "forget", late)
+    assert sum(counts(by_vm.tracer.snapshot()).values()) == 15
+    monkeypatch.undo()
+    assert counts(by_vm.tracer.snapshot()) == {0: 15}
+
+
+def test_a_reused_pid_has_the_new_name(by_vm: Kernel) -> None:
+    by_vm.call(100, 7)
+    by_vm.tracer.snapshot()
+    by_vm.start(100, "new", started=2000)
+    by_vm.tracer.snapshot()  # what it finds was counted before it could know of another VM
+    by_vm.call(100, 3)
+    snapshot = by_vm.tracer.snapshot()
+    assert (counts(snapshot), snapshot.vms) == ({0: 7, 100: 3}, {100: "new"})
+
+
+def test_a_reused_pid_does_not_inherit_counts(by_vm: Kernel) -> None:
+    """Neither the counts of another VM before a reload, nor those before its end."""
+    by_vm.call(100, 7)
+    by_vm.reload()
+    by_vm.tracer.follow()
+    by_vm.tracer.snapshot()
+    by_vm.end(100)
+    by_vm.tracer.snapshot()
+    by_vm.start(100, "new", started=2000)
+    by_vm.call(100, 3)
+    snapshot = by_vm.tracer.snapshot()
+    assert (counts(snapshot), snapshot.vms) == ({0: 7, 100: 3}, {100: "new"})
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Kernel:
+    kernel = Kernel(tmp_path, by_vm=True, keep_gone=True)
+    kernel.start(100, "web")
+    kernel.start(200, "db")
+    kernel.tracer.attach()
+    return kernel
+
+
+def test_ended_vms_keep_their_names_in_a_report(kept: Kernel) -> None:
+    kept.call(100, 7)
+    kept.call(200, 3)
+    kept.tracer.snapshot()
+    kept.end(100)
+    for _ in range(2):
+        snapshot = kept.tracer.snapshot()
+        assert (counts(snapshot), snapshot.vms) == ({100: 7, 200: 3}, {100: "web", 200: "db"})
+    assert kept.engines[0].forgotten == []
+
+
+def test_a_vm_that_ended_unnamed_has_the_name_of_its_command(kept: Kernel) -> None:
+    kept.call(100, 7)
+    kept.call(300, 5)
+    kept.end(100)
+    kept.call(400, 1)
+    kept.engines[0].commands = {100: "qemu", 300: "q\x1b[2Jemu"}
+    snapshot = kept.tracer.snapshot()
+    assert (counts(snapshot), snapshot.vms) == (
+        {100: 7, 300: 5, 400: 1},
+        {100: "qemu", 300: "q\N{REPLACEMENT CHARACTER}[2Jemu", 400: ""},
+    )
+
+
+def test_kept_names_survive_a_reload_and_closing(kept: Kernel) -> None:
+    kept.call(100, 7)
+    kept.tracer.snapshot()
+    kept.end(100)
+    kept.reload()
+    kept.tracer.follow()
+    kept.call(200, 3)
+    kept.tracer.snapshot()
+    kept.tracer.close()
+    snapshot = kept.tracer.snapshot()
+    assert (counts(snapshot), snapshot.vms) == ({100: 7, 200: 3}, {100: "web", 200: "db"})
+    assert counts(snapshot.since(snapshot)) == {}
+
+
+def test_no_names_are_kept_without_by_vm(tmp_path: Path) -> None:
+    kernel = Kernel(tmp_path, keep_gone=True)
+    kernel.tracer.attach()
+    kernel.call(100, 7)
+    assert (counts(kernel.tracer.snapshot()), kernel.tracer.snapshot().vms) == ({0: 7}, {})
