@@ -188,7 +188,8 @@ def _beside(item: pytest.Item) -> Beside | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say of tests that boot a host of their own why they do not."""
+    """Say of tests that boot a host of their own why they do not; and put what waits for hosts behind all else."""
+    items.sort(key=lambda item: bool(_beside(item) or _looks_at(item)))
     hosts = _hosts(config)
     if WHOLE[0] not in hosts:
         reason = f"{WHOLE[0]} is not among --hosts {','.join(hosts)}" if hosts else "--hosts none: no hosts asked for"
