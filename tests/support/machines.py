@@ -16,6 +16,7 @@ RELEASE = "6.1.0-56-amd64"
 
 
 NAMES = ["cpu", "kvm-intel", "symbols", "livepatch", "library", "headers", "bcc", "btf"]
+NAMES += ["lockdown", "capabilities", "perf-event-paranoid", "bpf", "tracefs"]
 
 
 EVERYTHING, BPF_AND_PERFMON, OF_DOCKER = 0x1FFFFFFFFFF, 0xC000000000, 0xA80425FB  # CapEff
