@@ -64,9 +64,9 @@ def library() -> ctypes.CDLL:
 
 
 def attach_kprobe(program: int, function: str, address: int = 0, *, at_return: bool) -> int:
-    """Run PROGRAM (of type kprobe) at the entry or the return of a function, as long as the descriptor is open: it.
+    """Run `program` (of type kprobe) at the entry or the return of a function, as long as the descriptor is open: it.
 
-    FUNCTION is a symbol, with or without its module and a colon before it, or "" where there is an ADDRESS
+    `function` is a symbol, with or without its module and a colon before it, or "" where there is an `address`
     (perf_kprobe_init(), kernel/trace/trace_event_perf.c). Raises FunctionRefused, or OSError for all else: it then has
     nothing to do with the function. MsrtraceError as `library`.
     """
@@ -94,7 +94,7 @@ def attach_kprobe(program: int, function: str, address: int = 0, *, at_return: b
 
 
 def attach_tracing(program: int) -> int:
-    """Run PROGRAM (of type tracing) at the function it was loaded for, as long as the descriptor is open: it.
+    """Run `program` (of type tracing) at the function it was loaded for, as long as the descriptor is open: it.
 
     Raises OSError; MsrtraceError as `library`.
     """
@@ -102,7 +102,7 @@ def attach_tracing(program: int) -> int:
 
 
 def _call(function: Callable[..., int], *arguments: int | bytes) -> int:
-    """The descriptor that FUNCTION of the library gives. Raises OSError, with what it printed.
+    """The descriptor that `function` of the library gives. Raises OSError, with what it printed.
 
     All threads have one fd 2. What another prints in that time comes out at the end of the call; a process that it
     starts then has no stderr.

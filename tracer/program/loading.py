@@ -52,7 +52,7 @@ class Loaded:
 
 
 def load(program: Program, variant: Variant) -> Loaded:
-    """Load those functions of PROGRAM that VARIANT has a target for. Raises VariantRejected, or NotPermitted."""
+    """Load those functions of `program` that `variant` has a target for. Raises VariantRejected, or NotPermitted."""
     with suppress(OSError, ValueError):  # before 5.11 maps are locked memory
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     loaded = Loaded({}, {})
@@ -108,7 +108,7 @@ def _load_function(name: str, code: bytes, target: Target, btf: int) -> int:
 
 @contextmanager
 def translate_errors(what: str, log: bytearray | None = None) -> Iterator[None]:
-    """That the kernel says no to WHAT, for the reason in LOG if it gives one there."""
+    """That the kernel says no to `what`, for the reason in `log` if it gives one there."""
     try:
         yield
     except OSError as error:

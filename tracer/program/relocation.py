@@ -23,7 +23,7 @@ _FIRST_KFUNC = 0x7F000001  # and the first number that stands for a function of 
 
 
 def relocated(code: bytes, maps: Mapping[int, int]) -> Function:
-    """The function that BCC compiled to CODE; MAPS: the indices of maps by the descriptors that are there now."""
+    """The function that BCC compiled to `code`; `maps`: the indices of maps by the descriptors that are there now."""
     found: list[Relocation] = []
     without = bytearray(code)
     wide = False
@@ -46,7 +46,7 @@ def relocated(code: bytes, maps: Mapping[int, int]) -> Function:
 
 
 def resolved(function: Function, maps: list[int], names: list[str], variant: Variant) -> bytes:
-    """The code of FUNCTION with descriptors of MAPS, values by their NAMES, and the kernel's functions put in."""
+    """The code of `function` with descriptors of `maps`, values by their `names`, and the kernel's functions put in."""
     code = bytearray(function.code)
     for one in function.relocations:
         immediate = one.at + 4

@@ -9,6 +9,6 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def resource(name: str) -> Path:
-    """The path of NAME, such as `bpf/msrtrace.c`: below the package if it was installed, else in the checkout."""
+    """The path of `name`, such as `bpf/msrtrace.c`: below the package if it was installed, else in the checkout."""
     installed = _PACKAGE / name
     return installed if installed.exists() else _PACKAGE.parent / name

@@ -35,7 +35,7 @@ class Member(msgspec.Struct, frozen=True):
 def members(description: str) -> dict[str, Member]:
     """The members of a struct by their names, those of a struct inside as `outer.inner`; none of a plain number.
 
-    DESCRIPTION: as BCC makes it, such as `["point", [["x","int"], ["y","int"]], "struct"]`. Raises ValueError if there
+    `description` is as BCC makes it: `["point", [["x","int"], ["y","int"]], "struct"]`. Raises ValueError if there
     is something in it that is not foreseen, like a bit field.
     """
     described = json.loads(description)
@@ -46,7 +46,7 @@ def members(description: str) -> dict[str, Member]:
 
 
 def _place(described: list[Any], start: int, prefix: str, found: dict[str, Member]) -> int:
-    """Put members that begin at START into FOUND; where they end. BCC names the gaps between them, too."""
+    """Put members that begin at `start` into `found`; where they end. BCC names the gaps between them, too."""
     _, inner, kind = described
     end = at = start
     for one in inner:

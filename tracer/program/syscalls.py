@@ -50,7 +50,7 @@ def last_error() -> OSError:
 
 
 def create_map(name: str, kind: int, *, key_size: int, value_size: int, max_entries: int, flags: int) -> int:
-    """A new map's descriptor; KIND is of enum bpf_map_type, sizes are in bytes. Raises OSError."""
+    """A new map's descriptor; `kind` is of enum bpf_map_type, sizes are in bytes. Raises OSError."""
     fields = (kind, key_size, value_size, max_entries, flags, 0, 0, _object_name(name), 0)
     return _bpf(_MAP_CREATE, struct.pack("IIIIIII16sI", *fields))[0]
 
@@ -58,10 +58,10 @@ def create_map(name: str, kind: int, *, key_size: int, value_size: int, max_entr
 def load_program(
     name: str, kind: int, code: bytes, *, attach_type: int, function: int, btf: int, log: bytearray | None
 ) -> int:
-    """The descriptor of a program of the instructions CODE; KIND and ATTACH_TYPE are of enums of bpf.h.
+    """The descriptor of a program of the instructions `code`; `kind` and `attach_type` are of enums of bpf.h.
 
-    FUNCTION: the BTF id of what a tracing program is for; BTF: a descriptor of the module's BTF that has it, or 0.
-    LOG gets what the verifier says, ended by a 0. Raises OSError.
+    `function`: the BTF id of what a tracing program is for; `btf`: a descriptor of the module's BTF that has it, or 0.
+    `log` gets what the verifier says, ended by a 0. Raises OSError.
     """
     instructions, license_ = bytearray(code), bytearray(b"GPL\0")
     text = (1, len(log), _address(log)) if log else (0, 0, 0)
@@ -80,7 +80,7 @@ def _object_name(name: str) -> bytes:
 
 
 def btf_of_module(module: str) -> int:
-    """A descriptor of the BTF of a loaded MODULE. Raises OSError, without CAP_SYS_ADMIN too."""
+    """A descriptor of the BTF of a loaded `module`. Raises OSError, without CAP_SYS_ADMIN too."""
     number = 0
     while True:
         _, left = _bpf(_BTF_GET_NEXT_ID, struct.pack("II", number, 0))  # ENOENT after the last
@@ -124,12 +124,12 @@ class BpfMap:
             found.append(bytes(key))
 
     def update(self, key: bytes, value: bytes) -> None:
-        """Set the value at KEY. Raises OSError."""
+        """Set the value at `key`. Raises OSError."""
         name, content = bytearray(key), bytearray(value)
         _bpf(_MAP_UPDATE_ELEM, struct.pack("IxxxxQQQ", self.fd, _address(name), _address(content), 0))
 
     def delete(self, key: bytes) -> None:
-        """Remove KEY, if it is there. Raises OSError."""
+        """Remove `key`, if it is there. Raises OSError."""
         name = bytearray(key)
         try:
             _bpf(_MAP_DELETE_ELEM, struct.pack("IxxxxQQQ", self.fd, _address(name), 0, 0))
@@ -151,29 +151,29 @@ class MappedArray:
     """
 
     def __init__(self, fd: int, value_size: int, entries: int, members: Mapping[str, Member]) -> None:
-        """FD: of the map; VALUE_SIZE in bytes, a multiple of 8; MEMBERS: of a value. Raises OSError."""
+        """`fd`: of the map; `value_size` in bytes, a multiple of 8; `members`: of a value. Raises OSError."""
         self.entries, self.members, self._value_size = entries, members, value_size
         self._memory = mmap.mmap(fd, value_size * entries, flags=mmap.MAP_SHARED)
         whole = memoryview(self._memory)
         self._views = {1: whole, 2: whole.cast("H"), 4: whole.cast("I"), _WORD: whole.cast("Q")}
 
     def get(self, index: int, member: str) -> int:
-        """A MEMBER of the value at INDEX."""
+        """A `member` of the value at `index`."""
         size, at = self._place(index, member)
         return self._views[size][at]
 
     def set(self, index: int, member: str, value: int) -> None:
-        """Make a MEMBER of the value at INDEX another."""
+        """Set a `member` of the value at `index`."""
         size, at = self._place(index, member)
         self._views[size][at] = value
 
     def _place(self, index: int, member: str) -> tuple[int, int]:
-        """The size of a MEMBER, and where it is among all that have that size."""
+        """The size of a `member`, and where it is among all that have that size."""
         found = self.members[member]
         return found.size, (index * self._value_size + found.offset) // found.size
 
     def text(self, index: int, member: str) -> bytes:
-        """A MEMBER that is an array of characters, of the value at INDEX, up to the first 0."""
+        """A `member` that is an array of characters, of the value at `index`, up to the first 0."""
         _, at = self._place(index, member)
         return bytes(self._views[1][at : at + self.members[member].length]).partition(b"\0")[0]
 
@@ -193,7 +193,7 @@ class MappedArray:
         return get
 
     def used(self, member: str) -> list[int]:
-        """The indices of the values whose MEMBER is not 0."""
+        """The indices of the values whose `member` is not 0."""
         size, first = self._place(0, member)
         return list(compress(range(self.entries), self._views[size][first :: self._value_size // size].tolist()))
 
@@ -209,7 +209,7 @@ class MappedArray:
 
 
 def run_program(program: int, *arguments: int) -> int:
-    """Run PROGRAM (of type raw tracepoint) once, here and now; what it returns. Raises OSError."""
+    """Run `program` (of type raw tracepoint) once, here and now; what it returns. Raises OSError."""
     context = bytearray(struct.pack(f"{len(arguments)}Q", *arguments))
     fields = (program, 0, 0, 0, 0, 0, 0, 0, len(context), 0, _address(context), 0, 0, 0)
     _, left = _bpf(_PROG_TEST_RUN, struct.pack("IIIIQQIIIIQQII", *fields))
@@ -217,7 +217,7 @@ def run_program(program: int, *arguments: int) -> int:
 
 
 def misses(program: int) -> int:
-    """Runs of PROGRAM that the kernel skipped since another ran on that CPU (bpf_prog->stats.misses), if it says so."""
+    """Runs of `program` that the kernel skipped since another ran on that CPU (bpf_prog->stats.misses), if it tells."""
     try:
         text = Path(f"/proc/self/fdinfo/{program}").read_text()
     except OSError:

@@ -22,7 +22,7 @@ _MOUNTS = Path("/proc/self/mounts")
 
 
 def drop_capabilities(attaches_again: bool) -> None:
-    """Keep what it takes to read maps and, if it ATTACHES AGAIN, to probe a kvm_intel that was loaded anew.
+    """Keep what it takes to read maps and, if it `attaches_again`, to probe a module that was reloaded.
 
     That is CAP_BPF, and CAP_PERFMON and CAP_SYSLOG (for the addresses in /proc/kallsyms). Where Debian's and Ubuntu's
     kernels ask for CAP_SYS_ADMIN to probe (kernel.perf_event_paranoid above 2), and before 5.8, which has not the

@@ -38,7 +38,7 @@ class Engine:
     def __init__(
         self, layout: Layout, symbols: Symbols, options: Options, explain: Callable[[], str] = lambda: "not permitted"
     ) -> None:
-        """Compile, load and attach. EXPLAIN says in a line why the kernel probably did not permit it.
+        """Compile, load and attach. `explain` says in a line why the kernel probably did not permit it.
 
         Raises MsrtraceError when nothing can be counted.
         """
@@ -184,7 +184,7 @@ class Engine:
     def snapshot(self, patience: float = 0) -> Snapshot:
         """The counts of now. `vms` is left empty: names are not the kernel's.
 
-        A call is counted when its outcome is known; PATIENCE: how many seconds to wait for those that are open.
+        A call is counted when its outcome is known; `patience`: how many seconds to wait for those that are open.
         """
         counted = self._reader.read(self._symbols, patience)
         return Snapshot(
@@ -213,12 +213,12 @@ class Engine:
         )
 
     def forget(self, pids: set[int]) -> None:
-        """Make room: the counts of PIDS, processes that have ended, become those of pid 0. None is lost."""
+        """Make room: the counts of `pids`, processes that have ended, become those of pid 0. None is lost."""
         if self._options.by_vm:
             self._reader.forget(pids)
 
     def _recursions(self, point: Point) -> int:
-        """Runs of POINT's programs that the kernel skipped because another BPF program ran on that CPU.
+        """Runs of `point`'s programs that the kernel skipped because another BPF program ran on that CPU.
 
         A program that sits on several functions is counted at the first of them.
         """

@@ -11,7 +11,7 @@ from tracer.program import bcc_library
 
 
 def attach_kprobe(symbol: Symbol, symbols: Symbols, program: int, *, at_return: bool) -> int:
-    """Run PROGRAM at the entry or the return of SYMBOL, one of SYMBOLS, as long as the descriptor is open: it.
+    """Run `program` at the entry or the return of `symbol`, one of `symbols`, as long as the descriptor is open: it.
 
     Raises OSError, also where there are several functions of that name and their addresses are hidden.
     """
@@ -25,7 +25,7 @@ def attach_kprobe(symbol: Symbol, symbols: Symbols, program: int, *, at_return: 
 
 
 def _ways(symbol: Symbol, symbols: Symbols) -> Iterator[tuple[str, int]]:
-    """How SYMBOL can be named to the kernel so that nothing else is meant: a name, or "" and an address.
+    """How `symbol` can be named to the kernel so that nothing else is meant: a name, or "" and an address.
 
     A bare name means the first that has it, of the kernel image and then of the module that was loaded last
     (kallsyms_lookup_name()); since b022f0c7e404 (6.6, and stable kernels of its time) it is refused where several have

@@ -46,7 +46,7 @@ class Point:
 
 
 def points(layout: Layout, symbols: Symbols, exact: bool) -> list[Point]:
-    """What LAYOUT asks to be probed, the update function first; EXACT if the outcomes of calls are seen."""
+    """What `layout` asks to be probed, the update function first; `exact` if the outcomes of calls are seen."""
 
     def present(names: tuple[str, ...]) -> str:
         return next((name for name in names if symbols.find(name)), names[0])
@@ -106,7 +106,7 @@ def preemptible(model: Path = _PREEMPTION_MODEL, version: str | None = None) -> 
 def variants(
     layout: Layout, symbols: Symbols, given: Mapping[str, int], options: Options, btf: Btf | None = None
 ) -> list[Variant]:
-    """How the program may be loaded, what is preferred first; GIVEN: its `values`.
+    """How the program may be loaded, what is preferred first; `given`: its `values`.
 
     BTF gives the ids of functions; it must be there if outcomes are seen. Raises MsrtraceError if the user's choice
     cannot be.

@@ -50,7 +50,7 @@ class Reader:
     def __init__(
         self, arrays: Mapping[str, MappedArray], functions: Mapping[str, int], *, exact: bool, by_vm: bool
     ) -> None:
-        """ARRAYS and FUNCTIONS (descriptors) are by name; EXACT: the outcomes of calls are seen."""
+        """`arrays` and `functions` (descriptors) are by name; `exact`: the outcomes of calls are seen."""
         self._arrays, self._functions, self._exact, self._by_vm = arrays, functions, exact, by_vm
         self._counts = arrays["counts"]
         outcome = ("redundant", "changed", "unknown", "changed_read", "changed_write", "refused")
@@ -62,7 +62,7 @@ class Reader:
         self._sees_threads = _reads_init_pids()
 
     def read(self, symbols: Symbols, patience: float = 0) -> Counted:
-        """What is counted now; SYMBOLS say who called. PATIENCE: how many seconds to wait for calls that are open."""
+        """What is counted now; `symbols` say who called. `patience`: the seconds to wait for calls that are open."""
         open_calls = self._settle(patience)
         counts = {name: self._counts.get(0, name) for name in self._counts.members}
         calls: dict[Call, Outcome] = {}
@@ -96,7 +96,7 @@ class Reader:
         )
 
     def _call(self, symbols: Symbols, index: int, caller: int, pid: int, key: int) -> Call:
-        """What the counter at INDEX counts: found once for all processes, and readings with the same SYMBOLS."""
+        """What the counter at `index` counts: found once for all processes, and readings with the same `symbols`."""
         if symbols is not self._symbols:
             self._symbols, self._called = symbols, {}
         found = self._called.get((key, caller))
@@ -117,7 +117,7 @@ class Reader:
         )
 
     def reset(self, count: str) -> None:
-        """Make a COUNT 0."""
+        """Set a `count` to 0."""
         self._counts.set(0, count, 0)
 
     def clear(self) -> None:
@@ -149,7 +149,7 @@ class Reader:
         return bool(run_program(program, index, seq, returned))
 
     def _places(self, array: str) -> list[int]:
-        """Which values of ARRAY are in use. It is looked through only if another came into use since the last time."""
+        """Which values of `array` are in use. It is searched only if another came into use since the last time."""
         member, count = _PLACES[array]
         taken = self._counts.get(0, count)
         if self._in_use.get(array, (-1, []))[0] != taken:  # a place is counted once it can be seen
