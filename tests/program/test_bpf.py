@@ -17,6 +17,7 @@ from tracer.model.options import BACKENDS, Options
 from tracer.model.snapshot import DURATION_BOUNDS
 from tracer.model.vmx import VMX
 from tracer.program import syscalls
+from tracer.program.bpf_attr import Info
 from tracer.program.compiler import build, compiled
 from tracer.program.loading import load
 from tracer.program.program import Target, Variant
@@ -153,7 +154,7 @@ def translated(program: int) -> list[tuple[int, int, int, int]]:
     for _ in range(2):
         info = bytearray(256)
         struct.pack_into("<I8xQ", info, 20, len(code), syscalls._address(code) if code else 0)
-        attributes = struct.pack("IIQ", program, len(info), syscalls._address(info))
+        attributes = Info(bpf_fd=program, info_len=len(info), info=syscalls._address(info))
         syscalls._bpf(syscalls._OBJ_GET_INFO_BY_FD, attributes)
         code = code or bytearray(sizes.unpack_from(info)[0])
     return list(struct.iter_unpack("<BBhi", code))

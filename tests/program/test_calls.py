@@ -293,7 +293,7 @@ def test_a_reading_makes_no_system_call_on_a_map(toggle: StandIn, monkeypatch: p
     commands: list[int] = []
     call = syscalls._bpf
 
-    def recorded(command: int, attributes: bytes) -> tuple[int, bytes]:
+    def recorded(command: int, attributes: ctypes.Structure) -> int:
         commands.append(command)
         return call(command, attributes)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""bpf(2): BPF programs and maps, from their loading to their end. Programs are attached by tracer/bcc_library.py.
+"""bpf(2): BPF programs and maps, from their loading to their end. Programs are attached by bcc_library.py.
 
 BCC's library has no way to run a program once or to find a module's BTF, and that of Debian 12 (0.26) loses the BTF of
 a program for a module's function (attach_btf_obj_fd, bcc_prog_load_xattr()). Numbers and structures are those of
@@ -13,16 +13,16 @@ import errno
 import mmap
 import os
 import re
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import compress
 from operator import itemgetter
 from pathlib import Path
 
+from tracer.program.bpf_attr import BtfInfo, Element, Id, Info, MapCreate, ProgLoad, TestRun
 from tracer.program.structs import Member
 
-_WORD = 8  # bytes
+_WORD = _INSTRUCTION_SIZE = 8  # bytes
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_BPF = 321
 
@@ -34,13 +34,12 @@ _BTF_GET_FD_BY_ID, _BTF_GET_NEXT_ID = 19, 23
 MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
 
 
-def _bpf(command: int, attributes: bytes) -> tuple[int, bytes]:
-    """The result, and the attributes as the kernel left them. Raises OSError."""
-    buffer = ctypes.create_string_buffer(attributes, len(attributes))
-    result = _libc.syscall(_SYS_BPF, command, buffer, len(attributes))
+def _bpf(command: int, attributes: ctypes.Structure) -> int:
+    """The result; the kernel may have written to the attributes. Raises OSError."""
+    result = int(_libc.syscall(_SYS_BPF, command, ctypes.byref(attributes), ctypes.sizeof(attributes)))
     if result < 0:
         raise last_error()
-    return int(result), buffer.raw
+    return result
 
 
 def last_error() -> OSError:
@@ -51,8 +50,15 @@ def last_error() -> OSError:
 
 def create_map(name: str, kind: int, *, key_size: int, value_size: int, max_entries: int, flags: int) -> int:
     """A new map's descriptor; `kind` is of enum bpf_map_type, sizes are in bytes. Raises OSError."""
-    fields = (kind, key_size, value_size, max_entries, flags, 0, 0, _object_name(name), 0)
-    return _bpf(_MAP_CREATE, struct.pack("IIIIIII16sI", *fields))[0]
+    attributes = MapCreate(
+        map_type=kind,
+        key_size=key_size,
+        value_size=value_size,
+        max_entries=max_entries,
+        map_flags=flags,
+        map_name=_object_name(name),
+    )
+    return _bpf(_MAP_CREATE, attributes)
 
 
 def load_program(
@@ -64,15 +70,19 @@ def load_program(
     `log` gets what the verifier says, ended by a 0. Raises OSError.
     """
     instructions, license_ = bytearray(code), bytearray(b"GPL\0")
-    text = (1, len(log), _address(log)) if log else (0, 0, 0)
-    attributes = struct.pack(
-        "IIQQIIQII16sIIIIQIIQIIII",
-        *(kind, len(code) // 8, _address(instructions), _address(license_), *text),
-        *(0, 0, _object_name(name), 0, attach_type),
-        *(0, 0, 0, 0, 0, 0, 0),  # BTF of the program's own
-        *(function, btf, 0),
+    attributes = ProgLoad(
+        prog_type=kind,
+        insn_cnt=len(code) // _INSTRUCTION_SIZE,
+        insns=_address(instructions),
+        license=_address(license_),
+        prog_name=_object_name(name),
+        expected_attach_type=attach_type,
+        attach_btf_id=function,
+        attach_btf_obj_fd=btf,
     )
-    return _bpf(_PROG_LOAD, attributes)[0]
+    if log:
+        attributes.log_level, attributes.log_size, attributes.log_buf = 1, len(log), _address(log)
+    return _bpf(_PROG_LOAD, attributes)
 
 
 def _object_name(name: str) -> bytes:
@@ -81,20 +91,19 @@ def _object_name(name: str) -> bytes:
 
 def btf_of_module(module: str) -> int:
     """A descriptor of the BTF of a loaded `module`. Raises OSError, without CAP_SYS_ADMIN too."""
-    number = 0
+    following = Id()
     while True:
-        _, left = _bpf(_BTF_GET_NEXT_ID, struct.pack("II", number, 0))  # ENOENT after the last
-        number = struct.unpack_from("I", left, 4)[0]
+        following.id = following.next_id
+        _bpf(_BTF_GET_NEXT_ID, following)  # ENOENT after the last
         try:
-            fd, _ = _bpf(_BTF_GET_FD_BY_ID, struct.pack("I", number))
+            fd = _bpf(_BTF_GET_FD_BY_ID, Id(id=following.next_id))
         except OSError as error:
             if error.errno == errno.ENOENT:  # its module went in the meantime
                 continue
             raise
         name = bytearray(64)
-        # struct bpf_btf_info: the types and their size are not wanted
-        info = bytearray(struct.pack("QIIQII", 0, 0, 0, _address(name), len(name), 0))
-        _bpf(_OBJ_GET_INFO_BY_FD, struct.pack("IIQ", fd, len(info), _address(info)))
+        info = BtfInfo(name=_address(name), name_len=len(name))  # the types themselves are not wanted
+        _bpf(_OBJ_GET_INFO_BY_FD, Info(bpf_fd=fd, info_len=ctypes.sizeof(info), info=ctypes.addressof(info)))
         if name[: name.index(0)].decode() == module:
             return fd
         os.close(fd)
@@ -113,7 +122,7 @@ class BpfMap:
         found: list[bytes] = []
         key, following = bytearray(), bytearray(self.key_size)
         while True:
-            attributes = struct.pack("IxxxxQQQ", self.fd, _address(key) if key else 0, _address(following), 0)
+            attributes = Element(map_fd=self.fd, key=_address(key) if key else 0, value=_address(following))
             try:
                 _bpf(_MAP_GET_NEXT_KEY, attributes)
             except OSError as error:
@@ -126,13 +135,13 @@ class BpfMap:
     def update(self, key: bytes, value: bytes) -> None:
         """Set the value at `key`. Raises OSError."""
         name, content = bytearray(key), bytearray(value)
-        _bpf(_MAP_UPDATE_ELEM, struct.pack("IxxxxQQQ", self.fd, _address(name), _address(content), 0))
+        _bpf(_MAP_UPDATE_ELEM, Element(map_fd=self.fd, key=_address(name), value=_address(content)))
 
     def delete(self, key: bytes) -> None:
         """Remove `key`, if it is there. Raises OSError."""
         name = bytearray(key)
         try:
-            _bpf(_MAP_DELETE_ELEM, struct.pack("IxxxxQQQ", self.fd, _address(name), 0, 0))
+            _bpf(_MAP_DELETE_ELEM, Element(map_fd=self.fd, key=_address(name)))
         except OSError as error:
             if error.errno != errno.ENOENT:
                 raise
@@ -210,10 +219,10 @@ class MappedArray:
 
 def run_program(program: int, *arguments: int) -> int:
     """Run `program` (of type raw tracepoint) once, here and now; what it returns. Raises OSError."""
-    context = bytearray(struct.pack(f"{len(arguments)}Q", *arguments))
-    fields = (program, 0, 0, 0, 0, 0, 0, 0, len(context), 0, _address(context), 0, 0, 0)
-    _, left = _bpf(_PROG_TEST_RUN, struct.pack("IIIIQQIIIIQQII", *fields))
-    return int(struct.unpack_from("I", left, 4)[0])
+    context = (ctypes.c_uint64 * len(arguments))(*arguments)
+    attributes = TestRun(prog_fd=program, ctx_size_in=ctypes.sizeof(context), ctx_in=ctypes.addressof(context))
+    _bpf(_PROG_TEST_RUN, attributes)
+    return int(attributes.retval)
 
 
 def misses(program: int) -> int:
