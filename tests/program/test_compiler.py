@@ -10,13 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from tracer.model.errors import MsrtraceError
 from tracer.program import compiler
-from tracer.program.cache import seal
-from tracer.program.compiler import build, compiled, identity, is_compiled, shipped_file
+from tracer.program.compiler import build, compiled, is_compiled, shipped_content, shipped_file
 from tracer.program.program import Function, MapDefinition, Program, Relocation, Target, Variant
 from tracer.program.structs import Member
 
@@ -154,8 +152,7 @@ def test_what_was_shipped_is_loaded_and_nothing_is_compiled(tmp_path: Path, monk
     for definitions, file in (({}, "program.bin"), ({"FENTRY": 1}, "program-fentry.bin")):
         assert not is_compiled(source)
         assert shipped_file(source, definitions) == tmp_path / file
-        content = seal(msgspec.msgpack.encode((identity(source, definitions), ANY)))
-        (tmp_path / file).write_bytes(content)
+        (tmp_path / file).write_bytes(shipped_content(source, definitions, ANY))
         assert compiled(source, definitions) == ANY
     assert is_compiled(source)
 
@@ -166,7 +163,7 @@ def test_what_was_shipped_for_something_else_is_compiled(
 ) -> None:
     source = tmp_path / "program.c"
     source.write_text("one\n")
-    whole = seal(msgspec.msgpack.encode((identity(source, {}), ANY)))
+    whole = shipped_content(source, {}, ANY)
     made = {"text": whole, "content": whole[:-1] + bytes([whole[-1] ^ 1]), "cut": whole[:-1]}[change]
     (tmp_path / "program.bin").write_bytes(made)
     if change == "text":

@@ -23,7 +23,7 @@ import msgspec
 from tracer.model.errors import MsrtraceError
 from tracer.program import bcc_compiler, program, relocation, structs
 from tracer.program.bcc_compiler import Reply
-from tracer.program.cache import cache_get, cache_put, unseal
+from tracer.program.cache import cache_get, cache_put, seal, unseal
 from tracer.program.headers import header_settings
 from tracer.program.loading import Loaded, load
 from tracer.program.program import NotPermitted, Program, Variant, VariantRejected
@@ -76,11 +76,15 @@ def compiled(source: Path, definitions: Mapping[str, int]) -> Program:
 
 def is_compiled(source: Path) -> bool:
     """Whether every program of a source can be had without a compiler."""
-    return all(_find_compiled(source, definitions) for definitions in PROGRAMS)
+    return all(
+        _shipped_content(source, definitions) or cache_get(_key(source, definitions)) for definitions in PROGRAMS
+    )
 
 
 def _find_compiled(source: Path, definitions: Mapping[str, int]) -> Program | None:
-    return _find_shipped(source, definitions) or cache_get(_key(source, definitions))
+    if content := _shipped_content(source, definitions):
+        return msgspec.msgpack.decode(content, type=Program)
+    return cache_get(_key(source, definitions))
 
 
 def shipped_file(source: Path, definitions: Mapping[str, int]) -> Path:
@@ -89,14 +93,19 @@ def shipped_file(source: Path, definitions: Mapping[str, int]) -> Path:
     return source.with_name(f"{name}.bin")
 
 
-def _find_shipped(source: Path, definitions: Mapping[str, int]) -> Program | None:
-    """None as well if it was made from another source or by another msrtrace."""
+def shipped_content(source: Path, definitions: Mapping[str, int], compiled: Program) -> bytes:
+    """What is in that file."""
+    return seal(identity(source, definitions).encode() + msgspec.msgpack.encode(compiled))
+
+
+def _shipped_content(source: Path, definitions: Mapping[str, int]) -> bytes:
+    """The shipped program, still encoded; empty as well if it was made from another source or by another msrtrace."""
     try:
         content = unseal(shipped_file(source, definitions).read_bytes())
-        made_from, found = msgspec.msgpack.decode(content, type=tuple[str, Program])
     except (OSError, ValueError):
-        return None
-    return found if made_from == identity(source, definitions) else None
+        return b""
+    made_from = identity(source, definitions).encode()
+    return content[len(made_from) :] if content.startswith(made_from) else b""
 
 
 def identity(source: Path, definitions: Mapping[str, int]) -> str:

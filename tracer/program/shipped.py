@@ -6,19 +6,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import msgspec
-
 from tracer.model.errors import MsrtraceError
-from tracer.program.cache import seal
-from tracer.program.compiler import PROGRAMS, compile_program, identity, shipped_file
+from tracer.program.compiler import PROGRAMS, compile_program, shipped_content, shipped_file
 from tracer.program.program import NotPermitted, VariantRejected
 
 
 def ship(source: Path, directory: Path) -> None:
     """Compile every program of a source for a package. Raises MsrtraceError, VariantRejected or NotPermitted."""
     for definitions in PROGRAMS:
-        made = (identity(source, definitions), compile_program(source, definitions))
-        (directory / shipped_file(source, definitions).name).write_bytes(seal(msgspec.msgpack.encode(made)))
+        content = shipped_content(source, definitions, compile_program(source, definitions))
+        (directory / shipped_file(source, definitions).name).write_bytes(content)
 
 
 def main() -> None:
