@@ -68,7 +68,7 @@ def start() -> dict[str, float]:
     [variant] = variants(layout, there, values(layout, btf, there, options), options, btf)
     step("of this measurement")
     program = compiled(file("bpf/msrtrace.c"), variant.definitions)
-    step("BCC and LLVM, or what was kept of them")
+    step("BCC and LLVM, or the cached program")
     loaded = load(program, variant)
     step("loading it into the kernel")
     registry = CollectorRegistry()
