@@ -33,6 +33,7 @@ class CompiledPrograms(BuildHookInterface):  # type: ignore[misc]
             for file in directory.glob("*.bin"):
                 build_data["force_include"][str(file)] = f"tracer/bpf/{file.name}"
             return
+        shutil.rmtree(directory)
         if os.environ.get("MSRTRACE_COMPILED") == "required":
             raise RuntimeError(f"the BPF programs cannot be compiled: {problem}")
         self.app.display_warning(
@@ -60,7 +61,7 @@ class CompiledPrograms(BuildHookInterface):  # type: ignore[misc]
         isolated = [entry for entry in sys.path if entry and not Path(entry, "sitecustomize.py").exists()]
         path = [self.root, *isolated, found.stdout.strip()]
         done = subprocess.run(
-            [sys.executable, "-m", "tracer.program.shipped", "bpf/msrtrace.c", str(directory)],
+            [sys.executable, "-m", "tracer.trace.shipped", "bpf/msrtrace.c", str(directory)],
             cwd=self.root,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             capture_output=True,

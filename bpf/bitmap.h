@@ -8,7 +8,7 @@
 
 /*
  * bpf_rdonly_cast(), kernel/bpf/helpers.c: with a type for which reading is allowed, a load is an instruction instead of
- * 80. The number is a placeholder: BCC can call helpers alone, so tracer/program.py puts that of the kernel's in.
+ * 80. The number is a placeholder: BCC can call helpers alone, so tracer/program/relocation.py puts that of the kernel's in.
  */
 static void *(*rdonly_cast)(u64 address, u32 type) = (void *)0x7f000001;
 

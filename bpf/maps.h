@@ -4,7 +4,7 @@
  * keep the kernel from running kprobe programs on that CPU until it is done, and it may be preempted in the middle of it
  * (bpf_disable_instrumentation(), include/linux/bpf.h; trace_call_bpf(), kernel/trace/bpf_trace.c).
  *
- * They know these structs by the names of their members (tracer/structs.py). Capacities are powers of two; those of
+ * They know these structs by the names of their members (tracer/program/structs.py). Capacities are powers of two; those of
  * counters and updates are smaller where processes are not told apart (tracer/trace/plan.py).
  */
 #define COUNTERS_CAPACITY 32768

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What differs between kernels and between starts. Whoever loads the program puts it in (tracer/program.py), as a
+ * What differs between kernels and between starts. Whoever loads the program puts it in (tracer/program/relocation.py), as a
  * constant: the verifier then removes what can no longer be reached, so a condition on it costs one instruction.
  */
 

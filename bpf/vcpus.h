@@ -124,7 +124,7 @@ static __always_inline void note_thread(struct vcpu *v)
 /*
  * The call of V that is open has returned, and the bitmap is as it left it: count it.
  *
- * 5.11 and older refuse the instruction that compares and exchanges. There no outcome is known, and tracer/program.py
+ * 5.11 and older refuse the instruction that compares and exchanges. There no outcome is known, and tracer/program/relocation.py
  * takes it out.
  */
 static __always_inline void settle(struct vcpu *v)

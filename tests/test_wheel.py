@@ -57,7 +57,7 @@ def compiler(hook: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         commands.append(command)
-        if "tracer.program.shipped" in command:
+        if "tracer.trace.shipped" in command:
             for name in ("msrtrace.bin", "msrtrace-fentry.bin"):
                 Path(command[-1], name).write_bytes(b"program")
         return subprocess.CompletedProcess(command, 0, "/usr/lib/python3/dist-packages\n", "")
@@ -82,8 +82,8 @@ def test_an_editable_installation_compiles_nothing(hook: ModuleType, compiler: l
     ("failing", "printed", "reason"),
     [
         ("bcc.BPF", "ModuleNotFoundError: No module named 'bcc'", "BCC is not installed"),
-        ("tracer.program.shipped", "warning\nthere are no kernel headers\n", "there are no kernel headers"),
-        ("tracer.program.shipped", "", "for no reason given"),
+        ("tracer.trace.shipped", "warning\nthere are no kernel headers\n", "there are no kernel headers"),
+        ("tracer.trace.shipped", "", "for no reason given"),
     ],
 )
 def test_without_them_it_is_one_line_unless_they_are_required(

@@ -48,13 +48,6 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def no_headers_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine may have none."""
-    monkeypatch.setattr(compiler, "header_settings", lambda _: {})
-
-
-@pytest.mark.usefixtures("no_headers_are_asked_for")
 @pytest.mark.parametrize(("script", "status"), [("exit 3", 3), ("kill -9 $$", -9)])
 def test_a_child_that_dies_is_one_clear_error(
     script: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -64,7 +57,6 @@ def test_a_child_that_dies_is_one_clear_error(
         build(tmp_path / "none.c", [Variant("kprobe", {}, {})])
 
 
-@pytest.mark.usefixtures("no_headers_are_asked_for")
 def test_a_child_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "executable", "/none/python")
     with pytest.raises(MsrtraceError, match=r"cannot be started: No such file or directory$"):
@@ -74,10 +66,7 @@ def test_a_child_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_the_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
     """Even if the compiler takes forever."""
     (tmp_path / "bcc.py").write_text("import time\ntime.sleep(60)\n")
-    script = (
-        "from pathlib import Path; import tracer.program.compiler as c; c.header_settings = lambda _: {}; "
-        "c.compile_program(Path('none.c'), {})"
-    )
+    script = "from pathlib import Path; import tracer.program.compiler as c; c.compile_program(Path('none.c'), {})"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as parent:
@@ -91,7 +80,6 @@ def test_the_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
         assert gone(child)
 
 
-@pytest.mark.usefixtures("no_headers_are_asked_for")
 def test_why_it_cannot_be_compiled_is_said(tmp_path: Path) -> None:
     """This machine may have no kernel headers at all, which is an error like others."""
     (tmp_path / "program.c").write_text("int program(void *ctx) { return NOTHING; }\n")
@@ -99,7 +87,6 @@ def test_why_it_cannot_be_compiled_is_said(tmp_path: Path) -> None:
         build(tmp_path / "program.c", [Variant("kprobe", {}, {"program": Target("kprobe")})])
 
 
-@pytest.mark.usefixtures("no_headers_are_asked_for")
 def test_nothing_is_imported_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bcc.py").write_text("raise SystemExit(77)\n")
     (tmp_path / "json.py").write_text("raise SystemExit(78)\n")

@@ -10,6 +10,7 @@ from hosts import HOSTS, kernel
 from needs import checking, missing
 
 from tracer.kernel.btf import Btf
+from tracer.kernel.headers import join_headers
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.vendor import Layout
 from tracer.model.vmx import VMX
@@ -48,9 +49,5 @@ def kernel_of(host: str) -> Path:
 
 def one_tree(packages: Path, tree: Path) -> None:
     """Join Debian's two header packages: of BCC_KERNEL_SOURCE, BCC takes all from one tree (loader.cc)."""
-    for part in ("common", "amd64"):
-        [headers] = packages.glob(f"linux-headers-*-{part}")
-        for directory in ("include", "arch/x86/include"):
-            (tree / directory).mkdir(parents=True, exist_ok=True)
-            for entry in (headers / directory).iterdir():  # the two have none in common
-                (tree / directory / entry.name).symlink_to(entry)
+    [common], [generated] = (list(packages.glob(f"linux-headers-*-{part}")) for part in ("common", "amd64"))
+    join_headers((common, generated), tree)

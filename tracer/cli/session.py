@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def this_machine() -> Machine:
-    """This machine, and whether the BPF program is there compiled."""
+    """This machine, and whether the BPF program is already compiled."""
     from tracer.trace.engine import program_is_compiled
 
     return Machine.here(compiled=program_is_compiled())

@@ -9,6 +9,13 @@ from pathlib import Path
 
 from tracer.doctor.check import Found, State
 from tracer.doctor.packages import install_command
+from tracer.kernel.headers import (
+    CARRIED,
+    COMMON,
+    headers_of_any_kernel,
+    headers_of_running_kernel,
+    kernel_carries_headers,
+)
 from tracer.kernel.machine import Machine, search
 
 _COMPILED = "the BPF program is already compiled"
@@ -31,41 +38,24 @@ def check_library(machine: Machine) -> Found:
 
 
 def check_headers(machine: Machine) -> Found:
-    """Where BCC looks (src/cc/frontends/clang/loader.cc), including the kernel's own copy (CONFIG_IKHEADERS).
-
-    Else those of any other kernel will do: tracer/program/headers.py finds them where these do.
-    """
+    """Those of the running kernel, which BCC finds itself, or of any other kernel."""
     if machine.compiled:
         return State.OK, f"not needed: {_COMPILED}", None
-    modules, override = f"/lib/modules/{machine.release}", machine.environ.get("BCC_KERNEL_SOURCE")
-    build = override or f"{modules}/build"
-    # Debian and SUSE split the tree: common headers are in source, generated ones in build.
-    split = not override and machine.at(build).is_dir() and machine.at(f"{modules}/source").is_dir()
-    common = f"{modules}/source/include/linux/kconfig.h" if split else f"{build}/include/linux/kconfig.h"
-    missing = [f for f in (common, f"{build}/include/generated/autoconf.h") if not machine.at(f).is_file()]
+    root, override = machine.root, machine.environ.get("BCC_KERNEL_SOURCE")
+    tree, missing = headers_of_running_kernel(root, machine.release, override)
     if not missing:
-        return State.OK, build, None
-    copy, module = "/sys/kernel/kheaders.tar.xz", "/kheaders.ko" in machine.text(f"{modules}/modules.dep", "")
-    if common in missing and (module or machine.at(copy).exists()):
-        return State.OK, f"the kernel's own copy, {copy}, which BCC unpacks", None
+        return State.OK, tree, None
+    if missing[0].endswith(COMMON) and kernel_carries_headers(root, machine.release):
+        return State.OK, f"the kernel's own copy, {CARRIED}, which BCC unpacks", None
     if override:
         return State.FAILED, f"BCC_KERNEL_SOURCE is set, but there is no {missing[0]}", "unset BCC_KERNEL_SOURCE"
-    if other := _other_headers(machine):
-        return State.OK, f"{other}: those of another kernel, which will do", None
+    if others := headers_of_any_kernel(root):
+        return State.OK, f"{others[-1]}: those of another kernel, which will do", None
     detail = f"no kernel headers, which BCC needs to compile ({_WHY}): {missing[0]} does not exist"
     if machine.at("/.dockerenv").exists() or machine.at("/run/.containerenv").exists():
         detail += " (in a container, mount the host's: -v /lib/modules:/lib/modules:ro -v /usr/src:/usr/src:ro)"
     generic = f"install the headers of kernel {machine.release}, or set BCC_KERNEL_SOURCE to them"
     return State.FAILED, detail, install_command(machine, 0) or generic
-
-
-def _other_headers(machine: Machine) -> Path | None:
-    for tree in (*machine.at("/usr/src").glob("linux-headers-*"), *machine.at("/usr/src/kernels").glob("*")):
-        common = tree.with_name(tree.name.rpartition("-")[0] + "-common")
-        whole = any((part / "include/linux/kconfig.h").is_file() for part in (tree, common))
-        if whole and (tree / "include/generated/autoconf.h").is_file():
-            return tree
-    return None
 
 
 def check_bcc(machine: Machine) -> Found:

@@ -40,7 +40,7 @@ class Machine:
     python_path: tuple[str, ...] = ()
     python: str = "python3"
     venv: str | None = None
-    #: whether the BPF program is there compiled, so that neither BCC's compiler nor headers are needed
+    #: whether the BPF program is already compiled, so that neither BCC's compiler nor headers are needed
     compiled: bool = False
 
     @classmethod

@@ -14,17 +14,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from tracer.model.errors import MsrtraceError
-from tracer.program import bcc_compiler, program, relocation, structs
+from tracer.program import bcc_compiler, relocation, structs
+from tracer.program import program as programs
 from tracer.program.bcc_compiler import Reply
 from tracer.program.cache import cache_get, cache_put, seal, unseal
-from tracer.program.headers import header_settings
 from tracer.program.loading import Loaded, load
 from tracer.program.program import NotPermitted, Program, Variant, VariantRejected
 from tracer.program.source import whole_text
@@ -33,7 +33,7 @@ from tracer.program.source import whole_text
 PROGRAMS: tuple[Mapping[str, int], ...] = ({}, {"FENTRY": 1})
 
 #: What makes a Program of what BCC compiles.
-_MADE_BY = [Path(str(module.__file__)) for module in (bcc_compiler, program, relocation, structs)]
+_MADE_BY = [Path(str(module.__file__)) for module in (bcc_compiler, programs, relocation, structs)]
 _DEBUG_HINT = " (MSRTRACE_DEBUG=1 shows all)"
 #: What tells BCC where to find headers (src/cc/frontends/clang/loader.cc).
 _BCC_SETTINGS = ("BCC_KERNEL_SOURCE", "BCC_KERNEL_MODULES_SUFFIX", "BCC_LINUX_VERSION_CODE", "BCC_PROBEREAD_KERNEL")
@@ -48,12 +48,21 @@ class Built:
     passed_over: tuple[str, ...] = ()
 
 
-def build(source: Path, variants: Sequence[Variant]) -> Built:
+#: The environment with which BCC finds kernel headers, given a directory for scratch; by default it looks itself.
+HeaderSettings = Callable[[Path], Mapping[str, str]]
+
+
+def _no_settings(_: Path) -> Mapping[str, str]:
+    return {}
+
+
+def build(source: Path, variants: Sequence[Variant], headers: HeaderSettings = _no_settings) -> Built:
     """Compile and load a source as the first variant that the machine takes. Raises MsrtraceError, or NotPermitted."""
     passed_over: list[str] = []
     for variant in variants:
         try:
-            return Built(variant.backend, load(compiled(source, variant.definitions), variant), tuple(passed_over))
+            program = compiled(source, variant.definitions, headers)
+            return Built(variant.backend, load(program, variant), tuple(passed_over))
         except VariantRejected as error:
             passed_over.append(str(error))
             _show(f"msrtrace: passed over: {error}\n{error.output}")
@@ -65,11 +74,11 @@ def build(source: Path, variants: Sequence[Variant]) -> Built:
     raise MsrtraceError(passed_over[-1] + _DEBUG_HINT)
 
 
-def compiled(source: Path, definitions: Mapping[str, int]) -> Program:
+def compiled(source: Path, definitions: Mapping[str, int], headers: HeaderSettings = _no_settings) -> Program:
     """A source compiled with these -D, now or earlier. Raises VariantRejected, NotPermitted, or MsrtraceError."""
     found = _find_compiled(source, definitions)
     if found is None:
-        found = compile_program(source, definitions)
+        found = compile_program(source, definitions, headers)
         cache_put(_key(source, definitions), found)
     return found
 
@@ -139,7 +148,7 @@ def _show(text: str) -> None:
         sys.stderr.write(text)
 
 
-def compile_program(source: Path, definitions: Mapping[str, int]) -> Program:
+def compile_program(source: Path, definitions: Mapping[str, int], headers: HeaderSettings = _no_settings) -> Program:
     """Compile a source with these -D in a process that ends: the compiler takes 100 MB of memory, and a second.
 
     Raises VariantRejected, NotPermitted, or MsrtraceError.
@@ -149,7 +158,7 @@ def compile_program(source: Path, definitions: Mapping[str, int]) -> Program:
     command += [f"-D{name}={value}" for name, value in definitions.items()]
     try:
         with tempfile.TemporaryDirectory(prefix="msrtrace-") as scratch:
-            settings = os.environ | header_settings(Path(scratch))
+            settings = {**os.environ, **headers(Path(scratch))}
             done = subprocess.run(command, env=settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
     except OSError as error:
         raise MsrtraceError(f"the process that compiles the BPF program cannot be started: {error.strerror}") from None

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.copies import holders
+from tracer.kernel.headers import header_settings
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
@@ -28,7 +29,7 @@ SOURCE = "bpf/msrtrace.c"
 
 
 def program_is_compiled() -> bool:
-    """Whether the BPF program is there compiled, for this msrtrace on this machine."""
+    """Whether the BPF program is already compiled, for this msrtrace on this machine."""
     return is_compiled(resource(SOURCE))
 
 
@@ -46,7 +47,7 @@ class Engine:
         self._values, self._btf_problem, btf = self._plan(layout, symbols)
         wanted = variants(layout, symbols, self._values, options, btf)
         try:
-            self._built: Built = build(resource(SOURCE), wanted)
+            self._built: Built = build(resource(SOURCE), wanted, header_settings)
         except NotPermitted:
             raise MsrtraceError(explain()) from None
         self._functions = self._built.loaded.functions

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tracer.kernel.headers import header_settings
 from tracer.model.errors import MsrtraceError
-from tracer.program.headers import header_settings
 
 COMMON, GENERATED = "include/linux/kconfig.h", "include/generated/autoconf.h"
 RELEASE = os.uname().release
@@ -38,6 +38,13 @@ def write(root: Path, *files: str) -> None:
 )
 def test_those_of_the_running_kernel_are_found_by_bcc(tmp_path: Path, files: list[str]) -> None:
     write(tmp_path, *files, f"usr/src/linux-headers-1/{COMMON}", f"usr/src/linux-headers-1/{GENERATED}")
+    assert header_settings(tmp_path / "scratch", tmp_path) == {}
+
+
+def test_a_module_that_carries_them_is_left_to_bcc(tmp_path: Path) -> None:
+    dep = tmp_path / "lib/modules" / RELEASE / "modules.dep"
+    dep.parent.mkdir(parents=True)
+    dep.write_text("kernel/kernel/kheaders.ko.xz:\n")
     assert header_settings(tmp_path / "scratch", tmp_path) == {}
 
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`python -m tracer.program.shipped SOURCE DIRECTORY`: compiles what a package ships; hosts then need no compiler."""
+"""`python -m tracer.trace.shipped SOURCE DIRECTORY`: compiles what a package ships; hosts then need no compiler."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from tracer.kernel.headers import header_settings
 from tracer.model.errors import MsrtraceError
 from tracer.program.compiler import PROGRAMS, compile_program, shipped_content, shipped_file
 from tracer.program.program import NotPermitted, VariantRejected
@@ -14,7 +15,7 @@ from tracer.program.program import NotPermitted, VariantRejected
 def ship(source: Path, directory: Path) -> None:
     """Compile every program of a source for a package. Raises MsrtraceError, VariantRejected or NotPermitted."""
     for definitions in PROGRAMS:
-        content = shipped_content(source, definitions, compile_program(source, definitions))
+        content = shipped_content(source, definitions, compile_program(source, definitions, header_settings))
         (directory / shipped_file(source, definitions).name).write_bytes(content)
 
 
