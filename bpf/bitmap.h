@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* Where the bits of an MSR are in a vCPU's bitmap: Intel SDM vol. 3, "MSR-Bitmap Address". */
+/*
+ * Where the bits of an MSR are in a vCPU's bitmap: Intel SDM vol. 3, "MSR-Bitmap Address"; AMD APM vol. 2, "MSR
+ * Intercepts". VMX has the read bits of all MSRs, then the write bits; SVM the two bits of an MSR side by side.
+ */
 
 #define UNREADABLE 0xdead000000000000 /* no address */
 #define READ_BITS 0x00ff
@@ -28,11 +31,19 @@ static __always_inline u64 bitmap_of(u64 vcpu)
 	return bitmap;
 }
 
-/* Where the read bits of MSR are in BITMAP; 0 for an MSR outside both ranges or a CPU without a bitmap. */
+/* Where the (VMX: read) bits of MSR are in BITMAP; 0 for an MSR outside all ranges or a CPU without a bitmap. */
 static __always_inline u64 byte_of(u64 bitmap, u64 msr)
 {
 	u64 byte = bitmap + (msr >> 3 & 0x3ff);
 
+	if (VALUE(msrpm)) {
+		byte = bitmap + (msr >> 2 & 0x7ff);
+		if (bitmap && msr - 0xc0010000 < 0x2000)
+			return byte + 0x1000;
+		if (bitmap && msr - 0xc0000000 < 0x2000)
+			return byte + 0x800;
+		return bitmap && msr < 0x2000 ? byte : 0;
+	}
 	if (bitmap && msr < 0x2000)
 		return byte;
 	if (bitmap && msr - 0xc0000000 < 0x2000)
@@ -48,6 +59,17 @@ static __always_inline u64 bits_at(u64 address, u64 msr, u64 flags)
 
 	if (!address)
 		return 0;
+	if (VALUE(msrpm)) {
+		barrier();
+		if (VALUE(cast_type) && flags & DIRECT)
+			bits = byte_at(address);
+		else if (read_kernel(&byte, 1, address))
+			return FAILED;
+		else
+			bits = byte;
+		bits >>= (msr & 3) << 1;
+		return (flags & MSR_TYPE_R ? bits & 1 : 0) | (flags & MSR_TYPE_W ? (bits & 2) << 7 : 0);
+	}
 	if (VALUE(cast_type)) {
 		barrier(); /* so that it is asked first */
 		if (flags & DIRECT) {

@@ -62,7 +62,7 @@ static __always_inline void count_call(u32 *index, u32 flags, u64 before, u64 af
 	}
 	outcome = &counter->outcome;
 	if ((before | after) & FAILED) {
-		if (VALUE(bitmap_offset))
+		if (VALUE(exact))
 			COUNT(read_failed);
 		__sync_fetch_and_add(&outcome->unknown, 1);
 		return;
@@ -79,6 +79,6 @@ static __always_inline void count_call(u32 *index, u32 flags, u64 before, u64 af
 	if (!after)
 		return;
 	barrier(); /* so that this is asked first: most bits are clear */
-	if (!(flags & ENABLES))
+	if (after & READ_BITS && !(flags & ENABLES(MSR_TYPE_R)) || after & WRITE_BITS && !(flags & ENABLES(MSR_TYPE_W)))
 		__sync_fetch_and_add(&outcome->refused, 1);
 }

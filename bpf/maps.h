@@ -19,14 +19,15 @@ enum within { NONE, FILTER_CHANGE, RECALC };
 /* A kind of call, as readers see it. The program has all but the MSR in one number, and the whole in one word. */
 struct call {
 	u32 msr;
-	u8 type; /* MSR_TYPE_* */
-	u8 enables;
+	u8 type; /* MSR_TYPE_*: the directions that it names */
+	u8 enables; /* those of them that it wants intercepted */
 	u8 within; /* of enum within */
 	u8 state;
 };
 #define MSR_TYPE_R 1
 #define MSR_TYPE_W 2
-#define ENABLES 0x100
+#define MSR_TYPE_RW 3
+#define ENABLES(type) ((type) << 8)
 #define INSIDE(within) ((within) << 16)
 #define VALID 0x1000000 /* so none is 0 */
 #define DIRECT 0x2000000 /* the bitmap is known to be readable, and may be read without asking */
@@ -63,7 +64,7 @@ struct vcpu {
 	u64 vcpu; /* struct kvm_vcpu *; 0: free */
 	u64 seq; /* of the last call: odd while it is open, one more when it was counted */
 	/* the call that is open */
-	u64 address; /* of the byte with its read bits; its write bits are 0x800 further on. 0: it has none */
+	u64 address; /* byte_of() its MSR. 0: it has none */
 	union {
 		u64 key; /* these two, together */
 		struct {
@@ -125,7 +126,7 @@ MAPPED_ARRAY(counts, struct counts, 1);
 
 /* Which places of those arrays are taken: of two that want the same, one gets it. */
 enum table { COUNTERS, UPDATES, VCPUS };
-BPF_HASH(taken, u64, u8, COUNTERS_CAPACITY + UPDATES_CAPACITY + VCPUS_CAPACITY);
+BPF_HASH(taken, u64, u8, COUNTERS_CAPACITY + UPDATES_CAPACITY + 2 * VCPUS_CAPACITY); /* and claim() */
 
 #define COUNT(name) add_to_count(offsetof(struct counts, name) / sizeof(u64))
 

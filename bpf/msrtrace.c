@@ -3,11 +3,12 @@
  * Counts the calls that change a vCPU's MSR bitmap, and what each of them changed.
  *
  * There are two programs: for fentry and fexit (-DFENTRY), and for kprobes. All else that differs is in struct values.
- * The functions are those of arch/x86/kvm/vmx/vmx.c: vmx_{enable,disable,set}_intercept_for_msr(), and what calls them.
+ * The functions are those of arch/x86/kvm/vmx/vmx.c: vmx_{enable,disable,set}_intercept_for_msr(), and what calls them;
+ * and of svm/svm.c: svm_set_intercept_for_msr(), set_msr_interception_bitmap().
  *
  * A call is seen at its entry alone: a probe on the return costs more than all the rest. Its outcome stays open until
  * the next thing that happens to the vCPU, and is then read from the bitmap, which nobody has written in the meantime:
- * all that write it are seen here (vmx_update_msr_bitmap_x2apic() does without a call). What stays open when nothing
+ * all that write it are seen here (writer_entered(): those that do without a call). What stays open when nothing
  * more happens is settled by settle_call(), at the request of the reader.
  */
 #include <uapi/linux/ptrace.h>
@@ -22,32 +23,39 @@
 
 /* --- the functions that change a bit each --- */
 
-static __always_inline int call_entered(context *ctx, u32 enables, u64 called)
+/* TYPE: the directions that are named; ENABLES: those to intercept; BITMAP: the one to change, 0: the vCPU's. */
+static __always_inline int call_entered(context *ctx, u32 msr, u32 type, u32 enables, u64 bitmap, u64 called)
 {
 	struct counter *counter;
 	u64 key, caller;
-	u32 index;
-	struct vcpu *v = slot_of(pointer_argument(ctx), &index);
+	u32 index, slot;
+	struct vcpu *v = slot_of(pointer_argument(ctx), &slot);
 
 	if (!v)
 		return 0;
-	settle(v);
-	v->msr = ARGUMENT(ctx, 2);
-	v->flags = ARGUMENT(ctx, 3) & (MSR_TYPE_R | MSR_TYPE_W) | v->inside | enables | VALID;
+	settle(v, slot);
+	v->msr = msr;
+	v->flags = type & MSR_TYPE_RW | v->inside | ENABLES(enables & type & MSR_TYPE_RW) | VALID;
 	key = *(volatile u64 *)&v->key;
 	if (v->inside) {
 		index = v->counter = first_counter(key, v->order);
 	} else {
 		index = NOWHERE; /* that is known without a search */
-		v->bitmap = bitmap_of(v->vcpu);
+		if (!bitmap)
+			v->bitmap = bitmap_of(v->vcpu);
 		note_thread(v);
+	}
+	if (bitmap && v->bitmap != bitmap) {
+		v->bitmap = bitmap;
+		v->inside &= ~(u64)DIRECT;
+		v->flags &= ~DIRECT;
 	}
 	counter = counters.lookup(&index);
 	if (!counter || counter->key != key || (VALUE(by_pid) && counter->pid != v->pid)) {
 		caller = caller_of(ctx, called);
 		index = v->counter = find_counter(key, v->inside ? 0 : caller, caller, v->pid);
 	}
-	if (!VALUE(bitmap_offset)) {
+	if (!VALUE(exact)) {
 		count_call(&index, v->flags, 0, FAILED);
 		return 0;
 	}
@@ -60,28 +68,48 @@ static __always_inline int call_entered(context *ctx, u32 enables, u64 called)
 
 int enable_entered(context *ctx)
 {
-	return call_entered(ctx, ENABLES, NUMBER_OF(enable_at));
+	return call_entered(ctx, ARGUMENT(ctx, 2), ARGUMENT(ctx, 3), MSR_TYPE_RW, 0, NUMBER_OF(enable_at));
 }
 
 int disable_entered(context *ctx)
 {
-	return call_entered(ctx, 0, NUMBER_OF(disable_at));
+	return call_entered(ctx, ARGUMENT(ctx, 2), ARGUMENT(ctx, 3), 0, 0, NUMBER_OF(disable_at));
 }
 
 int set_entered(context *ctx)
 {
-	return call_entered(ctx, (u8)ARGUMENT(ctx, 4) ? ENABLES : 0, NUMBER_OF(set_at));
+	u32 enables = (u8)ARGUMENT(ctx, 4) ? MSR_TYPE_RW : 0;
+
+	return call_entered(ctx, ARGUMENT(ctx, 2), ARGUMENT(ctx, 3), enables, 0, NUMBER_OF(set_at));
 }
 
-/* vmx_update_msr_bitmap_x2apic(vcpu), and what calls it: about to write bits of MSRs 0x800-0x83f, without a call. */
-int x2apic_entered(context *ctx)
+/* set_msr_interception_bitmap(vcpu, msrpm, msr, int read, int write): a 1 lets the guest pass. */
+int pass_entered(context *ctx)
+{
+	u32 enables = ((u32)ARGUMENT(ctx, 4) ? 0 : MSR_TYPE_R) | ((u32)ARGUMENT(ctx, 5) ? 0 : MSR_TYPE_W);
+
+	return call_entered(ctx, ARGUMENT(ctx, 3), MSR_TYPE_RW, enables, ARGUMENT(ctx, 2), NUMBER_OF(pass_at));
+}
+
+static __always_inline int about_to_write(context *ctx)
 {
 	u32 index;
 	struct vcpu *v = known_vcpu(pointer_argument(ctx), &index);
 
 	if (v)
-		settle(v);
+		settle(v, index);
 	return 0;
+}
+
+/* What writes or frees a bitmap without a call, such as vmx_update_msr_bitmap_x2apic(vcpu). */
+int writer_entered(context *ctx)
+{
+	return about_to_write(ctx);
+}
+
+int other_writer_entered(context *ctx)
+{
+	return about_to_write(ctx);
 }
 
 /*
@@ -112,8 +140,15 @@ int settle_call(struct bpf_raw_tracepoint_args *ctx)
 	before = v->before;
 	after = bits_at(v->address, v->msr, flags);
 	barrier();
-	if (__sync_val_compare_and_swap(&v->seq, seq, seq + 1) == seq)
-		count_call(&counter, flags, before, after);
+	if (VALUE(claims)) {
+		if (!claim(index, seq)) /* settle() is at it, or it was counted here before */
+			return false;
+		if (*(volatile u64 *)&v->seq != seq && unclaim(index, seq)) /* settle() has counted it */
+			return false;
+	} else if (__sync_val_compare_and_swap(&v->seq, seq, seq + 1) != seq) {
+		return false;
+	}
+	count_call(&counter, flags, before, after);
 	return false;
 }
 
@@ -188,7 +223,7 @@ int update_entered(context *ctx)
 	v = slot_of(vcpu, &index);
 	if (!v)
 		return 0;
-	settle(v);
+	settle(v, index);
 	if (v->inside)
 		COUNT(unpaired_update);
 	kind = kind_of_update(v, vcpu);
@@ -227,7 +262,7 @@ int update_returned(context *ctx)
 #else
 	u32 tid = bpf_get_current_pid_tgid();
 
-	v = updated_by(tid);
+	v = updated_by(tid, &index);
 	if (v && v->tid != tid)
 		v = NULL;
 #endif
@@ -236,7 +271,7 @@ int update_returned(context *ctx)
 			COUNT(unpaired_return);
 		return 0;
 	}
-	settle(v);
+	settle(v, index);
 	v->inside = INSIDE(NONE);
 	spent = now - v->started;
 	index = v->update;

@@ -6,7 +6,10 @@
 
 /* Nothing is stored as this: the name of a member is the name of a value, and its place is the value's number. */
 struct values {
-	u64 bitmap_offset; /* struct vcpu_vmx -> vmcs01.msr_bitmap; 0: the outcome of calls is not known */
+	u64 exact; /* the outcomes of calls are known */
+	u64 bitmap_offset; /* struct vcpu_vmx -> vmcs01.msr_bitmap, struct vcpu_svm -> msrpm; 0: it is not known */
+	u64 msrpm; /* the bitmap is SVM's */
+	u64 claims; /* of settle(): the kernel has no instruction that compares and exchanges (5.12) */
 	u64 exits_offset; /* struct kvm_vcpu -> stat.exits; 0: it is not known */
 	u64 filter_offset; /* struct kvm_vcpu -> kvm; if update_kind is 0 */
 	u64 leader_offset; /* struct task_struct -> group_leader and comm; 0: they are not known */
@@ -20,6 +23,7 @@ struct values {
 	u64 enable_at; /* the functions that are called; for FENTRY */
 	u64 disable_at;
 	u64 set_at;
+	u64 pass_at;
 };
 BPF_ARRAY(values, struct values, 1); /* for BCC to describe; no such map is made */
 

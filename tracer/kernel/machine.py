@@ -84,14 +84,15 @@ class Machine:
 
     @cached_property
     def vendor(self) -> Vendor:
-        """The vendor whose virtualisation the CPU has; where that is unknown, the one whose module is loaded."""
+        """The vendor whose virtualisation the CPU has, or whose module is loaded, or that made the CPU."""
         try:
-            flags = self.cpu.flags
+            cpu = self.cpu
         except OSError:
-            flags = frozenset()
-        by_cpu = (vendor for vendor in VENDORS if vendor.cpu_flag in flags)
+            cpu = Cpu("", "", frozenset())
+        by_cpu = (vendor for vendor in VENDORS if vendor.cpu_flag in cpu.flags)
         by_module = (vendor for vendor in VENDORS if self.at(f"/sys/module/{vendor.module}").exists())
-        return next(chain(by_cpu, by_module), FIRST)
+        by_maker = (vendor for vendor in VENDORS if cpu.maker in vendor.makers)
+        return next(chain(by_cpu, by_module, by_maker), FIRST)
 
     def capable(self, capability: int) -> bool:
         """Whether this process has the capability of that number (CapEff in proc(5)). Raises OSError."""

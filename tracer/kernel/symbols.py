@@ -17,7 +17,7 @@ from tracer.kernel.livepatch import IMAGE, LIVEPATCHES, Livepatch, read_livepatc
 from tracer.model.errors import MsrtraceError
 from tracer.model.symbol_name import plain_name
 from tracer.model.vendor import Vendor
-from tracer.model.vendors import FIRST, VENDORS, layouts
+from tracer.model.vendors import FIRST, VENDORS
 
 KALLSYMS = Path("/proc/kallsyms")
 
@@ -51,7 +51,7 @@ def _prefixes() -> Iterator[str]:
     """The vendors' prefixes, and the functions to probe that have none of them."""
     prefixes = tuple(vendor.prefix for vendor in VENDORS)
     yield from prefixes
-    yield from (name for layout in layouts() for name in layout.functions if not name.startswith(prefixes))
+    yield from (name for vendor in VENDORS for name in vendor.probed if not name.startswith(prefixes))
 
 
 #: Beginnings of the names of probed functions, and the names of the trampolines.
@@ -149,7 +149,7 @@ class Symbols:
             with kallsyms.open("rb") as file:
                 named, listed = _scan(file)
             in_image = [row for row in named if b"\t[" not in row]
-            vendor, own = _vendor(listed, in_image)
+            vendor, own = _vendor(listed, in_image, kallsyms.with_name("cpuinfo"))
             rows = {vendor.module: own, _KVM: _rows_of(_KVM, listed)}
             image = None
             if not own and _has(in_image, vendor.marker):  # CONFIG_KVM_INTEL=y
@@ -213,6 +213,15 @@ class Symbols:
         """
         named = self._named(plain_name(function))
         return [s for s in named if s.name == function] or [s for s in named if s.function == function]
+
+    def body(self, function: str) -> list[Symbol]:
+        """As `find`, but where a compiler has split the function, the part with its body comes first.
+
+        Callers may have its beginning inlined and call that part directly (vmx_recalc_msr_intercepts.part.0, 6.17). For
+        functions whose only argument is used, so that the part has the same.
+        """
+        named = self._named(plain_name(function))
+        return [s for s in named if s.name.startswith(f"{function}.part.")] or self.find(function)
 
     def copies(self, function: str) -> list[Symbol]:
         """The symbols of that function name that are not KVM's own: in a livepatch, say."""
@@ -323,12 +332,23 @@ def _lines_with(part: bytes, lines: bytes) -> list[bytes]:
     return found
 
 
-def _vendor(listed: list[bytes], in_image: list[bytes]) -> tuple[Vendor, list[bytes]]:
-    """The vendor whose module is loaded, with its lines; else the one whose functions are in the image, else FIRST."""
+def _vendor(listed: list[bytes], in_image: list[bytes], cpuinfo: Path) -> tuple[Vendor, list[bytes]]:
+    """The vendor whose module is loaded, with its lines; else the one whose functions are in the image, else FIRST.
+
+    A kernel image may have several vendors' functions; those that run are of the one whose flag the CPU has.
+    """
     for vendor in VENDORS:
         if rows := _rows_of(vendor.module, listed):
             return vendor, rows
-    return next((vendor for vendor in VENDORS if _has(in_image, vendor.marker)), FIRST), []
+    found = [vendor for vendor in VENDORS if _has(in_image, vendor.marker)]
+    if len(found) > 1:
+        try:
+            flags = re.search(r"^flags\s*:(.*)", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+        except OSError:
+            flags = None
+        words = flags[1].split() if flags else []
+        found.sort(key=lambda vendor: vendor.cpu_flag not in words)
+    return next(iter(found), FIRST), []
 
 
 def _rows_of(module: str, listed: list[bytes]) -> list[bytes]:

@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-FILTER_CHANGE, VCPU_CREATE, CPUID_UPDATE, MSR_WRITE = (
-    "filter_change",
-    "vcpu_create",
-    "cpuid_update",
-    "msr_write",
-)
+FILTER_CHANGE, VCPU_CREATE, VCPU_RESET = "filter_change", "vcpu_create", "vcpu_reset"
+CPUID_UPDATE, MSR_WRITE = "cpuid_update", "msr_write"
 X2APIC, LBR, PT, RECALC, OTHER = "x2apic", "lbr", "pt", "recalc", "other"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,9 +16,13 @@ from tracer.model.symbol_name import plain_name
 class Layout:
     """The functions of KVM's MSR-intercept code in a range of kernels.
 
-    `enable`, `disable` and `set_` take (vcpu, msr, type); `set_` has `bool set` as fourth argument. `update`
-    (vcpu) recomputes a vCPU's bitmap; `filter_set` (kvm, filter) is probed where the update function runs for
+    `enable`, `disable` and `set_` take (vcpu, msr, type); `set_` has `bool set` as fourth argument. `pass_` takes
+    (vcpu, bitmap, msr, int read, int write); it names both directions, and passes those through that are not 0.
+    `update` (vcpu) recomputes a vCPU's bitmap; `filter_set` (kvm, filter) is probed where the update function runs for
     other reasons too, to tell those from a new filter.
+
+    `writers` (vcpu) write or free a bitmap without a call, so the outcome of the last call is read before they run;
+    `inlined_into` are the callers of the first, for where a compiler inlined it. At most two of each.
     """
 
     name: str
@@ -26,12 +31,15 @@ class Layout:
     enable: str | None = None
     disable: str | None = None
     set_: str | None = None
+    pass_: str | None = None
     filter_set: str | None = None
+    writers: tuple[str, ...] = ()
+    inlined_into: tuple[str, ...] = ()
 
     @property
     def calls(self) -> tuple[str, ...]:
         """The functions whose every call is counted."""
-        return tuple(f for f in (self.enable, self.disable, self.set_) if f)
+        return tuple(f for f in (self.enable, self.disable, self.set_, self.pass_) if f)
 
     @property
     def functions(self) -> tuple[str, ...]:
@@ -47,6 +55,8 @@ class Vendor:
     #: Its flag in /proc/cpuinfo, and its name.
     cpu_flag: str
     cpu_feature: str
+    #: `vendor_id` in /proc/cpuinfo of the CPUs that may have it
+    makers: tuple[str, ...]
     #: The fix for a CPU that has it, but not the flag.
     firmware_fix: str
     module: str
@@ -63,11 +73,10 @@ class Vendor:
     #: The creation and the destruction of a vCPU, by any of these names.
     vcpu_create: tuple[str, ...]
     vcpu_free: tuple[str, ...]
-    #: What writes the bitmap without a counted call: a static function and, for where it was inlined, its callers.
-    direct_write: str
-    direct_write_callers: tuple[str, ...]
     #: Pairs of structure and member, each inside the one before, from the vCPU to the address of its bitmap.
     bitmap: tuple[tuple[str, str], ...]
+    #: Values of bpf/values.h that say where the bits of an MSR are in it.
+    geometry: Mapping[str, int]
     #: Callers, as regular expressions that match whole names, and their causes; the first match wins.
     callers: tuple[tuple[str, str], ...]
 
@@ -89,8 +98,8 @@ class Vendor:
     def probed(self) -> tuple[str, ...]:
         """Every function that may be probed."""
         layouts = [f for one in self.layouts for f in (one.update, *one.calls, one.filter_set) if f]
-        others = (*self.vcpu_create, *self.vcpu_free, self.direct_write, *self.direct_write_callers)
-        return tuple(dict.fromkeys([*layouts, *others]))
+        writers = [f for one in self.layouts for f in (*one.writers, *one.inlined_into)]
+        return tuple(dict.fromkeys([*layouts, *self.vcpu_create, *self.vcpu_free, *writers]))
 
     def layout(self, name: str) -> Layout | None:
         """The layout of that name, or None."""
@@ -104,5 +113,5 @@ class Vendor:
         known = self.layout(layout)
         if known is None:
             return frozenset()
-        settling = (self.vcpu_free[0], self.direct_write, *self.direct_write_callers) if known.calls else ()
+        settling = (*self.vcpu_free, *known.writers, *known.inlined_into) if known.calls else ()
         return frozenset((known.update, *known.calls, *settling))

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+from tracer.model.svm import SVM
 from tracer.model.vendor import Layout, Vendor
 from tracer.model.vmx import VMX
 
-VENDORS = (VMX,)
+VENDORS = (VMX, SVM)
 #: The vendor of counts that do not name one, from versions of msrtrace that knew only this.
 FIRST = VMX
 

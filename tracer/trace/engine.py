@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from tracer.kernel.btf import Btf, BtfError
@@ -64,14 +65,19 @@ class Engine:
             raise
 
     def _plan(self, layout: Layout, symbols: Symbols) -> tuple[dict[str, int], str, Btf | None]:
-        """What the program must be given for a kernel; why it cannot see outcomes there, if so; the BTF if not."""
+        """What the program must be given for a kernel; why it cannot see outcomes there, if so; the BTF, if any."""
         if not layout.calls:
             return values(layout, None, symbols, self._options), "", None
         try:
             btf = Btf.of_module(symbols.module) if symbols.module else Btf.of_kernel()
             return values(layout, btf, symbols, self._options), "", btf
         except BtfError as error:
-            return values(layout, None, symbols, self._options), str(error), None
+            problem, kernel = str(error), None
+        if layout.pass_:  # whose calls say where the bitmap is
+            problem = ""
+            with suppress(BtfError):
+                kernel = Btf.of_kernel()
+        return values(layout, kernel, symbols, self._options), problem, kernel
 
     def reattach(self, layout: Layout, symbols: Symbols) -> bool:
         """Attach to a module that was loaded again; False if the program does not fit it.
@@ -86,7 +92,7 @@ class Engine:
         return True
 
     def _attach_all(self) -> None:
-        self._points = points(self._layout, self._symbols, exact="bitmap_offset" in self._values)
+        self._points = points(self._layout, self._symbols, exact="exact" in self._values)
         with raised():
             # Calls come last: whatever settles them is there by then.
             self.probes = [self._attach(point) for point in self._points]
@@ -120,7 +126,7 @@ class Engine:
     @property
     def redundancy(self) -> str:
         """Whether outcomes are seen: `exact`, or `unknown` where calls are counted without them."""
-        return "exact" if "bitmap_offset" in self._values or not self._layout.calls else "unknown"
+        return "exact" if "exact" in self._values or not self._layout.calls else "unknown"
 
     @property
     def _filter_known(self) -> bool:
@@ -148,7 +154,7 @@ class Engine:
         return lines
 
     def _attach(self, point: Point) -> Probe:
-        clones = self._symbols.find(point.function)
+        clones = point.symbols(self._symbols)
         if not clones:
             return Probe(point.function, None, False, "no such function in this kernel")
         symbol = clones[0]
@@ -219,14 +225,8 @@ class Engine:
             self._reader.forget(pids)
 
     def _recursions(self, point: Point) -> int:
-        """Runs of `point`'s programs that the kernel skipped because another BPF program ran on that CPU.
-
-        A program that sits on several functions is counted at the first of them.
-        """
-        earlier = self._points[: self._points.index(point)]
-        counted = {name for p in earlier for name in p.programs}
-        own = [name for name in point.programs if name not in counted]
-        return sum(self._misses(name) - self._missed_before.get(name, 0) for name in own)
+        """Runs of `point`'s programs that the kernel skipped because another BPF program ran on that CPU."""
+        return sum(self._misses(name) - self._missed_before.get(name, 0) for name in point.programs)
 
     def _misses(self, program: str) -> int:
         fd = self._functions.get(program)

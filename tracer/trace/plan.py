@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tracer.kernel.btf import Btf, BtfError
-from tracer.kernel.symbols import Symbols
+from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
 from tracer.model.vendor import Layout
@@ -20,10 +20,12 @@ from tracer.trace.reader import WITHIN_FILTER_CHANGE, WITHIN_RECALC
 
 #: How many places there are where processes are not told apart: bpf/counters.h and updates.h make no index beyond.
 _OF_ONE = {"counters": 2048, "updates": 16}
-_OF_ONE["taken"] = sum(_OF_ONE.values()) + 16384  # and the vCPUs'
+_OF_ONE["taken"] = sum(_OF_ONE.values()) + 2 * 16384  # and the vCPUs'
 _RDONLY_CAST = 0x7F000001  # the number by which bpf/bitmap.h calls it
 _CAST = ("bpf_rdonly_cast", "timespec64")
 
+#: The BPF functions that run at Layout.writers.
+_WRITERS = ("writer_entered", "other_writer_entered")
 #: struct kvm_vcpu -> stat.exits
 _EXITS = (("kvm_vcpu", "stat"), ("kvm_vcpu_stat", "exits"))
 _PREEMPTION_MODEL = Path("/sys/kernel/debug/sched/preempt")
@@ -38,11 +40,17 @@ class Point:
     returned: str | None = None
     #: of tracer.reader.COUNTS, those that say that a return was missed
     unpaired: tuple[str, ...] = ()
+    #: whether a part with the function's body is probed instead, where there is one
+    body: bool = False
 
     @property
     def programs(self) -> tuple[str, ...]:
         """The BPF functions."""
         return (self.entry, self.returned) if self.returned else (self.entry,)
+
+    def symbols(self, symbols: Symbols) -> list[Symbol]:
+        """The symbols at which it can be probed, the best first."""
+        return symbols.body(self.function) if self.body else symbols.find(self.function)
 
 
 def points(layout: Layout, symbols: Symbols, exact: bool) -> list[Point]:
@@ -52,28 +60,44 @@ def points(layout: Layout, symbols: Symbols, exact: bool) -> list[Point]:
         return next((name for name in names if symbols.find(name)), names[0])
 
     vendor = symbols.vendor
-    found = [Point(layout.update, "update_entered", "update_returned", ("unpaired_update",))]
+    found = [Point(layout.update, "update_entered", "update_returned", ("unpaired_update",), body=True)]
     if layout.filter_set:
         found.append(Point(layout.filter_set, "filter_set_entered", "filter_set_returned"))
     found.append(Point(present(vendor.vcpu_create), "vcpu_created"))
     found.append(Point(present(vendor.vcpu_free), "vcpu_freed"))
-    if exact and layout.calls:
-        whole = symbols.find(vendor.direct_write) or not any(map(symbols.find, vendor.direct_write_callers))
-        places = (vendor.direct_write,) if whole else vendor.direct_write_callers
-        found += [Point(name, "x2apic_entered") for name in places]
-    called = {"enable_entered": layout.enable, "disable_entered": layout.disable, "set_entered": layout.set_}
-    return found + [Point(function, entry) for entry, function in called.items() if function]
+    if exact:
+        inlined = any(map(symbols.find, layout.inlined_into)) and not symbols.find(layout.writers[0])
+        places = layout.inlined_into if inlined else layout.writers
+        found += [Point(name, entry) for name, entry in zip(places, _WRITERS, strict=False)]
+    called = _by_name(layout)
+    return found + [Point(function, f"{name}_entered") for name, function in called.items()]
+
+
+def _by_name(layout: Layout) -> dict[str, str]:
+    """The functions whose calls are counted, by the names that they have in the BPF program."""
+    found = {"enable": layout.enable, "disable": layout.disable, "set": layout.set_, "pass": layout.pass_}
+    return {name: function for name, function in found.items() if function}
 
 
 def values(layout: Layout, btf: Btf | None, symbols: Symbols, options: Options) -> dict[str, int]:
-    """What is put into the program of bpf/values.h; without BTF the outcome of calls stays unknown."""
-    found: dict[str, int] = dict(symbols.trampolines)
+    """What is put into the program of bpf/values.h.
+
+    Without BTF of the vendor's module only a call can say where the bitmap is, or else outcomes stay unknown. Raises
+    BtfError if the BTF does not say it, and calls do not.
+    """
+    found: dict[str, int] = {**symbols.trampolines, **symbols.vendor.geometry}
     if btf:
-        found["bitmap_offset"] = btf.nested_offset(symbols.vendor.bitmap)
+        try:
+            found["bitmap_offset"] = btf.nested_offset(symbols.vendor.bitmap)
+        except BtfError:
+            if not layout.pass_:
+                raise
         with suppress(BtfError):
             found["exits_offset"] = btf.nested_offset(_EXITS)
         with suppress(BtfError):
             found["cast_type"] = btf.kernel_ids(*_CAST)[1]
+    if layout.pass_ or "bitmap_offset" in found:
+        found["exact"] = 1
     if layout.filter_set and symbols.find(layout.filter_set):
         # `kvm` is the first member of struct kvm_vcpu since 2.6; BTF confirms it where there is any.
         found["filter_offset"] = btf.offset("kvm_vcpu", "kvm") if btf else 0
@@ -108,29 +132,26 @@ def variants(
 ) -> list[Variant]:
     """How the program may be loaded, what is preferred first; `given`: its `values`.
 
-    BTF gives the ids of functions; it must be there if outcomes are seen. Raises MsrtraceError if the user's choice
-    cannot be.
+    BTF gives the ids of functions. Raises MsrtraceError if the user's choice cannot be.
     """
-    exact = "bitmap_offset" in given
+    exact = "exact" in given
     # Without the function that sets a filter, nothing tells filter updates apart.
     wanted = [p for p in points(layout, symbols, exact) if p.function != layout.filter_set or "filter_offset" in given]
     read_by = (["settle_call"] if exact else []) + (["counter_ended", "update_ended"] if options.by_vm else [])
     reader = {name: Target("raw_tracepoint") for name in read_by}
     kprobe = {name: Target("kprobe") for point in wanted for name in point.programs}
     found = [Variant("kprobe", {}, kprobe | reader, given, capacities={} if options.by_vm else _OF_ONE, cmpxchg=exact)]
-    problem = _no_fentry(layout, symbols, wanted, exact)
+    if exact and layout.pass_:  # of the layouts whose outcomes are seen, the only one that kernels before 5.12 have
+        found.append(replace(found[0], values={**given, "claims": 1}, cmpxchg=False))
+    problem = _no_fentry(layout, symbols, wanted, exact and "bitmap_offset" in given)
     if btf and not problem:
         try:
             tracing = _tracing(symbols, wanted, btf)
         except BtfError as error:
             problem = str(error)
         else:
-            called = (("enable_at", layout.enable), ("disable_at", layout.disable), ("set_at", layout.set_))
-            at = {
-                name: symbols.find(function)[0].address
-                for name, function in called
-                if function and symbols.find(function)
-            }
+            called = _by_name(layout).items()
+            at = {f"{name}_at": symbols.find(f)[0].address for name, f in called if symbols.find(f)}
             functions, filled = tracing | reader, {**given, **at}
             fentry = replace(found[0], backend="fentry", definitions={"FENTRY": 1}, functions=functions, values=filled)
             found.insert(0, fentry)
@@ -166,7 +187,7 @@ def _tracing(symbols: Symbols, wanted: list[Point], btf: Btf) -> dict[str, Targe
     """What fentry and fexit programs are loaded for. Raises BtfError."""
     found = {}
     for point in wanted:
-        for symbol in symbols.find(point.function)[:1]:
+        for symbol in point.symbols(symbols)[:1]:
             if symbol.module == symbols.module:
                 origin = btf
             else:  # kvm, which may be in the kernel image although kvm_intel is not
@@ -181,7 +202,7 @@ def _no_fentry(layout: Layout, symbols: Symbols, wanted: list[Point], exact: boo
     """Why fentry cannot be used, as far as can be known without trying."""
     if not exact:
         return f"it needs the BTF of {symbols.vendor.module}, and a layout whose calls can be counted"
-    places = [symbol for point in wanted for symbol in symbols.find(point.function)[:1]]
+    places = [symbol for point in wanted for symbol in point.symbols(symbols)[:1]]
     clones = [symbol.name for symbol in places if symbol.name != symbol.function]
     if clones:
         return f"BTF does not describe {', '.join(clones)}"
@@ -191,6 +212,4 @@ def _no_fentry(layout: Layout, symbols: Symbols, wanted: list[Point], exact: boo
     patches = {patch.module for point in wanted for patch in symbols.replacing(point.function)}
     if copies or patches:
         return f"livepatches or others have functions that are probed: {', '.join(sorted(copies or patches))}"
-    if len({point.entry for point in wanted}) < len(wanted):
-        return f"there is no {symbols.vendor.direct_write} to probe"
     return ""

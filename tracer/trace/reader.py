@@ -111,7 +111,7 @@ class Reader:
         return Call(
             msr=msr,
             access=_ACCESS.get(type_, "none"),
-            action="enable" if enables else "disable",
+            action=_action(type_, enables),
             cause=_CAUSES.get(within) or symbols.vendor.cause_of(function),
             caller=name,
         )
@@ -190,6 +190,14 @@ class Reader:
         for index in self._places("vmms"):
             if arrays["vmms"].get(index, "pid") in ended:
                 arrays["vmms"].set(index, "pid", 0)
+
+
+def _action(type_: int, enables: int) -> str:
+    """What a call asks for: of the directions `type_`, to intercept `enables`, and to let the others pass."""
+    passed = type_ & ~enables
+    if passed == type_:
+        return "disable"
+    return f"disable_{_ACCESS[passed]}" if passed else "enable"
 
 
 def _durations(count: int, nanoseconds: int, buckets: list[int]) -> Durations:
