@@ -2,7 +2,7 @@
 /* Where calls are counted. */
 
 /* The factor gives the calls that KVM makes inside updates a counter each (test_counters_of_updates). */
-#define COUNTER_FACTOR 0xdbeef77adcd69029
+#define COUNTER_FACTOR 0xb1e9f5de3507f77f
 #define COUNTER_SHIFT 54 /* what is left is less than OUTSIDE */
 #define OUTSIDE 0x400 /* of a place: for calls outside updates, so that they are in nobody's way */
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tracer.kernel.layout import choose
 from tracer.kernel.symbols import Symbol, Symbols
+from tracer.model.svm import SVM
 
 ENABLE, DISABLE, SET = "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_set_intercept_for_msr"
 HOOK, RECALC, RECALC_MSR = "vmx_msr_filter_changed", "vmx_recalc_intercepts", "vmx_recalc_msr_intercepts"
@@ -52,6 +53,33 @@ FILTER = "kvm_vm_ioctl_set_msr_filter"
 )
 def test_the_symbols_choose_the_layout(functions: list[str], layout: str | None) -> None:
     chosen = choose(Symbols.of(Symbol(64 * n, name, "kvm_intel") for n, name in enumerate(functions, 1)))
+    assert (chosen and chosen.name) == layout
+
+
+PASS, SVM_HOOK = "set_msr_interception_bitmap", "svm_msr_filter_changed"
+SVM_SET, SVM_RECALC, SVM_RECALC_MSR = "svm_set_intercept_for_msr", "svm_recalc_intercepts", "svm_recalc_msr_intercepts"
+
+
+@pytest.mark.parametrize(
+    ("functions", "layout"),
+    [
+        # what the kernels have: 5.10, 6.1 to 6.16, 6.17, 7.2
+        ([PASS, SVM_HOOK, "set_msr_interception"], "pass"),
+        ([SVM_SET, SVM_RECALC_MSR, FILTER], "set"),
+        ([SVM_SET, SVM_RECALC, FILTER], "recalc"),
+        # clones, and in part
+        ([f"{PASS}.isra.0", f"{SVM_HOOK}.llvm.77"], "pass"),
+        ([PASS], "pass"),
+        ([SVM_HOOK], "pass"),
+        ([SVM_SET], "recalc"),
+        ([SVM_RECALC_MSR], "set"),
+        # of the other vendor
+        ([HOOK, ENABLE, DISABLE, SET, RECALC], None),
+    ],
+)
+def test_the_symbols_of_kvm_amd_choose_the_layout(functions: list[str], layout: str | None) -> None:
+    there = (Symbol(64 * n, name, SVM.module) for n, name in enumerate(functions, 1))
+    chosen = choose(Symbols.of(there, SVM.module, vendor=SVM))
     assert (chosen and chosen.name) == layout
 
 

@@ -152,7 +152,7 @@ def test_hidden_addresses_are_in_no_function(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [*range(1, 90), 1000])
 def test_the_size_of_chunks_does_not_matter(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = read(tmp_path, KALLSYMS)
-    monkeypatch.setattr("tracer.kernel.symbols._CHUNK", size)
+    monkeypatch.setattr("tracer.kernel.kallsyms._CHUNK", size)
     assert read(tmp_path, KALLSYMS) == whole
 
 

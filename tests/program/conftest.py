@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 from hosts import HOSTS
-from kvm_standin import RECALC, STAND_IN, TOGGLE, StandIn, StandInBtf, headers, running  # noqa: F401 (a fixture)
+from kvm_standin import (
+    PASS,
+    RECALC,
+    STAND_IN,
+    SVM_RECALC,
+    TOGGLE,
+    StandIn,
+    StandInBtf,
+    headers,  # noqa: F401 (a fixture)
+    running,
+)
 from needs import tool
 
 from tracer.model.options import Options
@@ -38,6 +48,27 @@ def toggle(headers: None, library: Path) -> Iterator[StandIn]:
 @pytest.fixture(scope="module")
 def recalc(headers: None, library: Path) -> Iterator[StandIn]:
     with running(library, RECALC, StandInBtf(), Options(by_vm=True, backend="kprobe")) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture(scope="module")
+def passing(headers: None, library: Path) -> Iterator[StandIn]:
+    with running(library, PASS, StandInBtf(), Options(backend="kprobe")) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture(scope="module")
+def old_passing(headers: None, library: Path) -> Iterator[StandIn]:
+    """As on 5.10: without BTF, and nothing compares and exchanges."""
+    with running(
+        library, PASS, None, Options(backend="kprobe"), wanted=lambda variant: "claims" in variant.values
+    ) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture(scope="module")
+def svm_recalc(headers: None, library: Path) -> Iterator[StandIn]:
+    with running(library, SVM_RECALC, StandInBtf(), Options(backend="kprobe")) as stand_in:
         yield stand_in
 
 

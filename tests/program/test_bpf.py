@@ -15,7 +15,7 @@ from kvm_standin import SOURCE, TABLES, TRIVIAL, enumeration, headers_of, loaded
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import BACKENDS, Options
 from tracer.model.snapshot import DURATION_BOUNDS
-from tracer.model.vmx import VMX
+from tracer.model.vendors import VENDORS
 from tracer.program import syscalls
 from tracer.program.bpf_attr import Info
 from tracer.program.compiler import build, compiled
@@ -37,7 +37,7 @@ class CastingBtf(KnownBtf):
 def configurations() -> dict[str, Variant]:
     """Every way in which the engine may load the program, by its name."""
     found: dict[str, Variant] = {}
-    for layout in VMX.layouts:
+    for vendor, layout in ((one, layout) for one in VENDORS for layout in one.layouts):
         for btf in (None, CastingBtf()) if layout.calls else (None,):
             for filter_known in (True, False) if layout.filter_set else (False,):
                 for by_vm in (False, True):
@@ -49,8 +49,9 @@ def configurations() -> dict[str, Variant]:
                             if backend == "kprobe" or (btf and layout.calls):
                                 wanted = replace(options, backend=backend)
                                 for variant in variants(layout, there, given, wanted, btf):
-                                    words = [layout.name, backend, *(["cast"] if variant.kfuncs else [])]
-                                    words += [f"{name}={value}" for name, value in given.items()]
+                                    words = [vendor.name, layout.name, backend]
+                                    words += ["cast"] if variant.kfuncs else []
+                                    words += [f"{name}={value}" for name, value in variant.values.items()]
                                     found["-".join(words)] = variant
     return found
 
@@ -98,7 +99,7 @@ def test_values_and_functions_are_those_of_the_program(backend: str, definitions
     used = [variant for variant in CONFIGURATIONS.values() if variant.backend == backend]
     assert {name for variant in used for name in variant.functions} == set(program.functions)
     unused = {"kretprobe_trampoline", "fgraph_trampoline"}  # which these symbols are without
-    unused |= {"enable_at", "disable_at", "set_at"} if backend == "kprobe" else set()
+    unused |= {"enable_at", "disable_at", "set_at", "pass_at"} if backend == "kprobe" else {"claims"}
     assert {name for variant in used for name in variant.values} == set(program.values) - unused
     calls = {one.number for code in program.functions.values() for one in code.relocations if one.what == "kfunc"}
     assert {number for variant in used for number in variant.kfuncs} == calls
@@ -110,16 +111,16 @@ def test_values_and_functions_are_those_of_the_program(backend: str, definitions
 def test_there_is_room_to_say_that_every_place_is_taken() -> None:
     for variant in KPROBE.values():
         size = {one.name: one.max_entries for one in compiled(SOURCE, {}).maps} | {**variant.capacities}
-        assert size["taken"] == sum(size[name] for name in TABLES)
+        assert size["taken"] == sum(size[name] for name in TABLES) + size["vcpus"]  # the last are for claim()
 
 
 def test_what_is_loaded() -> None:
     whole, least = (
         KPROBE[name]
         for name in (
-            "recalc-kprobe-cast-bitmap_offset=6840-exits_offset=5008-cast_type=2-filter_offset=0"
+            "vmx-recalc-kprobe-cast-bitmap_offset=6840-exits_offset=5008-cast_type=2-exact=1-filter_offset=0"
             "-wanted_pid=4711-by_pid=1-leader_offset=1416-command_offset=1896",
-            "toggle-kprobe-update_kind=1",
+            "vmx-toggle-kprobe-update_kind=1",
         )
     )
     assert set(whole.functions) == {
@@ -129,7 +130,7 @@ def test_what_is_loaded() -> None:
         "filter_set_returned",
         "vcpu_created",
         "vcpu_freed",
-        "x2apic_entered",
+        "writer_entered",
         "set_entered",
         "settle_call",
         "counter_ended",
@@ -166,7 +167,9 @@ def test_what_no_value_leads_to_is_gone_once_it_is_loaded(headers: None) -> None
     everything = {name: Target("kprobe") for name in ("update_entered", "vcpu_freed", "enable_entered")}
 
     def left(**given: int) -> dict[str, list[tuple[int, int, int, int]]]:
-        made = load(program, Variant("kprobe", {}, everything, given, cmpxchg="bitmap_offset" in given))
+        made = load(
+            program, Variant("kprobe", {}, everything, given, cmpxchg="exact" in given and "claims" not in given)
+        )
         try:
             return {name: translated(fd) for name, fd in made.functions.items()}
         finally:
@@ -178,17 +181,18 @@ def test_what_no_value_leads_to_is_gone_once_it_is_loaded(headers: None) -> None
     def exchanges(code: list[tuple[int, int, int, int]]) -> int:
         return sum((operation, number) == (ATOMIC, CMPXCHG) for operation, *_, number in code)
 
-    exact = {"bitmap_offset": 6840, "update_kind": 1}
-    blind, seen = left(update_kind=1), left(**exact)
+    exact = {"exact": 1, "bitmap_offset": 6840, "update_kind": 1}
+    blind, seen, old = left(update_kind=1), left(**exact), left(**exact, claims=1)
     assert {name: exchanges(code) for name, code in blind.items()} == dict.fromkeys(everything, 0)
     assert {name: exchanges(code) for name, code in seen.items()} == dict.fromkeys(everything, 1)
+    assert {name: exchanges(code) for name, code in old.items()} == dict.fromkeys(everything, 0)
     # Nothing is read of the kernel; the place is given back.
     assert (calls(blind["vcpu_freed"]), calls(seen["vcpu_freed"])) == (1, 3)
     for more in ({"wanted_pid": 1}, {"by_pid": 1}, {"leader_offset": 8}):
         with_it = left(**exact, **more)
         assert len(with_it["enable_entered"]) > len(seen["enable_entered"]), more
     # What tells updates apart: in that function, and not in that of calls.
-    told = left(bitmap_offset=6840)
+    told = left(exact=1, bitmap_offset=6840)
     assert len(told["update_entered"]) > len(seen["update_entered"])
     assert len(told["enable_entered"]) == len(seen["enable_entered"])
 

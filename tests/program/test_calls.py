@@ -8,7 +8,6 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,65 +18,74 @@ from kvm_standin import (
     ACCESS,
     BOTH,
     CALLERS,
+    MSRPM,
     PAGE,
+    PASS,
     READ,
     RECALC,
+    SVM_CALLERS,
+    SVM_RECALC,
     TOGGLE,
     WRITE,
     StandIn,
     StandInBtf,
     Vcpu,
     calls,
+    passing_calls,
     places,
     running,
+    svm_calls,
 )
 
 from tracer.model.options import Options
 from tracer.model.snapshot import Call, Outcome, Snapshot
-from tracer.model.vmx import VMX
 from tracer.program import syscalls
 
 DIRECT = 2  # of `state`
 
 
-@pytest.fixture(scope="module")
-def narrow(request: pytest.FixtureRequest, headers: None, library: Path) -> Iterator[StandIn]:
-    """With as few counters as there may be; also as where bitmaps are read without asking: other kinds of calls."""
-    known = ("VALUE(cast_type) && !read_kernel(", "!read_kernel(")
-    edit = known if request.param else ("", "")
-    with running(library, RECALC, StandInBtf(), Options(backend="kprobe"), edit) as stand_in:
-        yield stand_in
-
-
 # Intel SDM vol. 3, "MSR-Bitmap Address": where the bit of an MSR is, for reads and for writes
 QUARTERS = {range(0x2000): (0x000, 0x800), range(0xC0000000, 0xC0002000): (0x400, 0xC00)}
+# AMD APM vol. 2, "MSR Intercepts": where the two bits of each MSR begin
+RANGES = {range(0x2000): 0x000, range(0xC0000000, 0xC0002000): 0x800, range(0xC0010000, 0xC0012000): 0x1000}
 
 
 def bits(page: bytes, msr: int, type_: int) -> dict[int, bool]:
     """The bits that TYPE_ names, by the direction; none for an MSR that has none."""
-    for msrs, bases in QUARTERS.items():
+    for msrs, bases in QUARTERS.items() if len(page) == PAGE else ():
         if msr in msrs:
             at, bit = divmod(msr - msrs.start, 8)
             return {
                 d: bool(page[base + at] >> bit & 1) for d, base in zip((READ, WRITE), bases, strict=True) if type_ & d
             }
+    for msrs, base in RANGES.items() if len(page) == MSRPM else ():
+        if msr in msrs:
+            both = page[base + (msr - msrs.start) // 4] >> 2 * (msr % 4)
+            return {d: bool(both & d) for d in (READ, WRITE) if type_ & d}
     return {}
 
 
-def expected(before: bytes, after: bytes, msr: int, type_: int, enable: bool) -> Outcome:
+def expected(before: bytes, after: bytes, msr: int, type_: int, enables: int) -> Outcome:
+    """ENABLES: the directions to intercept."""
     old, new = bits(before, msr, type_), bits(after, msr, type_)
     changed = {direction for direction in old if old[direction] != new[direction]}
-    refused = not enable and any(new.values())
+    refused = any(set_ for direction, set_ in new.items() if not direction & enables)
     return Outcome(1, not changed, READ in changed, WRITE in changed, refused)
 
+
+ACTIONS = {0: "disable", READ: "disable_write", WRITE: "disable_read", BOTH: "enable"}
+
+
+#: The caller, the MSR, the type, what is enabled, whether in an update, and the bitmap after it.
+Made = tuple[str, int, int, int, bool, bytes]
 
 few = settings(max_examples=30, deadline=None)
 
 
-def check_calls(stand_in: StandIn, made: list[tuple[str, int, int, bool, bool, bytes]], pid: int, within: str) -> None:
+def check_calls(stand_in: StandIn, made: list[Made], pid: int, within: str) -> None:
     """Make calls, some of them inside an update; the engine must have seen each as the model does."""
     vcpu = stand_in.vcpu()
-    stand_in.page.raw = b"\xff" * PAGE  # as a new one is
+    stand_in.page.raw = b"\xff" * stand_in.size  # as a new one is
     stand_in.counted()
     wanted: dict[Call, Outcome] = {}
     for caller, msr, type_, enable, in_update, after in made:
@@ -91,11 +99,13 @@ def check_calls(stand_in: StandIn, made: list[tuple[str, int, int, bool, bool, b
             stand_in.update(vcpu)
         else:
             call()
-        action, cause = "enable" if enable else "disable", within if in_update else CALLERS[caller]
+        enables = enable if stand_in.layout.pass_ else BOTH * enable & type_
+        action = ACTIONS[enables if stand_in.layout.pass_ else BOTH * enable]
+        cause = within if in_update else (CALLERS | SVM_CALLERS)[caller]
         if in_update:  # an update makes each call in one place: who made the first makes all of them
             caller = stand_in.callers.setdefault((msr, type_, enable), caller)
         key = Call(msr, ACCESS[type_], action, cause, caller, pid)
-        outcome = expected(before, after, msr, type_, enable)
+        outcome = expected(before, after, msr, type_, enables)
         wanted[key] = wanted[key] + outcome if key in wanted else outcome
     counted = stand_in.counted()
     assert counted.calls == wanted
@@ -106,37 +116,89 @@ def check_calls(stand_in: StandIn, made: list[tuple[str, int, int, bool, bool, b
 
 @few
 @given(made=st.lists(calls, max_size=8))
-def test_calls_of_enable_and_disable(toggle: StandIn, made: list[tuple[str, int, int, bool, bool, bytes]]) -> None:
+def test_calls_of_enable_and_disable(toggle: StandIn, made: list[Made]) -> None:
     check_calls(toggle, made, 0, "filter_change")
 
 
 @few
 @given(made=st.lists(calls, max_size=8))
-def test_calls_of_set(recalc: StandIn, made: list[tuple[str, int, int, bool, bool, bytes]]) -> None:
+def test_calls_of_set(recalc: StandIn, made: list[Made]) -> None:
     check_calls(recalc, made, os.getpid(), "recalc")
+
+
+@few
+@given(made=st.lists(svm_calls, max_size=8))
+def test_calls_of_svms_set(svm_recalc: StandIn, made: list[Made]) -> None:
+    check_calls(svm_recalc, made, 0, "recalc")
+
+
+@few
+@given(made=st.lists(passing_calls, max_size=8))
+def test_calls_of_pass(passing: StandIn, made: list[Made]) -> None:
+    check_calls(passing, made, 0, "filter_change")
+
+
+@few
+@given(made=st.lists(passing_calls, max_size=8))
+def test_calls_of_pass_on_an_old_kernel(old_passing: StandIn, made: list[Made]) -> None:
+    check_calls(old_passing, made, 0, "filter_change")
+    assert old_passing.taken().redundancy == "exact"
+
+
+def test_calls_for_the_bitmap_of_nested_guests(passing: StandIn) -> None:
+    """Their outcomes are those in that bitmap, which is merged anew and freed without calls."""
+    vcpu, nested, full = passing.vcpu(), ctypes.create_string_buffer(MSRPM), b"\xff" * MSRPM
+    for writer in PASS.writers:
+        passing.page.raw = nested.raw = full
+        passing.counted()
+        passing.call("svm_set_msr", vcpu, 0x10, BOTH, 0, bytes(MSRPM))
+        with passing.for_another(nested):
+            passing.call("svm_set_msr", vcpu, 0x10, BOTH, 0, bytes(MSRPM))
+            passing.write(writer, vcpu, full)
+            passing.call("svm_set_msr", vcpu, 0x10, BOTH, BOTH, full)
+        passing.call("svm_set_msr", vcpu, 0x10, BOTH, 0, bytes(MSRPM))
+        counted = passing.counted()
+        assert {(call.action, *vars(outcome).values()) for call, outcome in counted.calls.items()} == {
+            ("disable", 3, 1, 2, 2, 0),
+            ("enable", 1, 1, 0, 0, 0),
+        }
+        assert not counted.lower_bound
 
 
 #: What KVM's update functions call for, 5.13 to 7.3: arch/x86/kvm/vmx/vmx.c; PT with eight address registers.
 UPDATED = [0x10, 0x48, 0x49, 0x10B, 0x1C4, 0x1C5, 0x174, 0x175, 0x176, 0x660, 0x3FC, 0x3FD, 0x3FE, 0x3F8, 0x3F9, 0x3FA]
-
-
 UPDATED += [0x606, 0xC0000100, 0xC0000101, 0xC0000102, 0x560, 0x561, 0x570, 0x571, 0x572, *range(0x580, 0x588)]
+#: The same of arch/x86/kvm/svm/svm.c: until 6.16 direct_access_msrs[]; since 6.17, with a PMU of twelve counters.
+SVM_UPDATED = [0x48, 0x49, 0x10B, 0x174, 0x175, 0x176, 0x1D9, 0x1DB, 0x1DC, 0x1DD, 0x1DE, 0x277, 0xDA0, 0xC0010130]
+SVM_UPDATED += [*range(0xC0000080, 0xC0000085), *range(0xC0000100, 0xC0000104)]
+PASSED = [*SVM_UPDATED, 0x802, 0x803, *range(0x808, 0x811), 0x818, 0x820, 0x828, *range(0x830, 0x83A), 0x83E]
+RECALCULATED = [*SVM_UPDATED, 0xE7, 0xE8, 0x6A0, 0x6A2, *range(0x6A4, 0x6A8), *range(0xC0000300, 0xC0000304)]
+RECALCULATED += [*range(0xC0010000, 0xC0010008), *range(0xC0010200, 0xC001020C)]
+KINDS = {
+    "vmx, a direction each": (RECALC, [(msr, type_, e) for msr in UPDATED for type_ in (READ, WRITE) for e in (0, 1)]),
+    "vmx": (RECALC, [(msr, BOTH, e) for msr in UPDATED for e in (0, 1)]),
+    "svm, pass": (PASS, [(msr, BOTH, e) for msr in PASSED for e in (0, BOTH)] + [(0x49, BOTH, 1), (0x10B, BOTH, 1)]),
+    "svm": (SVM_RECALC, [(msr, BOTH, e) for msr in RECALCULATED for e in (0, 1)] + [(0x49, 2, 0), (0xE7, 1, 0)]),
+}
 
 
-@pytest.mark.parametrize("filter_change", [True, False])
-@pytest.mark.parametrize("types", [(READ, WRITE), (BOTH,)])
-@pytest.mark.parametrize("narrow", [0, DIRECT], ids=["", "direct"], indirect=True)
-def test_counters_of_updates(
-    request: pytest.FixtureRequest, narrow: StandIn, types: tuple[int, ...], filter_change: bool
-) -> None:
-    """None takes longer to find than others: two with the same first place would swap when the order is reversed."""
-    kinds = [(msr, type_, enable) for msr in UPDATED for type_ in types for enable in (False, True)]
-    found = places(narrow, kinds, filter_change)
-    assert len(found) == len(kinds)
-    counters = narrow.engine._reader._arrays["counters"]
-    states = {counters.get(index, "call.state") & DIRECT for index in found.values()}
-    assert states == {request.node.callspec.params["narrow"]}
-    assert places(narrow, kinds[::-1], filter_change) == found
+@pytest.mark.parametrize("direct", [0, DIRECT], ids=["", "direct"])
+@pytest.mark.parametrize("kernel", KINDS)
+@pytest.mark.usefixtures("headers")
+def test_counters_of_updates(kernel: str, direct: int, library: Path) -> None:
+    """None takes longer to find than others: two with the same first place would swap when the order is reversed.
+
+    With as few counters as there may be; also as where bitmaps are read without asking: other kinds of calls.
+    """
+    layout, kinds = KINDS[kernel]
+    edit = ("VALUE(cast_type) && !read_kernel(", "!read_kernel(") if direct else ("", "")
+    with running(library, layout, StandInBtf(), Options(backend="kprobe"), edit=edit) as narrow:
+        for filter_change in (True, False) if layout.filter_set else (True,):
+            found = places(narrow, kinds, filter_change)
+            assert len(found) == len(kinds)
+            counters = narrow.engine._reader._arrays["counters"]
+            assert {counters.get(index, "call.state") & DIRECT for index in found.values()} == {direct}
+            assert places(narrow, kinds[::-1], filter_change) == found
 
 
 CLEAR, FULL = bytes(PAGE), b"\xff" * PAGE
@@ -194,7 +256,7 @@ def test_bits_that_are_written_without_a_call_are_not_taken_for_its_outcome(togg
     toggle.counted()
     toggle.call("vmx_set_msr", vcpu, 0x808, READ, False, CLEAR)
     toggle.next.raw = FULL
-    toggle.library[VMX.direct_write](ctypes.byref(vcpu))
+    toggle.library[TOGGLE.writers[0]](ctypes.byref(vcpu))
     assert toggle.page.raw == FULL
     assert outcomes(toggle.counted()) == [CHANGED]
 
@@ -210,25 +272,32 @@ def test_a_vcpu_whose_end_was_not_seen(toggle: StandIn) -> None:
     assert (outcomes(counted), counted.read_failures, counted.vcpus_seen) == ([Outcome(1, 0, 0, 0, 0)], 1, 2)
 
 
-def test_vcpus_at_once_do_not_mix(toggle: StandIn) -> None:
+@pytest.mark.parametrize("name", ["toggle", "passing", "old_passing"])
+def test_vcpus_at_once_do_not_mix(name: str, request: pytest.FixtureRequest) -> None:
     """Each in a thread of its own, under the eyes of a reader that settles what it can."""
+    toggle: StandIn = request.getfixturevalue(name)
     rounds, threads = 150, 6
-    library, done = toggle.library, threading.Event()
-    call = library["vmx_disable_intercept_for_msr"]
+    library, done, pass_ = toggle.library, threading.Event(), toggle.layout.pass_
     ctypes.c_void_p.in_dll(library, "next").value = None
     toggle.inside(lambda: None)
     toggle.counted()
 
+    def call(vcpu: Vcpu, msr: int) -> None:
+        if pass_:
+            library[pass_](ctypes.byref(vcpu), ctypes.c_void_p(vcpu.bitmap), ctypes.c_uint32(msr), 1, 1)
+        else:
+            library["vmx_disable_intercept_for_msr"](ctypes.byref(vcpu), ctypes.c_uint32(msr), READ)
+
     def vcpu_thread(number: int) -> None:
-        page = ctypes.create_string_buffer(FULL, PAGE)
+        page = ctypes.create_string_buffer(b"\xff" * toggle.size, toggle.size)
         for _ in range(rounds):
             vcpu = Vcpu(0x1000, ctypes.addressof(page))
             toggle.create(vcpu)
             for msr in range(number, number + 3):
-                call(ctypes.byref(vcpu), ctypes.c_uint32(msr), READ)
+                call(vcpu, msr)
                 vcpu.exits += 1
             toggle.update(vcpu)
-            call(ctypes.byref(vcpu), ctypes.c_uint32(0x40), BOTH)
+            call(vcpu, 0x40)
             toggle.free(vcpu)
 
     def read() -> None:

@@ -13,7 +13,7 @@ from tracer.kernel.btf import Btf
 from tracer.kernel.headers import join_headers
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.vendor import Layout
-from tracer.model.vmx import VMX
+from tracer.model.vendors import VENDORS
 
 
 class KnownBtf(Btf):
@@ -23,7 +23,7 @@ class KnownBtf(Btf):
         super().__init__(b"\x9f\xeb\x01\x00" + (24).to_bytes(4, "little") + bytes(16))
 
     def offset(self, structure: str, member: str) -> int:
-        offsets = {"vmcs01": 6792, "msr_bitmap": 48, "kvm": 0, "stat": 5000, "exits": 8}
+        offsets = {"vmcs01": 6792, "msr_bitmap": 48, "msrpm": 6936, "kvm": 0, "stat": 5000, "exits": 8}
         return (offsets | {"group_leader": 1416, "comm": 1896})[member]
 
     def function_id(self, name: str) -> int:
@@ -32,10 +32,12 @@ class KnownBtf(Btf):
 
 def symbols(layout: Layout, *without: str) -> Symbols:
     """Functions of 0x100 bytes each, from 0x1000 on."""
-    names = [layout.update, *layout.calls, "vmx_vcpu_create", "vmx_vcpu_free", VMX.direct_write]
+    vendor = next(vendor for vendor in VENDORS if layout in vendor.layouts)
+    names = [layout.update, *layout.calls, vendor.vcpu_create[0], vendor.vcpu_free[0], *layout.writers]
     names += [layout.filter_set] if layout.filter_set else []
     there = [name for name in names if name not in without]
-    return Symbols.of(Symbol(0x1000 + 0x100 * n, name, "kvm_intel") for n, name in enumerate(there))
+    functions = [Symbol(0x1000 + 0x100 * n, name, vendor.module) for n, name in enumerate(there)]
+    return Symbols.of(functions, vendor.module, vendor=vendor)
 
 
 def kernel_of(host: str) -> Path:

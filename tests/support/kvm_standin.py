@@ -23,7 +23,8 @@ from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
 from tracer.model.snapshot import Snapshot
-from tracer.model.vendor import Layout
+from tracer.model.svm import SVM
+from tracer.model.vendor import Layout, Vendor
 from tracer.model.vmx import VMX
 from tracer.program.compiler import build
 from tracer.program.loading import Loaded
@@ -31,6 +32,7 @@ from tracer.program.program import Target, Variant
 from tracer.program.resources import resource
 from tracer.program.source import whole_text
 from tracer.trace.engine import Engine
+from tracer.trace.plan import variants
 
 SOURCE = resource("bpf/msrtrace.c")
 
@@ -93,6 +95,9 @@ TOGGLE = next(layout for layout in VMX.layouts if layout.name == "toggle")
 RECALC = next(layout for layout in VMX.layouts if layout.name == "recalc")
 
 
+PASS, SVM_RECALC = (next(layout for layout in SVM.layouts if layout.name == name) for name in ("pass", "recalc"))
+
+
 HOOK, ENABLE, DISABLE = TOGGLE.update, "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr"
 
 
@@ -110,10 +115,12 @@ STAND_IN = """
 #include <string.h>
 struct vcpu { void *kvm; unsigned char *bitmap; unsigned long exits; };
 unsigned char *next; /* what the bitmap is after a call */
+unsigned char *other; /* the bitmap that is written, if it is not the vCPU's */
+unsigned long size; /* of it */
 void (*inside)(void);
 int result;
 #define KEPT __attribute__((noipa))
-static void change(struct vcpu *vcpu) { if (next) memcpy(vcpu->bitmap, next, 4096); }
+static void change(struct vcpu *vcpu) { if (next) memcpy(other ? other : vcpu->bitmap, next, size); }
 KEPT void vmx_disable_intercept_for_msr(struct vcpu *vcpu, unsigned msr, int type) { change(vcpu); }
 KEPT void vmx_enable_intercept_for_msr(struct vcpu *vcpu, unsigned msr, int type) { change(vcpu); }
 KEPT void vmx_set_intercept_for_msr(struct vcpu *vcpu, unsigned msr, int type, bool set) { change(vcpu); }
@@ -123,7 +130,22 @@ KEPT void vmx_vcpu_free(struct vcpu *vcpu) { asm volatile(""); }
 KEPT void vmx_update_msr_bitmap_x2apic(struct vcpu *vcpu) { asm volatile(""); change(vcpu); }
 KEPT int vmx_vcpu_create(struct vcpu *vcpu) { inside(); asm volatile(""); return 0; }
 KEPT int kvm_vm_ioctl_set_msr_filter(void *kvm, void *filter) { inside(); return result; }
-#define CALLER(name) KEPT void name(struct vcpu *vcpu, unsigned msr, int type, bool enable, bool set) { \\
+KEPT void svm_set_intercept_for_msr(struct vcpu *vcpu, unsigned msr, int type, bool set) { change(vcpu); }
+KEPT void set_msr_interception_bitmap(struct vcpu *vcpu, void *msrpm, unsigned msr, int read, int write)
+{ change(vcpu); }
+KEPT void svm_msr_filter_changed(struct vcpu *vcpu) { inside(); asm volatile(""); }
+KEPT void svm_recalc_intercepts(struct vcpu *vcpu) { inside(); asm volatile(""); }
+KEPT void svm_vcpu_free(struct vcpu *vcpu) { asm volatile(""); }
+KEPT void nested_svm_vmrun_msrpm(struct vcpu *vcpu) { asm volatile(""); change(vcpu); }
+KEPT void svm_free_nested(struct vcpu *vcpu) { asm volatile(""); change(vcpu); asm volatile(""); }
+KEPT int svm_vcpu_create(struct vcpu *vcpu) { inside(); asm volatile(""); return 0; }
+#define SVM_CALLER(name) KEPT void name(struct vcpu *vcpu, unsigned msr, int type, unsigned enable, bool set) { \\
+    if (set) svm_set_intercept_for_msr(vcpu, msr, type, enable); \\
+    else set_msr_interception_bitmap(vcpu, other ? other : vcpu->bitmap, msr, !(enable & 1), !(enable & 2)); \\
+    asm volatile(""); }
+SVM_CALLER(svm_set_msr)
+SVM_CALLER(svm_vcpu_after_set_cpuid)
+#define CALLER(name) KEPT void name(struct vcpu *vcpu, unsigned msr, int type, unsigned enable, bool set) { \\
     if (set) vmx_set_intercept_for_msr(vcpu, msr, type, enable); \\
     else if (enable) vmx_enable_intercept_for_msr(vcpu, msr, type); \\
     else vmx_disable_intercept_for_msr(vcpu, msr, type); \\
@@ -134,9 +156,10 @@ CALLER(vmx_vcpu_after_set_cpuid)
 
 
 CALLERS = {"vmx_set_msr": "msr_write", "vmx_vcpu_after_set_cpuid": "cpuid_update"}
+SVM_CALLERS = {"svm_set_msr": "msr_write", "svm_vcpu_after_set_cpuid": "cpuid_update"}
 
 
-PAGE = 4096
+PAGE, MSRPM = 4096, 8192
 
 
 class Vcpu(ctypes.Structure):
@@ -149,15 +172,20 @@ class StandIn:
 
     def __init__(self, library: Path, layout: Layout) -> None:
         self.path, self.layout, self.library = library, layout, ctypes.CDLL(str(library))
+        self.vendor: Vendor = SVM if layout in SVM.layouts else VMX
         mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(library))]
         self.base = min(int(line.partition("-")[0], 16) for line in mapped)
-        self.page, self.next = ctypes.create_string_buffer(PAGE), ctypes.create_string_buffer(PAGE)
+        self.size = MSRPM if self.vendor is SVM else PAGE
+        self.page, self.next = ctypes.create_string_buffer(self.size), ctypes.create_string_buffer(self.size)
         self.vcpus: list[Vcpu] = []
-        self.callers: dict[tuple[int, int, bool], str] = {}
+        self.callers: dict[tuple[int, int, int], str] = {}
         self.inside(lambda: None)
-        names: list[str] = [*layout.calls, layout.update, CREATE, FREE, VMX.direct_write, *CALLERS]
-        names += [layout.filter_set] if layout.filter_set else []
-        self.symbols = Symbols.of(Symbol(self.address(name), name, "kvm_intel") for name in names)
+        names = [*layout.functions, self.vendor.vcpu_create[0], self.vendor.vcpu_free[0], *layout.writers]
+        names += SVM_CALLERS if self.vendor is SVM else CALLERS
+        module = self.vendor.module
+        self.symbols = Symbols.of(
+            (Symbol(self.address(name), name, module) for name in names), module, vendor=self.vendor
+        )
 
     def address(self, name: str) -> int:
         return int(ctypes.cast(self.library[name], ctypes.c_void_p).value or 0)
@@ -188,24 +216,46 @@ class StandIn:
         ctypes.c_void_p.in_dll(self.library, "inside").value = ctypes.cast(self._callback, ctypes.c_void_p).value
 
     def call(  # noqa: PLR0917 (as the function that it calls)
-        self, caller: str, vcpu: Vcpu, msr: int, type_: int, enable: bool, after: bytes | None = None
+        self, caller: str, vcpu: Vcpu, msr: int, type_: int, enable: int, after: bytes | None = None
     ) -> None:
-        """CALLER calls for MSR; AFTER is what the bitmap holds then, None: what it holds now."""
+        """CALLER calls for MSR; AFTER is what the bitmap holds then, None: what it holds now.
+
+        ENABLE is true or false or, for a call that names both directions, those that are to be intercepted.
+        """
+        self._will_be(after)
+        arguments = (ctypes.c_uint32(msr), type_, ctypes.c_uint32(enable), ctypes.c_bool(self.layout.set_ is not None))
+        self.library[caller](ctypes.byref(vcpu), *arguments)
+
+    def _will_be(self, after: bytes | None) -> None:
         if after is not None:
             self.next.raw = after
         where = ctypes.addressof(self.next) if after is not None else None
         ctypes.c_void_p.in_dll(self.library, "next").value = where
-        arguments = (ctypes.c_uint32(msr), type_, ctypes.c_bool(enable), ctypes.c_bool(self.layout.set_ is not None))
-        self.library[caller](ctypes.byref(vcpu), *arguments)
+        ctypes.c_ulong.in_dll(self.library, "size").value = self.size
 
     def update(self, vcpu: Vcpu) -> None:
         self.library[self.layout.update](ctypes.byref(vcpu))
 
     def free(self, vcpu: Vcpu) -> None:
-        self.library[FREE](ctypes.byref(vcpu))
+        self.library[self.vendor.vcpu_free[0]](ctypes.byref(vcpu))
+
+    def write(self, writer: str, vcpu: Vcpu, after: bytes) -> None:
+        """WRITER writes the bitmap without a call."""
+        self._will_be(after)
+        self.library[writer](ctypes.byref(vcpu))
+
+    @contextmanager
+    def for_another(self, bitmap: ctypes.Array[ctypes.c_char]) -> Iterator[None]:
+        """Calls change BITMAP, which is not the vCPU's own."""
+        place = ctypes.c_void_p.in_dll(self.library, "other")
+        place.value = ctypes.addressof(bitmap)
+        try:
+            yield
+        finally:
+            place.value = None
 
     def create(self, vcpu: Vcpu) -> None:
-        self.library["vmx_vcpu_create"](ctypes.byref(vcpu))
+        self.library[self.vendor.vcpu_create[0]](ctypes.byref(vcpu))
 
     def set_filter(self, kvm: int = 0x1000, result: int = 0) -> None:
         ctypes.c_int.in_dll(self.library, "result").value = result
@@ -220,9 +270,18 @@ class StandIn:
 
 @contextmanager
 def running(
-    library: Path, layout: Layout, btf: Btf | None, options: Options, edit: tuple[str, str] = ("", "")
+    library: Path,
+    layout: Layout,
+    btf: Btf | None,
+    options: Options,
+    *,
+    edit: tuple[str, str] = ("", ""),
+    wanted: Callable[[Variant], bool] = lambda _: True,
 ) -> Iterator[StandIn]:
-    """The program reads the kernel's memory; here that is this process's, and nothing else differs but by EDIT."""
+    """The program reads the kernel's memory; here that is this process's, and nothing else differs but by EDIT.
+
+    Loaded as the first variant that is WANTED.
+    """
     source, code = library.parent / "msrtrace.c", whole_text(SOURCE)
     for old, new in (("BPF_FUNC_probe_read_kernel", "BPF_FUNC_probe_read_user"), edit):
         assert old in code
@@ -242,6 +301,9 @@ def running(
         patch.setattr("tracer.trace.engine.resource", lambda _: source)
         patch.setattr(Engine, "_link", link)
         patch.setattr(Btf, "of_module", of_module)
+        if btf is None:
+            patch.setattr(Btf, "of_kernel", of_module)
+        patch.setattr("tracer.trace.engine.variants", lambda *given: [*filter(wanted, variants(*given))])
         stand_in.start(options)
     try:
         yield stand_in
@@ -253,7 +315,12 @@ class StandInBtf(KnownBtf):
     def offset(self, structure: str, member: str) -> int:
         if structure == "task_struct":
             return 0  # as if it were not known: the command is that of the thread
-        places = {"vmcs01": Vcpu.BITMAP_OFFSET, "kvm": Vcpu.FILTER_OFFSET, "stat": Vcpu.EXITS_OFFSET}
+        places = {
+            "vmcs01": Vcpu.BITMAP_OFFSET,
+            "msrpm": Vcpu.BITMAP_OFFSET,
+            "kvm": Vcpu.FILTER_OFFSET,
+            "stat": Vcpu.EXITS_OFFSET,
+        }
         return places.get(member, 0)
 
 
@@ -261,6 +328,8 @@ ACCESS = {READ: "read", WRITE: "write", BOTH: "read_write"}
 
 
 MSRS = [0, 7, 8, 0x10, 0x1FFF, 0x2000, 0xBFFFFFFF, 0xC0000000, 0xC0000100, 0xC0001FFF, 0xC0002000, 0xFFFFFFFF]
+#: SVM has a third range.
+SVM_MSRS = [*MSRS, 0xC000FFFF, 0xC0010000, 0xC0010130, 0xC0011FFF, 0xC0012000]
 
 
 @st.composite
@@ -273,17 +342,35 @@ def pages(draw: st.DrawFn) -> bytes:
     return bytes(page)
 
 
+@st.composite
+def msrpms(draw: st.DrawFn) -> bytes:
+    """The same of SVM's bitmap."""
+    page = bytearray([draw(st.sampled_from([0, 0xFF]))] * MSRPM)
+    for msr in draw(st.lists(st.sampled_from(SVM_MSRS), max_size=8)):
+        at = next((0x800 * n for n, base in enumerate((0, 0xC0000000, 0xC0010000)) if 0 <= msr - base < 0x2000), None)
+        if at is not None:
+            page[at + (msr & 0x1FFF) // 4] = draw(st.integers(0, 255))
+    return bytes(page)
+
+
+#: As `calls`: of a function that takes a type and a bool, and of one that names both directions.
+svm_calls, passing_calls = (
+    st.tuples(st.sampled_from([*SVM_CALLERS]), st.sampled_from(SVM_MSRS), types, enables, st.booleans(), msrpms())
+    for types, enables in ((st.sampled_from([*ACCESS]), st.integers(0, 1)), (st.just(BOTH), st.integers(0, BOTH)))
+)
+
+
 calls = st.tuples(
     st.sampled_from([*CALLERS]),
     st.sampled_from(MSRS),
     st.sampled_from([*ACCESS]),
-    st.booleans(),
+    st.integers(0, 1),
     st.booleans(),
     pages(),
 )
 
 
-def places(stand_in: StandIn, kinds: list[tuple[int, int, bool]], filter_change: bool) -> dict[int, int]:
+def places(stand_in: StandIn, kinds: list[tuple[int, int, int]], filter_change: bool) -> dict[int, int]:
     """Where the program counts KINDS of calls, by their keys, if an update makes them in that order."""
     counters, taken = stand_in.engine._reader._arrays["counters"], stand_in.engine._built.loaded.maps["taken"]
     for index in range(counters.entries):
@@ -299,7 +386,7 @@ def places(stand_in: StandIn, kinds: list[tuple[int, int, bool]], filter_change:
 
     def update() -> None:
         for msr, type_, enable in kinds:
-            stand_in.call("vmx_set_msr", vcpu, msr, type_, enable)
+            stand_in.call(f"{stand_in.vendor.name}_set_msr", vcpu, msr, type_, enable)
 
     stand_in.inside(update)
     stand_in.update(vcpu)

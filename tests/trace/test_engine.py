@@ -21,9 +21,8 @@ from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
 from tracer.model.snapshot import Call, Durations, Map, Outcome
-from tracer.model.vmx import VMX
 from tracer.trace.engine import Engine
-from tracer.trace.plan import preemptible
+from tracer.trace.plan import preemptible, values, variants
 from tracer.trace.reader import Reader
 
 
@@ -102,9 +101,9 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
                     what(0xC0000100, BOTH, 0, FILTER_CHANGE),
                     {"changed": 3, "redundant": 2, "changed_write": 3, "refused": 4},
                 ),
-                (IN_HOOK, 200, what(0x48, WRITE, 1, FILTER_CHANGE), {"redundant": 2, "unknown": 1}),
-                (OUTSIDE, 200, what(0x48, WRITE, 1, NO_UPDATE), {"redundant": 1}),
-                (OUTSIDE, 200, what(0x49, WRITE, 1, NO_UPDATE), {}),  # a place alone
+                (IN_HOOK, 200, what(0x48, WRITE, WRITE, FILTER_CHANGE), {"redundant": 2, "unknown": 1}),
+                (OUTSIDE, 200, what(0x48, WRITE, WRITE, NO_UPDATE), {"redundant": 1}),
+                (OUTSIDE, 200, what(0x49, WRITE, WRITE, NO_UPDATE), {}),  # a place alone
                 (IN_HOOK, 0, what(0x48, READ, 0, FILTER_CHANGE), {"redundant": 4}),  # of those that ended
             )
         ):
@@ -133,7 +132,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
             (HOOK, 6),
             (CREATE, 0),
             (FREE, 0),
-            (VMX.direct_write, 0),
+            (TOGGLE.writers[0], 0),
             (ENABLE, 0),
             (DISABLE, 0),
         ]
@@ -165,7 +164,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
         functions = engine._functions
         engine.detach()
-        assert engine.reattach(TOGGLE, symbols(TOGGLE, VMX.direct_write))
+        assert engine.reattach(TOGGLE, symbols(TOGGLE, TOGGLE.writers[0]))
         fresh_snapshot = engine.snapshot()
         assert (fresh_snapshot.calls, fresh_snapshot.updates, fresh_snapshot.recalcs) == ({}, {}, {})
         assert (fresh_snapshot.vcpus_seen, fresh_snapshot.lower_bound) == (0, False)
@@ -233,14 +232,14 @@ def test_engine_beside_a_livepatch() -> None:
 @pytest.mark.usefixtures("headers", "no_probes")
 def test_runs_that_were_skipped_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """bpf_prog->stats.misses goes on counting while the program stays loaded."""
-    misses = {"update_entered": 2, "update_returned": 1, "x2apic_entered": 4, "disable_entered": 8}
+    misses = {"update_entered": 2, "update_returned": 1, "writer_entered": 4, "disable_entered": 8}
     monkeypatch.setattr(Engine, "_misses", lambda _, program: misses.get(program, 0))
     there = Symbols.of(
         Symbol(0x100 * n, name, "kvm_intel")
-        for n, name in enumerate((HOOK, CREATE, FREE, ENABLE, DISABLE, *VMX.direct_write_callers))
+        for n, name in enumerate((HOOK, CREATE, FREE, ENABLE, DISABLE, *TOGGLE.inlined_into))
     )
     engine = Engine(TOGGLE, there, Options())
-    one, other = VMX.direct_write_callers
+    one, other = TOGGLE.inlined_into
     try:
         missed = {probe.function: probe.missed for probe in engine.snapshot().probes}
         assert missed == {HOOK: 3, CREATE: 0, FREE: 0, one: 4, other: 0, ENABLE: 0, DISABLE: 8}
@@ -268,7 +267,7 @@ def test_updates_are_not_claimed_to_be_seen_without_the_probe_that_tells_them_ap
 def test_a_reattachment_that_fails_leaves_no_probe(no_probes: Probing) -> None:
     engine = Engine(TOGGLE, symbols(TOGGLE), Options(backend="kprobe"))
     try:
-        held = {HOOK: 2, CREATE: 1, FREE: 1, VMX.direct_write: 1, ENABLE: 1, DISABLE: 1}
+        held = {HOOK: 2, CREATE: 1, FREE: 1, TOGGLE.writers[0]: 1, ENABLE: 1, DISABLE: 1}
         assert +no_probes.held == held
         engine.detach()
         assert not +no_probes.held
@@ -309,7 +308,12 @@ def test_where_fentry_is_refused_kprobes_are_used(monkeypatch: pytest.MonkeyPatc
         engine.close()
     with pytest.raises(MsrtraceError, match="the kernel gives no BTF of kvm_intel"):
         Engine(TOGGLE, symbols(TOGGLE), Options(backend="fentry"))
-    callers = symbols(TOGGLE, VMX.direct_write).functions
-    inlined = Symbols.of([*callers, *(Symbol(0x9000, name, "kvm_intel") for name in VMX.direct_write_callers)])
-    with pytest.raises(MsrtraceError, match="there is no vmx_update_msr_bitmap_x2apic to probe; --backend kprobe can"):
-        Engine(TOGGLE, inlined, Options(backend="fentry"))
+
+
+def test_fentry_has_a_program_for_each_function_that_writes_without_a_call() -> None:
+    """Also where the one was inlined into two."""
+    callers = symbols(TOGGLE, TOGGLE.writers[0]).functions
+    inlined = Symbols.of([*callers, *(Symbol(0x9000, name, "kvm_intel") for name in TOGGLE.inlined_into)])
+    options = Options(backend="fentry")
+    found = variants(TOGGLE, inlined, values(TOGGLE, KnownBtf(), inlined, options), options, KnownBtf())
+    assert {"writer_entered", "other_writer_entered"} <= found[0].functions.keys()

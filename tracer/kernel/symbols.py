@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import BinaryIO
 
+from tracer.kernel.kallsyms import ADDRESS, bounds, lines_with, loaded_modules, module_of, rows_of, scan
 from tracer.kernel.livepatch import IMAGE, LIVEPATCHES, Livepatch, read_livepatches
 from tracer.model.errors import MsrtraceError
 from tracer.model.symbol_name import plain_name
@@ -37,14 +37,9 @@ _PART = re.compile(r"\.part\.")
 _NO_FUNCTION = ("__pfx_", "__cfi_", "__ksymtab")
 #: The prefix of SUSE's livepatches for a function that replaces another.
 _REPLACEMENT = "klpp_"
-#: Types of symbols that are not in the module that lists them, such as those a livepatch refers to, or that have no
-#: section in it (elf_type(), kernel/module/kallsyms.c).
-_ELSEWHERE = b"aAuU?"
 
-_ADDRESS, _PAGE = 16, 13  # hex digits of an address, and of its page number, at the start of a line
-_PAGE_SHIFT = 12
+
 _UNKNOWN_END = 1 << 64
-_CHUNK = 1 << 16  # bytes; the file has 20 MB, and larger buffers cost more than they save
 
 
 def _prefixes() -> Iterator[str]:
@@ -107,11 +102,11 @@ class _Image:
         return cls(b"".join(rows), array("I", [0, *accumulate(map(len, rows))]))
 
     def has(self, function: str) -> bool:
-        return _has(_lines_with(f" {function}".encode(), self.text), function)
+        return _has(lines_with(f" {function}".encode(), self.text), function)
 
     def containing(self, address: int) -> Symbol | None:
         def key(row: int) -> bytes:
-            return self.text[self.offsets[row] : self.offsets[row] + _ADDRESS]
+            return self.text[self.offsets[row] : self.offsets[row] + ADDRESS]
 
         end = bisect_right(range(len(self.offsets) - 1), f"{address:016x}".encode(), key=key)
         if not end or not int(key(end - 1), 16):
@@ -147,10 +142,10 @@ class Symbols:
         """Read /proc/kallsyms, and /proc/modules next to it. Raises MsrtraceError if the former cannot be read."""
         try:
             with kallsyms.open("rb") as file:
-                named, listed = _scan(file)
+                named, listed = scan(file, _NAMED)
             in_image = [row for row in named if b"\t[" not in row]
             vendor, own = _vendor(listed, in_image, kallsyms.with_name("cpuinfo"))
-            rows = {vendor.module: own, _KVM: _rows_of(_KVM, listed)}
+            rows = {vendor.module: own, _KVM: rows_of(_KVM, listed)}
             image = None
             if not own and _has(in_image, vendor.marker):  # CONFIG_KVM_INTEL=y
                 image = _Image.read(kallsyms)
@@ -162,15 +157,15 @@ class Symbols:
             raise MsrtraceError(f"cannot read {kallsyms}: {error.strerror}") from None
         objects = {*rows} | ({IMAGE} if image else set())
         patches = tuple(patch for patch in read_livepatches(livepatches) if patch.functions(objects))
-        strangers = {*map(_module_of, named), *(patch.module for patch in patches)} - {None, *rows}
-        strange = {stranger: _rows_of(stranger, listed) for stranger in sorted(map(str, strangers))}
-        modules = _modules(kallsyms.with_name("modules"))
+        strangers = {*map(module_of, named), *(patch.module for patch in patches)} - {None, *rows}
+        strange = {stranger: rows_of(stranger, listed) for stranger in sorted(map(str, strangers))}
+        modules = loaded_modules(kallsyms.with_name("modules"))
         symbols = cls.of(
             _functions(chain(*rows.values(), in_image if image else ())),
             module=vendor.module if rows or not image else None,
             vendor=vendor,
             others=_functions(chain(*strange.values(), () if image else in_image)),
-            bounds=_bounds(rows | strange, listed, modules),
+            bounds=bounds(rows | strange, listed, modules),
             ends=modules,
             image=image,
         )
@@ -302,43 +297,13 @@ def _end(symbol: Symbol, edges: Sequence[int], ends: Mapping[str, range]) -> int
     return min(end, of_module.stop) if of_module and symbol.address in of_module else end
 
 
-# --- /proc/kallsyms: 200,000 lines, so only few are parsed ---
-
-
-def _scan(file: BinaryIO) -> tuple[list[bytes], list[bytes]]:
-    """The lines with a name of _NAMED; and, in chunks, all lines of modules, which follow those of the image."""
-    named: list[bytes] = []
-    listed: list[bytes] = []
-    rest = b""
-    while chunk := file.read(_CHUNK):
-        whole, newline, following = (rest + chunk).rpartition(b"\n")
-        lines, rest = whole + newline, following
-        for name in _NAMED:
-            named += _lines_with(name, lines)
-        if listed:
-            listed.append(lines)
-        elif (at := lines.find(b"\t[")) >= 0:
-            listed.append(lines[lines.rfind(b"\n", 0, at) + 1 :])
-    return named, listed
-
-
-def _lines_with(part: bytes, lines: bytes) -> list[bytes]:
-    found = []
-    at = lines.find(part)
-    while at >= 0:
-        end = lines.find(b"\n", at + len(part) - 1) + 1
-        found.append(lines[lines.rfind(b"\n", 0, at) + 1 : end])
-        at = lines.find(part, end)
-    return found
-
-
 def _vendor(listed: list[bytes], in_image: list[bytes], cpuinfo: Path) -> tuple[Vendor, list[bytes]]:
     """The vendor whose module is loaded, with its lines; else the one whose functions are in the image, else FIRST.
 
     A kernel image may have several vendors' functions; those that run are of the one whose flag the CPU has.
     """
     for vendor in VENDORS:
-        if rows := _rows_of(vendor.module, listed):
+        if rows := rows_of(vendor.module, listed):
             return vendor, rows
     found = [vendor for vendor in VENDORS if _has(in_image, vendor.marker)]
     if len(found) > 1:
@@ -351,18 +316,8 @@ def _vendor(listed: list[bytes], in_image: list[bytes], cpuinfo: Path) -> tuple[
     return next(iter(found), FIRST), []
 
 
-def _rows_of(module: str, listed: list[bytes]) -> list[bytes]:
-    end = f"\t[{module}]\n".encode()
-    return [row for lines in listed for row in _lines_with(end, lines)]
-
-
 def _has(rows: Iterable[bytes], function: str) -> bool:
     return any(s.function == function and s.is_entry for s in _functions(rows))
-
-
-def _module_of(row: bytes) -> str | None:
-    _, tab, module = row.decode(errors="replace").rstrip().partition("\t[")
-    return module.rstrip("]") if tab else None
 
 
 def _functions(rows: Iterable[bytes]) -> list[Symbol]:
@@ -377,37 +332,3 @@ def _functions(rows: Iterable[bytes]) -> list[Symbol]:
 def _trampolines(image: Iterable[bytes]) -> dict[str, int]:
     found = {symbol.name: symbol.address for symbol in _functions(image)}
     return {kind: found[name] for kind, names in TRAMPOLINES.items() for name in names if name in found}
-
-
-def _bounds(rows: Mapping[str, list[bytes]], listed: list[bytes], modules: Mapping[str, range]) -> set[int]:
-    """The addresses at which symbols of any kind begin.
-
-    Of the modules in `rows`, every symbol. Other modules have too many: where their code begins is enough, if
-    `modules` has it. Otherwise the pages with their symbols are used, as modules never share a page
-    (kernel/module/main.c, mm/execmem.c); where they seem to, their symbols in that page are taken one by one.
-    """
-    kept = [row for of_module in rows.values() for row in of_module]
-    pages, others = {row[:_PAGE] for row in kept}, set[bytes]()
-    if rows.keys() <= modules.keys():
-        listed = []
-    ends = tuple(f"\t[{module}]".encode() for module in rows)
-    for lines in (piece.splitlines() for piece in listed):
-        others.update([line[:_PAGE] for line in lines])
-        kept += [line for line in lines if line[:_PAGE] in pages and not line.endswith(ends)]
-    bounds = {int(row[:_ADDRESS], 16) for row in kept if row[_ADDRESS + 1 : _ADDRESS + 2] not in _ELSEWHERE}
-    bounds.update(module.start for module in modules.values())
-    return bounds.union(int(page, 16) << _PAGE_SHIFT for page in others - pages)
-
-
-def _modules(modules: Path) -> dict[str, range]:
-    """Upper bounds of the address ranges of modules, from /proc/modules: name, size, users, used by, state, address.
-
-    Since 6.4 the size is the sum over the separate parts of a module, and the address that of its code (m_show(),
-    kernel/module/procfs.c). Hidden addresses are 0.
-    """
-    try:
-        lines = [line.split() for line in modules.read_text().splitlines()]
-        places = {name: (int(at, 16), int(size)) for name, size, _, _, _, at, *_ in lines}
-    except (OSError, ValueError):  # a kernel without modules, or a malformed file
-        return {}
-    return {name: range(at, at + size) for name, (at, size) in places.items() if at}
