@@ -101,10 +101,14 @@ class Suite:
         text = self._apt("apt-cache", "depends", "--no-suggests", "--no-recommends", package)
         return re.findall(r"Depends: ([a-z0-9][a-z0-9.+-]*)", text)
 
-    def lacking(self, packages: list[str], tree: Path) -> list[str]:
-        """What installing PACKAGES into TREE, a root tree of this suite, would add: they and what they depend on."""
+    def lacking(self, packages: list[str], tree: Path | None = None) -> list[str]:
+        """What installing PACKAGES into TREE, a root tree of this suite, would add: they and what they depend on.
+
+        Without TREE: into an empty one.
+        """
         self.refresh()
-        options = ["-o", f"Dir::State::status={tree}/var/lib/dpkg/status", "--no-install-recommends", "--simulate"]
+        status = ["-o", f"Dir::State::status={tree}/var/lib/dpkg/status"] if tree else []
+        options = [*status, "--no-install-recommends", "--simulate"]
         return re.findall(r"^Inst (\S+)", self._apt("apt-get", *options, "install", *packages), re.MULTILINE)
 
     def unpack(self, packages: list[str], into: Path, downloads: Path) -> None:

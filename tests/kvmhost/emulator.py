@@ -1,119 +1,53 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Bochs: built from Debian's source without its debugger, or, where that fails, Debian's own binary."""
+"""What a run asks of a host, and what an emulator does about it: bochs.py has the Intel hosts, qemu.py those of AMD."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from apt import Suite
-from cache import BUILD, UNUSED_SECONDS, RigError, cached, locked, retried, say, sh
+from hosts import Image
 
-# trixie's 3.0 first: the others' upstream tarballs were missing from the archive when this was written.
-SOURCE_SUITES = [Suite(name) for name in ("trixie", "sid", "bookworm")]
-BINARY_SUITE = Suite("bookworm")
-CONFIGURE = [
-    *("--enable-x86-64", "--enable-cpu-level=6", "--enable-vmx=2", "--enable-svm"),
-    *("--enable-all-optimizations", "--enable-handlers-chaining", "--enable-avx", "--enable-evex"),
-    *("--enable-pci", "--enable-e1000", "--disable-docbook", "--with-nogui"),
-    *("CFLAGS=-O2", "CXXFLAGS=-O2"),
-]
+#: Of the network card of a host behind --forward.
+GUEST_MAC = "52:54:00:12:34:56"
 
 
 @dataclass(frozen=True)
-class Bochs:
-    """A Bochs to run: its program, its BIOS images, and whether the debugger is compiled in."""
+class Job:
+    """What to run: `sent` maps names below /mnt in the guest to directories or files of this machine."""
 
-    program: Path
-    bios: Path
-    vgabios: Path
-    debugger: bool
+    command: list[str]
+    module: str = "patched"
+    host: str = "bookworm"
+    cpus: int = 1
+    cpu_model: str | None = None
+    memory: int = 2048  # MiB
+    count_instructions: bool = False
+    forward: tuple[int, int] | None = None  # a port of this machine, a port of the guest
+    shell: bool = False
+    sent: dict[str, Path] = field(default_factory=dict)
+    out: Path | None = None
+    timeout: float = 600
+    keep_log: Path | None = None
 
     @property
-    def cpu_model(self) -> str:
-        """The CPU model to emulate. Bochs 2.7 has a Skylake whose XSAVE sizes kernels warn of, and 7.x panics on it."""
-        return "corei7_haswell_4770" if self.debugger else "corei7_skylake_x"
+    def real_time(self) -> bool:
+        """Whether somebody outside watches: then idle time must pass as fast as theirs, not in a blink."""
+        return self.shell or self.forward is not None
 
 
-def bochs(cpus: int = 1) -> Bochs:
-    """The fastest Bochs that can be had here for a host of CPUS processors.
+class Emulator(Protocol):
+    """A program that emulates a host."""
 
-    MSRTRACE_BOCHS=binary takes Debian's; MSRTRACE_BOCHS=source builds though that failed in the last day.
-    """
-    wanted = os.environ.get("MSRTRACE_BOCHS", "")
-    if wanted not in ("", "source", "binary"):
-        raise RigError(f"MSRTRACE_BOCHS is '{wanted}'; it can be `source` or `binary`")
-    smp = cpus > 1
-    failed = BUILD / ("bochs-smp-not-built" if smp else "bochs-not-built")
-    if wanted == "source" or not (wanted == "binary" or _lately(failed)):
-        for suite in SOURCE_SUITES:
-            try:
-                built = from_source(suite, smp=smp)
-            except RigError as error:
-                say(f"no Bochs from the source of {suite.name}: {str(error).splitlines()[-1]}")
-                continue
-            failed.unlink(missing_ok=True)
-            return built
-        failed.touch()
-    say("using Debian's Bochs binary, which is 3 times slower")
-    return from_binary()
+    @property
+    def warns_at_boot(self) -> bool:
+        """Whether it emulates a CPU of which healthy kernels warn before user space runs."""
 
+    def command(self, job: Job, image: Image, work: Path, terminal: str | None) -> list[str]:
+        """The command line that powers on a host for JOB from IMAGE.
 
-def _lately(failed: Path) -> bool:
-    """Whether a build failed in the last day: FAILED is the file that says so."""
-    return failed.exists() and time.time() - failed.stat().st_mtime < UNUSED_SECONDS
-
-
-def bios_images(suite: Suite, work: Path) -> None:
-    """Put the BIOS and VGA BIOS of Debian's packages into WORK: the source tarball has neither."""
-    suite.unpack(["bochsbios", "vgabios"], work / "packages", work / "downloads")
-    shutil.copy(work / "packages/usr/share/bochs/BIOS-bochs-latest", work / "bios")
-    shutil.copy(work / "packages/usr/share/vgabios/vgabios.bin", work / "vgabios")
-    shutil.rmtree(work / "packages")
-    shutil.rmtree(work / "downloads")
-
-
-def from_source(suite: Suite, *, smp: bool = False) -> Bochs:
-    """Bochs compiled from the upstream tarball that SUITE's source package names; SMP: for more than one CPU."""
-    configure = [*CONFIGURE, *(["--enable-smp"] if smp else [])]
-    uri, checksum = suite.upstream_tarball("bochs")
-
-    def make(work: Path) -> None:
-        tarball, source = work / "source.tar", work / "source"
-        # One attempt is enough when the archive says that it lacks the file.
-        retried(f"download of {Path(uri).name}", lambda: fetch(uri, tarball, checksum), attempts=2)
-        source.mkdir()
-        sh(["tar", "-x", "-f", tarball, "-C", source, "--strip-components=1"])
-        sh(["./configure", *configure], cwd=source, log=work / "log")
-        with locked("compiler"):
-            sh(["make", f"-j{os.cpu_count()}"], cwd=source, log=work / "log")
-        shutil.copy(source / "bochs", work / "bochs")
-        bios_images(suite, work)
-        shutil.rmtree(source)
-        tarball.unlink()
-
-    made = cached("bochs-smp" if smp else "bochs", [checksum, configure], make)
-    return Bochs(made / "bochs", made / "bios", made / "vgabios", debugger=False)
-
-
-def fetch(uri: str, file: Path, checksum: str) -> None:
-    """Download URI to FILE and check it against CHECKSUM, as apt does."""
-    sh(["/usr/lib/apt/apt-helper", "-o", "APT::Sandbox::User=root", "download-file", uri, file, checksum])
-
-
-def from_binary() -> Bochs:
-    """Debian's Bochs, with the terminal display it cannot do without and the libraries that it needs."""
-
-    def make(work: Path) -> None:
-        sh(["apt-get", "install", "-y", "--no-install-recommends", "bochs", "bochs-term"], log=work / "log")
-        bios_images(BINARY_SUITE, work)
-
-    made = cached("bochs-binary", [BINARY_SUITE.candidate("bochs")], make)
-    program = shutil.which("bochs")
-    if not program:
-        shutil.rmtree(made)
-        raise RigError("Debian's package bochs is not installed any more; run the command again")
-    return Bochs(Path(program), made / "bios", made / "vgabios", debugger=True)
+        :param work: a directory with the disks `sent.img` and `back.img`. The serial lines go there, as `kernel.log`
+            and `command.log`, and whatever else the emulator reads or writes; its own log is `emulator.log`
+        :param terminal: the terminal that takes the place of `command.log`
+        """

@@ -18,18 +18,56 @@ PACKAGES = ["python3-bpfcc", "mount", "kmod", "procps", "iproute2", "bpftool", "
 #: Modules for the root disk and for the boot medium; what they depend on comes along.
 ROOT_MODULES = ["kvm_intel", "kvm_amd", "e1000"]
 BOOT_MODULES = ["ata_piix", "sd_mod", "ext4"]
+#: What every emulated host's kernel is told; each emulator adds what its clocks need.
+KERNEL_OPTIONS = (
+    "console=ttyS0,115200 loglevel=5 tsc=reliable no_timer_check cryptomgr.notests mitigations=off panic=0 "
+    "audit=0 selinux=0 apparmor=0"
+)
 # One cylinder of the geometry that Bochs assumes for a flat image: 16 heads of 63 sectors.
 CYLINDER = 16 * 63 * 512
 
 
 @dataclass(frozen=True)
-class Host:
-    """An emulated host: the kernel of one suite under the userland of another."""
+class Vendor:
+    """A vendor's CPUs, and the variants of its KVM module: what Debian ships, and what the patch makes of it.
 
-    name: str
+    The patch is "KVM: VMX: Skip filter updates for MSRs that KVM is already intercepting", in 6.0 and later stable
+    kernels. SVM's code never got it.
+    """
+
+    module: str
+    stock: str  # which variant Debian ships
+    built: str  # the other one, made from the same source (see Host.built)
+
+    @property
+    def file(self) -> str:
+        """What the module's file is called."""
+        return f"{self.module.replace('_', '-')}.ko"
+
+
+INTEL = Vendor("kvm_intel", stock="patched", built="unpatched")
+AMD = Vendor("kvm_amd", stock="unpatched", built="patched")
+
+
+@dataclass(frozen=True)
+class Host:
+    """An emulated host: the kernel of one suite under the userland of another, on a vendor's CPU."""
+
+    disk: str  # the name of its image, which hosts of both vendors boot
     userland: Suite
     kernel: Suite
-    unpatched: bool = False  # a kvm_intel with the patch reverted is built and put beside the stock one
+    vendor: Vendor = INTEL
+    built: bool = False  # the variant of the module that Debian does not ship is built, and sent with a run
+
+    @property
+    def name(self) -> str:
+        """What `--host` calls it."""
+        return self.disk if self.vendor is INTEL else f"{self.disk}-amd"
+
+    @property
+    def variants(self) -> list[str]:
+        """The variants of its module that can be loaded, the stock one first."""
+        return [self.vendor.stock, *([self.vendor.built] if self.built else []), "nobtf"]
 
     @property
     def release(self) -> str:
@@ -55,21 +93,27 @@ class Host:
 HOSTS = {
     host.name: host
     for host in (
-        Host("bookworm", Suite("bookworm"), Suite("bookworm"), unpatched=True),
-        Host("trixie", Suite("trixie"), Suite("trixie"), unpatched=True),
+        Host("bookworm", Suite("bookworm"), Suite("bookworm"), built=True),
+        Host("trixie", Suite("trixie"), Suite("trixie"), built=True),
         Host("sid", Suite("sid"), Suite("sid")),
         Host("filter-only", Suite("bookworm"), Suite("bullseye")),
+        Host("bookworm", Suite("bookworm"), Suite("bookworm"), AMD),
+        Host("trixie", Suite("trixie"), Suite("trixie"), AMD),
+        Host("sid", Suite("sid"), Suite("sid"), AMD),
+        Host("filter-only", Suite("bookworm"), Suite("bullseye"), AMD),
     )
 }
 
 
 @dataclass(frozen=True)
 class Image:
-    """What Bochs boots: a root disk and a boot medium; `release` is the kernel's."""
+    """What an emulator boots: a root disk, and a boot medium or the kernel and initrd on it."""
 
     disk: Path
     iso: Path
-    release: str
+    kernel: Path
+    initrd: Path
+    release: str  # as `uname -r` prints it
 
 
 def mmdebstrap(suite: Suite, packages: list[str], target: Path, *options: str) -> None:
@@ -204,7 +248,7 @@ def unpatched_module(host: Host) -> Path:
 def image(host: Host, *, packed: bool = False) -> Image:
     """The root disk and boot medium of HOST, built unless they are in the cache; PACKED: with the kernel as packed.
 
-    The unpatched module is none of it: a run that needs it is sent it (payload.py), and one that does not has not to
+    Modules built here are none of it: a run that needs one is sent it (payload.py), and one that does not has not to
     wait until it is built.
     """
     guest = sorted((HERE / "guest").iterdir())
@@ -217,12 +261,13 @@ def image(host: Host, *, packed: bool = False) -> Image:
 
     inputs = [base.parent.name, tree.name, *guest]
     inputs += [HERE / name for name in ("hosts.py", "direct.py", "enter.S")]
-    built = cached(f"image-{host.name}", inputs, make)
-    return Image(built / "root.img", built / ("packed.iso" if packed else "boot.iso"), release)
+    built = cached(f"image-{host.disk}", inputs, make)
+    boot = "packed" if packed else "boot"
+    return Image(built / "root.img", built / f"{boot}.iso", built / f"{boot}.vmlinuz", built / "initrd", release)
 
 
 def make_disk(host: Host, base: Path, tree: Path, disk: Path) -> None:
-    """The root disk: the userland, the kernel's headers, the few modules needed, and kvm_intel with and without BTF."""
+    """The root disk: the userland, the kernel's headers, the few modules needed, both vendors' also without BTF."""
     root, release = disk.parent / "root", host.release
     sh(["cp", "-al", base, root])
     merge_lib(root)
@@ -237,13 +282,14 @@ def make_disk(host: Host, base: Path, tree: Path, disk: Path) -> None:
     sh(["cp", "-a", tree / "usr/src", root / "usr"])
     for link in ("build", "source"):  # BCC needs both: the headers are in two packages
         (modules / link).symlink_to((tree / "lib/modules" / release / link).readlink())
-    variants = modules / "msrtrace"
-    [stock] = modules.glob("kernel/arch/x86/kvm/kvm-intel.ko")
-    for name in ("patched", "nobtf"):
-        (variants / name).mkdir(parents=True)
-    shutil.copy(stock, variants / "patched")
-    sh(["objcopy", "--remove-section=.BTF", stock, variants / "nobtf/kvm-intel.ko"])
-    for script in ("init", "kvm-intel"):
+    for vendor in (INTEL, AMD):
+        stock = modules / "kernel/arch/x86/kvm" / vendor.file
+        with_btf, without = (modules / "msrtrace" / variant for variant in (vendor.stock, "nobtf"))
+        for folder in (with_btf, without):
+            folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(stock, with_btf)
+        sh(["objcopy", "--remove-section=.BTF", stock, without / vendor.file])
+    for script in ("init", "kvm-module"):
         shutil.copy(HERE / "guest" / script, root / "usr/local/sbin")
     make_ext4(root, disk)
     shutil.rmtree(root)
@@ -261,7 +307,8 @@ def make_ext4(root: Path, disk: Path) -> None:
 def make_media(tree: Path, release: str, work: Path) -> None:
     """The boot media: isolinux, the kernel, and an initramfs that finds the root disk.
 
-    WORK/boot.iso has the kernel without its decompressor, WORK/packed.iso as Debian packed it.
+    WORK/boot.iso has the kernel without its decompressor, WORK/packed.iso as Debian packed it. The same kernels are
+    WORK/boot.vmlinuz and WORK/packed.vmlinuz, and the initramfs is WORK/initrd: for emulators that are given them.
     """
     medium, initramfs = work / "medium", work / "initramfs"
     (medium / "isolinux").mkdir(parents=True)
@@ -272,14 +319,18 @@ def make_media(tree: Path, release: str, work: Path) -> None:
         unpacked_copy(file, initramfs / "modules" / f"{index:02}-{file.name.removesuffix('.xz')}")
     cpio = f"cd {initramfs} && find . | LC_ALL=C sort | cpio -o -H newc --quiet -R 0:0 > {medium}/initrd"
     sh(["sh", "-c", cpio])
-    shutil.copy(HERE / "guest/isolinux.cfg", medium / "isolinux")
+    configuration = (HERE / "guest/isolinux.cfg").read_text().format(options=KERNEL_OPTIONS)
+    (medium / "isolinux/isolinux.cfg").write_text(configuration)
     shutil.copy("/usr/lib/ISOLINUX/isolinux.bin", medium / "isolinux")
     shutil.copy("/usr/lib/syslinux/modules/bios/ldlinux.c32", medium / "isolinux")
     boot = ["-b", "isolinux/isolinux.bin", "-c", "isolinux/boot.cat", "-no-emul-boot", "-boot-load-size", "4"]
     iso = ["xorriso", "-as", "mkisofs", "-quiet", *boot, "-boot-info-table"]
     shutil.copy(vmlinuz(tree, release), medium / "vmlinuz")
     sh([*iso, "-o", work / "packed.iso", medium])
+    (medium / "vmlinuz").rename(work / "packed.vmlinuz")
     direct.prepare(vmlinuz(tree, release), medium)
     sh([*iso, "-o", work / "boot.iso", medium])
+    (medium / "vmlinuz").rename(work / "boot.vmlinuz")
+    (medium / "initrd").rename(work / "initrd")
     shutil.rmtree(medium)
     shutil.rmtree(initramfs)

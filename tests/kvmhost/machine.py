@@ -19,12 +19,11 @@ import termios
 import time
 import tty
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from cache import BUILD, RigError, say, sh
-from emulator import Bochs
+from emulator import Emulator, Job
 from hosts import CYLINDER, Image
 
 TIMED_OUT = 124  # as timeout(1) has it
@@ -38,58 +37,12 @@ USER_SPACE = re.compile(r"Run /init as init process|^kvmhost: up ", re.M)
 POLL_SECONDS = 0.05
 OUT_BYTES = 256 << 20  # room for /out: sparse until written
 
-BOCHSRC = """\
-memory: guest={memory}, host={memory}
-romimage: file={bochs.bios}
-vgaromimage: file={bochs.vgabios}
-{display}
-cpu: model={cpu}, count={cpus}, ips=100000000, reset_on_triple_fault=0, ignore_bad_msrs=1
-ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14
-ata1: enabled=1, ioaddr1=0x170, ioaddr2=0x370, irq=15
-ata0-master: type=disk, path={image.disk}, mode=volatile, journal={work}/root.redolog
-ata0-slave: type=disk, path={work}/sent.img, mode=flat
-ata1-master: type=cdrom, path={image.iso}, status=inserted
-ata1-slave: type=disk, path={work}/back.img, mode=flat
-boot: cdrom
-com1: enabled=1, mode=file, dev={work}/kernel.log
-com2: enabled=1, {com2}
-clock: sync={clock}, time0=utc
-log: {work}/bochs.log
-panic: action=fatal
-error: action=report
-info: action=ignore
-debug: action=ignore
-"""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to run: `sent` maps names below /mnt in the guest to directories or files of this machine."""
-
-    command: list[str]
-    module: str = "patched"
-    host: str = "bookworm"
-    cpus: int = 1
-    cpu_model: str | None = None
-    memory: int = 2048
-    forward: tuple[int, int] | None = None
-    shell: bool = False
-    sent: dict[str, Path] = field(default_factory=dict)
-    out: Path | None = None
-    timeout: float = 600
-    keep_log: Path | None = None
-
-    @property
-    def real_time(self) -> bool:
-        """Whether somebody outside watches: then idle time must pass as fast as theirs, not in a blink."""
-        return self.shell or self.forward is not None
-
 
 class Machine:
-    """A powered-on host. The context manager ends Bochs and removes what the run left, however it ends."""
+    """A powered-on host. The context manager ends the emulator and removes what the run left, however it ends."""
 
-    def __init__(self, bochs: Bochs, image: Image, job: Job) -> None:
-        self.bochs, self.image, self.job = bochs, image, job
+    def __init__(self, emulator: Emulator, image: Image, job: Job) -> None:
+        self.emulator, self.image, self.job = emulator, image, job
         self.started = time.monotonic()
         self.boot_seconds: float | None = None
         (BUILD / "runs").mkdir(parents=True, exist_ok=True)
@@ -126,7 +79,7 @@ class Machine:
         job = self.job
         values = {
             "MODULE": job.module,
-            "VMXHOST": job.host,
+            "HOST": job.host,
             "FORWARD": "1" if job.forward else "",
             "SHELL_WANTED": "1" if job.shell else "",
         }
@@ -150,45 +103,22 @@ class Machine:
         with (self.work / "back.img").open("wb") as back:
             back.truncate(OUT_BYTES // CYLINDER * CYLINDER)
 
-    def _configuration(self) -> str:
-        job = self.job
-        com2 = f"mode=file, dev={self.work}/command.log"
-        if job.shell:
-            self.console, terminal = pty.openpty()
-            tty.setraw(terminal)
-            com2 = f"mode=term, dev={os.ttyname(terminal)}"
-        text = BOCHSRC.format(
-            memory=job.memory,
-            bochs=self.bochs,
-            display="config_interface: textconfig\ndisplay_library: " + ("term" if self.bochs.debugger else "nogui"),
-            cpu=job.cpu_model or self.bochs.cpu_model,
-            cpus=job.cpus,
-            image=self.image,
-            work=self.work,
-            com2=com2,
-            clock="slowdown" if job.real_time else "none",
-        )
-        if job.forward:
-            outside, inside = job.forward
-            try:
-                socket.create_server(("127.0.0.1", outside)).close()
-            except OSError as error:
-                raise RigError(f"cannot forward port {outside}: {error.strerror}") from None
-            (self.work / "slirp.conf").write_text(f"# slirp config\nhostfwd = tcp:127.0.0.1:{outside}-:{inside}\n")
-            card = "card=0, enabled=1, mac=52:54:00:12:34:56, ethmod=slirp"
-            text += f"e1000: {card}, script={self.work}/slirp.conf\n"
-        return text
-
     def _power_on(self) -> None:
+        job, terminal = self.job, None
         self._send()
-        (self.work / "bochsrc").write_text(self._configuration())
         for name in ("kernel.log", "command.log"):
             (self.work / name).touch()
-        command = [str(self.bochs.program), "-q", "-f", f"{self.work}/bochsrc"]
-        if self.bochs.debugger:
-            (self.work / "go").write_text("c\n")
-            command = ["script", "-qec", shlex.join([*command, "-rc", f"{self.work}/go"]), "/dev/null"]
-        with (self.work / "bochs.out").open("wb") as out:
+        if job.shell:
+            self.console, side = pty.openpty()
+            tty.setraw(side)
+            terminal = os.ttyname(side)
+        if job.forward:
+            try:
+                socket.create_server(("127.0.0.1", job.forward[0])).close()
+            except OSError as error:
+                raise RigError(f"cannot forward port {job.forward[0]}: {error.strerror}") from None
+        command = self.emulator.command(job, self.image, self.work, terminal)
+        with (self.work / "emulator.out").open("wb") as out:
             # Its own session, so that a Ctrl-C reaches this process first, which then ends it in order.
             self.process = subprocess.Popen(
                 command,
@@ -244,7 +174,8 @@ class Machine:
             sh(["tar", "-x", "--no-same-owner", "-f", self.work / "back.img", "-C", back])
             status = int((back / "status").read_text())
         except (RigError, OSError, ValueError) as error:
-            said = (self.work / "bochs.log").read_text(errors="replace")[-2000:]
+            logs = [self.work / name for name in ("emulator.log", "emulator.out")]
+            said = "".join(log.read_text(errors="replace")[-2000:] for log in logs if log.exists())
             raise RigError(f"the guest ended without a result ({error}):\n{log}\n{said}") from None
         if self.job.out:
             shutil.copytree(back / "out", self.job.out, dirs_exist_ok=True)
@@ -255,11 +186,8 @@ class Machine:
         return status
 
     def _judged(self, log: str) -> str:
-        """The part of a kernel LOG in which there may be no trouble.
-
-        With Debian's Bochs what precedes user space is left out: kernels from 6.12 on warn of its CPUs' topology.
-        """
-        return USER_SPACE.split(log, maxsplit=1)[-1] if self.bochs.debugger else log
+        """The part of a kernel LOG in which there may be no trouble."""
+        return USER_SPACE.split(log, maxsplit=1)[-1] if self.emulator.warns_at_boot else log
 
 
 def _owned_by_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -274,7 +202,7 @@ def _directory(name: str) -> tarfile.TarInfo:
     return member
 
 
-def power_on(bochs: Bochs, image: Image, job: Job) -> int:
+def power_on(emulator: Emulator, image: Image, job: Job) -> int:
     """Run JOB, streaming its output to stdout; its exit status, 124 after the timeout."""
 
     def show(data: bytes) -> None:
@@ -290,7 +218,7 @@ def power_on(bochs: Bochs, image: Image, job: Job) -> int:
         signal.signal(signal.SIGHUP, stop)
     saved = termios.tcgetattr(sys.stdin) if job.shell and sys.stdin.isatty() else None
     try:
-        with Machine(bochs, image, job) as machine:
+        with Machine(emulator, image, job) as machine:
             if saved:
                 tty.setraw(sys.stdin)
             return machine.run(show)

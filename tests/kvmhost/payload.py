@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What goes into a guest beside its image: the checkout as an installed wheel, the workload, the unpatched module."""
+"""What goes into a guest beside its image: the checkout as an installed wheel, the workload, a module built here."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ def guest_bin(host: Host) -> Path:
 
 
 def guest_modules(host: Host) -> Path:
-    """A directory of variants of kvm_intel that Debian does not ship, as the guest's `kvm-intel` looks for them."""
-    module = unpatched_module(host)
+    """A directory of the variant of HOST's KVM module that Debian does not ship, as `kvm-module` looks for it."""
+    module, variant = unpatched_module(host), host.vendor.built
 
     def make(work: Path) -> None:
-        (work / "unpatched").mkdir()
-        shutil.copy(module, work / "unpatched")
+        (work / variant).mkdir()
+        shutil.copy(module, work / variant)
 
-    return cached(f"modules-{host.name}", [module], make)
+    return cached(f"modules-{host.name}", [variant, module], make)

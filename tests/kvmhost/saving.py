@@ -21,7 +21,7 @@ UPDATES = 101
 TICKS = re.compile(r"^(\w+): ticks: n=(\d+) min=(\d+) median=(\d+) p90=(\d+) max=(\d+)$", re.MULTILINE)
 INSIDE = f"""
 for variant in unpatched patched; do
-  kvm-intel $variant
+  kvm-module $variant
   workload --updates {UPDATES} --initial-run --ticks | sed -n "s/^ticks: /$variant: &/p"
 done"""
 

@@ -70,8 +70,8 @@ def bitmap_offset() -> int | None:
 
 
 def load(module: str) -> None:
-    """Put the variant MODULE of kvm_intel in place of what is loaded."""
-    subprocess.run(["kvm-intel", module], check=True)
+    """Put the variant MODULE of the KVM module in place of what is loaded."""
+    subprocess.run(["kvm-module", module], check=True)
 
 
 def scrape(address: str = ADDRESS) -> str:

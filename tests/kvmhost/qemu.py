@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""QEMU, whose software CPU has SVM: Debian 13's, unpacked beside the machine's own packages with its libraries.
+
+Debian 12's QEMU 7.2 runs hosts with one CPU as well. With several, 6.12 died there of a stray int3 in two boots of
+seven: of code that another CPU had changed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from apt import Suite
+from cache import cached, sh
+from emulator import GUEST_MAC, Job
+from hosts import KERNEL_OPTIONS, Image
+
+SUITE = Suite("trixie")
+PACKAGE = "qemu-system-x86"
+LOADER = "ld-linux-x86-64.so.2"
+PROGRAM = "qemu-system-x86_64"
+#: The BIOS, the code that hands over to a kernel given with -kernel, and what a software CPU's APIC asks for.
+DATA = ["seabios/bios-256k.bin", "qemu/linuxboot_dma.bin", "qemu/kvmvapic.bin"]
+CPU = "EPYC,+svm,+npt"
+
+
+@dataclass(frozen=True)
+class Qemu:
+    """A QEMU to run: the directory with the program, its libraries, their loader, and its data files."""
+
+    directory: Path
+
+    @property
+    def warns_at_boot(self) -> bool:
+        """No: see Emulator."""
+        return False
+
+    def command(self, job: Job, image: Image, work: Path, terminal: str | None) -> list[str]:
+        """See Emulator. Disks are where Bochs has them; the kernel needs no boot loader."""
+        here = self.directory
+        options = KERNEL_OPTIONS
+        if job.count_instructions:
+            # Each instruction takes a nanosecond of all clocks, and so does a tick of the TSC; idle time takes none.
+            accelerator = ["-accel", "tcg", "-icount", f"shift=0,sleep={'on' if job.real_time else 'off'}"]
+            options += " tsc_early_khz=1000000"
+        else:
+            # The TSC is that of this machine: the guest's kernel measures its frequency.
+            accelerator = ["-accel", "tcg,thread=multi"]
+        command = [f"{here}/{LOADER}", "--library-path", f"{here}", f"{here}/{PROGRAM}", "-L", f"{here}"]
+        command += ["-nodefaults", "-display", "none", "-vga", "none", "-no-reboot"]
+        command += [*accelerator, "-cpu", job.cpu_model or CPU, "-smp", f"{job.cpus}", "-m", f"{job.memory}"]
+        command += ["-kernel", f"{image.kernel}", "-initrd", f"{image.initrd}", "-append", options]
+        disks = [
+            f"file={image.disk},index=0,snapshot=on",
+            f"file={work}/sent.img,index=1",
+            f"file={work}/back.img,index=3",
+        ]
+        for disk in disks:
+            command += ["-drive", f"{disk},if=ide,media=disk,format=raw"]
+        command += ["-serial", f"file:{work}/kernel.log"]
+        command += ["-serial", terminal or f"file:{work}/command.log"]
+        if job.forward:
+            outside, inside = job.forward
+            command += ["-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{outside}-:{inside}"]
+            command += ["-device", f"e1000,netdev=net,mac={GUEST_MAC},romfile="]
+        return command
+
+
+def qemu() -> Qemu:
+    """The QEMU for hosts with an AMD CPU."""
+
+    def make(work: Path) -> None:
+        tree = work / "tree"
+        # As for an empty machine, so that nothing depends on which libraries this one has.
+        SUITE.unpack(SUITE.lacking([PACKAGE]), tree, work / "downloads")
+        loader, libraries = tree / "usr/lib64" / LOADER, tree / "usr/lib/x86_64-linux-gnu"
+        program = tree / "usr/bin" / PROGRAM
+        listed = sh([loader, "--library-path", libraries, "--list", program])
+        needed = [Path(file) for file in re.findall(rf"=> ({libraries}/\S+)", listed)]
+        for file in [loader, program, *needed, *(tree / "usr/share" / name for name in DATA)]:
+            shutil.copy(file, work)
+        shutil.rmtree(tree)
+        shutil.rmtree(work / "downloads")
+
+    return Qemu(cached("qemu", [SUITE.candidate(PACKAGE), DATA], make))
