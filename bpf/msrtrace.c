@@ -23,32 +23,50 @@
 
 /* --- the functions that change a bit each --- */
 
-/* TYPE: the directions that are named; ENABLES: those to intercept; BITMAP: the one to change, 0: the vCPU's. */
-static __always_inline int call_entered(context *ctx, u32 msr, u32 type, u32 enables, u64 bitmap, u64 called)
+/*
+ * How a call says what it wants: vmx_{enable,disable}_intercept_for_msr(vcpu, msr, type),
+ * {vmx,svm}_set_intercept_for_msr(vcpu, msr, type, bool set), and set_msr_interception_bitmap(vcpu, msrpm, msr, int read,
+ * int write), where a 1 lets the guest pass.
+ */
+enum form { ENABLE, DISABLE, SET, PASS };
+
+/* Of the directions TYPE that a call names, those that it wants intercepted. */
+static __always_inline u32 enabled_by(context *ctx, enum form form, u32 type)
+{
+	if (form == PASS)
+		return ((u32)ARGUMENT(ctx, 4) ? 0 : MSR_TYPE_R) | ((u32)ARGUMENT(ctx, 5) ? 0 : MSR_TYPE_W);
+	return form == ENABLE || form == SET && (u8)ARGUMENT(ctx, 4) ? type : 0;
+}
+
+static __always_inline int call_entered(context *ctx, enum form form, u64 called)
 {
 	struct counter *counter;
-	u64 key, caller;
-	u32 index, slot;
-	struct vcpu *v = slot_of(pointer_argument(ctx), &slot);
+	u64 key, caller, bitmap;
+	u32 index, type;
+	struct vcpu *v = slot_of(pointer_argument(ctx), &index);
 
 	if (!v)
 		return 0;
-	settle(v, slot);
-	v->msr = msr;
-	v->flags = type & MSR_TYPE_RW | v->inside | ENABLES(enables & type & MSR_TYPE_RW) | VALID;
+	settle(v);
+	v->msr = form == PASS ? ARGUMENT(ctx, 3) : ARGUMENT(ctx, 2);
+	type = form == PASS ? MSR_TYPE_RW : ARGUMENT(ctx, 3) & MSR_TYPE_RW;
+	v->flags = type | ENABLES(enabled_by(ctx, form, type)) | v->inside | VALID;
+	if (form == PASS) {
+		bitmap = ARGUMENT(ctx, 2);
+		if (bitmap != v->bitmap) { /* nobody has tried to read it */
+			v->bitmap = bitmap;
+			v->inside &= ~(u64)DIRECT;
+			v->flags &= ~DIRECT;
+		}
+	}
 	key = *(volatile u64 *)&v->key;
 	if (v->inside) {
 		index = v->counter = first_counter(key, v->order);
 	} else {
 		index = NOWHERE; /* that is known without a search */
-		if (!bitmap)
+		if (form != PASS)
 			v->bitmap = bitmap_of(v->vcpu);
 		note_thread(v);
-	}
-	if (bitmap && v->bitmap != bitmap) {
-		v->bitmap = bitmap;
-		v->inside &= ~(u64)DIRECT;
-		v->flags &= ~DIRECT;
 	}
 	counter = counters.lookup(&index);
 	if (!counter || counter->key != key || (VALUE(by_pid) && counter->pid != v->pid)) {
@@ -68,27 +86,22 @@ static __always_inline int call_entered(context *ctx, u32 msr, u32 type, u32 ena
 
 int enable_entered(context *ctx)
 {
-	return call_entered(ctx, ARGUMENT(ctx, 2), ARGUMENT(ctx, 3), MSR_TYPE_RW, 0, NUMBER_OF(enable_at));
+	return call_entered(ctx, ENABLE, NUMBER_OF(enable_at));
 }
 
 int disable_entered(context *ctx)
 {
-	return call_entered(ctx, ARGUMENT(ctx, 2), ARGUMENT(ctx, 3), 0, 0, NUMBER_OF(disable_at));
+	return call_entered(ctx, DISABLE, NUMBER_OF(disable_at));
 }
 
 int set_entered(context *ctx)
 {
-	u32 enables = (u8)ARGUMENT(ctx, 4) ? MSR_TYPE_RW : 0;
-
-	return call_entered(ctx, ARGUMENT(ctx, 2), ARGUMENT(ctx, 3), enables, 0, NUMBER_OF(set_at));
+	return call_entered(ctx, SET, NUMBER_OF(set_at));
 }
 
-/* set_msr_interception_bitmap(vcpu, msrpm, msr, int read, int write): a 1 lets the guest pass. */
 int pass_entered(context *ctx)
 {
-	u32 enables = ((u32)ARGUMENT(ctx, 4) ? 0 : MSR_TYPE_R) | ((u32)ARGUMENT(ctx, 5) ? 0 : MSR_TYPE_W);
-
-	return call_entered(ctx, ARGUMENT(ctx, 3), MSR_TYPE_RW, enables, ARGUMENT(ctx, 2), NUMBER_OF(pass_at));
+	return call_entered(ctx, PASS, NUMBER_OF(pass_at));
 }
 
 static __always_inline int about_to_write(context *ctx)
@@ -97,7 +110,7 @@ static __always_inline int about_to_write(context *ctx)
 	struct vcpu *v = known_vcpu(pointer_argument(ctx), &index);
 
 	if (v)
-		settle(v, index);
+		settle(v);
 	return 0;
 }
 
@@ -120,7 +133,7 @@ int other_writer_entered(context *ctx)
 int settle_call(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 index = ctx->args[0], counter, flags;
-	u64 seq = ctx->args[1], exits = 0, before, after;
+	u64 seq = ctx->args[1], exits = 0, vcpu, before, after;
 	struct vcpu *v = vcpus.lookup(&index);
 
 	if (!v || *(volatile u64 *)&v->seq != seq)
@@ -138,12 +151,13 @@ int settle_call(struct bpf_raw_tracepoint_args *ctx)
 	counter = v->counter;
 	flags = v->flags;
 	before = v->before;
+	vcpu = v->vcpu;
 	after = bits_at(v->address, v->msr, flags);
 	barrier();
 	if (VALUE(claims)) {
-		if (!claim(index, seq)) /* settle() is at it, or it was counted here before */
+		if (!claim(vcpu, seq)) /* settle() is at it, or it was counted here before */
 			return false;
-		if (*(volatile u64 *)&v->seq != seq && unclaim(index, seq)) /* settle() has counted it */
+		if (*(volatile u64 *)&v->seq != seq && unclaim(vcpu, seq)) /* settle() has counted it */
 			return false;
 	} else if (__sync_val_compare_and_swap(&v->seq, seq, seq + 1) != seq) {
 		return false;
@@ -223,7 +237,7 @@ int update_entered(context *ctx)
 	v = slot_of(vcpu, &index);
 	if (!v)
 		return 0;
-	settle(v, index);
+	settle(v);
 	if (v->inside)
 		COUNT(unpaired_update);
 	kind = kind_of_update(v, vcpu);
@@ -262,7 +276,7 @@ int update_returned(context *ctx)
 #else
 	u32 tid = bpf_get_current_pid_tgid();
 
-	v = updated_by(tid, &index);
+	v = updated_by(tid);
 	if (v && v->tid != tid)
 		v = NULL;
 #endif
@@ -271,7 +285,7 @@ int update_returned(context *ctx)
 			COUNT(unpaired_return);
 		return 0;
 	}
-	settle(v, index);
+	settle(v);
 	v->inside = INSIDE(NONE);
 	spent = now - v->started;
 	index = v->update;

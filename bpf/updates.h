@@ -66,24 +66,20 @@ static __always_inline void thread_updates(u32 tid, u32 index)
 	thread->here = (u64)tid << 32 | index;
 }
 
-/* That slot, and its INDEX. */
-static __always_inline struct vcpu *updated_by(u32 tid, u32 *index)
+static __always_inline struct vcpu *updated_by(u32 tid)
 {
-	u32 place = tid & (THREADS_HERE - 1), *slot;
+	u32 place = tid & (THREADS_HERE - 1), index, *slot;
 	struct thread *thread = threads_here.lookup(&place);
 
 	if (thread && thread->here >> 32 == tid) {
-		*index = thread->here;
+		index = thread->here;
 		thread->here = 0;
 		barrier();
 		__sync_fetch_and_add(&thread->claims, -1);
-		return vcpus.lookup(index);
+		return vcpus.lookup(&index);
 	}
 	slot = threads.lookup(&tid);
-	if (!slot)
-		return NULL;
-	*index = *slot;
-	return vcpus.lookup(index);
+	return slot ? vcpus.lookup(slot) : NULL;
 }
 #endif
 

@@ -122,65 +122,63 @@ static __always_inline void note_thread(struct vcpu *v)
 }
 
 /*
- * Where nothing compares and exchanges: which of settle() and settle_call() counts the call SEQ of the vCPU in slot INDEX.
- * The one that makes the element does. settle() then moves v->seq, and removes it; if it was the other's, settle() removes
- * it first. So who finds v->seq moved and its own element removed knows that settle() left the count to it.
+ * Where nothing compares and exchanges: which of settle() and settle_call() counts the call SEQ of VCPU. The one that makes
+ * the element does. settle() then moves v->seq, and removes it; if it was the other's, settle() removes it first. So who
+ * finds v->seq moved and its own element removed knows that settle() left the count to it.
  */
-static __always_inline u64 claim_of(u32 index, u64 seq)
+static __always_inline u64 claim_of(u64 vcpu, u64 seq)
 {
-	return 1ULL << 63 | (u64)index << 40 | seq & 0xffffffffff;
+	return vcpu << 18 | seq & 0xffffff; /* a vCPU is in a cache line of its own, in the upper half of memory */
 }
 
-static __always_inline bool claim(u32 index, u64 seq)
+static __always_inline bool claim(u64 vcpu, u64 seq)
 {
-	u64 key = claim_of(index, seq);
+	u64 key = claim_of(vcpu, seq);
 	u8 one = 1;
 
 	return !taken.insert(&key, &one);
 }
 
-static __always_inline bool unclaim(u32 index, u64 seq)
+static __always_inline bool unclaim(u64 vcpu, u64 seq)
 {
-	u64 key = claim_of(index, seq);
+	u64 key = claim_of(vcpu, seq);
 
 	return !taken.delete(&key);
 }
 
 /*
- * The call of V, in slot INDEX, that is open has returned, and the bitmap is as it left it: count it.
+ * The call of V that is open has returned, and the bitmap is as it left it: count it.
  *
  * 5.11 and older refuse the instruction that compares and exchanges: tracer/program/relocation.py takes it out.
  */
-static __always_inline void settle(struct vcpu *v, u32 index)
+static __always_inline void settle(struct vcpu *v)
 {
 	u64 seq = v->seq, found;
 	u32 counter = v->counter;
 
 	if (!VALUE(exact) || !(seq & 1))
 		return;
-	if (VALUE(claims)) {
-		if (claim(index, seq)) {
-			count_call(&counter, v->flags, v->before, bits_at(v->address, v->msr, v->flags));
-			v->seq = seq + 1;
-			barrier();
-			unclaim(index, seq);
-		} else {
-			unclaim(index, seq);
-			barrier();
-			v->seq = seq + 1;
-		}
-		return;
+	if (!VALUE(claims)) {
+		found = __sync_val_compare_and_swap(&v->seq, seq, seq + 1); /* whoever makes it even counts */
+	} else if (claim(v->vcpu, seq)) {
+		v->seq = seq + 1;
+		barrier();
+		unclaim(v->vcpu, seq);
+		found = seq;
+	} else {
+		unclaim(v->vcpu, seq);
+		barrier();
+		v->seq = found = seq + 1;
 	}
-	found = __sync_val_compare_and_swap(&v->seq, seq, seq + 1);
 	barrier_var(found); /* so that it is compared in one instruction */
-	if (found == seq) /* whoever makes it even counts */
+	if (found == seq)
 		count_call(&counter, v->flags, v->before, bits_at(v->address, v->msr, v->flags));
 }
 
 /* The vCPU V, whose slot has the INDEX, is no more. */
 static __always_inline void end_of(struct vcpu *v, u32 index)
 {
-	settle(v, index);
+	settle(v);
 	v->vcpu = 0;
 	give_back(VCPUS, index);
 }
