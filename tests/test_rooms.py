@@ -25,7 +25,7 @@ ARROWS = {
     "doctor": {"kernel", "model"},
     "cli": {"report", "live", "export", "doctor", "trace", "kernel", "model"},
 }
-TABLES = {REPO / "tracer/model/vmx.py", REPO / "tracer/model/msr/table.py", REPO / "tracer/model/msr/generate.py"}
+TABLES = {REPO / f"tracer/model/{name}.py" for name in ("vmx", "svm", "msr/table", "msr/generate")}
 _IDENTIFIER = re.compile(r"\w*(vmx|svm|kvm_intel|kvm_amd|kvm-intel|kvm-amd)[\w.]*", re.IGNORECASE)
 
 
