@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# make run        trace this machine if it is a VMX host, else an emulated one
+# make run        trace this machine if it is a VMX or SVM host, else an emulated one
 # make test       everything that must hold, on the emulated bookworm and trixie hosts
 # make test-all   that, and the hosts of suites that move (sid) or are about to leave the archive (filter-only)
 # make test-dashboard  the dashboard by what Grafana itself uses (npm, Chromium); pictures of made-up hosts go to
@@ -44,13 +44,14 @@ $(VENV)/run: pyproject.toml build/packages
 	for try in 1 2 3 4; do $(VENV)/bin/pip install --disable-pip-version-check -q -e . && break; sleep $$((10 * try)); done
 	@$(VENV)/bin/msrtrace --version && touch $@
 
-run: $(if $(shell ls -d /sys/module/kvm_intel 2>/dev/null; grep -wom1 vmx /proc/cpuinfo),$(VENV)/run)
-	@if [ -d /sys/module/kvm_intel ] || { grep -qw vmx /proc/cpuinfo && $(SUDO) modprobe -q kvm_intel; }; then \
-	  echo "make run: this machine has kvm_intel: tracing it"; \
+run: $(if $(shell grep -wom1 -e vmx -e svm /proc/cpuinfo),$(VENV)/run)
+	@case $$(grep -wom1 -e vmx -e svm /proc/cpuinfo) in vmx) module=kvm_intel ;; svm) module=kvm_amd ;; *) module= ;; esac; \
+	if [ "$$module" ] && { [ -d /sys/module/$$module ] || $(SUDO) modprobe -q $$module; }; then \
+	  echo "make run: this machine has $$module: tracing it"; \
 	  [ -e /lib/modules/$$(uname -r)/build ] || $(APT) install -y linux-headers-$$(uname -r); \
 	  exec $(SUDO) $(VENV)/bin/msrtrace run --web.listen-address 127.0.0.1:$(PORT); \
 	else \
-	  echo "make run: this machine has no kvm_intel: tracing an emulated VMX host, with VMs under filter updates"; \
+	  echo "make run: this machine has neither kvm_intel nor kvm_amd: tracing an emulated VMX host, with VMs under filter updates"; \
 	  command -v python3 >/dev/null || { $(APT) update && $(APT) install -y --no-install-recommends python3; }; \
 	  $(SUDO) tests/kvmhost/demo $(PORT) || [ $$? -eq 130 ]; \
 	fi

@@ -110,10 +110,20 @@ def test_a_module_that_cannot_be_traced_is_reported_once(start: Start) -> None:
     assert running.end() == 0
 
 
-def test_run_can_wait_for_the_module(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cpuinfo", "awaited"),
+    [
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu vmx\n", "kvm_intel"),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu svm\n", "kvm_amd"),
+        ("", "kvm_intel or kvm_amd"),
+    ],
+)
+def test_run_can_wait_for_the_module(start: Start, tmp_path: Path, cpuinfo: str, awaited: str) -> None:
+    (tmp_path / "machine/proc").mkdir(parents=True)
+    (tmp_path / "machine/proc/cpuinfo").write_text(cpuinfo)
     (tmp_path / "module").unlink()
     running = start("--wait-module")
-    assert running.until("waiting") == "msrtrace: waiting for kvm_intel to be loaded\n"
+    assert running.until("waiting") == f"msrtrace: waiting for {awaited} to be loaded\n"
     (tmp_path / "module").write_text("1")
     assert f"{SERIES}}} 7.0\n" in scrape(running.url())
 

@@ -4,20 +4,27 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from machines import (
+    BOTH,
     BPF_AND_PERFMON,
+    DISABLED,
     FAILED,
     KVM,
     MODPROBE,
+    MODPROBE_AMD,
     OK,
+    PASS,
     RELEASE,
     TOGGLE,
     UNKNOWN,
     VMLINUX,
     WARNING,
     Host,
+    amd_cpuinfo,
     btf,
     cpuinfo,
     kallsyms,
@@ -27,10 +34,13 @@ from machines import (
 from tracer.doctor.check import Check
 from tracer.doctor.examination import examine, obstacle
 from tracer.doctor.output import as_json
+from tracer.kernel.machine import Machine
+from tracer.model.svm import SVM
+from tracer.model.vendor import Vendor
 from tracer.model.vmx import VMX
 
 BOOT_KVM = "boot a kernel that has CONFIG_KVM_INTEL"
-
+OTHER_CPU = "run msrtrace on a host whose CPU has VMX or SVM"
 
 RECALC = ("vmx_set_intercept_for_msr", "vmx_recalc_intercepts", "kvm_vm_ioctl_set_msr_filter")
 
@@ -42,15 +52,9 @@ def test_zhaoxin_has_vmx(host: Host, vendor: str) -> None:
 
 
 @pytest.mark.parametrize("vendor", ["AuthenticAMD", "HygonGenuine"])
-def test_amd(host: Host, vendor: str) -> None:
-    host.write("proc/cpuinfo", cpuinfo(vendor, "fpu svm npt hypervisor", "AMD EPYC 7543"))
-    assert host.check("cpu") == Check(
-        "cpu",
-        FAILED,
-        "AMD EPYC 7543 has AMD's SVM, for which KVM has other code; msrtrace traces Intel VMX",
-        "run msrtrace on a host with an Intel CPU",
-    )
-    assert str(obstacle(host.machine)).endswith("msrtrace traces Intel VMX: run msrtrace on a host with an Intel CPU")
+def test_amd_and_hygon_have_svm(amd: Host, vendor: str) -> None:
+    amd.write("proc/cpuinfo", amd_cpuinfo("fpu svm npt hypervisor", vendor))
+    assert amd.check("cpu") == Check("cpu", OK, "AMD EPYC 7543 has SVM")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,8 @@ def test_amd(host: Host, vendor: str) -> None:
         ("fpu", "enable VT-x (Intel Virtualization Technology) in the firmware setup, then power off and on"),
         (
             "fpu hypervisor",
-            "on its host, sudo modprobe kvm_intel nested=1, and give the VM a CPU with vmx (QEMU: -cpu host)",
+            "on its host, load kvm_intel with nested=1 (the default), and give the VM a CPU with vmx "
+            "(QEMU: -cpu host, or +vmx)",
         ),
     ],
 )
@@ -68,10 +73,66 @@ def test_intel_without_vmx(host: Host, flags: str, fix: str) -> None:
     assert host.found("cpu") == (FAILED, fix)
 
 
-def test_arm(host: Host) -> None:
-    host.write("proc/cpuinfo", "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\n")
-    check = host.check("cpu")
-    assert (check.state, check.detail) == (FAILED, "this CPU is not an x86 CPU; msrtrace traces Intel VMX")
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "HygonGenuine"])
+@pytest.mark.parametrize(
+    ("flags", "detail", "fix"),
+    [
+        (
+            "fpu npt",
+            "AMD EPYC 7543 has no SVM, or the firmware has disabled it",
+            "enable SVM (AMD-V) in the firmware setup, then power off and on",
+        ),
+        (
+            "fpu hypervisor",
+            "AMD EPYC 7543 of a virtual machine, without nested SVM",
+            "on its host, load kvm_amd with nested=1 (the default), and give the VM a CPU with svm "
+            "(QEMU: -cpu host, or +svm)",
+        ),
+    ],
+)
+def test_amd_without_svm(amd: Host, vendor: str, flags: str, detail: str, fix: str) -> None:
+    amd.unload()
+    amd.write("proc/cpuinfo", amd_cpuinfo(flags, vendor))
+    assert amd.check("cpu") == Check("cpu", FAILED, detail, fix)
+    assert amd.found("kvm-amd") == (FAILED, "fix cpu first")
+    assert obstacle(amd.machine) == f"{detail}: {fix}"
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        (
+            "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\n",
+            "this CPU is not an x86 CPU",
+        ),
+        (cpuinfo("Geode by NSC", "fpu de", "Geode(TM)"), "Geode(TM) has neither VMX nor SVM"),
+        (cpuinfo("KVMKVMKVM", "fpu de hypervisor", "QEMU"), "QEMU has neither VMX nor SVM"),
+    ],
+)
+def test_cpu_of_another_maker(host: Host, text: str, detail: str) -> None:
+    host.unload()
+    host.write("proc/cpuinfo", text)
+    assert host.check("cpu") == Check("cpu", FAILED, f"{detail}; msrtrace traces VMX and SVM", OTHER_CPU)
+    assert host.found("kvm-intel") == (FAILED, "fix cpu first")
+
+
+@pytest.mark.parametrize(
+    ("text", "modules", "vendors"),
+    [
+        (cpuinfo(), ("kvm_amd",), [VMX]),
+        (amd_cpuinfo(), ("kvm_intel",), [SVM]),
+        (amd_cpuinfo("fpu"), ("kvm_intel", "kvm_amd"), [SVM]),  # both built in, disabled in the firmware
+        (cpuinfo("Shanghai", "fpu"), (), [VMX]),
+        ("", ("kvm_amd",), [SVM]),
+        ("", (), [VMX, SVM]),
+    ],
+)
+def test_vendors_of_a_machine(tmp_path: Path, text: str, modules: tuple[str, ...], vendors: list[Vendor]) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(text)
+    for module in modules:
+        (tmp_path / "sys/module" / module).mkdir(parents=True)
+    assert list(Machine(tmp_path).vendors) == vendors
 
 
 def test_module_not_loaded(host: Host) -> None:
@@ -81,6 +142,49 @@ def test_module_not_loaded(host: Host) -> None:
     assert host.found("btf") == (UNKNOWN, "fix symbols first")
     assert obstacle(host.machine) == f"kvm_intel is not loaded: {MODPROBE}"
     assert obstacle(host.machine, ignore=["module"]) is None
+
+
+def test_kvm_amd_not_loaded(amd: Host) -> None:
+    """Before 6.7 the CPU has the flag even where the firmware has disabled SVM: only modprobe shows it."""
+    amd.unload()
+    assert amd.check("kvm-amd") == Check("kvm-amd", FAILED, "kvm_amd is not loaded", MODPROBE_AMD)
+    assert amd.found("symbols") == (UNKNOWN, "fix kvm-amd first")
+    assert amd.found("btf") == (UNKNOWN, "fix symbols first")
+    assert obstacle(amd.machine) == f"kvm_amd is not loaded: {MODPROBE_AMD}"
+    assert obstacle(amd.machine, ignore=["module", "symbols"]) is None
+    amd.remove(f"lib/modules/{RELEASE}")  # in a container
+    assert amd.found("kvm-amd") == (FAILED, MODPROBE_AMD)
+
+
+def test_kernel_without_kvm_amd(amd: Host) -> None:
+    amd.unload()
+    amd.write(f"lib/modules/{RELEASE}/modules.dep", BOTH.replace("kvm-amd.ko", "other.ko"))
+    assert amd.found("kvm-amd") == (FAILED, "boot a kernel that has CONFIG_KVM_AMD")
+
+
+def test_parameters_of_kvm_amd(amd: Host) -> None:
+    for parameter, value in {"lbrv": "1", "sev_es": "N", "enable_mediated_pmu": "Y"}.items():
+        amd.write(f"sys/module/kvm_amd/parameters/{parameter}", f"{value}\n")
+    assert amd.check("kvm-amd").detail == "loaded nested=1 avic=N lbrv=1 sev_es=N enable_mediated_pmu=Y"
+
+
+def test_both_vendors_modules_built_in(host: Host) -> None:
+    host.build_in()
+    assert host.check("kvm-intel") == Check("kvm-intel", OK, "built in nested=1")
+    assert host.check("symbols").detail == f"layout toggle (kernels 5.13-6.16): {', '.join(TOGGLE)}"
+
+
+def test_both_vendors_modules_built_in_on_amd(amd: Host) -> None:
+    amd.build_in()
+    assert amd.check("kvm-amd") == Check("kvm-amd", OK, "built in nested=1")
+    assert amd.check("symbols").detail == f"layout pass (kernels 5.10-6.16): {', '.join(PASS)}"
+    assert obstacle(amd.machine) is None
+
+
+def test_built_in_on_amd_but_not_started(amd: Host) -> None:
+    amd.build_in(started=False)
+    assert amd.check("kvm-amd") == Check("kvm-amd", FAILED, "kvm_amd is built in but did not start", DISABLED)
+    assert obstacle(amd.machine) == f"kvm_amd is built in but did not start: {DISABLED}"
 
 
 def test_module_not_loaded_and_no_module_tree_in_a_container(host: Host) -> None:
@@ -121,6 +225,34 @@ def test_recalc_layout(host: Host) -> None:
     host.write("proc/kallsyms", kallsyms(*RECALC))
     check = host.check("symbols")
     assert (check.state, check.detail) == (OK, f"layout recalc (kernels 6.18+): {', '.join(RECALC)}")
+
+
+@pytest.mark.parametrize(
+    ("layout", "kernels", "functions"),
+    [
+        ("pass", "5.10-6.16", PASS),
+        ("set", "6.17", ("svm_set_intercept_for_msr", "svm_recalc_msr_intercepts", "kvm_vm_ioctl_set_msr_filter")),
+        ("recalc", "6.18+", ("svm_set_intercept_for_msr", "svm_recalc_intercepts", "kvm_vm_ioctl_set_msr_filter")),
+    ],
+)
+def test_layouts_of_amd(amd: Host, layout: str, kernels: str, functions: tuple[str, ...]) -> None:
+    amd.write("proc/kallsyms", kallsyms(*functions, module="kvm_amd"))
+    check = amd.check("symbols")
+    assert (check.state, check.detail) == (OK, f"layout {layout} (kernels {kernels}): {', '.join(functions)}")
+    assert json.loads(as_json(examine(amd.machine), amd.machine))["layout"] == layout
+
+
+def test_clone_of_a_function_of_amd_is_shown(amd: Host) -> None:
+    clone = "set_msr_interception_bitmap.part.0"
+    amd.write("proc/kallsyms", kallsyms(*PASS, clone, module="kvm_amd"))
+    assert amd.check("symbols").detail.endswith(f": {', '.join(PASS)}; not probed: {clone}")
+
+
+def test_function_of_amd_that_was_inlined(amd: Host) -> None:
+    amd.write("proc/kallsyms", kallsyms(PASS[1], module="kvm_amd"))
+    check = amd.check("symbols")
+    assert check.state is WARNING
+    assert check.detail.endswith("; not found, so what they do is not counted: set_msr_interception_bitmap")
 
 
 def test_clone_that_no_probe_sits_on_is_shown(host: Host) -> None:
@@ -177,9 +309,26 @@ def test_no_known_symbol(host: Host) -> None:
     known = check.detail.removeprefix(f"kernel {RELEASE} has none of ").removesuffix(" in /proc/kallsyms").split(", ")
     assert known[0] == VMX.layouts[0].functions[0]  # the newest first
     assert sorted(known) == sorted({function for layout in VMX.layouts for function in layout.functions})
-    fix = "boot Linux 5.10 or newer; if this is one, report the output of: grep -i intercept /proc/kallsyms"
+    fix = (
+        "boot Linux 5.10 or newer; if this is one, report the output of: grep -E 'intercept|msr_filter' /proc/kallsyms"
+    )
     assert check.fix == fix
     assert obstacle(host.machine) == f"{check.detail}: {fix}"
+
+
+def test_no_known_symbol_of_amd(amd: Host) -> None:
+    amd.write("proc/kallsyms", kallsyms("svm_vcpu_run", module="kvm_amd"))
+    check = amd.check("symbols")
+    assert check.state is FAILED
+    known = check.detail.removeprefix(f"kernel {RELEASE} has none of ").removesuffix(" in /proc/kallsyms").split(", ")
+    assert sorted(known) == sorted({function for layout in SVM.layouts for function in layout.functions})
+
+
+@pytest.mark.parametrize("vendor", [VMX, SVM])
+def test_the_command_that_lists_functions_finds_every_known_one(host: Host, vendor: Vendor) -> None:
+    host.write("proc/kallsyms", kallsyms("vmx_vcpu_run"))
+    pattern = str(host.check("symbols").fix).split("'")[1]
+    assert [f for layout in vendor.layouts for f in layout.functions if not re.search(pattern, f)] == []
 
 
 def test_addresses_hidden_from_a_user(host: Host) -> None:
@@ -290,6 +439,24 @@ def test_no_btf(host: Host, lost: str) -> None:
     )
     assert check.detail.endswith("No such file or directory: calls are counted, but which were redundant is unknown")
     assert obstacle(host.machine) is None
+
+
+def test_no_btf_where_calls_say_where_the_bitmap_is(amd: Host) -> None:
+    assert amd.check("btf").detail == "msrpm is at 0x1af8 in struct vcpu_svm"
+    amd.remove("sys/kernel/btf/kvm_amd")
+    detail = (
+        "not needed: each call says where the bitmap is; but fentry cannot be used "
+        f"({amd.root}/sys/kernel/btf/kvm_amd: No such file or directory)"
+    )
+    assert amd.check("btf") == Check("btf", OK, detail)
+
+
+def test_no_btf_where_calls_of_amd_do_not_say_where_the_bitmap_is(amd: Host) -> None:
+    amd.write("proc/kallsyms", kallsyms("svm_set_intercept_for_msr", "svm_recalc_intercepts", module="kvm_amd"))
+    amd.remove("sys/kernel/btf/kvm_amd")
+    check = amd.check("btf")
+    assert check.state is WARNING
+    assert check.detail.endswith("calls are counted, but which were redundant is unknown")
 
 
 def test_btf_without_the_member(host: Host) -> None:

@@ -18,6 +18,7 @@ from made import HOOK, toggle
 
 from tracer.cli import main as command_line
 from tracer.cli import session
+from tracer.kernel.machine import Machine
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
@@ -142,9 +143,13 @@ def main() -> None:
     def obstacle(*_: object, **__: object) -> str | None:
         return (directory / OBSTACLE).read_text() if (directory / OBSTACLE).exists() else None
 
+    def machine() -> Machine:
+        return Machine(directory / "machine" if (directory / "machine").exists() else Path("/"))
+
     places: tuple[tuple[Any, str, Any], ...] = (
         (Symbols, "read", symbols),
         (session, "obstacle", obstacle),
+        (session, "this_machine", machine),
         (engine, "Engine", chosen),
         (tracer, "loaded_module", module),
         (tracer, "Tracer", partial(tracer.Tracer, symbols=symbols, module=module)),

@@ -78,7 +78,7 @@ def run(  # noqa: PLR0917 (click passes them by name)
         from tracer.export.server import Server
 
         if wait_module and not module_is_loaded():
-            say(f"waiting for {machine.vendor.module} to be loaded")
+            say(f"waiting for {' or '.join(vendor.module for vendor in machine.vendors)} to be loaded")
             if not wait_for_module(signals):
                 return
             machine = replace(machine)  # a copy has none of what was read before the module was there

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Checks of the CPU, the kernel and KVM. Facts are from the sources of Linux 5.10 to 7.2, cited at each check."""
+"""Checks of the CPU, the kernel and KVM. Facts are from the sources of Linux 5.10 to 7.3, cited at each check."""
 
 from __future__ import annotations
 
@@ -8,39 +8,60 @@ from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.copies import describe
 from tracer.kernel.layout import choose
 from tracer.kernel.machine import Machine
+from tracer.model.vendor import Vendor
+from tracer.model.vendors import VENDORS
 
 
 def check_cpu(machine: Machine) -> Found:
-    """By its flag: Zhaoxin CPUs have Intel's, too, and feat_ctl.c clears it where the firmware has disabled VMX."""
+    """By its flag, which kernels clear where the firmware has disabled what it stands for; not all: check_module()."""
     cpu, vendor = machine.cpu, machine.vendor
     model = cpu.model or cpu.maker or "this CPU"
     if vendor.cpu_flag in cpu.flags:
         return State.OK, f"{model} has {vendor.cpu_feature}", None
-    if not cpu.maker or cpu.maker in ("AuthenticAMD", "HygonGenuine"):
-        why = "has AMD's SVM, for which KVM has other code" if cpu.maker else "is not an x86 CPU"
-        return State.FAILED, f"{model} {why}; msrtrace traces Intel VMX", "run msrtrace on a host with an Intel CPU"
+    if cpu.maker not in vendor.makers:
+        features = [one.cpu_feature for one in VENDORS]
+        why = f"has neither {' nor '.join(features)}" if cpu.maker else "is not an x86 CPU"
+        fix = f"run msrtrace on a host whose CPU has {' or '.join(features)}"
+        return State.FAILED, f"{model} {why}; msrtrace traces {' and '.join(features)}", fix
     if "hypervisor" in cpu.flags:
-        given = f"give the VM a CPU with {vendor.cpu_flag} (QEMU: -cpu host)"
-        fix = f"on its host, sudo modprobe {vendor.module} nested=1, and {given}"
+        given = f"give the VM a CPU with {vendor.cpu_flag} (QEMU: -cpu host, or +{vendor.cpu_flag})"
+        fix = f"on its host, load {vendor.module} with nested=1 (the default), and {given}"
         return State.FAILED, f"{model} of a virtual machine, without nested {vendor.cpu_feature}", fix
     return State.FAILED, f"{model} has no {vendor.cpu_feature}, or the firmware has disabled it", vendor.firmware_fix
 
 
 def check_module(machine: Machine) -> Found:
-    """KVM's module for the vendor: loaded, loadable, built in or missing."""
+    """KVM's module for the vendor: loaded, loadable, built in or missing.
+
+    One that is built in has a directory in /sys/module even if it did not start, but no initstate in it
+    (kernel/params.c, kernel/module/sysfs.c); the device is registered last (kvm_init(), virt/kvm/kvm_main.c).
+    """
     vendor, module = machine.vendor, machine.vendor.module
-    if machine.at(f"/sys/module/{module}").exists():
-        values = ((name, machine.text(f"/sys/module/{module}/parameters/{name}", "")) for name in vendor.parameters)
-        return State.OK, " ".join(["loaded", *(f"{name}={value}" for name, value in values if value)]), None
-    modules = f"/lib/modules/{machine.release}"
+    directory, modules = f"/sys/module/{module}", f"/lib/modules/{machine.release}"
+    there, loadable = machine.at(directory).exists(), machine.at(f"{directory}/initstate").exists()
+    if loadable or (there and machine.at("/sys/class/misc/kvm").exists()):
+        values = ((name, machine.text(f"{directory}/parameters/{name}", "")) for name in vendor.parameters)
+        state = "loaded" if loadable else "built in"
+        return State.OK, " ".join([state, *(f"{name}={value}" for name, value in values if value)]), None
+    built_in = there or f"/{vendor.module_file}" in machine.text(f"{modules}/modules.builtin", "")
     unlisted = machine.at("/proc/modules").exists() and not machine.at(modules).exists()  # in a container
+    detail = f"{module} is built in but did not start" if built_in else f"{module} is not loaded"
+    if check_cpu(machine)[0] is not State.OK:
+        return State.FAILED, detail, "fix cpu first"
+    if built_in:
+        return State.FAILED, detail, _why_not_started(vendor)
     if unlisted or f"/{vendor.module_file}" in machine.text(f"{modules}/modules.dep", ""):
-        return State.FAILED, f"{module} is not loaded", f"sudo modprobe {module}"
-    if f"/{vendor.module_file}" in machine.text(f"{modules}/modules.builtin", ""):
-        fix = f"see why: sudo dmesg | grep -i -e kvm -e {vendor.name}"
-        return State.FAILED, f"{module} is built in but did not start", fix
+        fix = f"sudo modprobe {module}"
+        if vendor.flag_if_disabled:
+            fix += f"; if that fails, {_why_not_started(vendor)}"
+        return State.FAILED, detail, fix
     detail = f"kernel {machine.release} has no {module}, neither built in nor as a module"
     return State.FAILED, detail, f"boot a kernel that has {vendor.config_option}"
+
+
+def _why_not_started(vendor: Vendor) -> str:
+    fix = f"see why: sudo dmesg | grep -i -e kvm -e {vendor.name}"
+    return fix + (f" (if the BIOS has disabled it, {vendor.firmware_fix})" if vendor.flag_if_disabled else "")
 
 
 def check_symbols(machine: Machine) -> Found:
@@ -51,18 +72,20 @@ def check_symbols(machine: Machine) -> Found:
         if not machine.at(f"/sys/module/{vendor.module}").exists():
             detail = f"its functions can be looked up once {vendor.module} is loaded"
             return State.UNKNOWN, detail, f"fix {vendor.module_name} first"
-        fix = "boot Linux 5.10 or newer; if this is one, report the output of: grep -i intercept /proc/kallsyms"
+        names = "grep -E 'intercept|msr_filter' /proc/kallsyms"
+        fix = f"boot Linux 5.10 or newer; if this is one, report the output of: {names}"
         return State.FAILED, f"kernel {machine.release} has none of {', '.join(known)} in /proc/kallsyms", fix
     wanted = layout.functions
     probed = [s.name for f in wanted for s in symbols.find(f)[:1]]
-    own = (s for s in symbols.functions if s.name.startswith(vendor.prefix))
-    others = {s.name for s in own if s.function in known and s.is_entry}
+    own = {f for one in vendor.layouts for f in (*one.calls, one.update)}
+    others = {s.name for s in symbols.functions if s.function in own and s.is_entry}
     detail = f"layout {layout.name} (kernels {layout.kernels}): {', '.join(probed)}"
     if unused := sorted(others.difference(probed)):
         detail += f"; not probed: {', '.join(unused)}"
     if not layout.calls:
         detail += "; calls per MSR are not observable in this kernel, only filter updates and their time"
-        return State.WARNING, detail, "boot Linux 5.13 or newer to count calls"
+        [*_, oldest] = (one.kernels for one in vendor.layouts if one.calls)
+        return State.WARNING, detail, f"boot Linux {oldest.partition('-')[0]} or newer to count calls"
     if missing := [f for f in wanted if not symbols.find(f)]:
         detail += f"; not found, so what they do is not counted: {', '.join(missing)}"
         return State.WARNING, detail, f"report the output of: grep -E '{'|'.join(missing)}' /proc/kallsyms"
@@ -82,7 +105,7 @@ def check_livepatch(machine: Machine) -> Found:
 
 
 def check_btf(machine: Machine) -> Found:
-    """The types that locate the MSR bitmap of a vCPU."""
+    """The types that locate the MSR bitmap of a vCPU, where calls do not say where it is."""
     layout = choose(machine.symbols)
     if layout is None:
         return State.UNKNOWN, "its types can be looked up once its functions are found", "fix symbols first"
@@ -92,6 +115,9 @@ def check_btf(machine: Machine) -> Found:
     try:
         offset = (Btf.of_module(module, directory) if module else Btf.of_kernel(directory)).nested_offset(path)
     except BtfError as error:
+        if layout.pass_:
+            detail = f"not needed: each call says where the bitmap is; but fentry cannot be used ({error})"
+            return State.OK, detail, None
         fix = "boot a kernel with CONFIG_DEBUG_INFO_BTF=y and CONFIG_DEBUG_INFO_BTF_MODULES=y (Debian: 6.1 and newer)"
         return State.WARNING, f"{error}: calls are counted, but which were redundant is unknown", fix
     return State.OK, f"{'.'.join(member for _, member in path)} is at {offset:#x} in struct {path[0][0]}", None

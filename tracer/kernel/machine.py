@@ -9,12 +9,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 
 from tracer.kernel.symbols import Symbols
 from tracer.model.vendor import Vendor
-from tracer.model.vendors import FIRST, VENDORS
+from tracer.model.vendors import VENDORS
 
 # include/uapi/linux/capability.h; CAP_SYS_ADMIN includes the other two, which were split off in 5.8.
 SYS_ADMIN, NEEDED = 21, {39: "CAP_BPF", 38: "CAP_PERFMON"}
@@ -83,16 +82,24 @@ class Machine:
         return Cpu(search(r"^model name\s*:\s*(.*)", first), maker, frozenset(flags))
 
     @cached_property
-    def vendor(self) -> Vendor:
-        """The vendor whose virtualisation the CPU has, or whose module is loaded, or that made the CPU."""
+    def vendors(self) -> tuple[Vendor, ...]:
+        """The vendors that it may be: whose flag the CPU has, or that made the CPU, or whose module is there; else all.
+
+        Modules come last: those that are built into the kernel are all there, whatever the CPU.
+        """
         try:
             cpu = self.cpu
         except OSError:
             cpu = Cpu("", "", frozenset())
-        by_cpu = (vendor for vendor in VENDORS if vendor.cpu_flag in cpu.flags)
-        by_module = (vendor for vendor in VENDORS if self.at(f"/sys/module/{vendor.module}").exists())
-        by_maker = (vendor for vendor in VENDORS if cpu.maker in vendor.makers)
-        return next(chain(by_cpu, by_module, by_maker), FIRST)
+        by_flag = tuple(vendor for vendor in VENDORS if vendor.cpu_flag in cpu.flags)
+        by_maker = tuple(vendor for vendor in VENDORS if cpu.maker in vendor.makers)
+        by_module = tuple(vendor for vendor in VENDORS if self.at(f"/sys/module/{vendor.module}").exists())
+        return by_flag or by_maker or by_module or VENDORS
+
+    @property
+    def vendor(self) -> Vendor:
+        """The first of `vendors`."""
+        return self.vendors[0]
 
     def capable(self, capability: int) -> bool:
         """Whether this process has the capability of that number (CapEff in proc(5)). Raises OSError."""

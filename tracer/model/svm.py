@@ -13,11 +13,14 @@ SVM = Vendor(
     cpu_flag="svm",
     cpu_feature="SVM",
     makers=("AuthenticAMD", "HygonGenuine"),
+    # Where it is disabled (SVMDIS in MSR_VM_CR), init_amd() and init_hygon() clear the flag since 6.7, and say "SVM
+    # disabled (by BIOS)". Before, kvm_amd refuses to load with EOPNOTSUPP, and says that or "disabled by bios".
     firmware_fix="enable SVM (AMD-V) in the firmware setup, then power off and on",
+    flag_if_disabled=True,
     module="kvm_amd",
     module_file="kvm-amd.ko",
     config_option="CONFIG_KVM_AMD",
-    parameters=("nested", "avic", "lbrv", "sev_es"),
+    parameters=("nested", "avic", "lbrv", "sev_es", "enable_mediated_pmu"),
     prefix="svm_",
     marker="svm_vcpu_run",
     layouts=(

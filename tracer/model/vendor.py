@@ -57,8 +57,9 @@ class Vendor:
     cpu_feature: str
     #: `vendor_id` in /proc/cpuinfo of the CPUs that may have it
     makers: tuple[str, ...]
-    #: The fix for a CPU that has it, but not the flag.
+    #: The fix where the firmware has disabled it, and whether the CPU has the flag even then, in some kernels.
     firmware_fix: str
+    flag_if_disabled: bool
     module: str
     #: The module's file below /lib/modules, and the option that builds it.
     module_file: str

@@ -21,11 +21,13 @@ VMX = Vendor(
     cpu_flag="vmx",
     cpu_feature="VMX",
     makers=("GenuineIntel", "CentaurHauls", "Shanghai"),
+    # Where it is disabled, arch/x86/kernel/cpu/feat_ctl.c clears the flag; for Zhaoxin's CPUs, too.
     firmware_fix="enable VT-x (Intel Virtualization Technology) in the firmware setup, then power off and on",
+    flag_if_disabled=False,
     module="kvm_intel",
     module_file="kvm-intel.ko",
     config_option="CONFIG_KVM_INTEL",
-    parameters=("nested", "enable_apicv", "enable_ipiv", "pt_mode"),
+    parameters=("nested", "enable_apicv", "enable_ipiv", "pt_mode", "enable_mediated_pmu"),
     prefix="vmx_",
     marker="vmx_vcpu_run",
     layouts=(

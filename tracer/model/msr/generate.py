@@ -12,13 +12,16 @@ header) whose value is a hexadecimal number, another such name, or such a name p
 Bit numbers and counts are decimal, bits and masks are made with ``BIT()`` or ``<<``, so they
 never match. `_is_field` excludes the rest.
 
-Which name is taken when there are several, for a host with an Intel CPU and VMX:
+Which name is taken when there are several:
 
 1. ``IA32_*``, the architectural registers;
 2. names that say neither vendor nor model (``CORE_PERF_FIXED_CTR0``);
 3. names of one Intel model (``P4_*``, ``P6_*``, ``ATOM_*``...), and ``IA32_MCG_EAX`` to
    ``IA32_MCG_RESERVED`` of the Pentium 4, whose indices are now event selectors;
 4. names of AMD's and of other vendors' registers.
+
+One table does for Intel's and AMD's CPUs: the only number with names of both is 0x8b, on both
+the revision of the microcode (``IA32_UCODE_REV``, ``AMD64_PATCH_LEVEL``).
 
 Among equals a name defined as a number goes before one defined as another name, then the
 one that comes first in the headers. `_PREFERRED` overrides these rules where they are wrong.
@@ -104,17 +107,16 @@ _X2APIC_FIRST = 0x800
 # The local APIC's registers lie between these offsets (the ID, SELF_IPI).
 _APIC_OFFSETS = range(0x20, 0x400, 0x10)
 
-# Registers of the local APIC that have no MSR in x2APIC mode (SDM vol. 3, "x2APIC Register
-# Address Space").
-_NOT_IN_X2APIC = {"ARBPRI", "RRR", "DFR", "ICR2"}
-# The manuals' names, where the kernel's are not shorter and not used elsewhere.
-_X2APIC_RENAMED = {"TASKPRI": "TPR", "PROCPRI": "PPR"}
+# The manuals' names, where the kernel's are not shorter and not used elsewhere. APR, RRR, DFR and ICR2 have no MSR on
+# Intel's CPUs (SDM vol. 3, "x2APIC Register Address Space"), but with AVIC kvm_amd passes them through.
+_X2APIC_RENAMED = {"TASKPRI": "TPR", "ARBPRI": "APR", "PROCPRI": "PPR"}
 # These are 256 bits wide: eight registers each (APIC_ISR_NR in apicdef.h).
 _X2APIC_WIDE = {"ISR", "TMR", "IRR"}
 
 # KVM passes 0x690 through as a branch record (Skylake and later, MSR_LBR_NHM_FROM + 16); on
-# Haswell it was CORE_PERF_LIMIT_REASONS, which KVM has nothing to do with.
-_PREFERRED = {0x690: "LBR_NHM_FROM_16"}
+# Haswell it was CORE_PERF_LIMIT_REASONS, which KVM has nothing to do with. The first of AMD's
+# counters has a number as the others have.
+_PREFERRED = {0x690: "LBR_NHM_FROM_16", 0xC0010200: "F15H_PERF_CTL0", 0xC0010201: "F15H_PERF_CTR0"}
 
 _PENTIUM_4_STATE = re.compile(r"IA32_MCG_(E(AX|BX|CX|DX|SI|DI|BP|SP|FLAGS|IP)|RESERVED)")
 _INTEL_MODEL = re.compile(r"(P4|P6|KNC|KNL|ATOM)_")
@@ -338,7 +340,7 @@ def _x2apic(defines: dict[str, str]) -> dict[int, str]:
         if register == define or not re.fullmatch(r"0x[0-9a-fA-F]{1,3}", value):
             continue
         offset = int(value, 16)
-        if register in _NOT_IN_X2APIC or offset not in _APIC_OFFSETS:
+        if offset not in _APIC_OFFSETS:
             continue
         first = _X2APIC_FIRST + offset // 16
         name = f"X2APIC_{_X2APIC_RENAMED.get(register, register)}"
