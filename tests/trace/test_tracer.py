@@ -23,6 +23,7 @@ from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.module_change import RETRY_SECONDS, ModuleChange
 from tracer.model.snapshot import Durations, Outcome, Snapshot
+from tracer.model.vendors import VENDORS
 from tracer.trace.tracer import loaded_module
 
 
@@ -311,3 +312,13 @@ def test_concurrent_scrapes_and_reloads_lose_nothing(by_vm: Kernel) -> None:
     assert problems == []
     assert min(scrapes[n] for n in range(3)) >= 5
     assert sum(counts(by_vm.tracer.snapshot()).values()) == expected > 0
+
+
+def test_a_module_that_was_loaded_comes_before_one_that_is_built_in(tmp_path: Path) -> None:
+    for vendor in VENDORS:
+        (tmp_path / vendor.module).mkdir()
+    assert (loaded_module(tmp_path) or ("",))[0] in {vendor.module for vendor in VENDORS}
+    for vendor in VENDORS:
+        (tmp_path / vendor.module / "initstate").write_text("live\n")
+        assert (loaded_module(tmp_path) or ("",))[0] == vendor.module
+        (tmp_path / vendor.module / "initstate").unlink()

@@ -55,14 +55,18 @@ class Attachment(Protocol):
 
 
 def loaded_module(modules: Path = MODULES) -> tuple[str, int, int] | None:
-    """Identifies the loaded module of a vendor; differs after a reload. None if there is none."""
+    """Identifies the loaded module of a vendor; differs after a reload. None if there is none.
+
+    One that was loaded comes before those that are built in, which may be of another vendor than the CPU.
+    """
+    found: list[tuple[bool, tuple[str, int, int]]] = []
     for module in (modules / vendor.module for vendor in VENDORS):
         with suppress(OSError):
-            if (module / "initstate").exists() and (module / "initstate").read_text().strip() != "live":
-                continue
-            status = module.stat()
-            return module.name, status.st_ino, status.st_ctime_ns
-    return None
+            built_in = not (module / "initstate").exists()
+            if built_in or (module / "initstate").read_text().strip() == "live":
+                status = module.stat()
+                found.append((built_in, (module.name, status.st_ino, status.st_ctime_ns)))
+    return min(found)[1] if found else None
 
 
 class Tracer:
