@@ -117,6 +117,7 @@ def make(
         loss=loss,
         lower_bound=lower_bound,
         verdict=judge(
+            vendor=counted.vendor,
             layout=counted.layout,
             calls_observable=counted.calls_observable,
             incomplete=incomplete,
