@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hypothesis import strategies as st
+from msgspec import UNSET
 
 from tracer.model.loss import Loss
 from tracer.model.snapshot import Call, Durations, Outcome, Snapshot
@@ -225,7 +226,7 @@ def rows(draw: st.DrawFn) -> CallRow:
         msr=f"{draw(st.one_of(st.sampled_from([TSC, FS_BASE]), st.integers(0, 2**32 - 1))):#x}",
         name=draw(names),
         access=draw(st.sampled_from(["read", "write", "read_write"])),
-        action=draw(st.sampled_from(["enable", "disable"])),
+        action=draw(st.sampled_from(["enable", "disable", "disable_read", "disable_write"])),
         cause=draw(st.one_of(st.sampled_from(["filter_change", "recalc"]), names)),
         caller=draw(names),
         calls=calls,
@@ -243,8 +244,12 @@ hosts = st.builds(
     cpu=names,
     vcpus_seen=counts,
     vmms_seen=counts,
-    module_parameters=st.dictionaries(names, names, max_size=2),
-    layout=st.one_of(st.sampled_from(["toggle", "recalc"]), names),
+    vendor=st.sampled_from(["vmx", "svm"]),
+    **{
+        module: st.one_of(st.just(UNSET), st.dictionaries(names, names, max_size=2))
+        for module in ("kvm_intel", "kvm_amd")
+    },
+    layout=st.one_of(st.sampled_from(["toggle", "recalc", "pass"]), names),
     backend=names,
     redundancy=st.sampled_from(["exact", "exact", "unknown"]),
 )
