@@ -49,7 +49,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="msrtrace")
 def cli() -> None:
-    """Trace what KVM does to the MSR bitmaps of its guests on an Intel (VMX) host."""
+    """Trace what KVM does to the MSR bitmaps of its guests on an Intel (VMX) or AMD (SVM) host."""
 
 
 def _one_line(error: Exception) -> str:
