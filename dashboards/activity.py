@@ -10,6 +10,7 @@ from dashboards.grafana import (
     GREEN,
     GREY,
     PER_SECOND,
+    PLAIN,
     RED,
     SHARE,
     WASTE,
@@ -30,6 +31,7 @@ from dashboards.queries import (
     HOST,
     LOSSY,
     REDUNDANT,
+    TITLED,
     UPDATES,
     by,
     host_count,
@@ -43,18 +45,21 @@ from dashboards.queries import (
 from dashboards.verdict import (
     MISSING,
     MISSING_CODE,
+    NEVER_PATCHED_CODE,
     PRESENT,
     PRESENT_CODE,
     SUPERSEDED_CODE,
     UNDECIDED_CODE,
     VERDICT,
 )
+from tracer.model.cause import CAUSES
 
 VERDICTS = {
     MISSING_CODE: ("missing", RED),
     PRESENT_CODE: ("present", GREEN),
     SUPERSEDED_CODE: ("superseded (6.17+)", BLUE),
     UNDECIDED_CODE: ("undecided", GREY),
+    NEVER_PATCHED_CODE: ("not applicable", PLAIN),
 }
 HOST_LEGEND = "{{instance}}"
 
@@ -62,9 +67,9 @@ HOST_LEGEND = "{{instance}}"
 READING = """\
 KVM keeps one bitmap per vCPU that says which MSR accesses leave the guest. A **call** asks KVM to intercept one MSR \
 or to pass it through; it is **redundant** if it changes none of the bits that it names. A **filter update** is one \
-vCPU applying a changed MSR filter: kernels before 6.0 lack the patch that skips its redundant enables. What a kernel \
-cannot show is *absent* here, never 0: before 5.13 calls cannot be observed, and without the BTF of kvm_intel which \
-of them are redundant is unknown."""
+vCPU applying a changed MSR filter: on Intel (VMX), kernels before 6.0 lack the patch that skips its redundant \
+enables; for AMD (SVM), KVM never had it. What a kernel cannot show is *absent* here, never 0: before 5.13 Intel's \
+calls cannot be observed, and where KVM's module has no BTF, which calls are redundant may be unknown."""
 
 
 def overview() -> list[Json]:
@@ -80,12 +85,13 @@ def overview() -> list[Json]:
         ),
         stat(
             "Hosts without the patch",
-            "Hosts (kernels 5.13 to 6.16) whose filter updates enable intercepts that are already enabled: they lack "
-            "'KVM: VMX: Skip filter updates for MSRs that KVM is already intercepting' (d895f28ed6da, v6.0). Counted "
-            "since msrtrace started there. 'undecided' if no host has shown either; see the table below.",
+            "Intel hosts (kernels 5.13 to 6.16) whose filter updates enable intercepts that are already enabled: they "
+            "lack 'KVM: VMX: Skip filter updates for MSRs that KVM is already intercepting' (d895f28ed6da, v6.0). "
+            "Counted since msrtrace started there. 'none known' if no host has shown either; see the table below. KVM "
+            "never had this patch for AMD, whose hosts are not counted.",
             host_count(MISSING, PRESENT),
             unit="none",
-            absent="undecided",
+            absent="none known",
             thresholds=BAD,
         ),
         stat(
@@ -143,9 +149,10 @@ def overview() -> list[Json]:
             "Hosts",
             "What each host runs and its rates now. Patch: whether its filter updates since msrtrace started show the "
             "patch of v6.0 missing or present; 'superseded' from 6.17 on, where every update recomputes all "
-            "intercepts; 'undecided' if too little was seen, or something was lost. Label: as set by the operator.",
+            "intercepts; 'undecided' if too little was seen, or something was lost; 'not applicable' on AMD, for which "
+            "KVM never had it. Label: as set by the operator.",
             [
-                f"group by ({HOST}, kernel, layout, redundancy, {GROUP}) ({BUILD})",
+                f"group by ({HOST}, kernel, vendor, layout, redundancy, {GROUP}) ({TITLED})",
                 VERDICT,
                 by(HOST, UPDATES),
                 by(HOST, rate(CALLS)),
@@ -156,18 +163,19 @@ def overview() -> list[Json]:
             [
                 Column("instance", "Host"),
                 Column("kernel", "Kernel"),
+                Column("vendor", "Vendor", width=110),
                 Column("Value #B", "Patch", mappings=names(VERDICTS), unit="none", width=160),
                 Column(GROUP, "Label", width=110),
                 Column("layout", "Layout", width=110),
-                Column("redundancy", "Redundancy", width=130),
-                Column("Value #C", "Filter updates", unit=PER_SECOND, decimals=1, width=140),
-                Column("Value #D", "Calls", unit=CALLS_PER_SECOND, decimals=1, width=130),
-                Column("Value #E", "Calls/update", unit="none", decimals=1, width=130),
+                Column("redundancy", "Redundancy", width=110),
+                Column("Value #C", "Filter updates", unit=PER_SECOND, decimals=1, width=120),
+                Column("Value #D", "Calls", unit=CALLS_PER_SECOND, decimals=1, width=110),
+                Column("Value #E", "Calls/update", unit="none", decimals=1, width=115),
                 Column("Value #F", "Redundant/update", unit="none", decimals=1, width=160),
                 Column("Value #G", "Redundant share", unit=SHARE, decimals=1, thresholds=WASTE, width=160),
             ],
             sort="Calls",
-            size=(WIDTH, 11),
+            size=(WIDTH, 12),
         ),
     ]
 
@@ -215,11 +223,11 @@ def per_msr() -> list[Json]:
 
 def per_cause() -> list[Json]:
     """The row by cause."""
+    *causes, last = CAUSES.values()
     return [
         graph(
             "Calls by cause",
-            "Why KVM made the calls, stacked: a filter update, a new vCPU, a CPUID update, a write to an MSR, a change "
-            "of the x2APIC mode, LBR, Intel PT, a recalculation (6.18+), or something else.",
+            f"Why KVM made the calls, stacked: {', '.join(causes)}, or {last}.",
             Query(by("cause", rate(CALLS)), "{{cause}}"),
             unit=CALLS_PER_SECOND,
             stacked=True,

@@ -69,7 +69,7 @@ def health() -> list[Json]:
             decimals=0,
         ),
         stat(
-            "Reloads of kvm_intel",
+            "Reloads of KVM's module",
             "Within the last minutes. msrtrace attaches again and keeps its counters; but whether the patch is missing "
             "is then undecided, as the counts may be of two modules.",
             f"sum({increase('module_unloads_total')})",

@@ -16,10 +16,9 @@ from dashboards.activity import overview, per_cause, per_msr, per_vm
 from dashboards.grafana import Json, dashboard, laid_out
 from dashboards.health import health
 from dashboards.patterns import label
-from dashboards.updates import comparison, filter_updates
-from dashboards.verdict import missing_by_kernel
+from dashboards.updates import by_vendor, comparison, filter_updates
+from dashboards.verdict import JUDGED_HOSTS, missing_by_kernel
 from tracer.model.vendors import VENDORS, layouts
-from tracer.model.verdict import JUDGED
 
 FILE = Path(__file__).with_name("grafana.json")
 RULES = Path(__file__).with_name("rules.yml")
@@ -33,11 +32,12 @@ def made() -> Json:
         "By MSR": per_msr(),
         "By cause": per_cause(),
         "Filter updates": filter_updates(),
+        "By vendor": by_vendor(),
         "Patched against unpatched": comparison(),
         "By VM": per_vm(),
         "Health of the tracers": health(),
     }
-    description = "What KVM's MSR-intercept code does on VMX hosts, how much of it is redundant, and what it costs."
+    description = "What KVM's MSR-intercept code does, how much of it is redundant, and what it costs."
     return dashboard("msrtrace", "msrtrace: MSR intercepts", description, laid_out(rows), metric="msrtrace_build_info")
 
 
@@ -45,7 +45,7 @@ def rules(template: Path = _TEMPLATE) -> str:
     """The rules: the template with each @name@ replaced; indented as it is if it is alone on its line."""
     parts = {
         "missing_by_kernel": missing_by_kernel(),
-        "judged": label("layout", JUDGED),
+        "judged": ", ".join(JUDGED_HOSTS),
         # each function once, whatever layouts share it
         "call_functions": label("function", list(dict.fromkeys(f for layout in layouts() for f in layout.calls))),
         "not_vcpu_create": label("function", [name for vendor in VENDORS for name in vendor.vcpu_create], other=True),

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dashboards.patterns import label
+from tracer.model.vendors import FIRST, VENDORS
+from tracer.model.verdict import JUDGED
+
 #: The label that operators give to targets, as in prometheus.yml: `patched` or `unpatched`, as they believe.
 GROUP = "patch"
 HOST = "job, instance"
@@ -88,14 +92,23 @@ def quantile(part: float, labels: str = "") -> str:
     return f"histogram_quantile({part}, {buckets}) > 0"
 
 
+def _titled(info: str) -> str:
+    """The info with the vendor's title as its label `vendor`, which versions of msrtrace that knew only one lack."""
+    for vendor in VENDORS:
+        known = f"{vendor.name}|" if vendor is FIRST else vendor.name
+        info = f'label_replace({info}, "vendor", "{vendor.title}", "vendor", "{known}")'
+    return info
+
+
 BUILD = metric("build_info")
+TITLED = _titled(BUILD)
 UPDATES = rate("filter_updates_total")
 
 
 def comparable(*groups: str) -> str:
     """Restricts an expression to hosts with comparable calls and, if given, one of these labels."""
     labelled = [f'{GROUP}=~"' + "|".join(groups) + '"'] if groups else []
-    hosts = metric("build_info", 'layout="toggle"', *labelled)
+    hosts = metric("build_info", label("layout", JUDGED), *labelled)
     return f" and on ({HOST}) {hosts}"
 
 
@@ -105,11 +118,11 @@ def per_update(name: str, labels: str, only: str = "") -> str:
     return ratio(by(labels, calls), by(labels, f"{UPDATES} and on ({HOST}) {calls}"))
 
 
-def per_update_by_kernel() -> str:
-    """The same by kernel release, of all hosts with calls."""
-    calls = rate(CALLS, _IN_UPDATE)
-    join = f"* on ({HOST}) group_left (kernel) {BUILD}"
-    return ratio(by("kernel", f"{calls} {join}"), by("kernel", f"({UPDATES} and on ({HOST}) {calls}) {join}"))
+def per_update_by(labels: str, name: str = CALLS) -> str:
+    """The same by labels of msrtrace_build_info, of all hosts with such calls."""
+    calls = rate(name, _IN_UPDATE)
+    join = f"* on ({HOST}) group_left ({labels}) {TITLED}"
+    return ratio(by(labels, f"{calls} {join}"), by(labels, f"({UPDATES} and on ({HOST}) {calls}) {join}"))
 
 
 def mean_update(labels: str, only: str = "") -> str:

@@ -9,11 +9,12 @@ from dashboards.queries import (
     GROUP,
     HOST,
     REDUNDANT,
+    TITLED,
     by,
     comparable,
     mean_update,
     per_update,
-    per_update_by_kernel,
+    per_update_by,
     quantile,
     rate,
 )
@@ -29,8 +30,8 @@ static_configs:
     labels: {{{GROUP}: patched}}    # or: unpatched
 ```
 
-Only kernels 5.13 to 6.16 are compared: newer ones update reads and writes in one call, so their calls are not \
-comparable. *By kernel* needs no label."""
+Only kernels 5.13 to 6.16 on Intel are compared: newer ones update reads and writes in one call, so their calls are \
+not comparable; and KVM never had this patch for AMD. *By kernel* needs no label."""
 
 
 def filter_updates() -> list[Json]:
@@ -60,8 +61,9 @@ def filter_updates() -> list[Json]:
         ),
         graph(
             "Calls per filter update, by host",
-            "Calls with the cause filter_change, per filter update. Kernels 5.13 to 6.16 with the patch make 13 where "
-            "those without make 30 or more, depending on the CPU's features.",
+            "Calls with the cause filter_change, per filter update. On Intel, kernels 5.13 to 6.16 with the patch make "
+            "13 where those without make 30 or more, depending on the CPU's features. On AMD, kernels before 6.17 make "
+            "one for every MSR that KVM may pass through: 14 (5.10) to 47.",
             Query(per_update(CALLS, HOST), HOST_LEGEND),
             unit="none",
         ),
@@ -76,6 +78,33 @@ def filter_updates() -> list[Json]:
             "Seconds per second that vCPUs spent in filter updates: 100 % is one full CPU.",
             Query(by(HOST, rate("filter_update_duration_seconds_sum")), HOST_LEGEND),
             unit=SHARE,
+        ),
+    ]
+
+
+def by_vendor() -> list[Json]:
+    """The row on what differs between vendors."""
+    labels, legend = "vendor, layout", "{{vendor}} {{layout}}"
+    return [
+        graph(
+            "Hosts by vendor",
+            "Hosts whose msrtrace can be scraped, by the kind of hardware, stacked.",
+            Query(f"count by (vendor) (group by ({HOST}, vendor) ({TITLED}))", "{{vendor}}"),
+            unit="none",
+            stacked=True,
+        ),
+        graph(
+            "Calls per filter update, by vendor",
+            "By the kind of hardware and the layout of KVM: toggle (Intel, 5.13 to 6.16) names one bit of an MSR in a "
+            "call; pass (AMD, 5.10 to 6.16) and, since 6.17, set and recalc name both.",
+            Query(per_update_by(labels), legend),
+            unit="none",
+        ),
+        graph(
+            "Redundant calls per filter update, by vendor",
+            "Of these calls, those that changed nothing. Without hosts where that is unknown.",
+            Query(per_update_by(labels, REDUNDANT), legend),
+            unit="none",
         ),
     ]
 
@@ -129,9 +158,9 @@ def comparison() -> list[Json]:
         ),
         graph(
             "Calls per filter update, by kernel",
-            "The same by the kernel's release, for all kernels whose calls can be observed. From 6.17 on one call "
-            "updates reads and writes.",
-            Query(per_update_by_kernel(), "{{kernel}}"),
+            "The same by the kernel's release and the kind of hardware, for all kernels whose calls can be observed. "
+            "From 6.17 on, and on AMD, one call updates reads and writes.",
+            Query(per_update_by("kernel, vendor"), "{{kernel}} ({{vendor}})"),
             unit="none",
         ),
     ]

@@ -18,6 +18,7 @@ from tracer.model.verdict import (
     DISABLES,
     ENABLES,
     JUDGED,
+    NEVER_PATCHED,
     RULES,
     SUPERSEDED,
     UNKNOWN_ENABLES,
@@ -26,7 +27,7 @@ from tracer.model.verdict import (
     Rule,
 )
 
-MISSING_CODE, PRESENT_CODE, SUPERSEDED_CODE, UNDECIDED_CODE = 1, 2, 3, 4
+MISSING_CODE, PRESENT_CODE, SUPERSEDED_CODE, UNDECIDED_CODE, NEVER_PATCHED_CODE = 1, 2, 3, 4, 5
 
 
 def matchers(calls: Calls) -> tuple[str, ...]:
@@ -43,7 +44,7 @@ class Dialect:
     sums: tuple[str, str]
     #: the vector matching by host, after `unless` and `and`
     on: str
-    #: for how long after a reload of kvm_intel the calls may be those of the previous module
+    #: for how long after a reload of KVM's module the calls may be those of the previous module
     window: str
     #: the selector of a metric of msrtrace's, by its name and matchers
     select: Callable[..., str]
@@ -62,7 +63,7 @@ class Dialect:
         return f"\nunless{self.on}\n".join(parts)
 
     def since_reload(self, found: str, calls: Calls) -> str:
-        """`found` since the tracer started; after a reload of kvm_intel only if there were such calls in the window."""
+        """`found` since the tracer started; after a reload only if there were such calls in the window."""
         grown = self.per_host(self.calls(calls, over=f"increase({{}}[{self.window}])"))
         reloaded = self.unless(f"{self.select('module_unloads_total')} > 0", f"{grown} > 0")
         return _block(self.unless(found, _block(reloaded)))
@@ -113,6 +114,7 @@ def _facts() -> dict[Fact, str]:
     """
     unprobed = metric("probe_attached", label("function", _COUNTED))
     return {
+        Fact.NEVER_PATCHED: metric("build_info", label("vendor", NEVER_PATCHED)),
         Fact.SUPERSEDED: metric("build_info", label("layout", SUPERSEDED)),
         Fact.CALLS_UNSEEN: metric("build_info", label("layout", (*JUDGED, *SUPERSEDED), other=True)),
         Fact.CHANGED: _PANELS.changed(),
@@ -128,8 +130,9 @@ def _facts() -> dict[Fact, str]:
 
 
 def _code(rule: Rule) -> int:
-    if rule.fact is Fact.SUPERSEDED:
-        return SUPERSEDED_CODE
+    codes = {Fact.NEVER_PATCHED: NEVER_PATCHED_CODE, Fact.SUPERSEDED: SUPERSEDED_CODE}
+    if rule.fact in codes:
+        return codes[rule.fact]
     return {False: MISSING_CODE, True: PRESENT_CODE, None: UNDECIDED_CODE}[rule.patched]
 
 
@@ -150,7 +153,9 @@ MISSING, PRESENT = (f"({VERDICT}) == {code}" for code in (MISSING_CODE, PRESENT_
 # --- rules.yml ---
 
 _KIND = ("msr", "name", "access", "action", "cause")
-_INFO = ("version", "layout", "backend", "redundancy")
+_INFO = ("version", "vendor", "layout", "backend", "redundancy")
+#: The hosts of which it can be judged. Versions of msrtrace that knew only one vendor have no label for it.
+JUDGED_HOSTS = (label("layout", JUDGED), label("vendor", NEVER_PATCHED, other=True))
 
 
 def _select(name: str, *chosen: str) -> str:
@@ -170,7 +175,8 @@ def missing_by_kernel() -> str:
     """Enables of hosts that lack the patch, with the kernel's release: Fact.ENABLED where no earlier rule applies."""
     facts = {
         Fact.CHANGED: _ALERT.changed(),
-        # These two are of other layouts.
+        # These three are of other vendors and layouts.
+        Fact.NEVER_PATCHED: None,
         Fact.SUPERSEDED: None,
         Fact.CALLS_UNSEEN: None,
         # It is a part of `enabled`.
@@ -178,6 +184,6 @@ def missing_by_kernel() -> str:
     }
     earlier = [facts[rule.fact] for rule in takewhile(lambda rule: rule.fact is not Fact.ENABLED, RULES)]
     found = _ALERT.unless(_ALERT.enabled(), *(fact for fact in earlier if fact))
-    info = _select("build_info", label("layout", JUDGED))
+    info = _select("build_info", *JUDGED_HOSTS)
     joined = f"* ignoring (kernel, {', '.join(_INFO)}) group_left ()"
     return f"max without ({', '.join(_INFO)}) " + _block(f"{info}\n{joined}\n{_block(found)}")

@@ -78,6 +78,18 @@ def test_run_serves_until_a_signal(start: Start, number: signal.Signals) -> None
     assert running.warnings() == ["msrtrace: warning: vmx_vcpu_create is not probed: none"]
 
 
+def test_an_amd_host_is_served_as_one(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "vendor").touch()
+    running = start()
+    metrics = scrape(running.url())
+    assert running.out.read_text().startswith(
+        "msrtrace: probing set_msr_interception_bitmap: set_msr_interception_bitmap [kvm_amd]\n"
+    )
+    assert 'layout="pass",redundancy="exact",vendor="svm",' in metrics
+    (running.directory / "module").unlink()
+    running.until("kvm_amd was unloaded; its counts are kept, and it is traced again when it comes back\n")
+
+
 def test_run_by_vm_adds_the_labels(start: Start) -> None:
     running = start("--by-vm", "--pid", str(os.getpid()))
     assert f'{SERIES},pid="{os.getpid()}",vm="' in scrape(running.url())

@@ -40,6 +40,13 @@ def test_a_pipe_gets_frames(directory: Path) -> None:
     assert (directory / "closed").exists()
 
 
+def test_an_amd_host_is_shown_as_one(directory: Path) -> None:
+    (directory / "vendor").touch()
+    found = piped(directory, "-n", "1", COLUMNS="120").stdout.decode().splitlines()
+    assert " SVM layout pass, redundancy exact, over " in found[0]
+    assert found[2] == "47 calls per filter update, 46 of them redundant"
+
+
 def test_a_pipe_has_the_width_of_columns(directory: Path) -> None:
     assert b"pid VM" in piped(directory, "-n", "1", "--by-vm", COLUMNS="200").stdout
     narrow = piped(directory, "-n", "1", COLUMNS="40").stdout.decode()

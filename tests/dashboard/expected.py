@@ -10,26 +10,34 @@ from tests.dashboard.prometheus import Prometheus
 
 Answers = dict[str, dict[str, list[Json]]]
 
-MISSING, PRESENT, SUPERSEDED, CANNOT_TELL = 1, 2, 3, 4
+MISSING, PRESENT, SUPERSEDED, CANNOT_TELL, NOT_APPLICABLE = 1, 2, 3, 4, 5
 VERDICTS = {
     **{"kvm1": PRESENT, "kvm2": MISSING, "kvm3": SUPERSEDED, "kvm4": PRESENT},
     **{"kvm5": CANNOT_TELL, "kvm6": MISSING, "kvm8": CANNOT_TELL, "kvm9": PRESENT},
+    **{"kvm10": NOT_APPLICABLE, "kvm11": NOT_APPLICABLE},
 }
 #: Numbers of the panels with one.
 NUMBERS = {
-    "Hosts traced": 8,
+    "Hosts traced": 10,
     "Hosts without the patch": 2,
     "Incomplete counts": 1,
     "Calls saved by the patch": 17,
     "Tracers down": 1,
     "Hosts with probes missing": 1,
     "Failed scrapes": 0,
-    "Reloads of kvm_intel": 0,
+    "Reloads of KVM's module": 0,
 }
 #: The last values of graphs, by the label in which their series differ.
 GRAPHS = {
-    "Calls per filter update, by host": {"kvm1": 13, "kvm2": 30, "kvm3": 8, "kvm4": 13, "kvm6": 30, "kvm9": 14},
-    "Redundant calls per filter update, by host": {"kvm1": 11, "kvm2": 28, "kvm3": 7, "kvm4": 11, "kvm9": 12},
+    "Calls per filter update, by host": {
+        **{"kvm1": 13, "kvm2": 30, "kvm3": 8, "kvm4": 13, "kvm6": 30, "kvm9": 14},
+        **{"kvm10": 47, "kvm11": 11},
+    },
+    "Redundant calls per filter update, by host": {
+        **{"kvm1": 11, "kvm2": 28, "kvm3": 7, "kvm4": 11, "kvm9": 12},
+        **{"kvm10": 46, "kvm11": 10},
+    },
+    "Hosts by vendor": {"Intel VMX": 8, "AMD SVM": 2},
     "Calls per filter update": {"patched": 13, "unpatched": 30},
     "Redundant calls per filter update": {"patched": 11, "unpatched": 28},
 }
@@ -44,6 +52,7 @@ OF_BLIND = {
     "Filter update duration",
     "99 % of filter updates, by host",
     "Mean filter update, by host",
+    "Hosts by vendor",
     "CPU time in filter updates, by host",
 }
 #: Panels that must be silent on a host without redundancy.
@@ -56,6 +65,12 @@ NOT_OF_VAGUE = {
     "Redundant share by cause",
     "Redundant calls per filter update, by host",
     "Redundant calls per filter update",
+    "Redundant calls per filter update, by vendor",
+}
+#: The last values of graphs by vendor and layout, of those whose hosts all make equally many calls.
+BY_VENDOR = {
+    "Calls per filter update, by vendor": {"AMD SVM pass": 47, "AMD SVM recalc": 11, "Intel VMX recalc": 8},
+    "Redundant calls per filter update, by vendor": {"AMD SVM pass": 46, "AMD SVM recalc": 10, "Intel VMX recalc": 7},
 }
 
 
@@ -73,6 +88,10 @@ def wrong(prometheus: Prometheus, dashboard: Json, time: Range, answers: Answers
     for title, expected in GRAPHS.items():
         last = _by_label([series for series in found[title]["A"] if series["values"][-1][0] == time.end])
         if last != expected:
+            differences.append(f"{title} are {last}, not {expected}")
+    for title, expected in BY_VENDOR.items():
+        last = {f"{s['metric']['vendor']} {s['metric']['layout']}": round(_value(s), 6) for s in found[title]["A"]}
+        if last.pop("Intel VMX toggle", None) is None or last != expected:
             differences.append(f"{title} are {last}, not {expected}")
     blind = _speaking(prometheus, dashboard, time, BLIND)
     differences += [f"{title!r} must say nothing of a host without calls" for title in sorted(blind - OF_BLIND)]
@@ -103,5 +122,6 @@ def _numbers(answer: list[Json]) -> list[float]:
 
 
 def _by_label(answer: list[Json]) -> dict[str, float]:
-    names = [s["metric"].get("patch") or s["metric"]["instance"].partition(":")[0] for s in answer]
+    metrics = [series["metric"] for series in answer]
+    names = [m.get("patch") or (m["instance"].partition(":")[0] if "instance" in m else m["vendor"]) for m in metrics]
     return dict(zip(names, (round(value, 6) for value in _numbers(answer)), strict=True))

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from made import outcome, recalc, toggle
+from made import SVM_HOOK, outcome, recalc, svm_pass, svm_recalc, toggle
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
@@ -58,12 +58,15 @@ class Host:
     snapshot: Callable[[float], Snapshot]
     labels: dict[str, str] = field(default_factory=dict)
     until: float = math.inf
+    vendorless: bool = False  # as exported by versions of msrtrace that knew only Intel
 
     def metrics(self, t: float) -> Iterator[Metric]:
         """The families of a scrape after `t` seconds. Values that depend on this machine are replaced."""
         for family in SnapshotCollector(lambda: self.snapshot(t), "0.1.0", self.kernel).collect():
             if family.name == "msrtrace_scrape_duration_seconds":
                 family = GaugeMetricFamily(family.name, family.documentation, 0.004 + 0.002 * math.sin(t / 97) ** 2)
+            if family.name == "msrtrace_build" and self.vendorless:
+                del family.samples[0].labels["vendor"]
             yield family
         busy = len(self.instance) + self.snapshot(t).by_vm
         yield GaugeMetricFamily("process_resident_memory_bytes", "Memory.", 36e6 + 1.5e6 * busy + 3e5 * math.sin(t))
@@ -78,6 +81,8 @@ def _probes(*functions: str, lost: int = 0, unattached: str = "") -> tuple[Probe
 
 TOGGLE = ("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_msr_filter_changed")
 RECALC = ("vmx_set_intercept_for_msr", "vmx_recalc_intercepts", "kvm_vm_ioctl_set_msr_filter")
+AMD_PASS = ("set_msr_interception_bitmap", SVM_HOOK)
+AMD_RECALC = ("svm_set_intercept_for_msr", "svm_recalc_intercepts", "kvm_vm_ioctl_set_msr_filter")
 
 
 def _besides(snapshot: Snapshot, t: float, per_second: float, pid: int = 0) -> Snapshot:
@@ -141,6 +146,22 @@ def _recalc(t: float) -> Snapshot:
     return replace(snapshot, updates={0: durations(count, 11e-6)}, probes=_probes(*RECALC), maps=_maps(snapshot))
 
 
+def _amd(
+    made: Callable[[int], Snapshot], updates: Callable[[float], int], median: float, *functions: str
+) -> Callable[[float], Snapshot]:
+    def take(t: float) -> Snapshot:
+        count, writes = updates(t), calm(2, 0.7, 700)(t)
+        snapshot = made(count)
+        write = Call(0x48, "read_write", "disable", "msr_write", "svm_set_msr")
+        calls = {**snapshot.calls, write: outcome(writes, writes // 50, "read_write")}
+        probes = tuple(Probe(f, f, True, "") for f in (*functions, "svm_vcpu_create"))
+        return replace(
+            snapshot, calls=calls, updates={0: durations(count, median)}, probes=probes, maps=_maps(snapshot)
+        )
+
+    return take
+
+
 def _filter_only(t: float) -> Snapshot:
     snapshot = Snapshot("filter-only", redundancy="unknown", calls_observable=False)
     snapshot = replace(snapshot, updates={0: durations(calm(6, 0.8)(t), 3e-6)}, probes=_probes(TOGGLE[2]))
@@ -168,7 +189,8 @@ def _by_vm(t: float) -> Snapshot:
 
 
 #: Patched, unpatched and newer: one runs --by-vm, one hides its calls, one has no BTF and loses counts, one
-#: went down, one was idle since its kvm_intel was reloaded, one shows Intel PT to guests.
+#: went down, one was idle since its kvm_intel was reloaded, one shows Intel PT to guests and has an older msrtrace. Two
+#: are AMD's, before 6.17 and after.
 FLEET = (
     Host("kvm1:9753", "6.1.0-53-amd64", _one(calm(22), 15e-6), {"patch": "patched"}),
     Host("kvm2:9753", "5.19.0-2-amd64", _one(calm(17, 0.6), 34e-6, patched=False), {"patch": "unpatched"}),
@@ -183,7 +205,9 @@ FLEET = (
     ),
     Host("kvm7:9753", "6.1.0-53-amd64", _one(bursts(8, 0, 9000), 16e-6), {"patch": "patched"}, until=2700),
     Host("kvm8:9753", "6.1.0-53-amd64", _one(bursts(20, 0, 1), 16e-6, 0, patched=False, module_unloads=1)),
-    Host("kvm9:9753", "6.6.60-amd64", _one(calm(3), 16e-6, 0.5, pt=True)),
+    Host("kvm9:9753", "6.6.60-amd64", _one(calm(3), 16e-6, 0.5, pt=True), vendorless=True),
+    Host("kvm10:9753", "6.12.117+deb13-amd64", _amd(svm_pass, calm(9), 30e-6, *AMD_PASS)),
+    Host("kvm11:9753", "7.2.13-amd64", _amd(svm_recalc, calm(7), 10e-6, *AMD_RECALC)),
 )
 
 

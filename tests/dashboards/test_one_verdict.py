@@ -17,7 +17,22 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from made import FS_BASE, HOOK, POSSIBLE, SPEC_CTRL, TSC, XFD_ERR, outcome, recalc, report, times, toggle
+from made import (
+    ALWAYS,
+    FS_BASE,
+    HOOK,
+    POSSIBLE,
+    SPEC_CTRL,
+    TSC,
+    XFD_ERR,
+    outcome,
+    recalc,
+    report,
+    svm_pass,
+    svm_recalc,
+    times,
+    toggle,
+)
 from needs import tool
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -25,6 +40,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.dashboard.answers import substituted
 from tracer.export.metrics import SnapshotCollector
 from tracer.model.snapshot import Call, Map, Outcome, Probe, Snapshot
+from tracer.model.verdict import Verdict
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 RECORD = "instance_kernel:msrtrace_filter_change_enables_total:sum"
@@ -33,7 +49,7 @@ RECORD = "instance_kernel:msrtrace_filter_change_enables_total:sum"
 MINUTES = 13
 #: As Grafana substitutes them with scrapes a minute apart.
 VARIABLES = {"job": ".+", "instance": ".+", "__rate_interval": "4m"}
-SUPERSEDED = "superseded"
+SUPERSEDED, NEVER = "superseded", "never"
 Said = bool | None | str
 
 
@@ -44,6 +60,7 @@ class Host:
     counted: Snapshot
     patched: Said
     growing: int = 0  # what each counter of calls gains in a minute before `counted`
+    vendorless: bool = False  # whether msrtrace there is so old that it does not export the vendor
 
 
 def also(counted: Snapshot, *calls: tuple[int, str, str], changed: int = 0) -> Snapshot:
@@ -90,8 +107,35 @@ LOSSES = {
 }
 
 
-def both(name: str, patched: Snapshot, unpatched: Snapshot) -> dict[str, Host]:
-    return {f"{name}, patched": Host(patched, True), f"{name}, unpatched": Host(unpatched, False)}
+def both(name: str, patched: Snapshot, unpatched: Snapshot, **more: bool) -> dict[str, Host]:
+    return {f"{name}, patched": Host(patched, True, **more), f"{name}, unpatched": Host(unpatched, False, **more)}
+
+
+def amd_hosts() -> dict[str, Snapshot]:
+    """AMD hosts by a name for what is special: of none is the patch missing, present or undecided."""
+    plain, newer = svm_pass(), svm_recalc()
+    enabled = [(TSC, "read_write", "enable"), (0x560, "read_write", "enable"), (SPEC_CTRL, "read", "enable")]
+    found = {
+        "pass": plain,
+        "set": replace(newer, layout="set"),
+        "recalc": newer,
+        "nothing seen": Snapshot("pass", vendor="svm"),
+        "redundancy unknown": svm_pass(exact=False),
+        "denied": svm_pass(denied=ALWAYS),
+        "reads alone": also(plain, (SPEC_CTRL, "read_write", "disable_read"), changed=7),
+        "writes alone": also(plain, (TSC, "read_write", "disable_write")),
+        "enables of the loop": also(plain, *enabled),
+        "enables that changed a bit": also(plain, *enabled, changed=7),
+        "enables of another MSR": also(plain, (0x123, "read_write", "enable")),
+        "one direction": also(plain, (TSC, "read", "disable")),
+        "no updates": replace(plain, updates={}),
+        "updates not observable": replace(plain, updates={}, updates_observable=False),
+        "calls not observable": replace(plain, calls={}, calls_observable=False),
+        "reloaded": replace(plain, module_unloads=1),
+        "by VM": svm_pass(pid=100, vcpus=2).after(svm_pass(7, pid=200)),
+        "as on VMX, unpatched": replace(toggle(patched=False), vendor="svm"),
+    }
+    return found | {what: replace(plain, **loss) for what, loss in LOSSES.items()}  # type: ignore[arg-type]
 
 
 def hosts() -> dict[str, Host]:
@@ -149,6 +193,9 @@ def hosts() -> dict[str, Host]:
     found["another MSR, unpatched"] = Host(also(unpatched, (0x123, "read", "enable")), False)
     found["enables, but no update is over"] = Host(first, False)
     found["enables, updates not observable"] = Host(replace(first, updates_observable=False), False)
+    found |= both("an older msrtrace", patched, unpatched, vendorless=True)
+    found["recalc, an older msrtrace"] = Host(recalc(), SUPERSEDED, vendorless=True)
+    found |= {f"AMD: {name}": Host(counted, NEVER) for name, counted in amd_hosts().items()}
     found["recalc"] = Host(recalc(), SUPERSEDED)
     found["set"] = Host(replace(recalc(), layout="set"), SUPERSEDED)
     return found
@@ -169,6 +216,8 @@ def series(name: str, host: Host) -> Iterator[dict[str, str]]:
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:
             labels = {**sample.labels, "job": "msrtrace", "instance": name}
+            if host.vendorless:
+                labels.pop("vendor", None)
             pairs = ", ".join(f"{label}={json.dumps(value)}" for label, value in labels.items())
             step = host.growing if "intercept" in sample.name else 0
             first = sample.value - step * MINUTES
@@ -193,8 +242,15 @@ def dashboard(title: str, ref: str) -> str:
 @pytest.mark.parametrize(("name", "host"), hosts().items())
 def test_the_report_has_the_expected_verdict(name: str, host: Host) -> None:
     verdict = report(host.counted).verdict
-    assert verdict.patched is (None if host.patched == SUPERSEDED else host.patched), verdict.why
-    assert verdict.why.startswith("superseded") == (host.patched == SUPERSEDED)
+    assert said(verdict) == host.patched, verdict.why
+
+
+def said(verdict: Verdict) -> Said:
+    """The verdict as Host has it."""
+    if verdict.why.startswith("superseded") or verdict.why.startswith("KVM never"):
+        assert verdict.patched is None
+        return SUPERSEDED if verdict.why.startswith("superseded") else NEVER
+    return verdict.patched
 
 
 @pytest.mark.parametrize("name", RELOADED)
@@ -206,14 +262,14 @@ def complaints(fleet: dict[str, Host], directory: Path) -> str:
     """The output of promtool where the alert or the dashboard differs from the expected verdicts, in one run."""
     promtool = tool("promtool")
     table, tile = dashboard("Hosts", "B"), dashboard("Hosts without the patch", "A")
-    said: dict[Said, int] = {False: 1, True: 2, SUPERSEDED: 3, None: 4}
+    codes: dict[Said, int] = {False: 1, True: 2, SUPERSEDED: 3, None: 4, NEVER: 5}
     tests = []
     for name, host in fleet.items():
         missing = [1] if host.patched is False else []
         expected = [
             expect(name, f"{RECORD} > bool 0", *missing),
             expect(name, 'ALERTS{alertname="MsrtracePatchMissing", alertstate="firing"}', *missing),
-            expect(name, table, said[host.patched]),
+            expect(name, table, codes[host.patched]),
             expect(name, tile, *(missing or ([0] if host.patched is True else []))),
         ]
         given = list(series(name, host))
@@ -234,18 +290,21 @@ def any_host(random: Random) -> Host:
     exact, by_vm = random.random() < 0.8, random.random() < 0.3
     pids = [100, 200] if by_vm else [0]
     enables = random.random() < 0.5
+    amd = random.random() < 0.2
     calls = {}
     for _ in range(random.randrange(8)):
         index = random.choice([TSC, TSC, TSC, SPEC_CTRL, XFD_ERR, FS_BASE, 0x10B, 0x560, 0x58D, 0x58E, 0x80B])
         access, action = random.choice(["read", "write", "read_write"]), "enable" if enables else "disable"
         cause = random.choice(["filter_change"] * 4 + ["msr_write"])
         made, changed = random.randrange(4), random.choice([0] * 12 + [1])
-        call = Call(index, access, random.choice([action, "disable"]), cause, HOOK, random.choice(pids))
+        others = ["disable_read", "disable_write"] if amd else []
+        call = Call(index, access, random.choice([action, "disable", *others]), cause, HOOK, random.choice(pids))
         calls[call] = outcome(made, min(made, changed), access, exact)
     lost = replace(Snapshot("toggle"), **random.choice([{}] * 16 + [*LOSSES.values()]))  # type: ignore[arg-type]
     counted = replace(
         lost,
-        layout=random.choice(["toggle"] * 18 + ["set", "recalc"]),
+        vendor="svm" if amd else "vmx",
+        layout=random.choice(["pass", "set", "recalc"] if amd else ["toggle"] * 18 + ["set", "recalc"]),
         redundancy="exact" if exact else "unknown",
         calls=calls,
         updates={pid: times(random.randrange(4)) for pid in pids},
@@ -255,11 +314,10 @@ def any_host(random: Random) -> Host:
         by_vm=by_vm,
         vms={pid: "" for pid in pids if random.random() < 0.5} if by_vm else {},
     )
-    verdict = report(counted).verdict
-    return Host(counted, SUPERSEDED if verdict.why.startswith(SUPERSEDED) else verdict.patched)
+    return Host(counted, said(report(counted).verdict), vendorless=not amd and random.random() < 0.3)
 
 
 def test_all_three_agree_on_any_counts(tmp_path: Path) -> None:
     fleet = {f"{seed}": any_host(Random(seed)) for seed in range(60)}
-    assert Counter(host.patched for host in fleet.values()).keys() == {True, False, None, SUPERSEDED}
+    assert Counter(host.patched for host in fleet.values()).keys() == {True, False, None, SUPERSEDED, NEVER}
     assert complaints(fleet, tmp_path) == ""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from made import svm_pass
 from needs import tool
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -46,7 +47,7 @@ SNAPSHOT = Snapshot(
 
 CALLS, REDUNDANT = "msrtrace_intercept_calls_total", "msrtrace_intercept_redundant_calls_total"
 UPDATES, DURATION = "msrtrace_filter_updates_total", "msrtrace_filter_update_duration_seconds"
-BUILD = "backend=kprobe,kernel=6.1.0-56-amd64,layout=toggle,redundancy=exact,version=0.1.0"
+BUILD = "backend=kprobe,kernel=6.1.0-56-amd64,layout=toggle,redundancy=exact,vendor=vmx,version=0.1.0"
 OF_TSC = "access=read,action=disable,cause=vcpu_create,msr=0x10,name=IA32_TSC"
 OF_FS_BASE = "access=read_write,action=enable,cause=filter_change,msr=0xc0000100,name=FS_BASE"
 OF_NAMELESS = "access=write,action=disable,cause=other,msr=0x1fff,name=0x1fff"
@@ -143,6 +144,16 @@ def test_families_have_these_names_and_types() -> None:
         "msrtrace_scrape_failures": "counter",
         "msrtrace_scrape_duration_seconds": "gauge",
     }
+
+
+def test_an_amd_host_has_its_vendor_and_its_actions() -> None:
+    samples = samples_of(svm_pass(404))
+    [info] = of(samples, "msrtrace_build_info")
+    assert "layout=pass,redundancy=exact,vendor=svm," in info
+    written = "access=read_write,action=disable_write,cause=filter_change,msr=0x49,name=IA32_PRED_CMD"
+    assert of(samples, CALLS)[f"{{{written}}}"] == of(samples, REDUNDANT)[f"{{{written}}}"] == 404
+    reset = "access=read_write,action=enable,cause=vcpu_reset,msr=0xc0000080,name=EFER"
+    assert of(samples, CALLS)[f"{{{reset}}}"] == 1
 
 
 def test_an_empty_snapshot_has_no_calls() -> None:

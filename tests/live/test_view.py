@@ -10,6 +10,7 @@ import signal
 from dataclasses import replace
 
 import pytest
+from made import svm_pass
 from sampled import FS_READ, HOST, PROBE, TSC, UNKNOWN, Kernel, outcome, shown, snapshot, times
 
 from tracer.cli.top import look
@@ -21,7 +22,7 @@ from tracer.model.snapshot import Durations, Map, Probe, Snapshot
 
 def test_a_frame_at_80_columns() -> None:
     assert shown(frame(snapshot(4).since(snapshot(1)), 2.0)) == [
-        "15:04:05 kvmhost 6.1.0-53-amd64 layout toggle, redundancy exact, over 2.0 s",
+        "15:04:05 kvm1 6.1.0-53-amd64 VMX layout toggle, redundancy exact, over 2.0 s",
         "filter updates 15.0/s, 100 µs each; calls 46.5/s, 48.4% redundant",
         "about 3.0 calls per filter update, 1.5 of them redundant",
         "",
@@ -33,9 +34,24 @@ def test_a_frame_at_80_columns() -> None:
     ]
 
 
+def test_a_frame_of_an_amd_host() -> None:
+    """Calls name both bits of an MSR, and may pass one of them through."""
+    wanted = {(0x49, "filter_change"), (0xC0000100, "filter_change"), (0x48, "filter_change")}
+    counted = svm_pass(20)
+    calls = {call: outcome for call, outcome in counted.calls.items() if (call.msr, call.cause) in wanted}
+    found = shown(frame(replace(counted, calls=calls), 2.0))
+    assert found[0] == "15:04:05 kvm1 6.1.0-53-amd64 SVM layout pass, redundancy exact, over 2.0 s"
+    assert found[4:] == [
+        "MSR                      access  action     cause             calls/s  redundant",
+        "IA32_SPEC_CTRL           both    enable     filter_change        10.0     100.0%",
+        "IA32_PRED_CMD            both    disable W  filter_change        10.0     100.0%",
+        "FS_BASE                  both    disable    filter_change        10.0       0.0%",
+    ]
+
+
 def test_a_frame_at_40_columns() -> None:
     assert shown(frame(snapshot(4).since(snapshot(1)), 2.0), width=40) == [
-        "15:04:05 kvmhost 6.1.0-53-amd64 layout",
+        "15:04:05 kvm1 6.1.0-53-amd64 VMX layout",
         "toggle, redundancy exact, over 2.0 s",
         "filter updates 15.0/s, 100 µs each;",
         "calls 46.5/s, 48.4% redundant",
@@ -52,7 +68,7 @@ def test_a_frame_at_40_columns() -> None:
 def test_totals_are_since_the_start() -> None:
     found = shown(frame(snapshot(400), 4000.0, whole=True), View(whole=True))
     assert found[:2] == [
-        "15:04:05 kvmhost 6.1.0-53-amd64 layout toggle, redundancy exact, all 1:06:40 h",
+        "15:04:05 kvm1 6.1.0-53-amd64 VMX layout toggle, redundancy exact, all 1:06:40 h",
         "filter updates 4,000, 100 µs each; calls 12,400, 48.4% redundant",
     ]
     assert found[4].endswith("      calls  redundant")
@@ -139,7 +155,7 @@ def test_what_cannot_be_observed_is_never_0() -> None:
     degraded = replace(snapshot(), layout="filter-only", calls={}, calls_observable=False)
     found = shown(frame(degraded, 1.0))
     assert found == [
-        "15:04:05 kvmhost 6.1.0-53-amd64 layout filter-only, over 1.0 s",
+        "15:04:05 kvm1 6.1.0-53-amd64 VMX layout filter-only, over 1.0 s",
         "filter updates 10.0/s, 100 µs each; calls not observable on this kernel",
         "",
         "calls not observable on this kernel",

@@ -5,13 +5,42 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
-from made import FS_BASE, HOOK, PASSED, POSSIBLE, RTIT_STATUS, SPEC_CTRL, TSC, outcome, recalc, report, toggle
+from made import (
+    FS_BASE,
+    HOOK,
+    PASSED,
+    POSSIBLE,
+    RTIT_STATUS,
+    SPEC_CTRL,
+    SVM_HOOK,
+    TSC,
+    outcome,
+    recalc,
+    report,
+    svm_pass,
+    svm_recalc,
+    toggle,
+)
 
 from tracer.model.snapshot import Call, Map, Probe, Snapshot
-from tracer.model.vendors import layouts
-from tracer.model.verdict import ALSO_ENABLED, JUDGED, LOOP, RULES, SUPERSEDED, Fact, Row, Verdict, judge
+from tracer.model.vendors import VENDORS
+from tracer.model.verdict import (
+    ALSO_ENABLED,
+    JUDGED,
+    LOOP,
+    NEVER_PATCHED,
+    RULES,
+    SUPERSEDED,
+    Fact,
+    Row,
+    Verdict,
+    headline,
+    judge,
+)
+from tracer.model.vmx import VMX
 from tracer.report.making import call_rows
 from tracer.report.report import CallRow
 
@@ -140,7 +169,7 @@ def test_a_reload_leaves_the_verdict_undecided(patched: bool) -> None:
 def test_the_question_is_superseded_since_6_17() -> None:
     assert verdict(recalc()).patched is None
     assert verdict(recalc()).why.startswith("superseded: since 6.17 (8a056ece45d2)")
-    assert {layout.name for layout in layouts() if layout.set_} == set(SUPERSEDED)
+    assert {layout.name for layout in VMX.layouts if layout.set_} == set(SUPERSEDED)
     assert verdict(replace(toggle(patched=False), layout="set")).patched is None
 
 
@@ -192,7 +221,7 @@ class Other:
 
 def test_rows_need_only_the_attributes_of_the_protocol() -> None:
     rows: list[Row] = [Other()]
-    whole = {"calls_observable": True, "incomplete": False, "reloaded": False}
+    whole: dict[str, Any] = {"vendor": "vmx", "calls_observable": True, "incomplete": False, "reloaded": False}
     assert judge(layout="toggle", updates=5, rows=rows, **whole).patched is True
     assert (
         judge(layout="toggle", updates=5, rows=[*rows, Other(access="write", action="enable")], **whole).patched
@@ -206,6 +235,88 @@ def test_every_fact_has_one_rule() -> None:
     assert {rule.fact for rule in RULES} == set(Fact)
     assert RULES[-1].fact is Fact.ANYTHING
     assert JUDGED == ("toggle",)
+
+
+# --- AMD, where KVM never had the patch ---
+
+NEVER = "KVM never had this patch for AMD SVM; "
+
+
+@pytest.mark.parametrize(
+    ("counted", "why"),
+    [
+        (svm_pass(404), "404 filter updates made 18,988 calls, 47 each, of which 46 changed nothing"),
+        (svm_pass(1), "1 filter update made 47 calls, of which 46 changed nothing"),
+        (svm_pass(404, denied=[FS_BASE]), "404 filter updates made 18,988 calls, 47 each, of which 47 changed nothing"),
+        (
+            svm_pass(404, exact=False),
+            "404 filter updates made 18,988 calls, 47 each; how many of them changed nothing is unknown",
+        ),
+        (
+            svm_pass(pid=100).after(svm_pass(303, pid=200)),
+            "404 filter updates made 18,988 calls, 47 each, of which 46 changed nothing",
+        ),
+        (
+            svm_recalc(404),
+            "since 6.17 every update recomputes all intercepts: 404 filter updates made 4,444 calls, 11 each, "
+            "of which 10 changed nothing",
+        ),
+        (
+            replace(svm_recalc(404), layout="set"),
+            "since 6.17 every update recomputes all intercepts: 404 filter updates made 4,444 calls, 11 each, "
+            "of which 10 changed nothing",
+        ),
+        (replace(svm_pass(), updates={}), "no vCPU applied a changed MSR filter"),
+        (
+            replace(svm_recalc(), updates={}),
+            "since 6.17 every update recomputes all intercepts: no vCPU applied a changed MSR filter",
+        ),
+        (replace(svm_pass(), updates={}, updates_observable=False), "filter updates could not be observed"),
+        (replace(svm_pass(), calls={}), "no calls were seen in filter updates"),
+        (
+            replace(svm_pass(), calls={}, calls_observable=False),
+            "calls cannot be observed on this kernel (layout pass)",
+        ),
+        (
+            svm_pass(404, read_failures=1),
+            "404 filter updates made 18,988 calls, 47 each, of which 46 changed nothing; calls may have been missed",
+        ),
+        (
+            svm_pass(404, module_unloads=1),
+            "404 filter updates made 18,988 calls, 47 each, of which 46 changed nothing; calls may have been missed",
+        ),
+        # what proves the patch missing or present on VMX
+        (
+            also(replace(svm_pass(), calls={}), [(TSC, "write", "enable")]),
+            "101 filter updates made 101 calls, 1 each, of which 1 changed nothing",
+        ),
+        (
+            replace(toggle(), vendor="svm", layout="pass"),
+            "101 filter updates made 1,313 calls, 13 each, of which 11 changed nothing",
+        ),
+    ],
+)
+def test_on_amd_the_verdict_is_what_an_update_costs(counted: Snapshot, why: str) -> None:
+    assert verdict(counted) == Verdict(patched=None, why=NEVER + why)
+
+
+def test_calls_outside_of_filter_updates_do_not_count_there() -> None:
+    writes = Call(SPEC_CTRL, "read_write", "disable", "msr_write", SVM_HOOK)
+    counted = svm_pass(404)
+    more = replace(counted, calls={**counted.calls, writes: outcome(1000, 0, "read_write")})
+    assert verdict(more) == verdict(counted)
+
+
+def test_on_amd_nothing_is_undecided_or_missing() -> None:
+    assert headline(None, "svm") == "patch not applicable"
+    assert headline(None, "vmx") == "patch undecided"
+    assert [headline(patched, "vmx") for patched in (True, False)] == ["patch present", "patch missing"]
+    assert NEVER_PATCHED == ("svm",)
+
+
+def test_the_rule_for_other_vendors_comes_before_all_others() -> None:
+    assert RULES[0].fact is Fact.NEVER_PATCHED
+    assert [vendor.name for vendor in VENDORS if vendor.filter_loop] == ["vmx"]
 
 
 # --- the kernel's loops, played through for every state of the shadow bitmaps ---
@@ -237,7 +348,7 @@ def loop(passed: set[tuple[int, str]], patched: bool, possible: tuple[int, ...] 
 
 
 def judged(rows: list[CallRow]) -> bool | None:
-    whole = {"calls_observable": True, "incomplete": False, "reloaded": False}
+    whole: dict[str, Any] = {"vendor": "vmx", "calls_observable": True, "incomplete": False, "reloaded": False}
     return judge(layout="toggle", updates=1, rows=rows, **whole).patched
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from tracer.model.cause import CAUSES
+from tracer.model.vendors import VENDORS
 from tracer.model.vmx import VMX
 
 
@@ -32,3 +34,7 @@ from tracer.model.vmx import VMX
 )
 def test_the_cause_of_a_caller(cause: str, callers: list[str]) -> None:
     assert {caller: VMX.cause_of(caller) for caller in callers} == dict.fromkeys(callers, cause)
+
+
+def test_every_cause_of_the_tables_has_words() -> None:
+    assert {cause for vendor in VENDORS for _, cause in vendor.callers} | {"other"} == CAUSES.keys()

@@ -14,11 +14,37 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made import FS_BASE, HOST, XFD_ERR, any_reports, patched, recalc, report, times, toggle, unpatched, views
+from made import (
+    AMD_HOST,
+    FS_BASE,
+    HOST,
+    XFD_ERR,
+    amd,
+    any_reports,
+    patched,
+    recalc,
+    report,
+    svm_pass,
+    svm_recalc,
+    times,
+    toggle,
+    unpatched,
+    views,
+)
 
 from tracer.model.snapshot import Map, Probe, Snapshot
 from tracer.report.changelog import changelog
-from tracer.report.compare import Comparison, Incomparable, PerUpdate, Side, compare, format_command, lost, timed
+from tracer.report.compare import (
+    Comparison,
+    Difference,
+    Incomparable,
+    PerUpdate,
+    Side,
+    compare,
+    format_command,
+    lost,
+    timed,
+)
 from tracer.report.comparison_view import comparison_document, comparison_table, sentence
 from tracer.report.report import Bit, Report, by_bit
 
@@ -139,6 +165,64 @@ def test_what_may_distort_a_comparison_has_a_warning() -> None:
     assert failed.warnings == ("patched: the command ended with status 7",)
 
 
+# --- another vendor ---
+
+
+def test_hosts_of_different_vendors_are_compared_per_bit() -> None:
+    comparison = side_by_side(patched(), amd(label="amd"))
+    assert comparison.unit == "bit"
+    assert sentence(comparison) == (
+        "patched names 13 bits a filter update, 11 of them redundant; amd 94, 92 redundant: 81 more bits, +623.1%"
+    )
+    fs_base = next(row for row in comparison.rows if row.bit == Bit(FS_BASE, "write"))
+    assert fs_base.base == fs_base.new == PerUpdate(Fraction(1), Fraction(0))
+    text = comparison_document(comparison).text()
+    assert "functions differ (layouts toggle of Intel VMX and pass of AMD SVM): a call" in text
+    assert "  amd: patch not applicable: KVM never had this patch for AMD SVM; 101 filter updates made" in text
+
+
+def test_different_vendors_are_the_first_difference() -> None:
+    comparison = side_by_side(patched(), amd(label="amd"))
+    first, *others = comparison.differences
+    assert first == Difference("hardware", "Intel VMX", "AMD SVM")
+    assert not [other.what for other in others if "." in other.what], "parameters of different modules"
+    assert comparison.warnings == (
+        "not the same kind of hardware (Intel VMX and AMD SVM), so the times cannot be compared",
+    )
+
+
+def test_a_layout_of_the_same_name_is_another_vendors() -> None:
+    comparison = side_by_side(report(recalc(), label="intel"), amd(svm_recalc(), label="amd"))
+    assert comparison.unit == "bit"
+    assert "(layouts recalc of Intel VMX and recalc of AMD SVM)" in comparison_document(comparison).text()
+
+
+def test_hosts_of_one_vendor_differ_in_parameters_of_its_module() -> None:
+    other = report(svm_pass(), replace(AMD_HOST, module_parameters={"avic": "Y"}), label="avic")
+    comparison = side_by_side(amd(label="amd"), other)
+    assert comparison.unit == "call"
+    assert sentence(comparison).endswith("; avic 47, 46 redundant: as many calls")
+    assert comparison.differences == (
+        Difference("kvm_amd.avic", "N", "Y"),
+        Difference("kvm_amd.nested", "1", "-"),
+    )
+
+
+def test_what_6_17_saves_on_amd() -> None:
+    comparison = side_by_side(amd(label="6.12"), amd(svm_recalc(), label="6.18"))
+    assert sentence(comparison).startswith("6.12 names 94 bits a filter update, 92 of them redundant; 6.18 22, 20")
+    assert "hardware" not in {difference.what for difference in comparison.differences}
+
+
+def test_a_side_must_be_of_one_vendor() -> None:
+    mixed = [report(recalc(), label="intel"), amd(svm_recalc(), label="amd")]
+    with pytest.raises(Incomparable, match=r"^all has reports of hosts that are not the same kind of hardware \("):
+        compare(mixed, [report(recalc())], titles=("all", "new"))
+    comparison = compare(mixed, [report(recalc())], titles=("all", "new"), force=True)
+    said_of_all = "its reports disagree: patch not applicable in 1 (amd), patch undecided in 1 (intel)"
+    assert f"all: patch undecided: {said_of_all}" in comparison_document(comparison).text()
+
+
 # --- what is refused ---
 
 LOST: list[tuple[dict[str, Any], str]] = [
@@ -219,6 +303,7 @@ def test_repeats_must_be_of_one_kernel_and_workload() -> None:
 def test_losses_in_words() -> None:
     assert lost(patched()) == "nothing"
     assert [lost(report(replace(toggle(), **change))) for change, _ in LOST] == [why for _, why in LOST]
+    assert lost(amd(svm_pass(module_unloads=2))) == "kvm_amd reloaded 2 times"
 
 
 def test_commands_are_quoted_for_a_shell() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import jsonschema
 import pytest
 from hypothesis import given
-from made import any_reports, patched, recalc, recalculated, report, toggle, unpatched
+from made import amd, any_reports, patched, recalc, recalculated, report, svm_pass, svm_recalc, toggle, unpatched
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.snapshot import Map, Snapshot
@@ -37,6 +37,9 @@ EXAMPLES = {
     "recalculated": report(recalculated()),
     "recalculated, by vm": report(recalculated(by_vm=True, vms={})),
     "by vm": report(toggle(pid=100)),
+    "AMD": amd(),
+    "AMD, recalc, by vm": amd(svm_recalc(by_vm=True, vms={})),
+    "AMD, unknown": amd(svm_pass(exact=False)),
     "nothing": report(Snapshot("toggle")),
     "filter-only": report(Snapshot("filter-only", updates=toggle().updates, calls_observable=False)),
     "no updates": report(replace(toggle(), updates={}, updates_observable=False), command=None),
@@ -71,7 +74,13 @@ def test_all_reports_fit_the_schema(valid: jsonschema.protocols.Validator, made:
 
 
 def test_the_schema_refuses_what_the_reader_refuses(valid: jsonschema.protocols.Validator) -> None:
-    for path, value in ((("totals", "calls"), -1), (("host", "redundancy"), "perhaps"), (("calls", 0, "msr"), "16")):
+    for path, value in (
+        (("totals", "calls"), -1),
+        (("host", "redundancy"), "perhaps"),
+        (("host", "vendor"), "tdx"),
+        (("calls", 0, "msr"), "16"),
+        (("calls", 0, "action"), "disable_both"),
+    ):
         content = json.loads(EXAMPLE)
         at = content
         for key in path[:-1]:
@@ -171,6 +180,24 @@ def test_files_older_than_recalculations_can_be_read() -> None:
     assert (old.totals.recalculations, old.recalculation_seconds) == (None, None)
     assert "recalculation" not in report_document(old).text()
     assert (old.totals.calls, old.filter_update_seconds) == (made.totals.calls, made.filter_update_seconds)
+
+
+def test_files_older_than_vendors_are_intels() -> None:
+    content = json.loads(EXAMPLE)
+    del content["host"]["vendor"]
+    old = decode(json.dumps(content).encode())
+    assert old == EXAMPLES["by vm"]
+    assert (old.host.vendor, old.host.module_parameters) == ("vmx", {"ept": "Y", "nested": "Y"})
+    del content["host"]["kvm_intel"]
+    assert decode(json.dumps(content).encode()).host.module_parameters == {}
+
+
+def test_parameters_of_another_vendors_module_are_not_the_hosts() -> None:
+    content = json.loads(encode(EXAMPLES["AMD"]))
+    content["host"]["kvm_intel"] = {"ept": "N"}
+    read_back = decode(json.dumps(content).encode())
+    assert read_back.host.module_parameters == {"avic": "N", "nested": "1"}
+    assert "ept" not in report_document(read_back).text()
 
 
 def test_the_last_of_duplicate_fields_counts() -> None:

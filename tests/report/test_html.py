@@ -119,7 +119,7 @@ def test_no_name_becomes_part_of_the_page(hostile: str) -> None:
     def made(name: str) -> tuple[Report, Comparison]:
         mine = unpatched()
         call = msgspec.structs.replace(mine.calls[0], cause=name, caller=name, name=name)
-        host = msgspec.structs.replace(mine.host, kernel=name, cpu=name, version=name, module_parameters={name: name})
+        host = msgspec.structs.replace(mine.host, kernel=name, cpu=name, version=name, kvm_intel={name: name})
         vm = report(toggle(pid=7, vms={7: name}), label="by VM").vms
         mine = msgspec.structs.replace(
             mine, label=name, calls=[call, *mine.calls], host=host, command=[name], notes=[name], vms=vm

@@ -17,14 +17,18 @@ from hypothesis import strategies as st
 from made import (
     FS_BASE,
     HOOK,
+    PRED_CMD,
     TSC,
     WORKLOAD,
+    amd,
     any_reports,
     outcome,
     patched,
     recalc,
     report,
     rows,
+    svm_pass,
+    svm_recalc,
     times,
     toggle,
 )
@@ -172,9 +176,35 @@ def test_a_report_has_the_host_and_the_command() -> None:
         "Intel(R) Core(TM) i7",
     )
     assert (host.vcpus_seen, host.vmms_seen, host.module_parameters) == (3, 1, {"ept": "Y", "nested": "Y"})
-    assert (host.layout, host.backend, host.redundancy) == ("toggle", "kprobe", "exact")
+    assert (host.vendor, host.layout, host.backend, host.redundancy) == ("vmx", "toggle", "kprobe", "exact")
     assert report(recalc(), command=()).command is None
     assert report().title == "6.1.0-53-amd64"
+
+
+def test_a_report_has_the_parameters_of_its_vendors_module() -> None:
+    intel, made = as_json(toggle())["host"], json.loads(encode(amd()))["host"]
+    assert (intel["vendor"], intel["kvm_intel"]) == ("vmx", {"ept": "Y", "nested": "Y"})
+    assert (made["vendor"], made["kvm_amd"]) == ("svm", {"avic": "N", "nested": "1"})
+    assert "kvm_amd" not in intel
+    assert "kvm_intel" not in made
+    assert (amd().host.module, amd().host.module_parameters) == ("kvm_amd", {"avic": "N", "nested": "1"})
+
+
+def test_calls_per_filter_update_of_amd() -> None:
+    """A call that passes one direction through disables."""
+    each = as_json(svm_pass(404))["per_filter_update"]
+    assert each == {
+        **{"calls": 47, "redundant": 46, "enable": 37, "enable_redundant": 37},
+        **{"disable": 10, "disable_redundant": 9},
+    }
+    each = as_json(svm_recalc())["per_filter_update"]
+    assert (each["calls"], each["redundant"], each["disable"]) == (11, 10, 10)
+    written = replace(
+        svm_pass(3), calls={Call(PRED_CMD, "read_write", "disable_read", "filter_change", HOOK): Outcome(3)}
+    )
+    assert as_json(written)["per_filter_update"]["disable"] == 1
+    row = next(row for row in amd().calls if row.index == PRED_CMD and row.cause == "filter_change")
+    assert (row.name, row.access, row.action) == ("IA32_PRED_CMD", "read_write", "disable_write")
 
 
 def test_host_info_of_a_machine(tmp_path: Path) -> None:

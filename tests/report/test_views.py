@@ -11,7 +11,22 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import HOST, HOSTILE, any_reports, patched, recalc, recalculated, report, times, toggle, unpatched, views
+from made import (
+    HOST,
+    HOSTILE,
+    amd,
+    any_reports,
+    patched,
+    recalc,
+    recalculated,
+    report,
+    svm_pass,
+    svm_recalc,
+    times,
+    toggle,
+    unpatched,
+    views,
+)
 from tabulate import tabulate
 
 from tracer.model.quantity import duration, listed, number, rate, share
@@ -88,6 +103,39 @@ def test_the_text_of_a_report() -> None:
     assert lines[lines.index("Not seen") + 1] == "  nothing"
     assert "  ran: workload --updates 101" in lines
     assert not [line for line in lines if line != line.rstrip()]
+
+
+def test_the_text_of_a_report_on_amd() -> None:
+    lines = report_document(amd(svm_pass(404))).text().splitlines()
+    assert lines[:2] == [
+        "patch not applicable: KVM never had this patch for AMD SVM; 404 filter updates made 18,988 calls, 47 each, "
+        "of which 46 changed nothing",
+        "47 calls per filter update, 46 of them redundant (37 enables, 10 disables)",
+    ]
+    cells = [re.split(r"  +", line.strip()) for line in lines]
+    assert ["0xc0000100", "FS_BASE", "read_write", "disable", "filter_change", "404", "0", "0.0%", "202"] in cells
+    assert [
+        "0x49",
+        "IA32_PRED_CMD",
+        "read_write",
+        "disable_write",
+        "filter_change",
+        "404",
+        "404",
+        "100.0%",
+        "0",
+    ] in cells
+    assert ["vcpu_reset", "init_vmcb", "1", "1", "100.0%"] in cells
+    assert any(line.endswith("msrtrace 0.1.0, AMD SVM, layout pass, kprobe, redundancy exact") for line in lines)
+    assert "  kvm_amd: avic=N nested=1" in lines
+    intel = report_document(patched()).text()
+    assert "Intel VMX, layout toggle, kprobe, redundancy exact\n  kvm_intel: ept=Y nested=Y\n" in intel
+
+
+@pytest.mark.parametrize("made", [amd(), amd(svm_recalc()), amd(svm_pass(exact=False, module_unloads=2))])
+def test_no_view_of_an_amd_host_speaks_of_intel(made: Report) -> None:
+    for name, text in views(made, made).items():
+        assert not re.search("intel|vmx|patch (missing|present|undecided)", text, re.IGNORECASE), name
 
 
 def test_a_lower_bound_comes_first() -> None:
@@ -179,7 +227,7 @@ Unpatched makes 30 calls a filter update, 28 of them redundant; patched 13,
 11 redundant: 17 fewer calls, -56.7%.
 
 MSR-intercept calls, per filter update of a vCPU, counted by msrtrace on
-Linux 6.1.0-53-amd64 under
+Linux 6.1.0-53-amd64 (Intel VMX) under
 
   workload --updates 101
 
@@ -206,6 +254,15 @@ def test_a_changelog_names_both_kernels() -> None:
     assert re.search(
         r"^ +6\.12\.116\+deb13-amd64 +6\.12\.117\+deb13-amd64 +change$", changelog(compare([base], [new])), re.M
     )
+
+
+def test_a_changelog_says_on_which_hardware_each_kernel_ran() -> None:
+    text = changelog(compare([amd(label="6.12")], [amd(svm_recalc(), label="6.18")])).replace("\n", " ")
+    assert "counted by msrtrace on Linux 6.12.117+deb13-amd64 (AMD SVM) under" in text
+    assert "Bits that MSR-intercept calls name, per filter update" in text
+    text = changelog(compare([patched()], [amd(label="amd")])).replace("\n", " ")
+    assert "on Linux 6.1.0-53-amd64 (Intel VMX) and Linux 6.12.117+deb13-amd64 (AMD SVM) under" in text
+    assert re.search(r"disable calls +13 +10 +-23.1%", text)
 
 
 long = st.one_of(

@@ -10,6 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from made import svm_pass
+
+from tracer.model.snapshot import Snapshot
+from tracer.model.svm import SVM
 from tracer.report.fleet.fleet import Prometheus, reports
 from tracer.report.report import Report
 
@@ -131,6 +135,43 @@ def host(
     }
     if start is not None:
         stored[START] = [(dict(target), dict.fromkeys(scrapes, start))]
+    return stored
+
+
+def amd_host(
+    target: Mapping[str, str],
+    scrapes: list[float],
+    *,
+    counted: Callable[[int], Snapshot] = svm_pass,
+    updates: int = 100,
+    changing: bool = True,
+) -> Stored:
+    """A host with kvm_amd: `counted` makes the counts of so many updates.
+
+    :param changing: whether any call changes anything
+    """
+    made = counted(updates)
+    always = dict.fromkeys(scrapes, 1.0)
+    last = len(scrapes) - 1
+    stored = host(
+        target, scrapes, updates=updates, info={"layout": made.layout, "kernel": "6.12", "vendor": made.vendor}
+    )
+    functions = [name for layout in SVM.layouts if layout.name == made.layout for name in layout.calls]
+    stored["msrtrace_probe_attached"] = [({**target, "function": name}, always) for name in functions]
+    stored[CALLS], stored[REDUNDANT] = [], []
+    for call, outcome in made.calls.items():
+        if call.cause == "filter_change":
+            kind = {
+                "msr": hex(call.msr),
+                "access": call.access,
+                "action": call.action,
+                "cause": call.cause,
+                "name": "?",
+            }
+            redundant = outcome.redundant if changing else outcome.calls
+            for metric, total in ((CALLS, outcome.calls), (REDUNDANT, redundant or 0)):
+                samples = {time: 1000.0 + total * i // last for i, time in enumerate(scrapes)}
+                stored[metric].append(({**target, **kind}, samples))
     return stored
 
 

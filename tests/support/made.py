@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hypothesis import strategies as st
+from msgspec import UNSET
 
 from tracer.model.loss import Loss
 from tracer.model.snapshot import Call, Durations, Outcome, Snapshot
@@ -25,7 +26,16 @@ POSSIBLE = (SPEC_CTRL, 0x49, TSC, 0x1C4, XFD_ERR, *BOTH_PASSED, 0x660, 0x3FC, 0x
 PASSED = {(TSC, "read"), *((index, access) for index in BOTH_PASSED for access in ("read", "write"))}
 HOOK = "vmx_msr_filter_changed"
 WORKLOAD = ("workload", "--updates", "101")
+#: direct_access_msrs[] of SVM, 6.6 to 6.16: the first nine are passed through from the start.
+STAR, PRED_CMD = 0xC0000081, 0x49
+ALWAYS = (STAR, 0x174, 0xC0000101, FS_BASE, 0xC0000102, 0xC0000082, 0xC0000083, 0xC0000084, 0xC0010130)
+DIRECT = (*ALWAYS, 0x175, 0x176, SPEC_CTRL, PRED_CMD, 0x10B, *range(0x1DB, 0x1DF), 0xDA0, 0xC0000080, 0x277, 0xC0000103)
+X2APIC = tuple(
+    0x800 + number for number in (2, 3, 8, 9, 10, 11, 12, 13, 14, 15, 16, 24, 32, 40, 48, 49, *range(50, 58), 62)
+)
+SVM_HOOK = "svm_msr_filter_changed"
 HOST = HostInfo("6.1.0-53-amd64", "#1 SMP Debian 6.1.192-1", "Intel(R) Core(TM) i7", {"ept": "Y", "nested": "Y"})
+AMD_HOST = HostInfo("6.12.117+deb13-amd64", "#1 SMP Debian 6.12.117-1", "AMD EPYC", {"avic": "N", "nested": "1"})
 STARTED = datetime(2026, 11, 22, 15, 0, 0, 987654, tzinfo=UTC)
 
 
@@ -90,6 +100,44 @@ def recalc(updates: int = 101, **changes: Any) -> Snapshot:
     return replace(made, **changes)
 
 
+def svm_pass(
+    updates: int = 101, *, exact: bool = True, pid: int = 0, vcpus: int = 1, denied: Iterable[int] = (), **changes: Any
+) -> Snapshot:
+    """What kvm_amd of 6.6 to 6.16 counts in filter updates that deny and allow FS_BASE in turn, and always `denied`.
+
+    Each makes 47 calls, one of which changes something.
+    """
+    calls: dict[Call, Outcome] = {}
+    denied = set(denied)
+    for index in ALWAYS:
+        create = Call(index, "read_write", "disable", "vcpu_create", "svm_vcpu_create", pid)
+        calls[create] = outcome(vcpus, vcpus, "read_write", exact)
+    written = Call(PRED_CMD, "read_write", "disable_write", "cpuid_update", "svm_vcpu_after_set_cpuid", pid)
+    calls[written] = Outcome(vcpus, *((0, 0, vcpus, 0) if exact else ()))
+    reset = Call(0xC0000080, "read_write", "enable", "vcpu_reset", "init_vmcb", pid)
+    calls[reset] = outcome(vcpus, 0, "read_write", exact)
+    for index in (*DIRECT, *X2APIC):
+        action = "disable" if index in ALWAYS else "disable_write" if index == PRED_CMD else "enable"
+        changed = updates if index == FS_BASE and index not in denied else 0
+        refused = updates if index in denied and action != "enable" else updates // 2 if index == FS_BASE else 0
+        call = Call(index, "read_write", action, "filter_change", SVM_HOOK, pid)
+        calls[call] = outcome(updates, changed, "read_write", exact, refused)
+    made = Snapshot("pass", "exact" if exact else "unknown", vendor="svm", calls=calls, updates={pid: times(updates)})
+    made = replace(made, vcpus_seen=vcpus, vmms_seen=1, by_vm=bool(pid), vms={pid: f"vm{pid}"} if pid else {})
+    return replace(made, **changes)
+
+
+def svm_recalc(updates: int = 101, **changes: Any) -> Snapshot:
+    """What kvm_amd of 6.18 and newer counts: eleven calls an update, one of which changes something."""
+    caller = "svm_recalc_intercepts"
+    calls = {}
+    for index in (*ALWAYS[:8], 0x175, 0x176, SPEC_CTRL):
+        changed, action = updates if index == FS_BASE else 0, "enable" if index == SPEC_CTRL else "disable"
+        calls[Call(index, "read_write", action, "filter_change", caller)] = outcome(updates, changed, "read_write")
+    made = Snapshot("recalc", vendor="svm", calls=calls, updates={0: times(updates)}, vcpus_seen=1, vmms_seen=1)
+    return replace(made, **changes)
+
+
 def recalculated(recalculations: int = 7, *, exact: bool = True, **changes: Any) -> Snapshot:
     """As `recalc`, plus recalculations for other reasons, as at the creation of vCPUs: each makes eight calls."""
     made, caller = recalc(), "vmx_recalc_intercepts"
@@ -126,6 +174,11 @@ def patched(**details: Any) -> Report:
 
 def unpatched(**details: Any) -> Report:
     return report(toggle(patched=False), label="unpatched", **details)
+
+
+def amd(counted: Snapshot | None = None, **details: Any) -> Report:
+    """The report on an AMD host."""
+    return report(counted or svm_pass(), AMD_HOST, **details)
 
 
 def views(one: Report, other: Report | None = None) -> dict[str, str]:
@@ -173,7 +226,7 @@ def rows(draw: st.DrawFn) -> CallRow:
         msr=f"{draw(st.one_of(st.sampled_from([TSC, FS_BASE]), st.integers(0, 2**32 - 1))):#x}",
         name=draw(names),
         access=draw(st.sampled_from(["read", "write", "read_write"])),
-        action=draw(st.sampled_from(["enable", "disable"])),
+        action=draw(st.sampled_from(["enable", "disable", "disable_read", "disable_write"])),
         cause=draw(st.one_of(st.sampled_from(["filter_change", "recalc"]), names)),
         caller=draw(names),
         calls=calls,
@@ -191,8 +244,12 @@ hosts = st.builds(
     cpu=names,
     vcpus_seen=counts,
     vmms_seen=counts,
-    module_parameters=st.dictionaries(names, names, max_size=2),
-    layout=st.one_of(st.sampled_from(["toggle", "recalc"]), names),
+    vendor=st.sampled_from(["vmx", "svm"]),
+    **{
+        module: st.one_of(st.just(UNSET), st.dictionaries(names, names, max_size=2))
+        for module in ("kvm_intel", "kvm_amd")
+    },
+    layout=st.one_of(st.sampled_from(["toggle", "recalc", "pass"]), names),
     backend=names,
     redundancy=st.sampled_from(["exact", "exact", "unknown"]),
 )

@@ -25,7 +25,7 @@ UNKNOWN = Call(0xDEADBEEF, "read_write", "enable", "vcpu_create", "vmx_vcpu_crea
 PROBE = Probe("vmx_msr_filter_changed", "vmx_msr_filter_changed", True, "")
 
 
-HOST = "kvmhost 6.1.0-53-amd64"
+HOST = "kvm1 6.1.0-53-amd64"
 
 
 def times(count: int, each: float = 1e-4) -> Durations:

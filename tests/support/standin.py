@@ -2,7 +2,8 @@
 """`python -m standin DIRECTORY COMMAND...`: `msrtrace COMMAND...` on a fake kernel, which is files in DIRECTORY.
 
 The file `module` exists while the module is loaded, and a changed content means another module; the engine creates
-`attached` and `closed`. The counts for each command are fixed, so that its output is known.
+`attached` and `closed`. The counts for each command are fixed, so that its output is known. If the file `vendor` is
+there, the kernel is that of an AMD host.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from made import HOOK, toggle
+from made import HOOK, SVM_HOOK, svm_pass, toggle
 
 from tracer.cli import main as command_line
 from tracer.cli import session
@@ -23,12 +24,13 @@ from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
 from tracer.model.snapshot import Call, Durations, Outcome, Probe, Snapshot
-from tracer.model.vendor import Layout
+from tracer.model.svm import SVM
+from tracer.model.vendor import Layout, Vendor
 from tracer.model.vmx import VMX
 from tracer.trace import engine, tracer
 
 CALLS = ("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr")
-MODULE, REFUSAL, OBSTACLE, WARNING = "module", "refusal", "obstacle", "warning"
+MODULE, REFUSAL, OBSTACLE, WARNING, VENDOR = "module", "refusal", "obstacle", "warning", "vendor"
 ATTACHED, CLOSED, COUNTED, BROKEN, INTERRUPT = "attached", "closed", "counted", "broken", "interrupt"
 
 
@@ -36,6 +38,7 @@ class Engine:
     """An engine without probes, which returns fixed counts."""
 
     backend = "kprobe"
+    vendor: Vendor = VMX
     functions: tuple[str, ...] = (*CALLS, HOOK)
     directory = Path()
 
@@ -44,7 +47,7 @@ class Engine:
         self.layout, self.options, self.taken = layout, options, 0
         warning = self.directory / WARNING
         self.warnings = [warning.read_text()] if warning.exists() else []
-        self.probes = [Probe(name, name, True, f"{name} [{VMX.module}]") for name in self.functions]
+        self.probes = [Probe(name, name, True, f"{name} [{self.vendor.module}]") for name in self.functions]
 
     @property
     def pid(self) -> int:
@@ -125,17 +128,29 @@ class TopEngine(Engine):
         )
 
 
+class AmdEngine(Engine):
+    """Ten filter updates between two snapshots, on kvm_amd."""
+
+    vendor = SVM
+    functions = ("set_msr_interception_bitmap", SVM_HOOK)
+
+    def counted(self) -> Snapshot:
+        """Ten more updates."""
+        return svm_pass(10 * self.taken, pid=self.pid, vcpus=1 + (self.taken > 1), probes=tuple(self.probes))
+
+
 ENGINES: dict[str, type[Engine]] = {"run": RunEngine, "report": ReportEngine, "top": TopEngine}
 
 
 def main() -> None:
     """Install the stand-ins, and run the command."""
     directory, command = Path(sys.argv.pop(1)), sys.argv[1]
-    chosen = ENGINES[command]
+    chosen = AmdEngine if (directory / VENDOR).exists() else ENGINES[command]
     chosen.directory = directory
 
     def symbols(*_: Path) -> Symbols:
-        return Symbols.of(Symbol(64 + n, name, VMX.module) for n, name in enumerate(chosen.functions))
+        found = (Symbol(64 + n, name, chosen.vendor.module) for n, name in enumerate(chosen.functions))
+        return Symbols.of(found, chosen.vendor.module, vendor=chosen.vendor)
 
     def module(*_: Path) -> str | None:
         return (directory / MODULE).read_text() if (directory / MODULE).exists() else None
@@ -147,6 +162,7 @@ def main() -> None:
         return Machine(directory / "machine" if (directory / "machine").exists() else Path("/"))
 
     places: tuple[tuple[Any, str, Any], ...] = (
+        (Machine, "vendor", chosen.vendor),
         (Symbols, "read", symbols),
         (session, "obstacle", obstacle),
         (session, "this_machine", machine),

@@ -85,6 +85,7 @@ class SnapshotCollector(Collector):
         info = InfoMetricFamily("msrtrace_build", "msrtrace, the kernel, and how its MSR intercepts are traced.")
         labels = {
             "version": self._version,
+            "vendor": snapshot.vendor,
             "kernel": self._kernel,
             "layout": snapshot.layout,
             "backend": snapshot.backend,

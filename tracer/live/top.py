@@ -15,7 +15,7 @@ from tracer.model.loss import loss_of
 from tracer.model.module_change import ModuleChange
 from tracer.model.quantity import listed
 from tracer.model.snapshot import Durations, Outcome, Snapshot
-from tracer.model.vendors import vendor_named
+from tracer.model.vendors import FIRST, vendor_named
 
 SORTS = ("calls", "redundant", "share", "msr", "cause")
 
@@ -56,6 +56,7 @@ class Frame:
     recalcs: Mapping[int, Durations] | None = None
     vms: Mapping[int, str] = field(default_factory=dict)
     by_vm: bool = False
+    vendor: str = FIRST.name
     traced: bool = True  # whether any probe is attached at the end
     lost: str = ""  # in words
     not_probed: tuple[str, ...] = ()
@@ -144,6 +145,7 @@ def frame(counted: Snapshot, seconds: float, *, whole: bool = False) -> Frame:
         recalcs=dict(counted.recalcs) if counted.recalcs_observable else None,
         vms=dict(counted.vms),
         by_vm=counted.by_vm,
+        vendor=counted.vendor,
         traced=traced,
         lost=lost(counted),
         not_probed=tuple(p.function for p in probes if not p.attached) if traced else (),

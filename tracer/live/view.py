@@ -16,6 +16,7 @@ from tracer.live.top import Frame, Row, Sample, msr_name, not_probed_line, vm_na
 from tracer.model.quantity import duration, share
 from tracer.model.snapshot import Durations, Outcome
 from tracer.model.text import printable
+from tracer.model.vendors import vendor_named
 
 HELP = "sort by c calls, r redundant calls, s their share, m MSR, u cause; t totals or rates; "
 HELP_VM = "b MSRs by VM, VMs, or MSRs of all VMs; "
@@ -23,6 +24,8 @@ HELP_MORE = "arrows scroll; space pauses; ^L redraws; q quits"
 _GAP = 2
 _LONGEST_NAME = 36  # in tracer/model/msr/table.py
 _LONGEST_VM = 40
+#: What is too long for its column, shortened as in the kernel's MSR_TYPE_R and MSR_TYPE_W.
+_SHORT = {"read_write": "both", "disable_read": "disable R", "disable_write": "disable W"}
 _TEXT = 240  # characters of a note that are shown
 
 
@@ -111,7 +114,7 @@ def _drawn(parts: list[RenderableType], look: Look) -> list[str]:
 def _header(sample: Sample, shown: Frame | None, look: Look, host: str) -> list[RenderableType]:
     first = Text(f"{sample.at} {look.clean(host)}", style="bold")
     if shown:
-        first.append(f" layout {look.clean(shown.layout)}, ")
+        first.append(f" {vendor_named(shown.vendor).cpu_feature} layout {look.clean(shown.layout)}, ")
         first.append(f"redundancy {look.clean(shown.redundancy)}, " if shown.rows is not None else "")
         first.append(f"{'all' if shown.whole else 'over'} {_seconds(shown.seconds)}")
     parts: list[RenderableType] = [first]
@@ -205,12 +208,13 @@ def _columns(shown: Frame, level: tuple[str, ...], look: Look) -> list[Column]:
         return duration(of.seconds / of.timed) if of.timed else ""
 
     unit = "" if shown.whole else "/s"
+    actions = {"disable", *(_short(row.action) for row in shown.rows or ())}
     calls, seen = shown.rows is not None, shown.updates is not None
     columns = [
         Column("pid VM", 18, lambda row: vm_name(shown, row.pid or 0), 1 if "msr" in level else 0, "pid"),
         Column("MSR", 20, msr_name, 0, "msr"),
-        Column("access", 6, lambda row: (row.access or "").replace("read_write", "both"), 4, "access"),
-        Column("action", 7, lambda row: row.action or "", 3, "action"),
+        Column("access", 6, lambda row: _short(row.access), 4, "access"),
+        Column("action", max(map(len, actions)), lambda row: _short(row.action), 3, "action"),
         Column("cause", 13, lambda row: row.cause or "", 2, "cause"),
     ]
     columns = [column for column in columns if column.part in level]
@@ -222,6 +226,11 @@ def _columns(shown: Frame, level: tuple[str, ...], look: Look) -> list[Column]:
     while _width(columns) > look.width and (drop := max(column.drop for column in columns)):
         columns = [column for column in columns if column.drop != drop]
     return columns
+
+
+def _short(word: str | None) -> str:
+    """The word as it fits into its column."""
+    return _SHORT.get(word or "", word or "")
 
 
 def _width(columns: list[Column]) -> int:

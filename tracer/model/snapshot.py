@@ -20,7 +20,7 @@ class Call:
 
     msr: int
     access: str  # read, write or read_write
-    action: str  # enable or disable
+    action: str  # enable, disable, disable_read or disable_write
     cause: str
     caller: str  # the function that called, as /proc/kallsyms has it
     pid: int = 0

@@ -10,6 +10,7 @@ _SET, _FILTER_SET = "svm_set_intercept_for_msr", "kvm_vm_ioctl_set_msr_filter"
 
 SVM = Vendor(
     name="svm",
+    title="AMD SVM",
     cpu_flag="svm",
     cpu_feature="SVM",
     makers=("AuthenticAMD", "HygonGenuine"),

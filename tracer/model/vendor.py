@@ -48,10 +48,23 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class FilterLoop:
+    """The MSRs that a filter update of kernels before 6.17 enables: they show whether a kernel has verdict.py's patch.
+
+    `msrs` are those of the loop that the patch changed; `also_enabled` are enabled with the patch and without.
+    """
+
+    msrs: tuple[range, ...]
+    also_enabled: tuple[range, ...]
+
+
+@dataclass(frozen=True)
 class Vendor:
     """One kind of hardware virtualisation and its KVM module. No other code names either."""
 
     name: str
+    #: For people: the maker and the feature.
+    title: str
     #: Its flag in /proc/cpuinfo, and its name.
     cpu_flag: str
     cpu_feature: str
@@ -80,6 +93,8 @@ class Vendor:
     geometry: Mapping[str, int]
     #: Callers, as regular expressions that match whole names, and their causes; the first match wins.
     callers: tuple[tuple[str, str], ...]
+    #: None: KVM never had the patch for this vendor.
+    filter_loop: FilterLoop | None = None
 
     @property
     def module_name(self) -> str:

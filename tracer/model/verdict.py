@@ -5,7 +5,8 @@ Upstream d895f28ed6da, v6.0. Without it vmx_msr_filter_changed() in arch/x86/kvm
 vmx_enable_intercept_for_msr() for each MSR of vmx_possible_passthrough_msrs[] that KVM intercepts anyway; with it,
 only vmx_disable_intercept_for_msr() for those that KVM passes through. Both make separate calls for reads and for
 writes. Reads of the TSC are always passed through and writes to it never (vmx_vcpu_create(), 5.10 to 6.16), so every
-filter update shows which of the two kernels it is.
+filter update shows which of the two kernels it is. svm_msr_filter_changed() never had such a patch: before 6.17 it
+makes a call for every MSR of direct_access_msrs[], whatever KVM wants.
 
 RULES is the only place that says what follows from which counts. judge() makes a report's sentence from them,
 dashboards/ the alert and the dashboard's queries; tests/dashboards/test_one_verdict.py gives all three the same counts.
@@ -16,42 +17,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from fractions import Fraction
 from typing import NamedTuple, Protocol
 
 from tracer.model.cause import FILTER_CHANGE
+from tracer.model.quantity import rate
 from tracer.model.sanitized import Sanitized, Text
-from tracer.model.vendors import layouts
+from tracer.model.vendors import VENDORS, vendor_named
 
-#: Every vmx_possible_passthrough_msrs[] there has been, arch/x86/kvm/vmx/vmx.c. Read: 5.10.13, 5.12.9, 5.14.2, 5.15.16,
-#: 5.17, 5.19, 6.0, 6.3.8, 6.4.6, 6.8.1, 6.14, 6.16.1, Debian's 6.1 and 6.12, a Rocky Linux vendor's with KVM of about
-#: 6.13. A kernel with a longer list has the TSC, too; and an enable of one of these proves the old loop in any kernel.
-LOOP = (
-    range(0x10, 0x11),  # TSC
-    range(0x48, 0x4A),  # SPEC_CTRL, PRED_CMD
-    range(0x10B, 0x10C),  # FLUSH_CMD: since 6.4
-    range(0x174, 0x177),  # SYSENTER_CS, _ESP, _EIP
-    range(0x1C4, 0x1C6),  # XFD, XFD_ERR: since 5.17
-    range(0x3FC, 0x3FF),  # CORE_C3_, C6_, C7_RESIDENCY
-    range(0x660, 0x661),  # CORE_C1_RES
-    range(0xC0000100, 0xC0000103),  # FS_BASE, GS_BASE, KERNEL_GS_BASE
-)
-#: What else vmx_msr_filter_changed() of the same kernels enables, with the patch and without. There is nothing more:
-#: only vmx_vcpu_run() updates the intercepts of LBR MSRs (vmx_update_intercept_for_lbr_msrs() in vmx/pmu_intel.c).
-ALSO_ENABLED = (
-    # Intel PT, by pt_update_intercept_for_msr(): STATUS, OUTPUT_BASE, OUTPUT_MASK, CR3_MATCH, ADDRn_A and ADDRn_B of
-    # each address range that the guest's CPUID has. That field has three bits (num_address_ranges in
-    # arch/x86/events/intel/pt.c): seven ranges, though struct pt_ctx in vmx.h has room for four. Until 5.19 that is
-    # done for every vCPU, since 6.0 where guests may have PT. CTL is in the range, too; no kernel read enables it.
-    range(0x560, 0x562),
-    range(0x570, 0x573),
-    range(0x580, 0x58E),
-    # x2APIC: until 5.14 it called vmx_update_msr_bitmap_x2apic(), which rewrites whole words and then enables TMCCT,
-    # which may change a bit. kvm_msr_allowed() in arch/x86/kvm/x86.c has the whole range.
-    range(0x800, 0x900),
-)
+_VENDOR, _FILTER_LOOP = next((vendor, vendor.filter_loop) for vendor in VENDORS if vendor.filter_loop)
+LOOP, ALSO_ENABLED = _FILTER_LOOP.msrs, _FILTER_LOOP.also_enabled
+#: The vendors for which KVM never had the patch.
+NEVER_PATCHED = tuple(vendor.name for vendor in VENDORS if not vendor.filter_loop)
 #: The layouts whose calls show whether the patch is there, and those newer than the code that it changed.
-JUDGED = tuple(layout.name for layout in layouts() if layout.enable and layout.disable)
-SUPERSEDED = tuple(layout.name for layout in layouts() if layout.set_)
+JUDGED = tuple(layout.name for layout in _VENDOR.layouts if layout.enable and layout.disable)
+SUPERSEDED = tuple(layout.name for layout in _VENDOR.layouts if layout.set_)
 
 
 @dataclass(frozen=True)
@@ -79,6 +59,8 @@ DISABLES = Calls("disable", LOOP)
 class Fact(Enum):
     """A fact about a host that decides the verdict."""
 
+    #: KVM never had the patch for this vendor: there is nothing to decide.
+    NEVER_PATCHED = auto()
     SUPERSEDED = auto()
     CALLS_UNSEEN = auto()
     #: Only in a report, which covers one trace. Over weeks a reload must not prevent every later verdict, so the alert
@@ -111,9 +93,10 @@ class Rule(NamedTuple):
 
 #: The first rule whose fact holds gives the verdict.
 RULES = (
+    Rule(Fact.NEVER_PATCHED, None, "KVM never had this patch for {vendor}; {recomputed}{made}"),
     Rule(Fact.SUPERSEDED, None, "superseded: since 6.17 (8a056ece45d2) every update recomputes all intercepts"),
     Rule(Fact.CALLS_UNSEEN, None, "calls cannot be observed on this kernel (layout {layout})"),
-    Rule(Fact.RELOADED, None, "kvm_intel was reloaded during the trace, so the counts may be of two modules"),
+    Rule(Fact.RELOADED, None, "{module} was reloaded during the trace, so the counts may be of two modules"),
     Rule(
         Fact.CHANGED,
         None,
@@ -142,7 +125,7 @@ RULES = (
 
 
 class Verdict(Sanitized, frozen=True, kw_only=True):
-    """`patched` is null where the trace proves neither; `why` is a sentence on what was seen."""
+    """`patched` is null where the trace proves neither, or KVM never had the patch; `why` says what was seen."""
 
     patched: bool | None
     why: Text
@@ -165,7 +148,7 @@ class Row(Protocol):
 
     @property
     def action(self) -> str:
-        """enable or disable."""
+        """enable, or what begins with disable."""
 
     @property
     def cause(self) -> str:
@@ -180,8 +163,20 @@ class Row(Protocol):
         """How often nothing changed, if known."""
 
 
+def headline(patched: bool | None, vendor: str) -> str:
+    """The verdict on a host of the vendor of that name, in a few words."""
+    return "patch not applicable" if patched is None and vendor in NEVER_PATCHED else PATCH[patched]
+
+
 def judge(
-    *, layout: str, calls_observable: bool, incomplete: bool, reloaded: bool, updates: int | None, rows: Sequence[Row]
+    *,
+    vendor: str,
+    layout: str,
+    calls_observable: bool,
+    incomplete: bool,
+    reloaded: bool,
+    updates: int | None,
+    rows: Sequence[Row],
 ) -> Verdict:
     """The verdict on a trace: `rows` are its calls, `updates` its filter updates (None: these could not be counted)."""
 
@@ -194,6 +189,7 @@ def judge(
     changed = sum(row.calls - row.redundant for row in of(ANY_ENABLES) if row.redundant is not None)
     halves = {access: {row.index for row in of(DISABLES) if row.access == access} for access in ("read", "write")}
     facts = {
+        Fact.NEVER_PATCHED: vendor in NEVER_PATCHED,
         Fact.SUPERSEDED: layout in SUPERSEDED,
         Fact.CALLS_UNSEEN: not calls_observable or layout not in JUDGED,
         Fact.RELOADED: reloaded,
@@ -208,10 +204,16 @@ def judge(
     }
     rule = next(rule for rule in RULES if facts[rule.fact])
     seen = all(row.redundant is not None for row in of(ENABLES))
+    of_vendor = vendor_named(vendor)
+    made = _made(updates, rows) if calls_observable else f"calls cannot be observed on this kernel (layout {layout})"
     return Verdict(
         patched=rule.patched,
         why=rule.why.format(
+            vendor=of_vendor.title,
+            module=of_vendor.module,
             layout=layout,
+            recomputed=_RECOMPUTED if (known := of_vendor.layout(layout)) and known.set_ else "",
+            made=made + ("; calls may have been missed" if incomplete or reloaded else ""),
             changed=changed,
             any_enables=count(ANY_ENABLES),
             unread=", or were not fully observed" if incomplete else "",
@@ -223,6 +225,23 @@ def judge(
     )
 
 
+def _made(updates: int | None, rows: Sequence[Row]) -> str:
+    """What filter updates did where no patch changes it: how many calls each makes for nothing."""
+    inside = [row for row in rows if row.cause == FILTER_CHANGE]
+    calls = sum(row.calls for row in inside)
+    if not updates or not calls:
+        seen = "no calls were seen in filter updates" if updates else "no vCPU applied a changed MSR filter"
+        return "filter updates could not be observed" if updates is None else seen
+    each = f", {rate(Fraction(calls, updates))} each" if updates > 1 else ""
+    redundant = [row.redundant for row in inside if row.redundant is not None]
+    if len(redundant) < len(inside):
+        nothing = "; how many of them changed nothing is unknown"
+    else:
+        nothing = f", of which {rate(Fraction(sum(redundant), updates))} changed nothing"
+    return f"{_updates(updates)} made {calls:,} calls{each}{nothing}"
+
+
+_RECOMPUTED = "since 6.17 every update recomputes all intercepts: "
 _UNSEEN = ", which a patched kernel never does there (whether they changed anything could not be seen)"
 
 

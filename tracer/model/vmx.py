@@ -4,12 +4,40 @@
 from __future__ import annotations
 
 from tracer.model.cause import CPUID_UPDATE, FILTER_CHANGE, LBR, MSR_WRITE, PT, RECALC, VCPU_CREATE, X2APIC
-from tracer.model.vendor import Layout, Vendor
+from tracer.model.vendor import FilterLoop, Layout, Vendor
 
 _ENABLE, _DISABLE = "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr"
 _SET, _FILTER_SET = "vmx_set_intercept_for_msr", "kvm_vm_ioctl_set_msr_filter"
 _WRITERS = ("vmx_update_msr_bitmap_x2apic",)
 _INLINED_INTO = ("vmx_set_virtual_apic_mode", "vmx_refresh_apicv_exec_ctrl")
+
+#: Every vmx_possible_passthrough_msrs[] there has been, arch/x86/kvm/vmx/vmx.c. Read: 5.10.13, 5.12.9, 5.14.2, 5.15.16,
+#: 5.17, 5.19, 6.0, 6.3.8, 6.4.6, 6.8.1, 6.14, 6.16.1, Debian's 6.1 and 6.12, a Rocky Linux vendor's with KVM of about
+#: 6.13. A kernel with a longer list has the TSC, too; and an enable of one of these proves the old loop in any kernel.
+_LOOP = (
+    range(0x10, 0x11),  # TSC
+    range(0x48, 0x4A),  # SPEC_CTRL, PRED_CMD
+    range(0x10B, 0x10C),  # FLUSH_CMD: since 6.4
+    range(0x174, 0x177),  # SYSENTER_CS, _ESP, _EIP
+    range(0x1C4, 0x1C6),  # XFD, XFD_ERR: since 5.17
+    range(0x3FC, 0x3FF),  # CORE_C3_, C6_, C7_RESIDENCY
+    range(0x660, 0x661),  # CORE_C1_RES
+    range(0xC0000100, 0xC0000103),  # FS_BASE, GS_BASE, KERNEL_GS_BASE
+)
+#: What else vmx_msr_filter_changed() of the same kernels enables, with the patch and without. There is nothing more:
+#: only vmx_vcpu_run() updates the intercepts of LBR MSRs (vmx_update_intercept_for_lbr_msrs() in vmx/pmu_intel.c).
+_ALSO_ENABLED = (
+    # Intel PT, by pt_update_intercept_for_msr(): STATUS, OUTPUT_BASE, OUTPUT_MASK, CR3_MATCH, ADDRn_A and ADDRn_B of
+    # each address range that the guest's CPUID has. That field has three bits (num_address_ranges in
+    # arch/x86/events/intel/pt.c): seven ranges, though struct pt_ctx in vmx.h has room for four. Until 5.19 that is
+    # done for every vCPU, since 6.0 where guests may have PT. CTL is in the range, too; no kernel read enables it.
+    range(0x560, 0x562),
+    range(0x570, 0x573),
+    range(0x580, 0x58E),
+    # x2APIC: until 5.14 it called vmx_update_msr_bitmap_x2apic(), which rewrites whole words and then enables TMCCT,
+    # which may change a bit. kvm_msr_allowed() in arch/x86/kvm/x86.c has the whole range.
+    range(0x800, 0x900),
+)
 
 
 def _layout(name: str, kernels: str, update: str, **calls: str) -> Layout:
@@ -18,6 +46,7 @@ def _layout(name: str, kernels: str, update: str, **calls: str) -> Layout:
 
 VMX = Vendor(
     name="vmx",
+    title="Intel VMX",
     cpu_flag="vmx",
     cpu_feature="VMX",
     makers=("GenuineIntel", "CentaurHauls", "Shanghai"),
@@ -55,4 +84,5 @@ VMX = Vendor(
         (r"pt_.*", PT),
         (r".*_set_msr.*", MSR_WRITE),
     ),
+    filter_loop=FilterLoop(_LOOP, _ALSO_ENABLED),
 )

@@ -34,7 +34,8 @@ def changelog(comparison: Comparison) -> str:
     for label, left, right in (
         (f"{comparison.unit}s", one.calls, other.calls),
         ("of them redundant", one.redundant, other.redundant),
-        *((f"{action} calls", _action(base, action), _action(new, action)) for action in ("enable", "disable")),
+        ("enable calls", _calls(base, disables=False), _calls(new, disables=False)),
+        ("disable calls", _calls(base, disables=True), _calls(new, disables=True)),
     ):
         figures = [printable(rate(figure), _CELL) for figure in (left, right)]
         rows.append((label, *figures, printable(percent(left, right), _CHANGE)))
@@ -74,14 +75,17 @@ def _short(bits: Sequence[Bit]) -> str:
 
 
 def _kernels(comparison: Comparison) -> str:
-    found = dict.fromkeys(f"Linux {side.report.host.kernel}" for side in (comparison.base, comparison.new))
-    return " and ".join(found)
+    """The kernels, and on which kind of hardware they run."""
+    hosts = (comparison.base.report.host, comparison.new.report.host)
+    if hosts[0].vendor == hosts[1].vendor:
+        return f"{' and '.join(dict.fromkeys(f'Linux {host.kernel}' for host in hosts))} ({hosts[0].title})"
+    return " and ".join(f"Linux {host.kernel} ({host.title})" for host in hosts)
 
 
-def _action(side: Side, action: str) -> Fraction | None:
+def _calls(side: Side, *, disables: bool) -> Fraction | None:
     if not side.observable:
         return None
-    return Fraction(sum(row.calls for row in side.rows if row.action == action), side.updates)
+    return Fraction(sum(row.calls for row in side.rows if row.disables == disables), side.updates)
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:

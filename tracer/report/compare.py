@@ -18,9 +18,8 @@ from statistics import median
 from tracer.model.cause import FILTER_CHANGE
 from tracer.model.errors import MsrtraceError
 from tracer.model.text import printable
-from tracer.model.vendors import FIRST
-from tracer.model.verdict import PATCH, Verdict
-from tracer.report.report import Bit, BitCounts, CallRow, Report, by_bit
+from tracer.model.verdict import PATCH, Verdict, headline
+from tracer.report.report import Bit, BitCounts, CallRow, Host, Report, by_bit
 
 SCHEMA = "msrtrace-comparison/1"
 _CONFIDENCE = 0.95
@@ -106,17 +105,27 @@ class Side:
     @cached_property
     def verdict(self) -> Verdict:
         """The verdict on the side's kernel: undecided if its reports disagree."""
-        by_patched: dict[bool | None, list[Report]] = {}
-        for report in self.reports:
-            by_patched.setdefault(report.verdict.patched, []).append(report)
-        if len(by_patched) == 1:
+        by_headline = self._by_headline
+        if len(by_headline) == 1:
             return self.report.verdict
         parts = [
-            f"{PATCH[patched]} in {len(found):,} ({', '.join(sorted({r.title for r in found})[:_TITLES_SHOWN])}"
+            f"{title} in {len(found):,} ({', '.join(sorted({r.title for r in found})[:_TITLES_SHOWN])}"
             f"{', ...' if len(found) > _TITLES_SHOWN else ''})"
-            for patched, found in sorted(by_patched.items(), key=lambda pair: str(pair[0]))
+            for title, found in sorted(by_headline.items())
         ]
         return Verdict(patched=None, why=f"its reports disagree: {', '.join(parts)}")
+
+    @property
+    def headline(self) -> str:
+        """That verdict in a few words."""
+        return next(iter(self._by_headline)) if len(self._by_headline) == 1 else PATCH[None]
+
+    @cached_property
+    def _by_headline(self) -> dict[str, list[Report]]:
+        result: dict[str, list[Report]] = {}
+        for report in self.reports:
+            result.setdefault(headline(report.verdict.patched, report.host.vendor), []).append(report)
+        return result
 
     def calls(self) -> PerUpdate:
         """Calls per filter update."""
@@ -193,7 +202,7 @@ def compare(
     return Comparison(
         base=one,
         new=other,
-        unit="call" if one.report.host.layout == other.report.host.layout else "bit",
+        unit="call" if one.report.host.functions == other.report.host.functions else "bit",
         rows=tuple(Row(bit, one.of(bit), other.of(bit)) for bit in bits),
         differences=tuple(_differences(one.report, other.report)),
         warnings=(*_spread(one), *_spread(other), *_warnings(one, other)),
@@ -204,6 +213,13 @@ def compare(
 def _titles(base: Sequence[Report], new: Sequence[Report]) -> tuple[str, str]:
     one, other = base[0].title, new[0].title
     return (one, other) if one != other else ("base", "new")
+
+
+def layouts(one: Host, other: Host) -> str:
+    """The layouts of two hosts, for people."""
+    if one.vendor == other.vendor:
+        return f"layouts {one.layout} and {other.layout}"
+    return f"layouts {one.layout} of {one.title} and {other.layout} of {other.title}"
 
 
 def _reasons(side: Side) -> list[str]:
@@ -217,7 +233,9 @@ def _reasons(side: Side) -> list[str]:
         if report.lower_bound:
             which = side.title if report.title == side.title else f"{side.title} ({report.title})"
             found[f"{which} is a lower bound: {lost(report)}"] = None
-        if report.host.layout != side.report.host.layout:
+        if report.host.vendor != side.report.host.vendor:
+            found[f"{side.title} has reports of hosts that are not the same kind of hardware"] = None
+        elif report.host.layout != side.report.host.layout:
             found[f"{side.title} has reports of kernels with different layouts"] = None
         if report.command != side.report.command:
             found[f"{side.title} has reports of different workloads"] = None
@@ -231,11 +249,11 @@ def _between(one: Side, other: Side) -> list[str]:
             f"the workloads differ: {one.title} ran {format_command(one.report.command)}, "
             f"{other.title} {format_command(other.report.command)}"
         )
-    if one.report.host.layout != other.report.host.layout and one.observable and other.observable:
+    if one.report.host.functions != other.report.host.functions and one.observable and other.observable:
         unknown = [side.title for side in (one, other) if side.bits().redundant is None]
         if unknown:
             found.append(
-                f"the kernels' functions differ (layouts {one.report.host.layout} and {other.report.host.layout}), "
+                f"the kernels' functions differ ({layouts(one.report.host, other.report.host)}), "
                 f"so outcomes per bit are needed, and those of {' and '.join(unknown)} are unknown"
             )
     return found
@@ -252,7 +270,7 @@ def lost(report: Report) -> str:
     parts = loss.words()
     if loss.module_unloads:
         times = "once" if loss.module_unloads == 1 else f"{loss.module_unloads} times"
-        parts.append(f"{FIRST.module} reloaded {times}")
+        parts.append(f"{report.host.module} reloaded {times}")
     parts += [f"{name} not probed" for name in loss.not_probed]
     return ", ".join(parts) or "nothing"
 
@@ -289,7 +307,10 @@ def _warnings(one: Side, other: Side) -> list[str]:
     found = []
     if one.report.command is None and other.report.command is None:
         found.append("neither report ran a command, so whether the workloads were the same is unknown")
-    if one.report.host.cpu != other.report.host.cpu:
+    if one.report.host.vendor != other.report.host.vendor:
+        kinds = f"{one.report.host.title} and {other.report.host.title}"
+        found.append(f"not the same kind of hardware ({kinds}), so the times cannot be compared")
+    elif one.report.host.cpu != other.report.host.cpu:
         found.append("the CPUs differ, so the times cannot be compared")
     for side in (one, other):
         kernels = sorted({report.host.kernel for report in side.reports})
@@ -305,6 +326,7 @@ def _warnings(one: Side, other: Side) -> list[str]:
 
 def _differences(one: Report, other: Report) -> list[Difference]:
     pairs = [
+        ("hardware", one.host.title, other.host.title),
         ("kernel", one.host.kernel, other.host.kernel),
         ("version", one.host.version, other.host.version),
         ("CPU", one.host.cpu, other.host.cpu),
@@ -315,15 +337,12 @@ def _differences(one: Report, other: Report) -> list[Difference]:
         ("vCPUs seen", str(one.host.vcpus_seen), str(other.host.vcpus_seen)),
         ("VMMs seen", str(one.host.vmms_seen), str(other.host.vmms_seen)),
     ]
-    parameters = sorted(one.host.module_parameters.keys() | other.host.module_parameters.keys())
-    pairs += [
-        (
-            f"{FIRST.module}.{name}",
-            one.host.module_parameters.get(name, "-"),
-            other.host.module_parameters.get(name, "-"),
-        )
-        for name in parameters
-    ]
+    if one.host.vendor == other.host.vendor:
+        base, new = one.host.module_parameters, other.host.module_parameters
+        pairs += [
+            (f"{one.host.module}.{name}", base.get(name, "-"), new.get(name, "-"))
+            for name in sorted(base.keys() | new.keys())
+        ]
     return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
 
 

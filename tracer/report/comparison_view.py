@@ -7,8 +7,7 @@ from fractions import Fraction
 
 from tracer.model import msr
 from tracer.model.quantity import duration, rate
-from tracer.model.verdict import PATCH
-from tracer.report.compare import Comparison, PerUpdate, Side, Time, format_command, lost
+from tracer.report.compare import Comparison, PerUpdate, Side, Time, format_command, layouts, lost
 from tracer.report.document import Document, Section, Table, document
 
 
@@ -57,8 +56,8 @@ def comparison_document(comparison: Comparison) -> Document:
     lines = [f"FORCED despite: {reason}" for reason in comparison.forced]
     if comparison.unit == "bit" and base.observable and new.observable:
         lines.append(
-            f"Compared per bit of the MSR bitmap, as the kernels' functions differ (layouts {base.report.host.layout} "
-            f"and {new.report.host.layout}): a call that names both bits of an MSR counts twice."
+            "Compared per bit of the MSR bitmap, as the kernels' functions differ "
+            f"({layouts(base.report.host, new.report.host)}): a call that names both bits of an MSR counts twice."
         )
     lines += [f"warning: {warning}" for warning in comparison.warnings]
     sections = [
@@ -75,8 +74,7 @@ def comparison_document(comparison: Comparison) -> Document:
 
 
 def _verdict_line(side: Side) -> str:
-    verdict = side.verdict
-    return f"{side.title}: {PATCH[verdict.patched]}: {verdict.why}"
+    return f"{side.title}: {side.headline}: {side.verdict.why}"
 
 
 def _ran(side: Side) -> str:

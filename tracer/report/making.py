@@ -27,6 +27,7 @@ from tracer.report.report import (
     Totals,
     UpdateSeconds,
     Vm,
+    parameters_field,
     redundant_sum,
     whole,
 )
@@ -90,12 +91,13 @@ def make(
         started=started.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         duration_seconds=round(duration, 6),
         host=Host(
+            **parameters_field(counted.vendor, host.module_parameters),
+            vendor=counted.vendor,
             kernel=host.kernel,
             version=host.version,
             cpu=host.cpu,
             vcpus_seen=counted.vcpus_seen,
             vmms_seen=counted.vmms_seen,
-            module_parameters=host.module_parameters,
             layout=counted.layout,
             backend=counted.backend,
             redundancy="exact" if counted.redundancy == "exact" else "unknown",
@@ -117,6 +119,7 @@ def make(
         loss=loss,
         lower_bound=lower_bound,
         verdict=judge(
+            vendor=counted.vendor,
             layout=counted.layout,
             calls_observable=counted.calls_observable,
             incomplete=incomplete,
@@ -165,19 +168,19 @@ def _per_update(counted: Snapshot, rows: list[CallRow], updates: int) -> PerUpda
         return None
     inside = [row for row in rows if row.cause == FILTER_CHANGE]
 
-    def calls(action: str) -> int:
-        return sum(row.calls for row in inside if row.action == action)
+    def calls(*, disables: bool) -> int:
+        return sum(row.calls for row in inside if row.disables == disables)
 
-    def redundant(action: str) -> int | None:
+    def redundant(*, disables: bool) -> int | None:
         if counted.redundancy != "exact":
             return None
-        return redundant_sum(row for row in inside if row.action == action)
+        return redundant_sum(row for row in inside if row.disables == disables)
 
     def each(value: int | None) -> float | None:
         return None if value is None else whole(value / updates)
 
-    enable, disable = calls("enable"), calls("disable")
-    enable_redundant, disable_redundant = redundant("enable"), redundant("disable")
+    enable, disable = calls(disables=False), calls(disables=True)
+    enable_redundant, disable_redundant = redundant(disables=False), redundant(disables=True)
     both = None if enable_redundant is None or disable_redundant is None else enable_redundant + disable_redundant
     return PerUpdate(
         calls=whole((enable + disable) / updates),

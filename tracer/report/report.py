@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, field
+from msgspec import UNSET, Meta, UnsetType, field
 
 from tracer.model import msr
 from tracer.model.loss import Loss
 from tracer.model.sanitized import Count, Sanitized, Text
-from tracer.model.vendors import FIRST
+from tracer.model.vendors import FIRST, VENDORS, vendor_named
 from tracer.model.verdict import Verdict
 
 SCHEMA = "msrtrace-report/1"
@@ -27,22 +27,63 @@ Rate = Annotated[float, Meta(ge=0, le=1e12)]
 #: Limits of a report. The tracer counts 2,048 kinds of calls, or 32,768 kinds of calls and VMs with --by-vm.
 ROWS, ARGUMENTS, NOTES = 20_000, 4096, 256
 Redundancy = Literal["exact", "unknown"]
+VendorName = Annotated[str, Meta(pattern=f"^({'|'.join(vendor.name for vendor in VENDORS)})$")]
+_Parameters = Annotated[dict[Text, Text], Meta(max_length=256)]
+
+if TYPE_CHECKING:
+    _Modules = Sanitized
+else:
+    #: A field for the parameters of each vendor's module, named like the module; all but one of them are absent.
+    _Modules = msgspec.defstruct(
+        "_Modules",
+        [(vendor.module, _Parameters | UnsetType, UNSET) for vendor in VENDORS],
+        bases=(Sanitized,),
+        frozen=True,
+        kw_only=True,
+    )
 
 
-class Host(Sanitized, frozen=True, kw_only=True):
-    """The machine: `kernel` and `version` are uname(2)'s release and version, `cpu` is /proc/cpuinfo's model name."""
+class Host(_Modules, frozen=True, kw_only=True):
+    """The machine: `kernel` and `version` are uname(2)'s release and version, `cpu` is /proc/cpuinfo's model name.
 
+    Reports without `vendor` are from versions of msrtrace that knew only one.
+    """
+
+    vendor: VendorName = FIRST.name
     kernel: Text
     version: Text = ""
     cpu: Text = ""
     vcpus_seen: Count = 0
     vmms_seen: Count = 0
-    module_parameters: Annotated[dict[Text, Text], Meta(max_length=256)] = field(
-        name=FIRST.module, default_factory=dict
-    )
     layout: Text
     backend: Text
     redundancy: Redundancy
+
+    @property
+    def title(self) -> str:
+        """The kind of hardware virtualisation, for people."""
+        return vendor_named(self.vendor).title
+
+    @property
+    def functions(self) -> tuple[str, str]:
+        """What says which functions of KVM are traced: only between hosts where it is the same are calls comparable."""
+        return self.vendor, self.layout
+
+    @property
+    def module(self) -> str:
+        """The name of KVM's module."""
+        return vendor_named(self.vendor).module
+
+    @property
+    def module_parameters(self) -> dict[str, str]:
+        """The parameters of KVM's module."""
+        found: dict[str, str] = getattr(self, self.module) or {}
+        return found
+
+
+def parameters_field(vendor: str, parameters: dict[str, str]) -> dict[str, Any]:
+    """The argument of Host for the parameters of the module of the vendor of that name."""
+    return {vendor_named(vendor).module: parameters}
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +100,10 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PerUpdate(msgspec.Struct, frozen=True, kw_only=True):
-    """Calls made in filter updates, per filter update; integers where they divide evenly."""
+    """Calls made in filter updates, per filter update; integers where they divide evenly.
+
+    `disable` counts every call that passes a direction through: disable_read and disable_write, too.
+    """
 
     calls: Rate
     redundant: Rate | None
@@ -73,13 +117,14 @@ class CallRow(Sanitized, frozen=True, kw_only=True):
     """A kind of call and how many had which outcome; outcomes are null where redundancy is unknown.
 
     `msr` is hexadecimal. `changed_read` and `changed_write` count calls that changed that bit of the MSR;
-    `refused` those that disabled interception without effect, because the VM's filter denies the access.
+    `refused` those that disabled interception without effect, because the VM's filter denies the access. disable_read
+    and disable_write name both bits, disable the interception of that direction alone, and enable that of the other.
     """
 
     msr: Annotated[str, Meta(pattern="^0x[0-9a-f]{1,8}$")]
     name: Text
     access: Literal["read", "write", "read_write"]
-    action: Literal["enable", "disable"]
+    action: Literal["enable", "disable", "disable_read", "disable_write"]
     cause: Text
     caller: Text
     calls: Count
@@ -98,6 +143,11 @@ class CallRow(Sanitized, frozen=True, kw_only=True):
     def index(self) -> int:
         """The MSR's number."""
         return int(self.msr, 16)
+
+    @property
+    def disables(self) -> bool:
+        """Whether the call passes any direction through."""
+        return self.action != "enable"
 
 
 class Bucket(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,8 +8,7 @@ from fractions import Fraction
 
 from tracer.model.cause import RECALC
 from tracer.model.quantity import duration, number, rate, share
-from tracer.model.vendors import FIRST
-from tracer.model.verdict import PATCH
+from tracer.model.verdict import headline
 from tracer.report.compare import format_command, lost
 from tracer.report.document import Document, Section, Table, document
 from tracer.report.report import CallRow, Report, UpdateSeconds, redundant_sum
@@ -39,7 +38,7 @@ def report_document(report: Report) -> Document:
         *([Section("Notes", tuple(report.notes))] if report.notes else []),
         Section("Host", tuple(_host_lines(report))),
     ]
-    lead = f"{PATCH[report.verdict.patched]}: {report.verdict.why}"
+    lead = f"{headline(report.verdict.patched, report.host.vendor)}: {report.verdict.why}"
     return document(f"msrtrace report: {report.title}", lead, lines, sections)
 
 
@@ -151,10 +150,8 @@ def _host_lines(report: Report) -> list[str]:
     lines = [f"{host.kernel} {host.version}".rstrip(), host.cpu, f"ran: {format_command(report.command)}"]
     if report.exit_status:
         lines.append(f"which ended with status {report.exit_status}")
-    lines.append(f"started {report.started}; msrtrace {report.msrtrace or '?'}, layout {host.layout}, {host.backend}, ")
-    lines[-1] += f"redundancy {host.redundancy}"
+    lines.append(f"started {report.started}; msrtrace {report.msrtrace or '?'}, {host.title}, layout {host.layout}, ")
+    lines[-1] += f"{host.backend}, redundancy {host.redundancy}"
     if host.module_parameters:
-        lines.append(
-            f"{FIRST.module}: " + " ".join(f"{name}={value}" for name, value in host.module_parameters.items())
-        )
+        lines.append(f"{host.module}: " + " ".join(f"{name}={value}" for name, value in host.module_parameters.items()))
     return [line for line in lines if line]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from fleets import (
@@ -13,6 +14,7 @@ from fleets import (
     START,
     UPDATES,
     Stored,
+    amd_host,
     counted,
     fleet_reports,
     labelled,
@@ -21,9 +23,11 @@ from fleets import (
     storing,
 )
 from fleets import host as made_up
+from made import svm_pass, svm_recalc
 
 from tracer.model.errors import MsrtraceError
-from tracer.report.compare import compare
+from tracer.model.snapshot import Snapshot
+from tracer.report.compare import Difference, compare
 from tracer.report.comparison_view import sentence
 from tracer.report.fleet.fleet import Prometheus, compared, reports
 from tracer.report.report import Report
@@ -129,6 +133,83 @@ def test_kernels_of_different_layouts_need_outcomes_per_bit() -> None:
         compare([old], reported(new))
 
 
+# --- AMD ---
+
+
+def amd(instance: str, **more: Any) -> Stored:
+    return amd_host({"job": "msrtrace", "instance": instance}, SCRAPES, **more)
+
+
+@pytest.mark.parametrize("counted", [svm_pass, svm_recalc])
+def test_an_amd_host_is_reported_as_one(counted: Callable[[int], Snapshot]) -> None:
+    [found] = reported(amd("a", counted=counted))
+    made = counted(100)
+    each = sum(call.cause == "filter_change" for call in made.calls)
+    assert (found.host.vendor, found.host.layout, found.host.module_parameters) == ("svm", made.layout, {})
+    assert (found.totals.filter_updates, found.totals.calls, found.totals.redundant) == (
+        100,
+        each * 100,
+        each * 100 - 100,
+    )
+    assert (found.verdict.patched, found.lower_bound) == (None, False)
+    assert found.verdict.why.endswith(f"{each} each, of which {each - 1} changed nothing")
+
+
+def test_amd_hosts_are_compared_exactly() -> None:
+    found = [
+        reported(amd("a")),
+        reported(merged(amd("b", counted=svm_recalc), amd("c", counted=svm_recalc, updates=7))),
+    ]
+    with pytest.raises(MsrtraceError, match="outcomes per bit are needed"):
+        compare(*found)
+    comparison = compare(reported(amd("a")), reported(amd("b", updates=7)), titles=("old", "new"))
+    assert sentence(comparison) == (
+        "old makes 47 calls a filter update, 46 of them redundant; new 47, 46 redundant: as many calls"
+    )
+
+
+def test_an_intel_host_can_be_compared_with_an_amd_host() -> None:
+    """Where a call for both bits changed something, which bits is not in the metrics."""
+    intel, stored = reported(host("a")), amd("b")
+    with pytest.raises(
+        MsrtraceError, match=r"\(layouts toggle of Intel VMX and pass of AMD SVM\), so outcomes per bit"
+    ):
+        compare(intel, reported(stored))
+    forced = compare(intel, reported(stored), force=True)
+    assert sentence(forced) == (
+        "a names 13 bits a filter update, 13 of them redundant; b 94, ? redundant: 81 more bits, +623.1%"
+    )
+    idle = compare(intel, reported(amd("b", changing=False)))
+    assert sentence(idle).startswith("a names 13 bits a filter update, 13 of them redundant; b 94, 94 redundant")
+    assert idle.differences[0] == Difference("hardware", "Intel VMX", "AMD SVM")
+
+
+def test_a_fleet_of_both_vendors_has_a_report_for_each_host() -> None:
+    found = reported(merged(host("intel", layout="recalc"), amd("amd", counted=svm_recalc)))
+    assert [(report.title, report.host.vendor) for report in found] == [("amd", "svm"), ("intel", "vmx")]
+    with pytest.raises(MsrtraceError, match="has reports of hosts that are not the same kind of hardware"):
+        compare(found, reported(host("b")), titles=("all", "b"))
+
+
+def test_a_host_without_the_label_of_the_vendor_is_intels() -> None:
+    """msrtrace gave it none when it knew only that one; its upgrade is not another host."""
+    target = {"job": "msrtrace", "instance": "a"}
+    old = made_up(target, SCRAPES[:3], updates=20)
+    new = made_up(target, SCRAPES[3:], updates=8, before=0, start=SCRAPES[2] + 5, info={"vendor": "vmx"})
+    [found] = reported(merged(old, new))
+    assert (found.host.vendor, found.totals.filter_updates) == ("vmx", 28)
+    assert found.verdict.patched is True
+
+
+def test_a_label_of_the_target_named_vendor_is_not_msrtraces() -> None:
+    """`honor_labels: false` renames msrtrace's; versions of msrtrace without one leave the target's."""
+    for given, expected in ((host("a"), "vmx"), (amd("a"), "svm")):
+        [(info, samples)] = given["msrtrace_build_info"]
+        renamed = {**info, **({"exported_vendor": info["vendor"]} if "vendor" in info else {}), "vendor": "Dell"}
+        stored = labelled(given, vendor="Dell") | {"msrtrace_build_info": [(renamed, samples)]}
+        assert [report.host.vendor for report in reported(stored)] == [expected]
+
+
 def test_recalculations_are_not_queried_and_so_unknown() -> None:
     [found] = reported(host("a", enables=0, updates=8, layout="recalc"))
     assert (found.totals.filter_updates, found.totals.recalculations, found.recalculation_seconds) == (8, None, None)
@@ -232,6 +313,12 @@ def test_a_selector_by_a_label_of_build_info_is_refused() -> None:
         counted(agent("kvm1"), BIG, 'kernel="6.1"')
 
 
+@pytest.mark.parametrize("label", ["vendor", "kernel"])
+def test_the_refusal_names_the_labels_of_build_info(label: str) -> None:
+    with pytest.raises(MsrtraceError, match=rf"not by labels of that metric \(.*\b{label}\b.*\)"):
+        counted(amd("kvm1"), NOW, 'vendor="svm"')
+
+
 def test_without_start_times_a_warning_says_what_is_missed() -> None:
     stored = merged(agent("kvm1", start=None), agent("kvm2", updates=40))
     with serving(storing(stored, BIG)) as url:
@@ -250,3 +337,18 @@ def test_the_command_compares_fleets(main: Main) -> None:
         assert (status, out) == (1, "")
         assert err.startswith("msrtrace: error: {")
         assert err.endswith(": one msrtrace is on both sides of the comparison; select it by a label for one of them\n")
+
+
+def test_the_command_compares_intel_with_amd(main: Main) -> None:
+    amds = amd_host({**LOCAL, "host": "kvm2", "maker": "amd"}, TIMES)
+    stored = merged(agent("kvm1", maker="intel"), {**amds, START: [(amds[START][0][0], dict.fromkeys(TIMES, OLD))]})
+    with serving(storing(stored, BIG)) as url:
+        sides = ("--prometheus", url, "--base", 'maker="intel"', "--new", 'maker="amd"')
+        status, out, err = main("compare", *sides)
+        assert (status, out) == (3, "")
+        assert "(layouts toggle of Intel VMX and pass of AMD SVM), so outcomes per bit are needed" in err
+        status, out, err = main("compare", "--force", *sides)
+        assert (status, err) == (0, "")
+        assert out.startswith('maker="intel" names 13 bits a filter update, 13 of them redundant; maker="amd" 94, ? ')
+        assert '\n  maker="amd": patch not applicable: KVM never had this patch for AMD SVM; 100 filter updates' in out
+        assert "warning: not the same kind of hardware (Intel VMX and AMD SVM), so the times cannot be compared" in out

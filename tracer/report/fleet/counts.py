@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
-from tracer.model.vendors import FIRST
+from tracer.model.vendor import Vendor
+from tracer.model.vendors import FIRST, vendor_named
 from tracer.report.fleet.lineage import Process
 from tracer.report.fleet.targets import (
     ATTACHED,
@@ -65,9 +66,14 @@ def check_complete(one: Grown) -> None:
     if calls and info.get("redundancy") == "exact" and not one.family(REDUNDANT):
         raise refuse(REDUNDANT, "without it, which calls changed nothing is unknown")
     updates = sum(value for _, value in one.family(UPDATES))
-    layout = FIRST.layout(info.get("layout", ""))
+    layout = vendor_of(info).layout(info.get("layout", ""))
     if updates and layout and layout.calls and not one.family(CALLS) and all(_attached([one]).values()):
         raise refuse(CALLS, "filter updates were counted, and each makes calls")
+
+
+def vendor_of(info: Mapping[str, str]) -> Vendor:
+    """The vendor in the labels of a msrtrace_build_info. Versions of msrtrace that knew only one have no such label."""
+    return vendor_named(info.get("vendor", FIRST.name))
 
 
 def _attached(grown: Sequence[Grown]) -> dict[str, bool]:
@@ -84,7 +90,8 @@ def _attached(grown: Sequence[Grown]) -> dict[str, bool]:
 
 def snapshot(info: Mapping[str, str], grown: Sequence[Grown]) -> Snapshot:
     """The sum over the processes of a host; `info` has the labels of its msrtrace_build_info."""
-    layout = FIRST.layout(info.get("layout", ""))
+    vendor = vendor_of(info)
+    layout = vendor.layout(info.get("layout", ""))
     exact = info.get("redundancy") == "exact"
 
     def family(metric: str) -> list[tuple[dict[str, str], float]]:
@@ -98,6 +105,7 @@ def snapshot(info: Mapping[str, str], grown: Sequence[Grown]) -> Snapshot:
         calls[_key(labels)] += round(value)
     missed, updates = family("msrtrace_probe_missed_total"), family(UPDATES)
     return Snapshot(
+        vendor=vendor.name,
         layout=info.get("layout", "?"),
         redundancy="exact" if exact else "unknown",
         backend=info.get("backend", "?"),

@@ -15,13 +15,14 @@ from datetime import UTC, datetime
 import msgspec
 
 from tracer.model.errors import MsrtraceError
-from tracer.report.fleet.counts import Grown, check_complete, snapshot
+from tracer.report.fleet.counts import Grown, check_complete, snapshot, vendor_of
 from tracer.report.fleet.lineage import Process, processes
 from tracer.report.fleet.prometheus_api import Prometheus, Series, seconds
 from tracer.report.fleet.runs import runs
 from tracer.report.fleet.targets import (
     INFO,
     MACHINE_LABELS,
+    MAYBE_OWN,
     OWN,
     REPLICA_LABELS,
     START,
@@ -107,7 +108,7 @@ def _matched(prometheus: Prometheus, selectors: Iterable[str], window: int, end:
         if not ours:
             raise MsrtraceError(f"Prometheus has no series of msrtrace for {{{inside}}} in the last {window} s")
         if all(name == INFO for stream in ours.values() for name, _ in stream.series):
-            labels = ", ".join(OWN[INFO])
+            labels = ", ".join((*OWN[INFO], *MAYBE_OWN[INFO]))
             raise MsrtraceError(
                 f"{{{inside}}} matches {INFO} and no series with counts: select hosts by labels of their targets, "
                 f"not by labels of that metric ({labels})"
@@ -167,8 +168,9 @@ def _hosts(found: Sequence[Grown]) -> list[_Host]:
 
 
 def _kind(one: Grown) -> Target:
-    """What the counts of one report must have in common: the kernel, its layout and redundancy."""
-    return tuple((name, one.info.get(name, "?")) for name in ("kernel", "layout", "redundancy"))
+    """What the counts of one report must have in common: the kernel, its layout, redundancy and the vendor."""
+    labels = tuple((name, one.info.get(name, "?")) for name in ("kernel", "layout", "redundancy"))
+    return (*labels, ("vendor", vendor_of(one.info).name))
 
 
 def _order(host: _Host) -> tuple[str, str, Target, float]:

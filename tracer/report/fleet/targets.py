@@ -52,7 +52,7 @@ OWN: Mapping[str, tuple[str, ...]] = {
     **{host_family(metric): labels for metric, labels in PER_VM.items()},
 }
 #: Labels that msrtrace may give as well: with --by-vm, or in another version.
-_MAYBE_OWN: Mapping[str, tuple[str, ...]] = {INFO: ("vendor",), **dict.fromkeys(PER_VM, ("vm", "pid"))}
+MAYBE_OWN: Mapping[str, tuple[str, ...]] = {INFO: ("vendor",), **dict.fromkeys(PER_VM, ("vm", "pid"))}
 
 #: Labels in which copies of one target differ: they name who scraped, received or evaluated, not what was scraped.
 #: prometheus, prometheus_replica: prometheus-operator's defaults of prometheusExternalLabelName and
@@ -97,7 +97,7 @@ class Stream:
 def streams(found: Mapping[str, Iterable[Series]]) -> dict[Target, Stream]:
     """The streams in series, given by the names of their metrics. A series found twice counts once."""
     split = [(metric, series) for metric, group in found.items() for series in group]
-    certain = {_target(metric, series.labels, ()) for metric, series in split if metric not in _MAYBE_OWN}
+    certain = {_target(metric, series.labels, ()) for metric, series in split if metric not in MAYBE_OWN}
     result: dict[Target, Stream] = {}
     for metric, series in split:
         also = _also_own(metric, series.labels, certain)
@@ -109,7 +109,7 @@ def streams(found: Mapping[str, Iterable[Series]]) -> dict[Target, Stream]:
 
 def _also_own(metric: str, labels: Mapping[str, str], certain: Collection[Target]) -> tuple[str, ...]:
     """Which of the labels in question are msrtrace's: without those, other metrics have the same target."""
-    maybe = tuple(name for name in _MAYBE_OWN.get(metric, ()) if name in labels)
+    maybe = tuple(name for name in MAYBE_OWN.get(metric, ()) if name in labels)
     for number in range(len(maybe), -1, -1):
         for also in combinations(maybe, number):
             if _target(metric, labels, also) in certain:
