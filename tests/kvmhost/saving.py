@@ -71,9 +71,12 @@ def main() -> None:
     """Print a row for each host."""
     parser = argparse.ArgumentParser(description=__doc__)
     both = [name for name, host in HOSTS.items() if host.built]
-    parser.add_argument("hosts", nargs="*", choices=both, default=both, help="those that have both modules")
+    parser.add_argument("hosts", nargs="*", default=both, help=", ".join(both))
+    hosts = parser.parse_args().hosts
+    if not {*hosts} <= {*both}:
+        parser.error(f"hosts with both modules are {', '.join(both)}")
     rows = []
-    for host in parser.parse_args().hosts:
+    for host in hosts:
         found = measure(host)
         (unpatched, calls_unpatched), (patched, calls_patched) = found["unpatched"], found["patched"]
         saved = unpatched.median - patched.median
