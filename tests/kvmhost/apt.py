@@ -52,7 +52,7 @@ class Suite:
         kinds = ["deb", "deb-src"] if source_packages else ["deb"]
         options = f"[signed-by={KEYRING}{unchecked}]"
         lines = [f"{kind} {options} {main} {self.name} main" for kind in kinds]
-        if security and self.name != "sid":
+        if security and self.name != "sid" and not self.name.endswith("-backports"):
             lines.append(f"deb {options} {security} {self.name}-security main")
         return lines
 

@@ -58,6 +58,7 @@ class Host:
     kernel: Suite
     vendor: Vendor = INTEL
     built: bool = False  # the variant of the module that Debian does not ship is built, and sent with a run
+    pinned: str | None = None  # the kernel release, where it is not the newest: such have no headers in the archive
 
     @property
     def name(self) -> str:
@@ -71,7 +72,9 @@ class Host:
 
     @property
     def release(self) -> str:
-        """The kernel release as `uname -r` prints it: that of the newest kernel in the suite."""
+        """The kernel release as `uname -r` prints it: that of the newest kernel in the suite, unless it is pinned."""
+        if self.pinned:
+            return self.pinned
         for package in self.kernel.depends("linux-image-amd64"):
             found = re.fullmatch(r"linux-image-(\d.*-amd64)", package)
             if found:
@@ -79,17 +82,20 @@ class Host:
         raise RigError(f"linux-image-amd64 of Debian {self.kernel.name} depends on no kernel image")
 
     def kernel_packages(self) -> list[str]:
-        """The packages that hold the kernel, its modules and its headers (7.x has the first two apart)."""
+        """The packages that hold the kernel, its modules (7.x has them apart) and, if there are any, its headers."""
         release = self.release
         image = [f"linux-image-{release}"]
         split = [f"linux-{part}-{release}" for part in ("binary", "modules")]
         if set(split) <= set(self.kernel.depends(image[0])):
             image = split
+        if self.pinned:
+            return image
         headers = f"linux-headers-{release}"
         common = [p for p in self.kernel.depends(headers) if re.fullmatch(r"linux-headers-.*-common", p)]
         return [*image, headers, *common]
 
 
+BACKPORTED = "6.17.13+deb13-amd64"  # of the kernels that changed KVM's MSR code, one that no suite has as its newest
 HOSTS = {
     host.name: host
     for host in (
@@ -97,10 +103,12 @@ HOSTS = {
         Host("trixie", Suite("trixie"), Suite("trixie"), built=True),
         Host("sid", Suite("sid"), Suite("sid")),
         Host("filter-only", Suite("bookworm"), Suite("bullseye")),
+        Host("backports", Suite("trixie"), Suite("trixie-backports"), pinned=BACKPORTED),
         Host("bookworm", Suite("bookworm"), Suite("bookworm"), AMD, built=True),
         Host("trixie", Suite("trixie"), Suite("trixie"), AMD, built=True),
         Host("sid", Suite("sid"), Suite("sid"), AMD),
         Host("filter-only", Suite("bookworm"), Suite("bullseye"), AMD),
+        Host("backports", Suite("trixie"), Suite("trixie-backports"), AMD, pinned=BACKPORTED),
     )
 }
 
@@ -155,7 +163,7 @@ def compile_python(root: Path) -> None:
 
 
 def kernel(host: Host) -> Path:
-    """The unpacked kernel, modules and headers of HOST, as Debian ships them."""
+    """The unpacked kernel, modules and, if there are any, headers of HOST, as Debian ships them."""
     packages = host.kernel_packages()
 
     def make(work: Path) -> None:
@@ -272,7 +280,7 @@ def image(host: Host, *, packed: bool = False) -> Image:
 
 
 def make_disk(host: Host, base: Path, tree: Path, disk: Path) -> None:
-    """The root disk: the userland, the kernel's headers, the few modules needed, both vendors' also without BTF."""
+    """The root disk: userland, the kernel's headers if any, the few modules needed, both vendors' also without BTF."""
     root, release = disk.parent / "root", host.release
     sh(["cp", "-al", base, root])
     merge_lib(root)
@@ -284,9 +292,10 @@ def make_disk(host: Host, base: Path, tree: Path, disk: Path) -> None:
         if not listing.name.endswith((".bin", ".alias")):
             shutil.copy(listing, modules)
     sh(["depmod", "-b", root, release])
-    sh(["cp", "-a", tree / "usr/src", root / "usr"])
-    for link in ("build", "source"):  # BCC needs both: the headers are in two packages
-        (modules / link).symlink_to((tree / "lib/modules" / release / link).readlink())
+    if (tree / "usr/src").exists():
+        sh(["cp", "-a", tree / "usr/src", root / "usr"])
+        for link in ("build", "source"):  # BCC needs both: the headers are in two packages
+            (modules / link).symlink_to((tree / "lib/modules" / release / link).readlink())
     for vendor in (INTEL, AMD):
         stock = modules / "kernel/arch/x86/kvm" / vendor.file
         with_btf, without = (modules / "msrtrace" / variant for variant in (vendor.stock, "nobtf"))

@@ -53,6 +53,12 @@ def own_wheel() -> Path:
     return cached("wheel", [[str(f.relative_to(REPO)) for f in files], *files], make)
 
 
+def some_headers(host: Host) -> Path:
+    """A directory of kernel headers, to compile BPF programs with: HOST's, else those of its userland's suite."""
+    own = kernel(host) / "usr/src"
+    return own if own.exists() else kernel(Host(host.userland.name, host.userland, host.userland)) / "usr/src"
+
+
 def guest_site(host: Host) -> Path:
     """The site-packages directory of HOST's Python with msrtrace installed, as a package has it, and with bytecode.
 
@@ -72,7 +78,7 @@ def guest_site(host: Host) -> Path:
         options = ["--quiet", "--upgrade", "--only-binary=:all:", "--no-compile", "--python-version", version]
         install = [*pip(), "install", *options, "--target", site, file]
         retried("packages for the guest", lambda: sh(install))
-        for headers in (kernel(host) / "usr/src").iterdir():
+        for headers in some_headers(host).iterdir():
             sh(["cp", "-al", headers, scratch / "usr/src"])
         ship = ["python3", "-m", "tracer.trace.shipped", "/mnt/site/tracer/bpf/msrtrace.c", "/mnt/site/tracer/bpf"]
         sh(["chroot", scratch, "env", "PYTHONPATH=/mnt/site", *ship])

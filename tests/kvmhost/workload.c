@@ -1,36 +1,45 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * workload: make kvm_intel change MSR intercepts a known number of times, by the plain KVM API.
- * Tests run it on a VMX host and compare what the tracer counted with the line it prints last.
+ * workload: make kvm_intel or kvm_amd change MSR intercepts a known number of times, by the plain KVM API.
+ * Tests run it on a host of either vendor and compare what the tracer counted with the line it prints last.
  *
  *     gcc -O2 -Wall -Wextra -Werror -static -pthread -o workload workload.c
  *
- * A filter update is KVM_X86_SET_MSR_FILTER on every VM, then one KVM_RUN of every vCPU. The ioctl only leaves
- * a request with each vCPU, which edits its MSR bitmap inside its next KVM_RUN: so every vCPU applies every
- * update exactly once. The guest is `out %al,$0x10; jmp`; each KVM_RUN ends at the out. It touches no MSR, so
+ * A filter update is KVM_X86_SET_MSR_FILTER on every VM, then one KVM_RUN of every vCPU. The ioctl only leaves a request
+ * with each vCPU, which edits its MSR bitmap (SVM: its MSR permission map) inside its next KVM_RUN: so every vCPU applies
+ * every update exactly once. The guest is `out %al,$0x10; jmp`; each KVM_RUN ends at the out. It touches no MSR, so
  * KVM_CAP_X86_USER_SPACE_MSR is not needed, nor anything else that Linux 5.10 lacks.
  *
- * In order of execution, with what the kernel does then (read from 6.1, 6.12 and 7.2):
+ * In order of execution, with what the kernel does then (VMX: read from 6.1, 6.12 and 7.2; SVM: counted by kprobes in
+ * 5.10, 6.1, 6.12, 6.17 and 7.2). A call is one of vmx_disable_intercept_for_msr(), vmx_enable_intercept_for_msr() or
+ * (6.17 on) vmx_set_intercept_for_msr(), or of set_msr_interception_bitmap() or (6.17 on) svm_set_intercept_for_msr();
+ * a recalculation is vmx_ or svm_recalc_intercepts(), in 6.17 ..._recalc_msr_intercepts().
  *
- *   creation        --vms N (1) of --vcpus N (1). 6.1, 6.12: 7 vmx_disable_intercept_for_msr() per vCPU. 7.2: no
- *                   call, but the vCPU's first KVM_RUN recalculates its intercepts.
+ *   creation        --vms N (1) of --vcpus N (1). VMX: 6.1, 6.12: 7 calls per vCPU. SVM: 8 (5.10), 11 (6.1, 6.12).
+ *                   6.17: a recalculation (SVM: two). 7.2: none, but the vCPU's first KVM_RUN recalculates.
  *   --ready FILE    is created now; then --go FILE is waited for (looked for every 10 ms).
  *   --cpuid N       N KVM_SET_CPUID2 of the supported CPUID on each vCPU; before any KVM_RUN, as later ones do
- *                   nothing. A call each for XFD_ERR, from 6.12 PRED_CMD and FLUSH_CMD, if the host has it.
- *                   7.2: no call, but a recalculation in the next KVM_RUN, one whatever N is.
- *   --x2apic N      N rounds xAPIC, x2APIC, disabled, xAPIC by KVM_SET_SREGS on each vCPU: TPR disabled, and
+ *                   nothing. VMX: a call each for XFD_ERR, from 6.12 PRED_CMD and FLUSH_CMD, if the host has it.
+ *                   SVM: none (5.10), 2 for SYSENTER_EIP and _ESP (6.1), from 6.12 one more for PRED_CMD if the host
+ *                   has IBPB, which disables for writes and enables for reads. 6.17: a recalculation each. 7.2: no
+ *                   call, but a recalculation in the next KVM_RUN, one whatever N is.
+ *   --x2apic N      N rounds xAPIC, x2APIC, disabled, xAPIC by KVM_SET_SREGS on each vCPU. VMX: TPR disabled, and
  *                   enabled again; with APICv also TMCCT (not 7.2), EOI, SELF_IPI, and ICR with IPI virtualisation.
- *                   The VMs get an in-kernel irqchip, each vCPU at least one KVM_SET_CPUID2. Needs no KVM_RUN:
- *                   use --updates 0 where VM entry with an irqchip fails.
+ *                   SVM: nothing without x2AVIC. The VMs get an in-kernel irqchip, each vCPU at least one
+ *                   KVM_SET_CPUID2. Needs no KVM_RUN: use --updates 0 where VM entry with an irqchip fails.
+ *   --svme N        SVM only: N rounds EFER.SVME set and cleared by KVM_SET_SREGS on each vCPU, as guests do that
+ *                   have guests. Setting it gets the vCPU a second map: 8 calls on that (5.10), 9 (6.1, 6.12), none
+ *                   (6.17, 7.2). Each vCPU gets at least one KVM_SET_CPUID2.
  *   --initial-run   one KVM_RUN of each vCPU, not counted as applied: takes the requests pending since creation,
  *                   which on 7.2 would merge with the first update.
  *   updates         --updates N (10), or --forever until SIGINT or SIGTERM; --interval MS apart. Even ones (0, 2,
  *                   ...) deny reads and writes of each --msr INDEX (up to 16 of them; 0xc0000100), odd ones allow
  *                   them. --deny-all: even ones also deny all others, by default (x2APIC's cannot be denied).
- *                   vmx_msr_filter_changed(), or 7.2 vmx_recalc_intercepts(), once per vCPU and update.
- *   --spec-ctrl N   N host-initiated writes of 1 (IBRS) to SPEC_CTRL on each vCPU. Never 0: vmx_set_msr() returns
- *                   early then. One disable (7.2: set) call each, RW; the first changes the bitmap, if the last
- *                   filter allows it.
+ *                   vmx_ or svm_msr_filter_changed(), from 6.17 a recalculation, once per vCPU and update.
+ *                   SVM: 14 (5.10), 44 (6.1), 47 (6.12), 11 (6.17, 7.2) calls each, and one more with IBPB in the last.
+ *   --spec-ctrl N   N host-initiated writes of 1 (IBRS) to SPEC_CTRL on each vCPU. Never 0: KVM returns early then.
+ *                   One disable (6.17 on: set) call each, RW; the first changes the bitmap, if the last filter
+ *                   allows it. SVM: none where the CPU has V_SPEC_CTRL.
  *   --create-vms N  N more VMs of --vcpus vCPUs, each destroyed before the next, none run. As creation.
  *   --hold SECONDS  keeps the VMs, idle (--forever: or until another signal).
  *
@@ -42,10 +51,10 @@
  * The last line of output, if all went well. updates is per VM (the most, if --forever --processes left them
  * different), created_vms are those of --create-vms, the others are totals of what was really done:
  *
- *     workload: vms=2 vcpus=3 updates=101 applied=606 created_vms=0 created_vcpus=6 spec_ctrl=0 cpuid=0 x2apic=0
+ *     workload: vms=2 vcpus=3 updates=101 applied=606 created_vms=0 created_vcpus=6 spec_ctrl=0 cpuid=0 x2apic=0 svme=0
  *
- * Exit status: 0 done; 1 a system call failed; 2 KVM_RUN ended with anything but the guest's out; 3 KVM refused
- * the SPEC_CTRL write, as this CPU has none; 64 wrong usage. A failure is one line on stderr (from each thread
+ * Exit status: 0 done; 1 a system call failed; 2 KVM_RUN ended with anything but the guest's out; 3 this CPU
+ * lacks SPEC_CTRL or SVM for the option; 64 wrong usage. A failure is one line on stderr (from each thread
  * or process that failed).
  */
 #define _GNU_SOURCE
@@ -72,11 +81,12 @@
 #include <unistd.h>
 #include <x86intrin.h>
 
-enum { EXIT_SYSTEM = 1, EXIT_BAD_EXIT = 2, EXIT_NO_SPEC_CTRL = 3, EXIT_USAGE = 64 };
+enum { EXIT_SYSTEM = 1, EXIT_BAD_EXIT = 2, EXIT_CPU_LACKS = 3, EXIT_USAGE = 64 };
 
 #define GUEST_PAGE 0x1000 /* guest-physical address and size of the only page */
 #define APIC_BASE_X2APIC (1ULL << 10)
 #define APIC_BASE_ENABLE (1ULL << 11)
+#define EFER_SVME (1ULL << 12)
 
 struct vcpu {
 	int fd;
@@ -92,13 +102,13 @@ struct vm {
 
 /* What was really done, and when to start: shared by all processes. */
 static struct shared {
-	atomic_ulong updates, applied, created_vms, created_vcpus, spec_ctrl, cpuid, x2apic;
+	atomic_ulong updates, applied, created_vms, created_vcpus, spec_ctrl, cpuid, x2apic, svme;
 	atomic_ulong ready; /* processes whose VMs exist */
 	atomic_bool go;
 } *shared;
 
 static struct {
-	unsigned long vms, vcpus, updates, create_vms, spec_ctrl, cpuid, x2apic, interval_ms;
+	unsigned long vms, vcpus, updates, create_vms, spec_ctrl, cpuid, x2apic, svme, interval_ms;
 	int threads, processes, forever, initial_run, deny_all, ticks; /* flags, for getopt_long() */
 	double hold;
 	const char *ready, *go;
@@ -287,19 +297,34 @@ static void run_all(struct vm *vms, unsigned long n)
 	}
 }
 
-static void set_cpuid(struct vcpu *vcpu, unsigned long times)
+static struct kvm_cpuid2 *supported_cpuid(void)
 {
 	static struct {
 		struct kvm_cpuid2 head;
 		struct kvm_cpuid_entry2 entries[256]; /* the most any kernel gives */
 	} table;
 
-	if (times && !table.head.nent) {
+	if (!table.head.nent) {
 		table.head.nent = 256;
 		KVM(kvm_fd, KVM_GET_SUPPORTED_CPUID, &table);
 	}
+	return &table.head;
+}
+
+static void set_cpuid(struct vcpu *vcpu, unsigned long times)
+{
 	for (unsigned long i = 0; i < times; i++, shared->cpuid++)
-		KVM(vcpu->fd, KVM_SET_CPUID2, &table);
+		KVM(vcpu->fd, KVM_SET_CPUID2, supported_cpuid());
+}
+
+static bool has_svm(void)
+{
+	const struct kvm_cpuid2 *table = supported_cpuid();
+
+	for (unsigned int i = 0; i < table->nent; i++)
+		if (table->entries[i].function == 0x80000001)
+			return table->entries[i].ecx & 4;
+	return false;
 }
 
 /* KVM would let its host go from x2APIC straight to xAPIC, but a CPU may not, and 6.1 keeps the x2APIC ID then. */
@@ -317,6 +342,20 @@ static void toggle_x2apic(struct vcpu *vcpu)
 	shared->x2apic++;
 }
 
+static void toggle_svme(struct vcpu *vcpu)
+{
+	struct kvm_sregs sregs;
+
+	if (!has_svm())
+		fail(EXIT_CPU_LACKS, "--svme: this CPU has no SVM, or kvm_amd is loaded with nested=0");
+	KVM(vcpu->fd, KVM_GET_SREGS, &sregs);
+	for (int i = 0; i < 2; i++) {
+		sregs.efer ^= EFER_SVME;
+		KVM(vcpu->fd, KVM_SET_SREGS, &sregs);
+	}
+	shared->svme++;
+}
+
 static void write_spec_ctrl(struct vcpu *vcpu)
 {
 	struct {
@@ -325,7 +364,7 @@ static void write_spec_ctrl(struct vcpu *vcpu)
 	} write = { .head = { .nmsrs = 1 }, .entry = { .index = 0x48, .data = 1 } };
 
 	if (KVM(vcpu->fd, KVM_SET_MSRS, &write) != 1) /* the number of MSRs set */
-		fail(EXIT_NO_SPEC_CTRL, "KVM_SET_MSRS refused MSR_IA32_SPEC_CTRL (0x48): this CPU has no SPEC_CTRL");
+		fail(EXIT_CPU_LACKS, "KVM_SET_MSRS refused MSR_IA32_SPEC_CTRL (0x48): this CPU has no SPEC_CTRL");
 	shared->spec_ctrl++;
 }
 
@@ -382,9 +421,11 @@ static void work(unsigned long first, unsigned long n)
 			return;
 	}
 	for_each_vcpu(vcpu, vms, n) {
-		set_cpuid(vcpu, opt.x2apic && !opt.cpuid ? 1 : opt.cpuid);
+		set_cpuid(vcpu, (opt.x2apic || opt.svme) && !opt.cpuid ? 1 : opt.cpuid);
 		for (unsigned long i = 0; i < opt.x2apic; i++)
 			toggle_x2apic(vcpu);
+		for (unsigned long i = 0; i < opt.svme; i++)
+			toggle_svme(vcpu);
 	}
 	if (opt.initial_run)
 		run_all(vms, n);
@@ -467,13 +508,13 @@ static void print_ticks(size_t n)
 
 static const char usage[] =
 	"usage: workload [--vms N] [--vcpus N] [--threads] [--processes] [--name NAME] [--ready FILE] [--go FILE]\n"
-	"                [--cpuid N] [--x2apic N] [--initial-run] [--updates N | --forever] [--interval MS]\n"
-	"                [--msr INDEX]... [--deny-all] [--ticks] [--spec-ctrl N] [--create-vms N] [--hold SECONDS]\n"
-	"                [-- ignored...]\n\n"
-	"Runs KVM guests so that kvm_intel changes MSR intercepts a known number of times: by default one VM of one\n"
-	"vCPU and 10 filter updates that deny and allow MSR 0xc0000100 in turn. N counts per VM (--vcpus, --updates)\n"
-	"or per vCPU (--cpuid, --x2apic, --spec-ctrl). The head of workload.c explains every option.\n\n"
-	"Exit status: 0 done, 1 a system call failed, 2 unexpected KVM exit, 3 CPU without SPEC_CTRL, 64 wrong usage.\n";
+	"                [--cpuid N] [--x2apic N] [--svme N] [--initial-run] [--updates N | --forever]\n"
+	"                [--interval MS] [--msr INDEX]... [--deny-all] [--ticks] [--spec-ctrl N] [--create-vms N]\n"
+	"                [--hold SECONDS] [-- ignored...]\n\n"
+	"Runs KVM guests so that KVM changes MSR intercepts a known number of times: by default one VM of one vCPU and\n"
+	"10 filter updates that deny and allow MSR 0xc0000100 in turn. N counts per VM (--vcpus, --updates) or per\n"
+	"vCPU (--cpuid, --x2apic, --svme, --spec-ctrl). The head of workload.c explains every option.\n\n"
+	"Exit status: 0 done, 1 a system call failed, 2 unexpected KVM exit, 3 the CPU lacks it, 64 wrong usage.\n";
 
 static const struct option longopts[] = {
 	{ "vms", 1, NULL, 'm' },
@@ -485,6 +526,7 @@ static const struct option longopts[] = {
 	{ "go", 1, NULL, 'g' },
 	{ "cpuid", 1, NULL, 'C' },
 	{ "x2apic", 1, NULL, 'x' },
+	{ "svme", 1, NULL, 'S' },
 	{ "initial-run", 0, &opt.initial_run, 1 },
 	{ "updates", 1, NULL, 'u' },
 	{ "forever", 0, &opt.forever, 1 },
@@ -534,6 +576,7 @@ static void parse(int argc, char **argv)
 			break;
 		case 'C': opt.cpuid = number(o, 0, many); break;
 		case 'x': opt.x2apic = number(o, 0, many); break;
+		case 'S': opt.svme = number(o, 0, many); break;
 		case 's': opt.spec_ctrl = number(o, 0, many); break;
 		case 'V': opt.create_vms = number(o, 0, many); break;
 		case 'H':
@@ -585,8 +628,8 @@ int main(int argc, char **argv)
 	if (opt.ticks)
 		print_ticks(samples);
 	printf("workload: vms=%lu vcpus=%lu updates=%lu applied=%lu created_vms=%lu created_vcpus=%lu spec_ctrl=%lu "
-	       "cpuid=%lu x2apic=%lu\n", opt.vms, opt.vcpus, shared->updates, shared->applied, shared->created_vms,
-	       shared->created_vcpus, shared->spec_ctrl, shared->cpuid, shared->x2apic);
+	       "cpuid=%lu x2apic=%lu svme=%lu\n", opt.vms, opt.vcpus, shared->updates, shared->applied, shared->created_vms,
+	       shared->created_vcpus, shared->spec_ctrl, shared->cpuid, shared->x2apic, shared->svme);
 	if (fflush(stdout))
 		fail(EXIT_SYSTEM, "standard output: %s", strerror(errno));
 	return 0;
