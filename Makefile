@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# make run        trace this machine if it is a VMX or SVM host, else an emulated one
+# make run        trace this machine if it is a KVM host, else an emulated one; HOST=trixie: that emulated one
 # make test       everything that must hold, on the emulated bookworm and trixie hosts
 # make test-all   that, and the hosts of suites that move (sid) or are about to leave the archive (filter-only)
 # make test-dashboard  the dashboard by what Grafana itself uses (npm, Chromium); pictures of made-up hosts go to
@@ -20,8 +20,10 @@ VENV := build/venv
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 -qq
 PORT := 9753
-# Some shells have a HOST in the environment.
-DEMO_HOST := $(if $(filter command%,$(origin HOST)),$(HOST))
+# An emulated host of docs/hosts.md; what the environment has of that name is another thing.
+HOST :=
+# This machine's KVM module, if its CPU has VMX or SVM and no emulated host is asked for.
+KVM := $(if $(HOST),,$(shell sed -n '/^flags/{s/.*\b\(vmx\|svm\)\b.*/\1/p;q}' /proc/cpuinfo | sed 's/vmx/kvm_intel/; s/svm/kvm_amd/'))
 
 .PHONY: run wheel check test test-all lint format clean compare-demo saving scrape-cost start-cost bench bench-parts test-dashboard
 
@@ -47,16 +49,15 @@ $(VENV)/run: pyproject.toml build/packages
 	for try in 1 2 3 4; do $(VENV)/bin/pip install --disable-pip-version-check -q -e . && break; sleep $$((10 * try)); done
 	@$(VENV)/bin/msrtrace --version && touch $@
 
-run: $(if $(shell grep -wom1 -e vmx -e svm /proc/cpuinfo),$(VENV)/run)
-	@case $$(grep -wom1 -e vmx -e svm /proc/cpuinfo) in vmx) module=kvm_intel ;; svm) module=kvm_amd ;; *) module= ;; esac; \
-	if [ "$$module" ] && { [ -d /sys/module/$$module ] || $(SUDO) modprobe -q $$module; }; then \
-	  echo "make run: this machine has $$module: tracing it"; \
+run: $(if $(KVM),$(VENV)/run)
+	@if [ -n "$(KVM)" ] && { [ -d /sys/module/$(KVM) ] || $(SUDO) modprobe -q $(KVM); }; then \
+	  echo "make run: this machine has $(KVM): tracing it"; \
 	  [ -e /lib/modules/$$(uname -r)/build ] || $(APT) install -y linux-headers-$$(uname -r); \
 	  exec $(SUDO) $(VENV)/bin/msrtrace run --web.listen-address 127.0.0.1:$(PORT); \
 	else \
-	  echo "make run: this machine has neither kvm_intel nor kvm_amd: tracing an emulated VMX host, with VMs under filter updates"; \
+	  echo "make run: tracing an emulated host, with VMs under filter updates"; \
 	  command -v python3 >/dev/null || { $(APT) update && $(APT) install -y --no-install-recommends python3; }; \
-	  $(SUDO) tests/kvmhost/demo $(PORT) || [ $$? -eq 130 ]; \
+	  $(SUDO) tests/kvmhost/demo $(PORT) $(HOST) || [ $$? -eq 130 ]; \
 	fi
 
 # Some kernel's headers, which BCC needs to compile; those of any will do.
@@ -88,7 +89,7 @@ test-all: lint build/test-packages
 	$(SUDO) $(VENV)/bin/pytest --hosts bookworm,trixie,sid,filter-only
 
 compare-demo: $(VENV)/ready
-	$(SUDO) tests/kvmhost/compare-demo build/compare$(DEMO_HOST:%=-%) $(DEMO_HOST)
+	$(SUDO) tests/kvmhost/compare-demo build/compare$(DEMO_HOST:%=-%) $(HOST)
 
 saving: $(VENV)/ready
 	@$(SUDO) $(VENV)/bin/python tests/kvmhost/saving.py
