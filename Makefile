@@ -89,7 +89,7 @@ test-all: lint build/test-packages
 	$(SUDO) $(VENV)/bin/pytest --hosts bookworm,trixie,sid,filter-only
 
 compare-demo: $(VENV)/ready
-	$(SUDO) tests/kvmhost/compare-demo build/compare$(DEMO_HOST:%=-%) $(HOST)
+	$(SUDO) tests/kvmhost/compare-demo build/compare$(HOST:%=-%) $(HOST)
 
 saving: $(VENV)/ready
 	@$(SUDO) $(VENV)/bin/python tests/kvmhost/saving.py
