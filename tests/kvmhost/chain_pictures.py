@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The dashboard with real data: emulated hosts of both vendors, msrtrace on them, Prometheus, and pictures of its answers.
+"""The dashboard with real data: emulated hosts of both vendors, msrtrace on them, Prometheus, pictures of its answers.
 
 `chain_pictures.py DIR` leaves DIR/*.png, and what the hosts said in DIR/chain.
 """
