@@ -6,7 +6,7 @@ from __future__ import annotations
 from tracer.doctor.check import Found, State
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.copies import describe
-from tracer.kernel.layout import choose
+from tracer.kernel.layout import choose, places
 from tracer.kernel.machine import Machine
 from tracer.model.vendor import Vendor
 from tracer.model.vendors import VENDORS
@@ -76,7 +76,7 @@ def check_symbols(machine: Machine) -> Found:
         fix = f"boot Linux 5.10 or newer; if this is one, report the output of: {names}"
         return State.FAILED, f"kernel {machine.release} has none of {', '.join(known)} in /proc/kallsyms", fix
     wanted = layout.functions
-    probed = [s.name for f in wanted for s in symbols.find(f)[:1]]
+    probed = [s.name for f in wanted for s in places(layout, symbols, f)[:1]]
     own = {f for one in vendor.layouts for f in (*one.calls, one.update)}
     others = {s.name for s in symbols.functions if s.function in own and s.is_entry}
     detail = f"layout {layout.name} (kernels {layout.kernels}): {', '.join(probed)}"

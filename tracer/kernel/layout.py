@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from itertools import chain
 
-from tracer.kernel.symbols import Symbols
+from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.vendor import Layout
 
@@ -25,6 +25,11 @@ def choose(symbols: Symbols) -> Layout | None:
     some_calls = (y for y in layouts if any(map(present, y.calls)))
     updates = (y for y in reversed(layouts) if present(y.update))
     return next(chain(whole, some_calls, updates), None)
+
+
+def places(layout: Layout, symbols: Symbols, function: str) -> list[Symbol]:
+    """The symbols at which a function of the layout can be probed, the best first: of the update function, its body."""
+    return symbols.body(function) if function == layout.update else symbols.find(function)
 
 
 def layout_of(symbols: Symbols) -> Layout:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.copies import holders
 from tracer.kernel.headers import header_settings
+from tracer.kernel.layout import places
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
@@ -154,7 +155,7 @@ class Engine:
         return lines
 
     def _attach(self, point: Point) -> Probe:
-        clones = point.symbols(self._symbols)
+        clones = places(self._layout, self._symbols, point.function)
         if not clones:
             return Probe(point.function, None, False, "no such function in this kernel")
         symbol = clones[0]

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tracer.kernel.btf import Btf, BtfError
-from tracer.kernel.symbols import Symbol, Symbols
+from tracer.kernel.layout import places
+from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
 from tracer.model.vendor import Layout
@@ -40,17 +41,11 @@ class Point:
     returned: str | None = None
     #: of tracer.reader.COUNTS, those that say that a return was missed
     unpaired: tuple[str, ...] = ()
-    #: whether a part with the function's body is probed instead, where there is one
-    body: bool = False
 
     @property
     def programs(self) -> tuple[str, ...]:
         """The BPF functions."""
         return (self.entry, self.returned) if self.returned else (self.entry,)
-
-    def symbols(self, symbols: Symbols) -> list[Symbol]:
-        """The symbols at which it can be probed, the best first."""
-        return symbols.body(self.function) if self.body else symbols.find(self.function)
 
 
 def points(layout: Layout, symbols: Symbols, exact: bool) -> list[Point]:
@@ -60,15 +55,15 @@ def points(layout: Layout, symbols: Symbols, exact: bool) -> list[Point]:
         return next((name for name in names if symbols.find(name)), names[0])
 
     vendor = symbols.vendor
-    found = [Point(layout.update, "update_entered", "update_returned", ("unpaired_update",), body=True)]
+    found = [Point(layout.update, "update_entered", "update_returned", ("unpaired_update",))]
     if layout.filter_set:
         found.append(Point(layout.filter_set, "filter_set_entered", "filter_set_returned"))
     found.append(Point(present(vendor.vcpu_create), "vcpu_created"))
     found.append(Point(present(vendor.vcpu_free), "vcpu_freed"))
     if exact:
         inlined = any(map(symbols.find, layout.inlined_into)) and not symbols.find(layout.writers[0])
-        places = layout.inlined_into if inlined else layout.writers
-        found += [Point(name, entry) for name, entry in zip(places, _WRITERS, strict=False)]
+        writers = layout.inlined_into if inlined else layout.writers
+        found += [Point(name, entry) for name, entry in zip(writers, _WRITERS, strict=False)]
     called = _by_name(layout)
     return found + [Point(function, f"{name}_entered") for name, function in called.items()]
 
@@ -146,7 +141,7 @@ def variants(
     problem = _no_fentry(layout, symbols, wanted, exact and "bitmap_offset" in given)
     if btf and not problem:
         try:
-            tracing = _tracing(symbols, wanted, btf)
+            tracing = _tracing(layout, symbols, wanted, btf)
         except BtfError as error:
             problem = str(error)
         else:
@@ -183,11 +178,11 @@ def _command_offsets(btf: Btf | None) -> dict[str, int]:
         return {}
 
 
-def _tracing(symbols: Symbols, wanted: list[Point], btf: Btf) -> dict[str, Target]:
+def _tracing(layout: Layout, symbols: Symbols, wanted: list[Point], btf: Btf) -> dict[str, Target]:
     """What fentry and fexit programs are loaded for. Raises BtfError."""
     found = {}
     for point in wanted:
-        for symbol in point.symbols(symbols)[:1]:
+        for symbol in places(layout, symbols, point.function)[:1]:
             if symbol.module == symbols.module:
                 origin = btf
             else:  # kvm, which may be in the kernel image although kvm_intel is not
@@ -202,8 +197,8 @@ def _no_fentry(layout: Layout, symbols: Symbols, wanted: list[Point], exact: boo
     """Why fentry cannot be used, as far as can be known without trying."""
     if not exact:
         return f"it needs the BTF of {symbols.vendor.module}, and a layout whose calls can be counted"
-    places = [symbol for point in wanted for symbol in point.symbols(symbols)[:1]]
-    clones = [symbol.name for symbol in places if symbol.name != symbol.function]
+    probed = [symbol for point in wanted for symbol in places(layout, symbols, point.function)[:1]]
+    clones = [symbol.name for symbol in probed if symbol.name != symbol.function]
     if clones:
         return f"BTF does not describe {', '.join(clones)}"
     # Old kernels look their addresses up by the names alone (6.1: bpf_check_attach_target(), kernel/bpf/verifier.c), or
