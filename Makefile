@@ -8,8 +8,9 @@
 #                 network once installed; it ends with what was left out
 # make wheel      build/wheel/*.whl with the compiled BPF programs; fails where they cannot be compiled
 # make lint       linter, formatter and types alone
-# make compare-demo  the kernel without the patch against the one with it, on an emulated host; leaves build/compare/
-# make saving     what the patch saves, in instructions, with no tracer attached
+# make compare-demo  the kernel without the patch against the one with it, on an emulated host; leaves build/compare/.
+#                 HOST=trixie-amd: on that host; leaves build/compare-trixie-amd/
+# make saving     what the patch saves, in calls and instructions, with no tracer attached
 # make scrape-cost  what a scrape costs here, by the number of series
 # make start-cost  what a start costs here, by step
 # make bench      what tracing costs, in instructions: msrtrace, its peers and empty probes, on the emulated hosts
@@ -19,7 +20,7 @@ VENV := build/venv
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 -qq
 PORT := 9753
-# An emulated host of docs/hosts.md.
+# An emulated host of docs/hosts.md; what the environment has of that name is another thing.
 HOST :=
 # This machine's KVM module, if its CPU has VMX or SVM and no emulated host is asked for.
 KVM := $(if $(HOST),,$(shell sed -n '/^flags/{s/.*\b\(vmx\|svm\)\b.*/\1/p;q}' /proc/cpuinfo | sed 's/vmx/kvm_intel/; s/svm/kvm_amd/'))
@@ -88,7 +89,7 @@ test-all: lint build/test-packages
 	$(SUDO) $(VENV)/bin/pytest --hosts bookworm,trixie,sid,filter-only
 
 compare-demo: $(VENV)/ready
-	$(SUDO) tests/kvmhost/compare-demo build/compare
+	$(SUDO) tests/kvmhost/compare-demo build/compare$(HOST:%=-%) $(HOST)
 
 saving: $(VENV)/ready
 	@$(SUDO) $(VENV)/bin/python tests/kvmhost/saving.py

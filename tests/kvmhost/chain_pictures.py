@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The dashboard with real data: two emulated hosts, msrtrace on them, Prometheus, its answers, and their pictures.
+"""The dashboard with real data: emulated hosts of both vendors, msrtrace on them, Prometheus, pictures of its answers.
 
 `chain_pictures.py DIR` leaves DIR/*.png, and what the hosts said in DIR/chain.
 """
@@ -14,11 +14,15 @@ from pathlib import Path
 from chain import REPO, SCRAPE_SECONDS, Node, chain
 
 #: A minute under the workload, so that rates have something to show.
-NODES = [Node("kvm1", ("unpatched",), "unpatched", 240), Node("kvm2", ("patched",), "patched", 240)]
+NODES = [
+    Node("kvm1", ("unpatched",), "unpatched", 240),
+    Node("kvm2", ("patched",), "patched", 240),
+    Node("kvm3", ("unpatched",), "none", 240, host="trixie-amd"),
+]
 
 
 def main() -> int:
-    """Run the chain, then draw what Prometheus has of it, up to a moment at which both hosts were busy."""
+    """Run the chain, then draw what Prometheus has of it, up to a moment at which all hosts were busy."""
     out = Path(sys.argv[1]).resolve()
     folder = out / "chain"
     shutil.rmtree(folder, ignore_errors=True)

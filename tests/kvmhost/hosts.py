@@ -104,8 +104,8 @@ HOSTS = {
         Host("sid", Suite("sid"), Suite("sid")),
         Host("filter-only", Suite("bookworm"), Suite("bullseye")),
         Host("backports", Suite("trixie"), Suite("trixie-backports"), pinned=BACKPORTED),
-        Host("bookworm", Suite("bookworm"), Suite("bookworm"), AMD),
-        Host("trixie", Suite("trixie"), Suite("trixie"), AMD),
+        Host("bookworm", Suite("bookworm"), Suite("bookworm"), AMD, built=True),
+        Host("trixie", Suite("trixie"), Suite("trixie"), AMD, built=True),
         Host("sid", Suite("sid"), Suite("sid"), AMD),
         Host("filter-only", Suite("bookworm"), Suite("bullseye"), AMD),
         Host("backports", Suite("trixie"), Suite("trixie-backports"), AMD, pinned=BACKPORTED),
@@ -233,24 +233,29 @@ def build_chroot(host: Host) -> Path:
     return cached(f"buildroot-{suite.name}", [packages, suite.candidate(packages[1])], make) / "root"
 
 
-def unpatched_module(host: Host) -> Path:
-    """kvm-intel.ko of HOST's kernel with the patch of KERNEL.md 3 reverted: same compiler, same source, with BTF."""
-    recipe = [HERE / "unpatch.diff", HERE / "build-module"]
+#: What makes the other variant of a vendor's module: d895f28ed6da reverted, and the like of it for SVM.
+DIFFS = {INTEL: "unpatch.diff", AMD: "skip-svm.diff"}
+
+
+def other_module(host: Host) -> Path:
+    """The variant of HOST's KVM module that Debian does not ship: same compiler, same source, with BTF."""
+    file, diff = host.vendor.file, DIFFS[host.vendor]
+    recipe = [HERE / diff, HERE / "build-module"]
 
     def make(work: Path) -> None:
         root = work / "root"
         sh(["cp", "-al", build_chroot(host), root])  # links: the build adds files and changes none
-        for file in recipe:
-            shutil.copy(file, root / "tmp")
+        for needed in recipe:
+            shutil.copy(needed, root / "tmp")
         # The compressed kernel is where pahole finds the BTF that the module's is a split of.
         shutil.copy(vmlinuz(kernel(host), host.release), root / "tmp/vmlinuz")
-        sh(["chroot", root, "/tmp/build-module", host.release], log=work / "log")
-        shutil.copy(root / "tmp/kvm-intel.ko", work)
+        sh(["chroot", root, "/tmp/build-module", host.release, file, diff], log=work / "log")
+        shutil.copy(root / "tmp" / file, work)
         shutil.rmtree(root)
 
     packages = host.kernel_packages()
     inputs = [host.release, host.kernel.candidate(packages[0]), *recipe]
-    return cached(f"unpatched-{host.name}", inputs, make) / "kvm-intel.ko"
+    return cached(f"{host.vendor.built}-{host.name}", inputs, make) / file
 
 
 def image(host: Host, *, packed: bool = False) -> Image:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from cache import HERE, REPO, cached, retried, sh
-from hosts import Host, kernel, unpatched_module, userland
+from hosts import Host, kernel, other_module, userland
 
 #: What the wheel is made from.
 PARTS = ["tracer", "bpf", "dashboards"]
@@ -104,7 +104,7 @@ def guest_bin(host: Host) -> Path:
 
 def guest_modules(host: Host) -> Path:
     """A directory of the variant of HOST's KVM module that Debian does not ship, as `kvm-module` looks for it."""
-    module, variant = unpatched_module(host), host.vendor.built
+    module, variant = other_module(host), host.vendor.built
 
     def make(work: Path) -> None:
         (work / variant).mkdir()
