@@ -118,6 +118,7 @@ class Machine:
             except OSError as error:
                 raise RigError(f"cannot forward port {job.forward[0]}: {error.strerror}") from None
         command = self.emulator.command(job, self.image, self.work, terminal)
+        (self.work / "emulator.command").write_text(shlex.join(command) + "\n")  # for whoever reads the logs
         with (self.work / "emulator.out").open("wb") as out:
             # Its own session, so that a Ctrl-C reaches this process first, which then ends it in order.
             self.process = subprocess.Popen(

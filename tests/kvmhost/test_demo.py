@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`make run` where there is no VMX: an emulated host whose metrics are read from outside."""
+"""`make run` where there is neither VMX nor SVM: an emulated host whose metrics are read from outside."""
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
@@ -48,7 +49,7 @@ def demonstration(folder: Path) -> Demonstration:
         demo.send_signal(signal.SIGINT)
         status = demo.wait(60)
     assert emulators
-    [run] = {Path(word).parent for line in emulators for word in line.split() if word.endswith("/bochsrc")}
+    [run] = {Path(found) for line in emulators for found in re.findall(r"/[^\s=]*/runs/[^/\s]+", line)}
     left = [line for line in emulators if Path("/proc", line.split()[0]).exists()]
     if run.exists():
         left.append(str(run))

@@ -13,7 +13,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cache
 import pytest
@@ -28,10 +27,11 @@ def test_the_status_of_the_command_comes_through(collected: Collected) -> None:
 
 def test_the_hosts_kernel_is_the_one_that_its_suite_ships(collected: Collected) -> None:
     """And `--in` and `--out` work: the answer came that way."""
-    series = {"bookworm": "6.1.", "trixie": "6.12.", "filter-only": "5.10."}
+    series = {"bookworm": "6.1.", "trixie": "6.12.", "filter-only": "5.10.", "backports": "6.17."}
+    disk = collected.host.removesuffix("-amd")
     release = collected.scenario("host")["release"]
-    assert release.startswith(series.get(collected.host, "")), release
-    assert collected.host != "sid" or int(release.split(".")[0]) >= 7
+    assert release.startswith(series.get(disk, "")), release
+    assert disk != "sid" or int(release.split(".")[0]) >= 7
     assert f"{collected.host}: Linux {release} up after " in collected.log
 
 
@@ -59,20 +59,90 @@ def _rig(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def timeout_of_three_seconds(folder: Path) -> subprocess.CompletedProcess[str]:
-    return _rig("--timeout", "3", "--keep-log", str(folder / "log"), "--", "true")
+@dataclass(frozen=True)
+class TimedOut:
+    """A run that was ended, and the directory in which it was."""
+
+    run: subprocess.CompletedProcess[str]
+    work: Path
+
+
+def _timed_out(folder: Path, host: str) -> TimedOut:
+    run = _rig("--host", host, "--timeout", "3", "--keep-log", str(folder / "log"), "--", "sleep", "60")
+    found = re.search(r"(/[^\s=]*/runs/[^/\s]+)/", (folder / "log/emulator.command").read_text())
+    assert found
+    return TimedOut(run, Path(found[1]))
+
+
+def timeout_of_three_seconds(folder: Path) -> TimedOut:
+    return _timed_out(folder, "bookworm")
+
+
+def timeout_in_qemu(folder: Path) -> TimedOut:
+    return _timed_out(folder, "bookworm-amd")
+
+
+def _assert_nothing_left(ended: TimedOut) -> None:
+    assert ended.run.returncode == TIMED_OUT, ended.run.stderr
+    assert "timed out after 3 s" in ended.run.stderr
+    assert not ended.work.exists()
+    assert subprocess.run(["pgrep", "-f", str(ended.work)], capture_output=True, check=False).stdout == b""
 
 
 @pytest.mark.beside(boot=timeout_of_three_seconds)
-def test_a_timeout_is_124_and_leaves_nothing(beside: subprocess.CompletedProcess[str], request: Any) -> None:
-    assert beside.returncode == TIMED_OUT, beside.stderr
-    assert "timed out after 3 s" in beside.stderr
-    # Where the run was is in the configuration that --keep-log kept.
-    configuration = request.config.rootpath / "build/collected/timeout_of_three_seconds/log/bochsrc"
-    found = re.search(r"^log: (\S+)/bochs\.log$", configuration.read_text(), re.M)
-    assert found
-    assert not Path(found[1]).exists()
-    assert subprocess.run(["pgrep", "-f", found[1]], capture_output=True, check=False).stdout == b""
+def test_a_timeout_is_124_and_leaves_nothing(beside: TimedOut) -> None:
+    _assert_nothing_left(beside)
+
+
+@pytest.mark.beside(boot=timeout_in_qemu)
+def test_a_timeout_in_qemu_is_124_and_leaves_nothing(beside: TimedOut) -> None:
+    _assert_nothing_left(beside)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a command printed in a guest, and this machine's clock when it was over."""
+
+    run: subprocess.CompletedProcess[str]
+    clock: float
+
+    @property
+    def words(self) -> list[str]:
+        assert self.run.returncode == 0, self.run.stderr
+        return self.run.stdout.split()
+
+
+def two_cpus_of_amd(folder: Path) -> Seen:
+    inside = (
+        "nproc; for variant in nobtf unpatched; do kvm-module $variant; ls /sys/module | grep kvm_; done; date +%s.%N"
+    )
+    run = _rig("--host", "trixie-amd", "--cpus", "2", "--", "sh", "-e", "-c", inside)
+    return Seen(run, time.time())
+
+
+@pytest.mark.beside(boot=two_cpus_of_amd)
+def test_an_amd_host_has_the_cpus_asked_for_and_loads_every_variant(beside: Seen) -> None:
+    assert beside.words[:-1] == ["2", "kvm_amd", "kvm_amd"]
+
+
+@pytest.mark.beside(boot=two_cpus_of_amd)
+def test_time_passes_on_an_amd_host_as_it_does_here(beside: Seen) -> None:
+    """Its kernel measured the TSC well: it started with this clock, as whole seconds, and ran for some."""
+    assert float(beside.words[-1]) == pytest.approx(beside.clock, abs=3)
+
+
+def counted_instructions(folder: Path) -> Seen:
+    measure = "workload --updates 11 --initial-run --ticks | sed -n 's/^ticks: n=11 min=//p'"
+    run = _rig("--host", "trixie-amd", "--count-instructions", "--", "sh", "-c", f"{measure}; {measure}")
+    return Seen(run, time.time())
+
+
+@pytest.mark.beside(boot=counted_instructions)
+def test_costs_on_an_amd_host_repeat_to_the_tick_when_instructions_are_counted(beside: Seen) -> None:
+    least, *_, most = beside.words[:4]
+    assert beside.words[4:] == beside.words[:4]
+    # The first update of a run finds caches of KVM's empty, no more.
+    assert int(most.removeprefix("max=")) < int(least) * 1.01
 
 
 def panic(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -250,6 +320,9 @@ def test_a_download_is_retried_and_then_fails_with_its_reason(monkeypatch: pytes
         (["--cpus", "0", "--", "true"], "--cpus: expected a number above 0"),
         (["--in", "/nonexistent", "--", "true"], "--in /nonexistent: no such directory"),
         (["--stock", "--module", "unpatched", "--", "true"], "--stock leaves out the unpatched module"),
+        (["--host", "sid", "--module", "unpatched", "--", "true"], "--module unpatched: sid has patched, nobtf"),
+        (["--host", "sid-amd", "--module", "patched", "--", "true"], "--module patched: sid-amd has unpatched, nobtf"),
+        (["--host", "sid-amd", "--count-instructions", "--cpus", "2", "--", "true"], "needs --cpus 1 in QEMU"),
     ],
 )
 def test_wrong_use_of_the_rig_is_said(words: list[str], said: str) -> None:
