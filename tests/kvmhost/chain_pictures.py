@@ -17,7 +17,7 @@ from chain import REPO, SCRAPE_SECONDS, Node, chain
 NODES = [
     Node("kvm1", ("unpatched",), "unpatched", 240),
     Node("kvm2", ("patched",), "patched", 240),
-    Node("kvm3", ("unpatched",), "none", 240, host="trixie-amd"),
+    Node("kvm3", ("unpatched",), "none", 480, host="trixie-amd"),  # it is there first, and to be busy until the last
 ]
 
 
