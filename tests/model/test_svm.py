@@ -16,7 +16,10 @@ from tracer.model.svm import SVM
         ("recalc", ["sev_es_recalc_msr_intercepts"]),
         ("vcpu_create", ["svm_vcpu_create", "svm_create_vcpu", "svm_vcpu_init_msrpm"]),
         ("vcpu_reset", ["svm_vcpu_reset", "init_vmcb", "sev_init_vmcb", "sev_es_init_vmcb"]),
-        ("cpuid_update", ["svm_vcpu_after_set_cpuid", "sev_vcpu_after_set_cpuid", "sev_es_vcpu_after_set_cpuid"]),
+        (
+            "cpuid_update",
+            ["svm_vcpu_after_set_cpuid", "sev_vcpu_after_set_cpuid", "sev_es_vcpu_after_set_cpuid", "kvm_set_cpuid"],
+        ),
         ("x2apic", ["svm_set_x2apic_msr_interception", "avic_set_x2apic_msr_interception", "avic_activate_vmcb"]),
         ("lbr", ["svm_update_lbrv", "svm_enable_lbrv", "svm_recalc_lbr_msr_intercepts"]),
         ("msr_write", ["svm_set_msr", "svm_set_efer"]),

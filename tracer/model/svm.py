@@ -42,7 +42,8 @@ SVM = Vendor(
     # svm.h. Since 6.17 no call is for the bitmap of nested guests; before, calls name theirs.
     bitmap=(("vcpu_svm", "msrpm"),),
     geometry={"msrpm": 1},
-    # 5.10 to 7.3. set_msr_interception() is inlined but for calls by sev.c, so its callers are seen. A bitmap is
+    # 5.10 to 7.3. set_msr_interception() is inlined but for calls by sev.c, so its callers are seen, or theirs, where
+    # it is a tail call: kvm_set_cpuid() for svm_vcpu_after_set_cpuid() in Debian's 6.1 and 6.12. A bitmap is
     # initialised when its vCPU is created, or when the vCPU's guest enables SVM itself.
     callers=(
         (r"svm_msr_filter_changed", FILTER_CHANGE),
@@ -51,7 +52,7 @@ SVM = Vendor(
         (r"(svm|sev_es)_recalc_.*intercepts", RECALC),
         (r"svm_vcpu_create|svm_create_vcpu|svm_vcpu_init_msrpm", VCPU_CREATE),
         (r"svm_vcpu_reset|(init|sev_init|sev_es_init)_vmcb", VCPU_RESET),
-        (r".*(after_set_cpuid|cpuid_update)", CPUID_UPDATE),
+        (r".*(set_cpuid|cpuid_update)", CPUID_UPDATE),
         (r"svm_set_(msr|efer)", MSR_WRITE),
     ),
 )
