@@ -62,6 +62,22 @@ def test_a_thread_whose_place_another_has(toggle: StandIn) -> None:
         assert (struct.pack("I", tid) in maps["threads"].keys()) == elsewhere  # noqa: SIM118
 
 
+def test_updates_for_which_two_cpus_took_a_place_each_are_added(toggle: StandIn) -> None:
+    """As if another CPU had looked for the place of the first while it was being taken."""
+    toggle.inside(lambda: None)
+    toggle.update(toggle.vcpu())
+    toggle.counted()
+    arrays = toggle.engine._reader._arrays
+    updates, counts = arrays["updates"], arrays["counts"]
+    [first] = updates.used("kind")
+    for member, value in (("count", 3), ("pid", 0), ("kind", updates.get(first, "kind"))):
+        updates.set(first ^ 1, member, value)
+    counts.set(0, "places_taken", counts.get(0, "places_taken") + 1)
+    toggle.update(toggle.vcpu())
+    [durations] = toggle.counted().updates.values()
+    assert (durations.count, durations.timed) == (3 + 1, 1)
+
+
 def test_every_update_is_a_filter_change_where_nothing_else_is(toggle: StandIn) -> None:
     toggle.inside(lambda: None)
     for vcpu in (toggle.vcpu(), toggle.vcpu()):

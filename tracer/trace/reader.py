@@ -80,7 +80,8 @@ class Reader:
             count, nanoseconds, *buckets = self._update(index)
             if count:
                 kind, pid = (self._arrays["updates"].get(index, name) for name in ("kind", "pid"))
-                durations[kind][pid] = _durations(count, nanoseconds, buckets)
+                # There are two where two CPUs looked for one at once.
+                durations[kind][pid] = durations[kind].get(pid, Durations()) + _durations(count, nanoseconds, buckets)
         entries = {"calls": len(taken), "vcpus": len(self._places("vcpus"))}
         capacity = {"calls": counters.entries, "vcpus": self._arrays["vcpus"].entries}
         if self._by_vm:  # otherwise it has a place for each kind
