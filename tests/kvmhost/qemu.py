@@ -24,8 +24,8 @@ PROGRAM = "qemu-system-x86_64"
 #: The BIOS, the code that hands over to a kernel given with -kernel, and what a software CPU's APIC asks for.
 DATA = ["seabios/bios-256k.bin", "qemu/linuxboot_dma.bin", "qemu/kvmvapic.bin"]
 CPU = "EPYC,+svm,+npt"
-#: The same with IBPB, which QEMU does not emulate, and without all else that it does not: guests may only write PRED_CMD,
-#: so the one call for it (from 6.12 on) treats reads and writes differently, as no other does.
+#: The same with IBPB, which QEMU does not emulate, and without all else that it does not: guests may only write
+#: PRED_CMD, so the one call for it (from 6.12 on) treats reads and writes differently, as no other does.
 WITH_IBPB = f"{CPU},-fxsr-opt,-misalignsse,-nrip-save,-osvw,-topoext,-xsavec,x-force-features=on,+ibpb"
 
 
