@@ -14,15 +14,21 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from kerneltracer import search_offset
+
 from tracer.kernel.btf import Btf, BtfError
-from tracer.model.vmx import VMX
+from tracer.kernel.machine import Machine
+from tracer.model.vendor import Vendor
 
 OUT = Path("/out")
 ADDRESS = "127.0.0.1:9753"
 MEASURED_UPDATES = 101
+#: By vendor, the variant of its module that Debian ships: SVM's code never got the patch.
+STOCK = {"vmx": "patched", "svm": "unpatched"}
 START_SECONDS = 60.0  # of guest time: an emulated host is slow
 
 
@@ -61,12 +67,22 @@ def filter_update_ticks() -> int:
     return ticks_in(done["stdout"])
 
 
+@cache
+def vendor() -> Vendor:
+    """The vendor of this host's CPU."""
+    return Machine().vendor
+
+
+@cache
 def bitmap_offset() -> int | None:
-    """Where a vCPU has the address of its MSR bitmap; None where the kernel does not say."""
+    """Where a vCPU has the address of its MSR bitmap; None where neither the kernel nor a call says so.
+
+    The first time a vCPU may be made for that: not to be done while somebody counts.
+    """
     try:
-        return Btf.of_module(VMX.module).nested_offset(VMX.bitmap)
+        return Btf.of_module(vendor().module).nested_offset(vendor().bitmap)
     except BtfError:
-        return None
+        return search_offset()
 
 
 def load(module: str) -> None:
@@ -134,10 +150,14 @@ class Msrtrace:
         found["threads"] = " ".join(rights)
         return found | {"children": (proc / f"task/{self.process.pid}/children").read_text()}
 
+    def said(self, line: str) -> int:
+        """How often it has printed LINE."""
+        return self.log.read_text().count(line)
+
     def wait_for(self, line: str, times: int = 1) -> None:
         """Wait until it printed LINE that often. Raises with what it printed instead."""
         try:
-            until(lambda: self.log.read_text().count(line) >= times)
+            until(lambda: self.said(line) >= times)
         except RuntimeError:
             raise RuntimeError(f"no {line!r}, but:\n{self.log.read_text()}") from None
 

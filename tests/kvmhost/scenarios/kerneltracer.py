@@ -9,6 +9,9 @@ shares nothing with msrtrace but the offset of the bitmap, which is checked agai
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 TRACING = Path("/sys/kernel/tracing")
@@ -16,55 +19,135 @@ GROUP = "witness"
 PAGE = 4096
 #: Of each CPU; the stress run fills 14 MB of one. What does not fit is counted, and then the test fails.
 BUFFER_KB = "49152"
-# The 64-bit words of a quarter of the bitmap that hold bits KVM's callers name, as MSR // 64 from the
-# quarter's base: TSC, SPEC_CTRL and PRED_CMD; FLUSH_CMD; SYSENTER; XFD; residencies; PT; C1_RES; LBRs; x2APIC.
-LOW_WORDS: tuple[int, ...] = (0x0, 0x1, 0x4, 0x5, 0x7, 0xF, 0x15, 0x16, 0x19, 0x1A, 0x1B, 0x20)
-HIGH_WORDS: tuple[int, ...] = (0x2, 0x4)
-WORDS = [
-    (name, base + 8 * w)
-    for name, base, words in (
-        ("low_r", 0x000, LOW_WORDS),
-        ("high_r", 0x400, HIGH_WORDS),
-        ("low_w", 0x800, LOW_WORDS),
-        ("high_w", 0xC00, HIGH_WORDS),
-    )
-    for w in words
-]
-# At a return the argument registers are gone. Kernels from 6.9 on keep the arguments for return events ($arg1).
-# On older ones the caller holds the vCPU in a register that it may rely on; the entry event says in which, and all
-# of them are recorded at the return.
-ARGUMENT = "arg1"
+#: At a return the argument registers are gone. Kernels from 6.9 on keep the arguments for return events ($arg1).
+#: On older ones the caller holds the vCPU, or the bitmap that it names, in a register that it may rely on; the entry
+#: event says in which, and at the return all of them are looked through, either way.
+KEPT = "args"
 SAVED = ("bx", "bp", "r12", "r13", "r14", "r15")
-CALLS = ("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_set_intercept_for_msr")
-UPDATES = ("vmx_msr_filter_changed", "vmx_recalc_intercepts")
-OTHERS = ("vmx_vcpu_create", "kvm_vm_ioctl_set_msr_filter")
+NAMED = "map"  # follows the register
+FILTER_SET = "kvm_vm_ioctl_set_msr_filter"
+#: How far a structure that is not described is searched for a bitmap, and how many words an event has room for.
+SEARCHED_BYTES, WORDS_A_SEARCH = 0x3000, 96
 
 
-def words_at(offset: int, place: str) -> str:
-    """Fetch arguments for every word of the bitmap of the vCPU in PLACE, a register or an argument."""
-    return " ".join(f"{name}_{at:x}=+{at}(+{offset}({place})):x64" for name, at in WORDS)
+@dataclass(frozen=True)
+class Vendor:
+    """What there is to watch in a vendor's KVM module, and where its bitmap has the bits of an MSR.
+
+    :param module: as /proc/kallsyms spells it
+    :param calls: the functions whose every call is recorded
+    :param updates: those that recompute a vCPU's bitmap; of each also the part that a compiler has split off
+    :param create: makes a vCPU
+    :param ranges: of MSRs, 0x2000 each: the first, and the bit of the bitmap with which its own begin
+    :param stride: from the bit of an MSR to that of the next
+    :param write: from the bit for reads to that for writes
+    :param msrs: those that KVM's callers name
+    """
+
+    module: str
+    calls: tuple[str, ...]
+    updates: tuple[str, ...]
+    create: str
+    ranges: tuple[tuple[int, int], ...]
+    stride: int
+    write: int
+    msrs: tuple[int, ...]
+
+    def bits(self, msr: int) -> tuple[int, int] | None:
+        """Which bits of the bitmap are for reads and for writes of MSR; None for an MSR without bits."""
+        for first, bit in self.ranges:
+            if first <= msr < first + 0x2000:
+                read = bit + self.stride * (msr - first)
+                return read, read + self.write
+        return None
+
+    @property
+    def words(self) -> list[int]:
+        """The 64-bit words of the bitmap that have bits of `msrs`, by their numbers."""
+        return sorted({bit // 64 for msr in self.msrs for bit in self.bits(msr) or ()})
 
 
-def call_events(function: str, offset: int) -> tuple[list[str], list[str]]:
-    """The kprobe events of a call: as new kernels can do it, and as old ones can."""
-    saved = " ".join(f"{r}=%{r}:x64" for r in SAVED)
-    args = f"vcpu=%di:x64 msr=%si:u32 type=%dx:u32 set=%cx:u8 {saved} {words_at(offset, '%di')}"
-    entry = f"p:{GROUP}/in_{function} {function} {args}"
-    returned = f"r64:{GROUP}/out_{ARGUMENT}_{function} {function} {words_at(offset, f'${ARGUMENT}')}"
-    each = [f"r64:{GROUP}/out_{r}_{function} {function} {words_at(offset, f'%{r}')}" for r in SAVED]
+#: Intel SDM vol. 3, 25.6.9: read bits of low and of high MSRs, then their write bits.
+INTEL = Vendor(
+    "kvm_intel",
+    calls=("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_set_intercept_for_msr"),
+    updates=("vmx_msr_filter_changed", "vmx_recalc_msr_intercepts", "vmx_recalc_intercepts"),
+    create="vmx_vcpu_create",
+    ranges=((0, 0), (0xC0000000, 8 * 0x400)),
+    stride=1,
+    write=8 * 0x800,
+    # TSC, SPEC_CTRL, PRED_CMD; APERF, MPERF; FLUSH_CMD; SYSENTER; XFD; residencies; PT; C1_RES; LBRs; CET; x2APIC;
+    # EFER, FS_BASE to TSC_AUX.
+    msrs=(
+        *(0x10, 0x48, 0x49, 0xE7, 0xE8, 0x10B, 0x174, 0x175, 0x176, 0x1C4, 0x1C5, 0x3FC, 0x3FD, 0x3FE),
+        *(0x560, 0x561, 0x570, 0x571, 0x572, 0x580, 0x660, 0x680, 0x6A0, 0x6A2, 0x6A4, 0x6A5, 0x6A6, 0x6A7, 0x6C0),
+        *range(0x800, 0x840),
+        *(0xC0000080, 0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103),
+    ),
+)
+#: AMD APM vol. 2, 15.11: the two bits of an MSR side by side.
+AMD = Vendor(
+    "kvm_amd",
+    calls=("set_msr_interception_bitmap", "svm_set_intercept_for_msr"),
+    updates=("svm_msr_filter_changed", "svm_recalc_msr_intercepts", "svm_recalc_intercepts"),
+    create="svm_vcpu_create",
+    ranges=((0, 0), (0xC0000000, 8 * 0x800), (0xC0010000, 8 * 0x1000)),
+    stride=2,
+    write=1,
+    # SPEC_CTRL, PRED_CMD; APERF, MPERF; FLUSH_CMD; SYSENTER; DEBUGCTL, LBRs; PAT; CET; XSS; x2APIC; EFER, STAR to
+    # SYSCALL_MASK; FS_BASE to TSC_AUX; PMU; SEV_ES_GHCB.
+    msrs=(
+        *(0x48, 0x49, 0xE7, 0xE8, 0x10B, 0x174, 0x175, 0x176, 0x1D9, 0x1DB, 0x1DC, 0x1DD, 0x1DE, 0x277),
+        *(0x6A0, 0x6A2, 0x6A4, 0x6A5, 0x6A6, 0x6A7, 0xDA0),
+        *range(0x800, 0x840),
+        *(0xC0000080, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084),
+        *(0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103),
+        *(0xC0000300, 0xC0000301, 0xC0000302, 0xC0010130, 0xC0010200, 0xC0010201),
+    ),
+)
+VENDORS = (INTEL, AMD)
+#: By their arguments. `pass` names both directions, and passes those through that are not 0.
+TOGGLE, PASS = "vcpu=%di:x64 msr=%si:u32 type=%dx:u32 set=%cx:u8", "vcpu=%di:x64 msr=%dx:u32 read=%cx:u32 write=%r8:u32"
+PASSES = "set_msr_interception_bitmap"
+
+
+def words_at(vendor: Vendor, bitmap: str) -> str:
+    """Fetch arguments for every word of the bitmap at BITMAP, an address as a fetch argument."""
+    return " ".join(f"w{word:x}=+{8 * word}({bitmap}):x64" for word in vendor.words)
+
+
+def call_events(vendor: Vendor, function: str, offset: int, nested: bool) -> tuple[list[str], list[str]]:
+    """The kprobe events of a call: as new kernels can do it, and as old ones can.
+
+    OFFSET is where a vCPU has the address of its bitmap, which is `own` at the entry. A call may name another, that for
+    NESTED guests: then it is looked at.
+    """
+    own, saved = f"+{offset}(%di)", " ".join(f"{r}=%{r}:x64" for r in SAVED)
+    passes = function == PASSES
+    arguments, bitmap, kept = (PASS, "%si", "$arg2") if passes else (TOGGLE, own, f"+{offset}($arg1)")
+    arguments += f" bitmap={bitmap}:x64 own={own}:x64 {saved}"
+    entry = f"p:{GROUP}/in_{function} {function} {arguments} {words_at(vendor, bitmap)}"
+    returned = f"r64:{GROUP}/out_{KEPT}_{function} {function} {words_at(vendor, kept)}"
+    ways = {r: f"+{offset}(%{r})" for r in SAVED}
+    if passes and nested:
+        ways |= {f"{r}{NAMED}": f"%{r}" for r in SAVED}
+    each = [f"r64:{GROUP}/out_{way}_{function} {function} {words_at(vendor, at)}" for way, at in ways.items()]
     return [entry, returned], [entry, *each]
 
 
-def other_events(functions: set[str]) -> list[str]:
+def other_events(vendor: Vendor, functions: set[str]) -> list[str]:
     """The kprobe events beside the calls."""
     events = []
-    for function in UPDATES:
+    for update in vendor.updates:
+        # All ways into a function lead through the part that was split off, and some lead into that alone.
+        for function in (f"{update}.part.0", update):
+            if function in functions:
+                events.append(f"p:{GROUP}/update_in {function} vcpu=%di:x64 kvm=+0(%di):x64")
+                events.append(f"r64:{GROUP}/update_out {function}")
+                break
+    for name, function in (("created", vendor.create), ("filter_set", FILTER_SET)):
         if function in functions:
-            events.append(f"p:{GROUP}/update_in {function} vcpu=%di:x64 kvm=+0(%di):x64")
-            events.append(f"r64:{GROUP}/update_out {function}")
-    for function in OTHERS:
-        if function in functions:
-            events.append(f"p:{GROUP}/{function} {function} first=%di:x64 kvm=+0(%di):x64")
+            events.append(f"p:{GROUP}/{name} {function} first=%di:x64 kvm=+0(%di):x64")
     return events
 
 
@@ -99,22 +182,57 @@ def pages(pipe: Path) -> bytes:
     return b"".join(found)
 
 
-class KernelTracer:
-    """Records from `with` to its end; what was recorded and how much was lost goes to OUT."""
+def symbols_of_kvm() -> list[str]:
+    """What /proc/kallsyms says of kvm and of a vendor's module."""
+    marks = tuple(f"\t[{module}]" for module in ("kvm", *(vendor.module for vendor in VENDORS)))
+    return [line for line in Path("/proc/kallsyms").read_text().splitlines() if line.endswith(marks)]
 
-    def __init__(self, offset: int | None, out: Path) -> None:
-        self.offset, self.out = offset, out
+
+def search_offset() -> int | None:
+    """Where a vCPU has the address of its bitmap, by a call that names it; None where none does.
+
+    For kernels that do not describe their modules' structures (5.10). Makes a vCPU, and so calls.
+    """
+    if not any(line.split()[2] == PASSES for line in symbols_of_kvm()):
+        return None
+    starts = range(0, SEARCHED_BYTES, 8 * WORDS_A_SEARCH)
+    fetch = {
+        start: " ".join(f"at{o}=+{o}(%di):x64" for o in range(start, start + 8 * WORDS_A_SEARCH, 8)) for start in starts
+    }
+    define([f"p:{GROUP}/search_{start} {PASSES} bitmap=%si:x64 {words}" for start, words in fetch.items()])
+    (TRACING / f"events/{GROUP}/enable").write_text("1")
+    subprocess.run(["workload", "--updates", "0"], stdout=subprocess.DEVNULL, check=True)
+    (TRACING / f"events/{GROUP}/enable").write_text("0")
+    found = None
+    for line in (TRACING / "trace").read_text().splitlines():
+        values = dict(re.findall(r" (\w+)=(0x\w+)", line))
+        named = [name for name, value in values.items() if name != "bitmap" and value == values["bitmap"]]
+        found = int(named[0].removeprefix("at")) if named else found
+    (TRACING / "trace").write_text("")
+    (TRACING / "kprobe_events").write_text("")
+    return found
+
+
+class KernelTracer:
+    """Records from `with` to its end; what was recorded and how much was lost goes to OUT.
+
+    OFFSET: where a vCPU has the address of its bitmap; None: only updates are recorded. NESTED: bitmaps for nested
+    guests are written, too.
+    """
+
+    def __init__(self, offset: int | None, out: Path, *, nested: bool = False) -> None:
+        self.offset, self.out, self.nested = offset, out, nested
         self.symbols: list[str] = []  # of the modules, as /proc/kallsyms has them
 
     def __enter__(self) -> KernelTracer:
-        symbols = Path("/proc/kallsyms").read_text().splitlines()
-        self.symbols = [line for line in symbols if line.endswith(("\t[kvm_intel]", "\t[kvm]"))]
+        self.symbols = symbols_of_kvm()
         functions = {line.split()[2] for line in self.symbols}
+        [vendor] = [one for one in VENDORS if any(line.endswith(f"[{one.module}]") for line in self.symbols)]
         (TRACING / "buffer_size_kb").write_text(BUFFER_KB)
-        define(other_events(functions))
-        for function in CALLS:
+        define(other_events(vendor, functions))
+        for function in vendor.calls:
             if function in functions and self.offset is not None:
-                new, old = call_events(function, self.offset)
+                new, old = call_events(vendor, function, self.offset, self.nested)
                 try:
                     define(new)
                 except OSError:
