@@ -33,9 +33,8 @@ BPF_PROG_TYPE_KPROBE = 2
 RETURN_0 = bytes.fromhex("b700000000000000 9500000000000000")
 #: What processes do over and over until they are killed.
 AT_WORK = (("entry", "return", "closing"), ("refused",))
-UNBEGUN = 0xFF
-#: How often each of it is the time to be killed, but no more after so many seconds; and within how many of its begin.
-ROUNDS, ENOUGH_SECONDS, WITHIN_SECONDS = 10, 5, 0.05
+#: How often each of it is the time to be killed, but no more after so many seconds.
+ROUNDS, ENOUGH_SECONDS = 10, 5
 
 
 def attach_and_be_killed() -> dict[str, Any]:
@@ -67,7 +66,7 @@ def attach_and_be_killed() -> dict[str, Any]:
     before = state()
     found: dict[str, Any] = {"function": function.name, "before": before}
     PARANOID.write_text("2")  # what msrtrace keeps is enough there
-    named = f"kvm_intel:{function.name}"
+    named = f"{symbols.module}:{function.name}"
     found["attached"] = {
         "MODULE:NAME": in_child(lambda: attached(named)),
         "address": in_child(lambda: attached("", function.address)),
@@ -76,7 +75,7 @@ def attach_and_be_killed() -> dict[str, Any]:
     }
     found["refused"] = {
         "blacklisted": in_child(lambda: attached(blacklisted)),
-        "missing": in_child(lambda: attached("kvm_intel:msrtrace_has_none")),
+        "missing": in_child(lambda: attached(f"{symbols.module}:msrtrace_has_none")),
         "nowhere": in_child(lambda: attached("", 0x1000)),
         "not a program": in_child(lambda: attached(named, 0, os.open("/dev/null", os.O_RDONLY))),
         "no right": in_child(lambda: with_few_rights(lambda: attached(named), paranoid=True)),
@@ -177,27 +176,31 @@ def killed_between(symbols: Symbols, function: Symbol, program: int) -> dict[str
 
 
 def killed_amid(acts: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """SIGKILL to processes that do some of ACTS over and over, at random times after each begins.
+    """SIGKILL to processes that do some of ACTS over and over, at random times after each begins: up to twice its own.
 
     How many were killed amid which, and the states that are not as before.
     """
     chance, killed, left = random.Random(1), Counter[str](), []
     before = state()
+    takes = {name: seconds_of(acts[name]) for names in AT_WORK for name in names}
     with mmap.mmap(-1, 1) as step:
 
         def one(names: tuple[str, ...], target: int) -> None:
+            read, write = os.pipe()
+
             def work() -> None:
                 while True:
                     for step[0], name in enumerate(names):
+                        if step[0] == target:
+                            os.write(write, b"1")
                         acts[name]()
 
-            step[0] = UNBEGUN
             child = forked(work)
-            while step[0] != target:
-                time.sleep(0.001)
-                assert os.waitpid(child, os.WNOHANG) == (0, 0)
-            time.sleep(chance.uniform(0, WITHIN_SECONDS))
+            os.close(write)
+            assert os.read(read, 1) == b"1"
+            time.sleep(chance.uniform(0, 2 * takes[names[target]]))
             kill(child)
+            os.close(read)
             killed[names[step[0]]] += 1
 
         for names in AT_WORK:
@@ -208,6 +211,13 @@ def killed_amid(acts: dict[str, Callable[[], Any]]) -> dict[str, Any]:
                     if (after := state()) != before:
                         left.append(after)
     return {"killed": killed, "left": left}
+
+
+def seconds_of(act: Callable[[], Any]) -> float:
+    """How long ACT takes."""
+    begun = time.monotonic()
+    act()
+    return time.monotonic() - begun
 
 
 def kill(child: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 
-from guest import OUT, Msrtrace, load, output_of, scrape
+from guest import OUT, Msrtrace, load, output_of, scrape, vendor
 
 PAUSE_SECONDS = 8  # some scrapes
 LONGEST_SECONDS = 900
@@ -26,7 +26,7 @@ def main() -> None:
     for number, module in enumerate(modules):
         if number:
             load(module)
-            msrtrace.wait_for("kvm_intel was loaded again", number)
+            msrtrace.wait_for(f"{vendor().module} was loaded again", number)
         time.sleep(PAUSE_SECONDS)
         command = ["msrtrace", "report", "--label", module, "-o", str(OUT / f"{module}.json"), "--"]
         done = output_of(*command, *WORKLOAD, updates, timeout=LONGEST_SECONDS)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""All that the tests look at, collected in one boot: `everything.py [--kernel] VARIANT...`.
+"""All that the tests look at, collected in one boot: `everything.py [--vendor|--kernel] [--stress RUN,...] VARIANT...`.
 
-VARIANT: of kvm_intel, the stock one first. --kernel leaves out what is the same on every kernel.
+VARIANT: of the KVM module, the stock one first. --kernel leaves out what is the same on every kernel, and --vendor also
+what is the same for both vendors. RUN: of stress.py.
 
 A scenario that breaks is recorded as broken and the others go on; the test that reads it then fails.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -33,16 +35,22 @@ from guest import (
     record,
     scrape,
     until,
+    vendor,
     workload,
 )
 from kerneltracer import KernelTracer
 from reporting import make_reports, report_command
-from stress import stress
+from stress import stressed
 
 import tracer
 
-KERNEL_ALONE = "--kernel" in sys.argv
-VARIANTS = [word for word in sys.argv[1:] if not word.startswith("--")]
+ARGUMENTS = argparse.ArgumentParser()
+ARGUMENTS.add_argument("--vendor", action="store_true")
+ARGUMENTS.add_argument("--kernel", action="store_true")
+ARGUMENTS.add_argument("--stress", default="")
+ARGUMENTS.add_argument("variants", nargs="+")
+ARGS = ARGUMENTS.parse_args()
+VARIANTS: list[str] = ARGS.variants
 STOCK = VARIANTS[0]
 HUNDRED = 100
 
@@ -91,27 +99,30 @@ def counts() -> Any:
     for variant in reversed(VARIANTS):  # the stock one stays
         load(variant)
         found["ticks"]["untraced"][variant] = filter_update_ticks()
+    offset = bitmap_offset()  # before anybody counts
     idle = kernel_state()
-    msrtrace = Msrtrace("--backend", "kprobe")  # under which kvm_intel can be reloaded
+    msrtrace = Msrtrace("--backend", "kprobe")  # under which the module can be reloaded
     found["process"] = msrtrace.process_state()
     for number, variant in enumerate(VARIANTS):
         if number:
             load(variant)
-            msrtrace.wait_for("kvm_intel was loaded again", number)
+            msrtrace.wait_for(f"{vendor().module} was loaded again", number)
         found["scrapes"][f"{variant} before"] = scrape()
         found["workload"][variant] = workload("--vms", 2, "--vcpus", 3, "--updates", 101, "--initial-run")
         found["scrapes"][f"{variant} after"] = scrape()
         # Before the witness: where it had a kprobe too, ours stays dearer (aggr_pre_handler(), kernel/kprobes.c).
         found["ticks"]["traced"][variant] = filter_update_ticks()
         found["scrapes"][f"{variant} measured"] = scrape()
-        found["witnessed"][variant] = witnessed(variant)
+        found["witnessed"][variant] = witnessed(variant, offset)
         found["scrapes"][f"{variant} witnessed"] = scrape()
     # Unloaded: nothing is attached and nothing is forgotten.
+    unloaded = f"{vendor().module} was unloaded"
+    already = msrtrace.said(unloaded)  # it may have looked while another variant was being loaded
     load("none")
-    msrtrace.wait_for("kvm_intel was unloaded")
+    msrtrace.wait_for(unloaded, already + 1)
     found["scrapes"]["unloaded"] = scrape()
     load(STOCK)
-    msrtrace.wait_for("kvm_intel was loaded again", len(VARIANTS))
+    msrtrace.wait_for(f"{vendor().module} was loaded again", len(VARIANTS))
     found["scrapes"]["back"] = scrape()
     found["running"] = kernel_state()
     return found | msrtrace.end() | {"idle": idle, "left": kernel_state()}
@@ -120,7 +131,7 @@ def counts() -> Any:
 def fentry() -> Any:
     """The same under the other backend, where there is one; else what msrtrace says when it is asked for."""
     load(STOCK)
-    asked_for = ("--backend", "fentry")
+    offset, asked_for = bitmap_offset(), ("--backend", "fentry")
     try:
         msrtrace = Msrtrace(*asked_for)
     except RuntimeError as error:
@@ -133,21 +144,22 @@ def fentry() -> Any:
         found["scrapes"][f"{variant} after"] = scrape()
         found["traced"][variant] = filter_update_ticks()
         found["scrapes"][f"{variant} measured"] = scrape()
-        found["witnessed"][variant] = witnessed(f"fentry-{variant}")
+        found["witnessed"][variant] = witnessed(f"fentry-{variant}", offset)
         found["scrapes"][f"{variant} witnessed"] = scrape()
         found["process"] = msrtrace.process_state()
-        found["unloading"] = output_of("rmmod", "kvm_intel")
+        found["unloading"] = output_of("rmmod", vendor().module)
         found["ended"][variant] = msrtrace.end()
     load(STOCK)
     return found | {"left": kernel_state()}
 
 
-def witnessed(name: str) -> Any:
-    """Everything that the workload can do, under the eyes of the kernel's own tracer: what it did."""
-    with KernelTracer(bitmap_offset(), OUT / f"witness-{name}"):
+def witnessed(name: str, offset: int | None) -> Any:
+    """Everything that the workload can do, under the eyes of the kernel's own tracer (see there): what it did."""
+    with KernelTracer(offset, OUT / f"witness-{name}", nested=True):
         return [
             workload(*options.split())
             for options in (
+                *(["--svme 2 --updates 2"] if vendor().name == "svm" else []),
                 "--vcpus 2 --updates 7 --initial-run",
                 "--updates 5 --deny-all",
                 "--updates 3 --msr 0x10 --msr 0x48 --msr 0xc0000102 --msr 0x174 --spec-ctrl 5",
@@ -160,13 +172,19 @@ def witnessed(name: str) -> Any:
         ]
 
 
+def stress() -> Any:
+    """Each of the runs that were asked for."""
+    load(STOCK)
+    return {name: stressed(name) for name in ARGS.stress.split(",") if name}
+
+
 def reports() -> Any:
     """A report of everything that the workload can do, on each variant."""
     return make_reports(VARIANTS)
 
 
 def unknown_redundancy() -> Any:
-    """A kvm_intel without BTF: calls are counted, what they changed is not known."""
+    """A module without BTF: calls are counted; what they changed is known only where they name the bitmap."""
     load("nobtf")
     msrtrace = Msrtrace()
     did = workload("--vcpus", 2, "--updates", 7, "--initial-run")
@@ -251,9 +269,9 @@ def attaching() -> Any:
 
 
 def waits() -> Any:
-    """--wait-module: started before kvm_intel is there."""
+    """--wait-module: started before the module is there."""
     load("none")
-    msrtrace = Msrtrace("--wait-module", ready="waiting for kvm_intel")
+    msrtrace = Msrtrace("--wait-module", ready=f"waiting for {vendor().module}")
     load(STOCK)
     msrtrace.wait_for("serving")
     workload("--updates", 3)
@@ -286,9 +304,11 @@ def not_root() -> Any:
 
 def main() -> None:
     """Run every scenario; what they return goes to /out/NAME.json. Ends with a status that pytest looks for."""
-    of_the_kernel = [host, counts, fentry, stress, reports, unknown_redundancy, killed, attaching]
-    of_the_program = [by_vm, one_pid, waits, not_root, report_command]
-    scenarios: list[Callable[[], Any]] = of_the_kernel if KERNEL_ALONE else [*of_the_kernel, *of_the_program, compiles]
+    scenarios: list[Callable[[], Any]] = [host, counts, fentry, stress, reports, unknown_redundancy, killed]
+    if not ARGS.vendor:
+        scenarios.append(attaching)
+    if not (ARGS.vendor or ARGS.kernel):
+        scenarios += [by_vm, one_pid, waits, not_root, report_command, compiles]
     only = os.environ.get("ONLY", "").split()
     for scenario in scenarios:
         name = scenario.__name__

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Reports of everything that a workload can do, on each variant of kvm_intel: one engine makes them all."""
+"""Reports of everything that a workload can do, on each variant of the KVM module: one engine makes them all."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-from guest import OUT, load, output_of
+from guest import OUT, load, output_of, vendor
 
 from tracer.model.options import Options
-from tracer.model.vmx import VMX
 from tracer.report.file import encode
 from tracer.report.making import HostInfo, make
 from tracer.trace.engine import Engine
@@ -34,7 +33,7 @@ CASES = {
 
 def make_reports(variants: Sequence[str]) -> dict[str, list[str]]:
     """/out/reports/VARIANT-CASE.json for each of VARIANTS and CASES."""
-    options = Options(by_vm=True, backend="kprobe")  # under which kvm_intel can be reloaded
+    options = Options(by_vm=True, backend="kprobe")  # under which the module can be reloaded
     load(variants[0])
     tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options), keep_gone=True)
     tracer.attach()
@@ -48,7 +47,7 @@ def make_reports(variants: Sequence[str]) -> dict[str, list[str]]:
             recording = record(tracer, command=command, by_vm=True)
             made = make(
                 recording.counted,
-                HostInfo.here(VMX.module),
+                HostInfo.here(vendor().module),
                 started=recording.started,
                 duration=recording.seconds,
                 version="test",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Everything at once, under the eyes of the kernel's own tracer: `stress.py [BACKEND...]`.
+"""Everything at once, under the eyes of the kernel's own tracer: `stress.py` does all of RUNS.
 
 VMs in threads and VMs in processes, vCPUs that are born and end, filter changes, x2APIC modes, CPUID updates and MSR
 writes, while two clients scrape without a pause, in a kernel that may preempt them.
@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from guest import OUT, Msrtrace, bitmap_offset, load, record, scrape, until
+from guest import OUT, STOCK, Msrtrace, bitmap_offset, load, record, scrape, until, vendor
 from kerneltracer import KernelTracer
 
 #: Ten threads update at once. With few CPUs that is how many returns the kernel can wait for where it may preempt them
@@ -50,6 +50,7 @@ def preemptible() -> Iterator[str]:
 
 def stressed(name: str) -> dict[str, Any]:
     """What was scraped before and after, and how often in between; or why msrtrace refuses."""
+    offset = bitmap_offset()  # before anybody counts
     try:
         msrtrace = Msrtrace(*RUNS[name].split())
     except RuntimeError as error:
@@ -61,7 +62,7 @@ def stressed(name: str) -> dict[str, Any]:
             scrape()
             scrapes[number] += 1
 
-    with preemptible() as model, KernelTracer(bitmap_offset(), OUT / f"witness-stress-{name}"):
+    with preemptible() as model, KernelTracer(offset, OUT / f"witness-stress-{name}"):
         clients = [threading.Thread(target=client, args=(number,)) for number in range(2)]
         for thread in clients:
             thread.start()
@@ -76,12 +77,7 @@ def stressed(name: str) -> dict[str, Any]:
     return found | {"cpus": os.cpu_count()} | msrtrace.end()
 
 
-def stress() -> dict[str, Any]:
-    """Each of RUNS."""
-    load("patched")
-    return {name: stressed(name) for name in RUNS}
-
-
 if __name__ == "__main__":
-    record("stress", stress())
+    load(STOCK[vendor().name])
+    record("stress", {name: stressed(name) for name in RUNS})
     sys.exit(0)
