@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # make run        trace this machine if it is a KVM host, else an emulated one; HOST=trixie: that emulated one
-# make test       everything that must hold, on the emulated bookworm and trixie hosts
-# make test-all   that, and the hosts of suites that move (sid) or are about to leave the archive (filter-only)
+# make test       everything that must hold, on the emulated bookworm and trixie hosts of both vendors
+# make test-all   that, and the hosts of suites that move (sid, backports) or are about to leave the archive (filter-only)
 # make test-dashboard  the dashboard by what Grafana itself uses (npm, Chromium); pictures of made-up hosts go to
 #                 build/dashboard/, of emulated ones (the whole chain: probes, exporter, Prometheus, panels) to build/chain/
 # make check      linter, formatter, types and unit tests, in 90 seconds on two idle cores: no root, no emulator, no
@@ -20,6 +20,7 @@ VENV := build/venv
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 -qq
 PORT := 9753
+ALL_HOSTS := bookworm,trixie,sid,backports,filter-only,bookworm-amd,trixie-amd,sid-amd,backports-amd,filter-only-amd
 # An emulated host of docs/hosts.md; what the environment has of that name is another thing.
 HOST :=
 # This machine's KVM module, if its CPU has VMX or SVM and no emulated host is asked for.
@@ -86,7 +87,7 @@ test: lint build/test-packages
 	$(SUDO) $(VENV)/bin/pytest
 
 test-all: lint build/test-packages
-	$(SUDO) $(VENV)/bin/pytest --hosts bookworm,trixie,sid,filter-only
+	$(SUDO) $(VENV)/bin/pytest --hosts $(ALL_HOSTS)
 
 compare-demo: $(VENV)/ready
 	$(SUDO) tests/kvmhost/compare-demo build/compare$(HOST:%=-%) $(HOST)

@@ -21,8 +21,9 @@ settings.load_profile("beside emulated hosts")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--hosts",
-        default="bookworm,trixie",
-        help="emulated hosts to test on, by commas: bookworm, trixie, sid, filter-only; or none",
+        default="bookworm,trixie,bookworm-amd,trixie-amd",
+        help="emulated hosts to test on, by commas: bookworm, trixie, sid, backports, filter-only, "
+        "each also with -amd; or none",
     )
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What tracers add to a filter update, in emulated instructions: msrtrace, its peers, and what an empty probe costs.
 
-One boot per host, twenty minutes or so; in it each tracer runs alone on both kvm_intel. A tracer that counts must have
-counted exactly what the workload did, else there is no table. How the numbers are made is said in cost.py.
+One boot per host, twenty minutes or so; in it each tracer runs alone on all variants of the KVM module. A tracer that
+counts must have counted exactly what the workload did, else there is no table. How the numbers are made is said in
+cost.py.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from answers import PER_UPDATE, PER_VCPU
 from cache import BUILD, HERE, cached, sh
-from cost import INSTRUCTIONS_PER_SECOND, PER_UPDATE, PER_VCPU, per_call
+from cost import instructions_per_second, per_call
 from hosts import HOSTS, Host, userland
 from tabulate import tabulate
 
-VARIANTS = ["patched", "unpatched"]
 TOOLS = {"bpftrace": "bpftrace", "linux-perf": "perf"}
 #: How it is called, and with how many digits after the point it is shown.
 TIMED = {"starts": ("A start of msrtrace, until it serves", 0), "scrapes": ("A scrape, with five VMs of two vCPUs", 1)}
@@ -59,7 +60,17 @@ def measure(host: str, only: str, variants: list[str]) -> dict[str, Any]:
         shutil.copytree(HERE / "scenarios", into)
         shutil.copy(HERE / "metrics_text.py", into)
         sh(["cp", "-al", kit, into / "tools"])
-        command = [sys.executable, f"{HERE}/run", "--host", host, "--in", str(into), "--out", str(out)]
+        command = [
+            sys.executable,
+            f"{HERE}/run",
+            "--host",
+            host,
+            "--count-instructions",
+            "--in",
+            str(into),
+            "--out",
+            str(out),
+        ]
         what = ["python3", "/in/bench_guest.py", f"--only={only}", *variants]
         status = subprocess.call([*command, "--timeout", str(TIMEOUT_SECONDS), "--", *what], stdout=sys.stderr)
         if status:
@@ -77,7 +88,8 @@ def miscounted(host: str, measured: dict[str, Any]) -> list[str]:
             if "calls" not in found:
                 continue
             counted = (found["calls"], found["redundant"], found["updates"])
-            expected = (calls + PER_VCPU, None if found["redundant"] is None else redundant, updates)
+            created, useless = PER_VCPU[host]
+            expected = (calls + created, None if found["redundant"] is None else redundant + useless, updates)
             if counted != expected:
                 wrong.append(f"{tracer} on {variant} counted {counted}, not {expected}")
     return wrong
@@ -90,7 +102,7 @@ def table(host: str, measured: dict[str, Any]) -> str:
         calls, _ = PER_UPDATE[host][variant]
         headers += [f"{variant} ({calls} calls): KVM_RUN", "added", "per call"]
     rows = []
-    for tracer, first in results[VARIANTS[0]].items():
+    for tracer, first in next(iter(results.values())).items():
         row: list[str] = [tracer, "yes" if first.get("redundant") is not None else "no" if "calls" in first else ""]
         for variant, by_tracer in results.items():
             found, untraced = by_tracer[tracer], by_tracer["none"]["ticks"]
@@ -102,12 +114,14 @@ def table(host: str, measured: dict[str, Any]) -> str:
         rows.append(row)
     lines = [
         f"{host}, Linux {measured['release']}: instructions of the KVM_RUN that applies a filter update, median of "
-        f"{measured['updates']}, in Bochs, whose TSC ticks once an emulated instruction",
+        f"{measured['updates']}, emulated: the TSC ticks once an instruction",
         "",
         tabulate(rows, headers, tablefmt="github", colalign=["left", "left", *["right"] * 3 * len(results)]),
     ]
     for what, (words, digits) in TIMED.items():
-        found = [f"{which}: {s * INSTRUCTIONS_PER_SECOND / 1e6:,.{digits}f}" for which, s in measured[what].items()]
+        found = [
+            f"{which}: {s * instructions_per_second(host) / 1e6:,.{digits}f}" for which, s in measured[what].items()
+        ]
         if found:
             lines += ["", f"{words}, in millions of instructions: {'; '.join(found)}"]
     return "\n".join(lines) + "\n"
@@ -134,13 +148,14 @@ def parts_table(host: str, measured: dict[str, Any]) -> str:
 def main() -> None:
     """Print a table for each host."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("hosts", nargs="*", default=[*PER_UPDATE], help="bookworm and trixie have both modules")
+    parser.add_argument("hosts", nargs="*", default=["bookworm", "trixie"], help="those with kernels from before 6.17")
     parser.add_argument("--out", type=Path, metavar="DIR", help="gets HOST.json, as measured, and HOST.md")
     parser.add_argument("--only", default="", metavar="WORD", help="the tracers that have WORD in their names")
     parser.add_argument("--parts", action="store_true", help="instead: what the parts of a BPF program take")
     args = parser.parse_args()
     for host in args.hosts:
-        found = measure(host, "part" if args.parts else args.only, VARIANTS[: 1 if args.parts else None])
+        variants = [variant for variant in HOSTS[host].variants if variant != "nobtf"]
+        found = measure(host, "part" if args.parts else args.only, variants[: 1 if args.parts else None])
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / f"{host}.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Boots each emulated host once, one a core at the same time, and hands out what the scenarios left.
 
-Tests that need a boot of their own name a function that does it: `@pytest.mark.beside(boot=function)`. It runs beside
-the other boots, once for all tests that name it, and its result is the fixture `beside`.
+Tests that need a boot of their own name a function that does it, and the host that must be asked for:
+`@pytest.mark.beside(boot=function, host=WHOLE[0])`. It runs beside the other boots, once for all tests that name it,
+and its result is the fixture `beside`.
 """
 
 from __future__ import annotations
@@ -21,30 +22,47 @@ from typing import Any, NamedTuple
 
 import children
 import pytest
+from answers import AMD, LAYOUTS, PER_UPDATE, RECALCULATING
 from dispositions import as_begun
+from hosts import HOSTS
+from qemu import WITH_IBPB
 
 HERE = Path(__file__).parent
 RUN = HERE / "run"
-VARIANTS = {"bookworm": ["patched", "unpatched"], "trixie": ["patched", "unpatched"]}
 #: Booted as Debian packed it, with its decompressor and KASLR; the others without, which is faster.
-PACKED = ["trixie"]
-#: Where everything is tried; on the other hosts, what depends on the kernel.
-WHOLE = ["bookworm"]
+PACKED = ["trixie-amd"]
+#: Where everything is tried, with the oldest BCC; on the other hosts of AMD, what depends on the kernel; on those of
+#: Intel, which take five times as long, what depends on the vendor.
+WHOLE = ["bookworm-amd"]
+#: Where scenarios/stress.py runs alone, on CPUS of them, with IBPB: QEMU runs each on a CPU of this machine.
+ON_SEVERAL_CPUS = ["trixie-amd", "sid-amd", "filter-only-amd"]
+#: Hosts with both variants of kvm_intel: there the patch is a question.
+PATCHABLE = ["bookworm", "trixie"]
 #: Fixtures that give what the scenarios found, and on which hosts; `collected` is every host.
 FIXTURES = {
-    "several_cpus": ["bookworm", "trixie", "sid"],  # scenarios/stress.py alone, on CPUS of them
+    "several_cpus": ON_SEVERAL_CPUS,
+    "stressed": [host for host in LAYOUTS if host not in ON_SEVERAL_CPUS],
+    "of_amd": AMD,
     "whole": WHOLE,
-    "both": [*VARIANTS],  # with both modules
-    "other": ["sid", "filter-only"],  # the patch is no question there
+    "both": PATCHABLE,
+    "other": [host for host in LAYOUTS if host not in PATCHABLE],
+    "observed": [host for host, layout in LAYOUTS.items() if layout != "filter-only"],  # calls can be
+    "timed": [host for host in PER_UPDATE if host not in RECALCULATING],
+    "toggled": ["bookworm"],
     "superseded": ["sid"],
     "filter_only": ["filter-only"],
 }
 #: Hosts on which fentry cannot be had, and what msrtrace says there.
 NO_FENTRY = {
-    "filter-only": "the backend fentry cannot be used here: .*; --backend kprobe can",
+    **dict.fromkeys(
+        ("filter-only", "filter-only-amd", "backports"),
+        "the backend fentry cannot be used here: .*; --backend kprobe can",
+    ),
 }
+#: Hosts whose kernel cannot tell who called a function with a probe on its return, such as the witness's.
+CALLERS_HIDDEN = ["filter-only-amd"]
 #: Hosts whose kernel may preempt a program at fentry, which then misses calls: there `auto` takes kprobes.
-PREEMPTIBLE = ["sid"]
+PREEMPTIBLE = ["sid", "sid-amd", "backports", "backports-amd"]
 STATUS = 37  # what the scenarios end with, to see that it comes through
 TIMEOUT_SECONDS = 3600
 #: What a boot may take with all that must be built and downloaded before it.
@@ -70,9 +88,19 @@ class Boot(NamedTuple):
 
 #: In this order they start, and what boots beside them after them: what ends last is short, and leaves no core idle.
 LONGEST_FIRST = [
-    *(Boot("bookworm"), Boot("bookworm", CPUS), Boot("trixie"), Boot("trixie", CPUS)),
-    *(Boot("sid"), Boot("sid", CPUS), Boot("filter-only")),
+    *(Boot("trixie"), Boot("bookworm"), Boot("sid"), Boot("backports"), Boot("filter-only")),
+    *(Boot(host, cpus) for host in AMD for cpus in (1, CPUS)),
 ]
+
+
+def variants(host: str) -> list[str]:
+    """Those of the HOST's module that have BTF, the stock one first."""
+    return [variant for variant in HOSTS[host].variants if variant != "nobtf"]
+
+
+def stress_runs(host: str) -> list[str]:
+    """The runs of scenarios/stress.py on HOST with one CPU: the plain one, unless all are done on several."""
+    return [] if host in ON_SEVERAL_CPUS else ["kprobe"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +114,8 @@ class Collected:
 
     @property
     def variants(self) -> list[str]:
-        return VARIANTS.get(self.host, ["patched"])
+        """Of its module, the stock one first; those without BTF are apart."""
+        return variants(self.host)
 
     def scenario(self, name: str) -> dict[str, Any]:
         """What a scenario found. The test fails if it broke, or if the boot did."""
@@ -103,13 +132,15 @@ def _boot(boot: Boot, folder: Path) -> Collected:
     host, cpus = boot
     command = [str(RUN), "--host", host, "--in", str(HERE / "scenarios"), "--out", str(folder)]
     options = ["--timeout", str(TIMEOUT_SECONDS), "--keep-log", str(folder / "log"), "--"]
-    if cpus > 1:
-        options[:0] = ["--cpus", str(cpus)]
-    elif host in PACKED:
+    # With one CPU time is instructions, for what waits and for what is measured: what is idle takes none of ours.
+    options[:0] = ["--cpus", str(cpus), "--cpu-model", WITH_IBPB] if cpus > 1 else ["--count-instructions"]
+    if cpus == 1 and host in PACKED:
         options.insert(0, "--packed")
-    what = ["python3", "/in/everything.py", *([] if host in WHOLE else ["--kernel"]), *VARIANTS.get(host, ["patched"])]
     if cpus > 1:
         what = ["python3", "/in/stress.py"]
+    else:
+        part = [] if host in WHOLE else ["--kernel"] if host in AMD else ["--vendor"]
+        what = ["python3", "/in/everything.py", *part, f"--stress={','.join(stress_runs(host))}", *variants(host)]
     run = subprocess.Popen(
         as_begun([sys.executable, *command, *options, *what]),
         stdin=subprocess.DEVNULL,
@@ -128,7 +159,7 @@ def _boot(boot: Boot, folder: Path) -> Collected:
     return Collected(host, folder, run.returncode, output)
 
 
-#: What a test marked `beside` needs: it gets an empty folder, boots a host (WHOLE[0]), and returns what was seen.
+#: What a test marked `beside` needs: it gets an empty folder, boots a host, and returns what was seen.
 Beside = Callable[[Path], Any]
 
 
@@ -174,7 +205,9 @@ _boots_key = pytest.StashKey[Boots]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "beside(boot): the function BOOT boots a host beside the others (tests/kvmhost)")
+    config.addinivalue_line(
+        "markers", "beside(boot, host): the function BOOT boots HOST beside the others, else WHOLE[0] (tests/kvmhost)"
+    )
 
 
 def _hosts(config: pytest.Config) -> list[str]:
@@ -191,11 +224,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Say of tests that boot a host of their own why they do not; and put what waits for hosts behind all else."""
     items.sort(key=lambda item: bool(_beside(item) or _looks_at(item)))
     hosts = _hosts(config)
-    if WHOLE[0] not in hosts:
-        reason = f"{WHOLE[0]} is not among --hosts {','.join(hosts)}" if hosts else "--hosts none: no hosts asked for"
-        for item in items:
-            if _beside(item):
-                item.add_marker(pytest.mark.skip(reason=reason))
+    for item in items:
+        marker = item.get_closest_marker("beside")
+        if marker and (host := marker.kwargs.get("host", WHOLE[0])) not in hosts:
+            reason = f"{host} is not among --hosts {','.join(hosts)}" if hosts else "--hosts none: no hosts asked for"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -251,6 +284,11 @@ several_cpus = pytest.fixture(_collected)
 whole = pytest.fixture(_collected)
 both = pytest.fixture(_collected)
 other = pytest.fixture(_collected)
+observed = pytest.fixture(_collected)
+timed = pytest.fixture(_collected)
+toggled = pytest.fixture(_collected)
+stressed = pytest.fixture(_collected)
+of_amd = pytest.fixture(_collected)
 superseded = pytest.fixture(_collected)
 filter_only = pytest.fixture(_collected)
 

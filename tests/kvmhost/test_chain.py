@@ -90,7 +90,7 @@ def scraped(folder: Path) -> Asked:
         )
 
 
-pytestmark = pytest.mark.beside(boot=scraped)
+pytestmark = pytest.mark.beside(boot=scraped, host=NODES[0].host)
 
 
 def test_prometheus_has_what_the_report_of_the_same_run_says(beside: Asked) -> None:

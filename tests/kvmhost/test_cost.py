@@ -8,8 +8,9 @@ import math
 from pathlib import Path
 
 import pytest
+from answers import PER_UPDATE, PER_VCPU
 from conftest import NO_FENTRY, Collected
-from cost import INSTRUCTIONS_PER_SECOND, PER_UPDATE, PER_VCPU, per_call
+from cost import instructions_per_second, per_call
 from guest import MEASURED_UPDATES
 from metrics_text import Metrics
 
@@ -31,34 +32,35 @@ def hold(host: str, backend: str, variant: str, cost: float) -> None:
 
 
 @pytest.mark.parametrize("backend", ["kprobe", "fentry"])
-def test_a_traced_call_costs_no_more_than_recorded(both: Collected, backend: str) -> None:
-    ticks = both.scenario("counts")["ticks"]
-    if backend == "fentry" and both.host in NO_FENTRY:
-        assert backend not in CEILINGS[both.host]
+def test_a_traced_call_costs_no_more_than_recorded(timed: Collected, backend: str) -> None:
+    ticks = timed.scenario("counts")["ticks"]
+    if backend == "fentry" and timed.host in NO_FENTRY:
+        assert backend not in CEILINGS[timed.host]
         return
-    traced = ticks["traced"] if backend == "kprobe" else both.scenario("fentry")["traced"]
-    for variant in both.variants:
-        hold(both.host, backend, variant, per_call(both.host, variant, traced[variant], ticks["untraced"][variant]))
+    traced = ticks["traced"] if backend == "kprobe" else timed.scenario("fentry")["traced"]
+    for variant in timed.variants:
+        hold(timed.host, backend, variant, per_call(timed.host, variant, traced[variant], ticks["untraced"][variant]))
 
 
 @pytest.mark.parametrize("scenario", ["counts", "fentry"])
-def test_what_was_measured_was_counted(both: Collected, scenario: str) -> None:
-    if scenario == "fentry" and both.host in NO_FENTRY:
-        assert "refused" in both.scenario(scenario)
+def test_what_was_measured_was_counted(timed: Collected, scenario: str) -> None:
+    if scenario == "fentry" and timed.host in NO_FENTRY:
+        assert "refused" in timed.scenario(scenario)
         return
-    scrapes = both.scenario(scenario)["scrapes"]
-    for variant in both.variants:
+    scrapes = timed.scenario(scenario)["scrapes"]
+    for variant in timed.variants:
         before, after = (Metrics.of(scrapes[f"{variant} {when}"]) for when in ("after", "measured"))
-        calls, redundant = (MEASURED_UPDATES * number for number in PER_UPDATE[both.host][variant])
-        assert (after.calls() - before.calls()).total() == calls + PER_VCPU
-        assert (after.redundant() - before.redundant()).total() == redundant
+        calls, redundant = (MEASURED_UPDATES * number for number in PER_UPDATE[timed.host][variant])
+        created, useless = PER_VCPU[timed.host]
+        assert (after.calls() - before.calls()).total() == calls + created
+        assert (after.redundant() - before.redundant()).total() == redundant + useless
         assert after.updates() - before.updates() == MEASURED_UPDATES
         assert not after.lost()
 
 
 def test_a_start_that_needs_no_compiler_is_quick(collected: Collected) -> None:
     """Until it serves; an earlier scenario has compiled. A newer kernel has more symbols and types to look through."""
-    instructions = collected.scenario("killed")["started_in"] * INSTRUCTIONS_PER_SECOND
+    instructions = collected.scenario("killed")["started_in"] * instructions_per_second(collected.host)
     hold(collected.host, "start", "kept", instructions / 1e6)
 
 

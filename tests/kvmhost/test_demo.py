@@ -37,7 +37,10 @@ def demonstration(folder: Path) -> Demonstration:
     log = folder / "log"
     with log.open("w") as out:
         demo = subprocess.Popen(
-            as_begun([HERE / "demo", str(port)]), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+            as_begun([HERE / "demo", str(port)]),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
         )
     try:
         first = _scrape(port, demo, log, more_than=0)
@@ -71,7 +74,7 @@ def _scrape(port: int, demo: subprocess.Popen[bytes], log: Path, more_than: int)
     pytest.fail(f"no more than {more_than} filter updates were seen:\n{log.read_text()}", pytrace=False)
 
 
-@pytest.mark.beside(boot=demonstration)
+@pytest.mark.beside(boot=demonstration, host="trixie-amd")
 def test_the_demonstration_is_traced_and_ends_on_ctrl_c(beside: Demonstration) -> None:
     first, second = beside.scrapes
     assert second.updates() > first.updates() > 0  # the VMs go on

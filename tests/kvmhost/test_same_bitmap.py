@@ -82,7 +82,7 @@ def trixie_amd(folder: Path) -> Recorded:
 
 BOOTS = {"bookworm-amd": bookworm_amd, "trixie-amd": trixie_amd}
 pytestmark = pytest.mark.parametrize(
-    "host", [pytest.param(name, marks=pytest.mark.beside(boot=boot)) for name, boot in BOOTS.items()]
+    "host", [pytest.param(name, marks=pytest.mark.beside(boot=boot, host=name)) for name, boot in BOOTS.items()]
 )
 
 

@@ -8,12 +8,16 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from conftest import CPUS, NO_FENTRY, PREEMPTIBLE, Collected
-from kerneltracer import CALLS
+from answers import PRED_CMD, RECALCULATING
+from conftest import CALLERS_HIDDEN, CPUS, NO_FENTRY, Collected, stress_runs
+from kerneltracer import VENDORS
 from metrics_text import Key, Metrics, nonzero
 from ringbuffer import read
 from stress import RUNS
 from witness import Counts, recorded
+
+#: The functions whose calls are counted.
+CALLS = [function for vendor in VENDORS for function in vendor.calls]
 
 
 def judged(collected: Collected, run: str) -> tuple[dict[str, Any], Counts] | None:
@@ -23,7 +27,9 @@ def judged(collected: Collected, run: str) -> tuple[dict[str, Any], Counts] | No
         assert run == "fentry"
         assert re.search(NO_FENTRY[collected.host], found["refused"])
         return None
-    return found, recorded(collected.folder / f"witness-stress-{run}", updates_are_filters=collected.host != "sid")
+    return found, recorded(
+        collected.folder / f"witness-stress-{run}", updates_are_filters=collected.host not in RECALCULATING
+    )
 
 
 def check_counts(collected: Collected, run: str) -> None:
@@ -32,6 +38,8 @@ def check_counts(collected: Collected, run: str) -> None:
     if not result:
         return
     found, counts = result
+    if collected.host in CALLERS_HIDDEN:
+        counts = counts.without_callers()
     before, after = Metrics.of(found["before"]), Metrics.of(found["after"])
     together = "msrtrace_host_" if "--by-vm" in RUNS[run] else "msrtrace_"
     calls, redundant = (
@@ -76,23 +84,25 @@ def check_stress(collected: Collected, run: str, cpus: int) -> None:
     assert (found["cpus"], found["status"]) == (cpus, 0)
     assert found["statuses"] == [0] * len(found["statuses"])
     assert min(found["scrapes"]) > 2
-    assert re.search(r"\((full|lazy)\)", found["model"]) or collected.host == "filter-only"  # 5.10 cannot be told to
+    assert re.search(r"\((full|lazy)\)", found["model"]) or collected.host.startswith(
+        "filter-only"
+    )  # 5.10 cannot be told to
     trace = read(collected.folder / f"witness-stress-{run}")
     assert {event.cpu for event in trace if event.name == "update_in"} == {*range(cpus)}
     if collected.host != "filter-only":
-        created = "recalc" if collected.host in PREEMPTIBLE else "vcpu_create"
+        created = "recalc" if collected.host in RECALCULATING else "vcpu_create"
         assert {key[3] for key in counts.calls} >= {"filter_change", created, "msr_write"}
         assert counts.refused
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_every_count_equals_the_kernels_own(collected: Collected, run: str) -> None:
-    check_counts(collected, run)
+def test_every_count_equals_the_kernels_own(stressed: Collected) -> None:
+    for run in stress_runs(stressed.host):
+        check_counts(stressed, run)
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_there_was_stress(collected: Collected, run: str) -> None:
-    check_stress(collected, run, 1)
+def test_there_was_stress(stressed: Collected) -> None:
+    for run in stress_runs(stressed.host):
+        check_stress(stressed, run, 1)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -103,3 +113,12 @@ def test_on_several_cpus_every_count_equals_the_kernels_own(several_cpus: Collec
 @pytest.mark.parametrize("run", RUNS)
 def test_on_several_cpus_there_was_stress(several_cpus: Collected, run: str) -> None:
     check_stress(several_cpus, run, CPUS)
+
+
+def test_a_guest_with_ibpb_may_write_pred_cmd_and_not_read_it(several_cpus: Collected) -> None:
+    """There alone what a call wants differs by direction: in one call (6.12) or in one that names writes only (7.x)."""
+    wanted = {"trixie-amd": ("read_write", "disable_write"), "sid-amd": ("write", "disable")}
+    result = judged(several_cpus, "kprobe")
+    assert result
+    passed = {key[1:3] for key in result[1].calls if key[0] == PRED_CMD and key[2] != "enable"}
+    assert passed == ({wanted[several_cpus.host]} if several_cpus.host in wanted else set())
