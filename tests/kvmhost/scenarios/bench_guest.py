@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What each tracer adds to a filter update: `bench_guest.py --only=WORD VARIANT...`, judged by bench.py.
 
-WORD: in the names of the tracers; VARIANT: of kvm_intel. Names that begin with `part` are of PARTS.
+WORD: in the names of the tracers; VARIANT: of the KVM module. Names that begin with `part` are of PARTS.
 
-Every tracer looks at the same three functions while the workload runs, alone, and says afterwards what it counted.
+Every tracer looks at the same functions while the workload runs, alone, and says afterwards what it counted.
 /out/bench.json says how long a start and a scrape take (not with --only), and has for each variant and tracer `ticks`
 and, if it counts, `calls`, `redundant` (null: it cannot know) and `updates`.
 """
@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 from guest import (
     MEASURED_UPDATES,
     Msrtrace,
+    bitmap_offset,
     filter_update_ticks,
     output_of,
     record,
@@ -32,6 +34,7 @@ from guest import (
     ticks_in,
     ticks_workload,
     until,
+    vendor,
 )
 from guest import (
     load as load_module,
@@ -41,46 +44,101 @@ from metrics_text import Metrics
 
 from tracer.kernel.btf import Btf
 from tracer.model.options import BACKENDS
-from tracer.model.vmx import VMX
 from tracer.program.bcc_library import attach_kprobe, attach_tracing
 from tracer.program.cache import cache_dir
 from tracer.program.compiler import compiled
 from tracer.program.loading import load
 from tracer.program.program import Program, Target, Variant
 
-ENABLE, DISABLE, UPDATE = FUNCTIONS = (
-    "vmx_enable_intercept_for_msr",
-    "vmx_disable_intercept_for_msr",
-    "vmx_msr_filter_changed",
-)
-CALLS = (ENABLE, DISABLE)
+
+@dataclass(frozen=True)
+class Traced:
+    """The functions that every tracer looks at, before 6.17, and where it has what it counts calls by.
+
+    :param kprobe_key: in bpftrace's language; `fentry_key` at fentry; `fields` of a kprobe event
+    :param msr: in bpftrace's language, at a kprobe; `named` are the directions that a call names
+    :param byte: where in the kernel's memory a byte with bits of $msr is, and `bit` where in that they are
+    :param bits: of $byte from $bit on: reads, writes
+    """
+
+    module: str
+    calls: tuple[str, ...]
+    update: str
+    kprobe_key: str
+    fentry_key: str
+    fields: str
+    msr: str
+    named: str
+    byte: str
+    bit: str
+    bits: str
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.calls, self.update)
+
+    def everywhere(self, probe: str) -> str:
+        """The calls as bpftrace's list of probes of that kind."""
+        return ",".join(f"{probe}:{function}" for function in self.calls)
+
+
+TRACED = {
+    "vmx": Traced(
+        "kvm_intel",
+        ("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr"),
+        "vmx_msr_filter_changed",
+        kprobe_key="arg1, arg2",
+        fentry_key="args->msr, args->type",
+        fields="msr=%si:u32 type=%dx:u32",
+        msr="arg1",
+        named="arg2 & 3",
+        byte="*(uint64*)(arg0 + BITMAP_OFFSET) + ($msr >= 0xc0000000 ? 0x400 : 0) + (($msr & 0x1fff) >> 3)",
+        bit="$msr & 7",
+        bits="((*(uint8*)$byte >> $bit) & 1) | (((*(uint8*)($byte + 0x800) >> $bit) & 1) << 1)",
+    ),
+    "svm": Traced(
+        "kvm_amd",
+        ("set_msr_interception_bitmap",),
+        "svm_msr_filter_changed",
+        kprobe_key="arg2, arg3, arg4",
+        fentry_key="args->msr, args->read, args->write",
+        fields="msr=%dx:u32 read=%cx:u32 write=%r8:u32",
+        msr="arg2",
+        named="3",
+        byte="arg1 + ($msr >= 0xc0010000 ? 0x1000 : $msr >= 0xc0000000 ? 0x800 : 0) + (($msr & 0x1fff) >> 2)",
+        bit="($msr & 3) << 1",
+        bits="(*(uint8*)$byte >> $bit) & 3",
+    ),
+}
+HERE = TRACED[vendor().name]
 #: bpftrace and perf, which the image has not (bench.py).
 TOOLS = Path("/in/tools")
 GROUP = "bench"
 VMS, SCRAPES = 5, 12
 
-COUNT = f"kprobe:{ENABLE},kprobe:{DISABLE},kprobe:{UPDATE} {{ @[probe, arg1, arg2] = count(); }}"
+COUNT = f"{HERE.everywhere('kprobe')},kprobe:{HERE.update} {{ @[probe, {HERE.kprobe_key}] = count(); }}"
 COUNT_BY_FENTRY = f"""
-kfunc:kvm_intel:{ENABLE},kfunc:kvm_intel:{DISABLE} {{ @[probe, args->msr, args->type] = count(); }}
-kfunc:kvm_intel:{UPDATE} {{ @updates = count(); }}"""
+{HERE.everywhere(f"kfunc:{HERE.module}")} {{ @[probe, {HERE.fentry_key}] = count(); }}
+kfunc:{HERE.module}:{HERE.update} {{ @updates = count(); }}"""
 # As bpf/msrtrace.c does it, with what bpftrace has. MSRs outside the bitmap are left out: the workload names none.
-BITS = "((*(uint8*)$byte >> $bit) & 1) | (((*(uint8*)($byte + 0x800) >> $bit) & 1) << 1)"
 CLASSIFY = f"""
-kprobe:{ENABLE},kprobe:{DISABLE} {{
-  $msr = arg1 & 0xffffffff;
-  $bit = $msr & 7;
-  $byte = *(uint64*)(arg0 + BITMAP_OFFSET) + ($msr >= 0xc0000000 ? 0x400 : 0) + (($msr & 0x1fff) >> 3);
-  @call[tid] = ($byte, $msr, arg2 & 3, {BITS});
+{HERE.everywhere("kprobe")} {{
+  $msr = {HERE.msr} & 0xffffffff;
+  $bit = {HERE.bit};
+  $byte = {HERE.byte};
+  @call[tid] = ($byte, $msr, {HERE.named}, {HERE.bits});
 }}
-kretprobe:{ENABLE},kretprobe:{DISABLE} {{
+{HERE.everywhere("kretprobe")} {{
   $call = @call[tid];
   $byte = $call.0;
-  $bit = $call.1 & 7;
-  $after = {BITS};
-  @[probe, $call.1, $call.2, reg("ip"), (($call.3 ^ $after) & $call.2) == 0] = count();
+  $msr = $call.1;
+  $bit = {HERE.bit};
+  $after = {HERE.bits};
+  @[probe, $msr, $call.2, reg("ip"), (($call.3 ^ $after) & $call.2) == 0] = count();
   delete(@call[tid]);
 }}
-kprobe:{UPDATE} {{ @updates = count(); }}"""
+kprobe:{HERE.update} {{ @updates = count(); }}"""
 
 #: What a program may do, each in a program of its own that does nothing else. A key of 0 is in every map.
 PARTS = {
@@ -200,7 +258,7 @@ def bpftrace(program: str) -> Any:
     found = {"ticks": ticks_in(text), "calls": 0, "redundant": None, "updates": maps.get("@updates", 0)}
     for keys, count in maps["@"].items():
         probe, *others = keys.split(",")
-        found["updates" if probe.endswith(UPDATE) else "calls"] += count
+        found["updates" if probe.endswith(HERE.update) else "calls"] += count
         if len(others) == 4:
             found["redundant"] = (found["redundant"] or 0) + int(others[3]) * count
     return found
@@ -208,17 +266,17 @@ def bpftrace(program: str) -> Any:
 
 def classify() -> Any:
     """What msrtrace knows of a call, by bpftrace."""
-    return bpftrace(CLASSIFY.replace("BITMAP_OFFSET", str(Btf.of_module(VMX.module).nested_offset(VMX.bitmap))))
+    return bpftrace(CLASSIFY.replace("BITMAP_OFFSET", str(bitmap_offset())))
 
 
 def kprobe_events() -> None:
     """Define a kprobe event of each function; none is enabled."""
-    define([f"p:{GROUP}/{function} {function} msr=%si:u32 type=%dx:u32" for function in FUNCTIONS])
+    define([f"p:{GROUP}/{function} {function} {HERE.fields}" for function in HERE.functions])
 
 
 def counted(counts: dict[str, int]) -> dict[str, Any]:
     """Counts by function as `calls` and `updates`; what the calls changed is not known."""
-    return {"calls": sum(counts[f] for f in CALLS), "redundant": None, "updates": counts[UPDATE]}
+    return {"calls": sum(counts[f] for f in HERE.calls), "redundant": None, "updates": counts[HERE.update]}
 
 
 def perf() -> Any:
@@ -226,7 +284,7 @@ def perf() -> Any:
     kprobe_events()
     try:
         out = Path("/tmp/perf.csv")
-        events = [word for function in FUNCTIONS for word in ("-e", f"{GROUP}:{function}")]
+        events = [word for function in HERE.functions for word in ("-e", f"{GROUP}:{function}")]
         text = tool("perf", "stat", "-a", "-x", ",", "-o", str(out), *events, "--", *ticks_workload())
     finally:
         (TRACING / "kprobe_events").write_text("")
@@ -235,10 +293,11 @@ def perf() -> Any:
 
 
 def histogram() -> Any:
-    """A `hist` trigger on each event, keyed by MSR and type: the kernel's own table of counts."""
+    """A `hist` trigger on each event, keyed by what a call is counted by: the kernel's own table of counts."""
     kprobe_events()
-    folders = {function: TRACING / "events" / GROUP / function for function in FUNCTIONS}
-    trigger = "hist:keys=msr,type"
+    folders = {function: TRACING / "events" / GROUP / function for function in HERE.functions}
+    keys = re.findall(r"(\w+)=", HERE.fields)
+    trigger = f"hist:keys={','.join(keys)}"
     try:
         for event in folders.values():
             (event / "trigger").write_text(trigger)
@@ -261,12 +320,12 @@ def programs() -> Program:
 
 def attached(*kinds: str, function: str = "empty") -> Any:
     """A program at every function, by KINDS: `kprobe`, `kretprobe`, `fentry`, `fexit`. It counts nothing."""
-    btf = Btf.of_module("kvm_intel")
+    btf = Btf.of_module(HERE.module)
     links, everything = [], []
     for kind in kinds:
-        for traced in FUNCTIONS:
+        for traced in HERE.functions:
             tracing = kind.startswith("f")
-            target = Target(kind, btf.function_id(traced), "kvm_intel") if tracing else Target("kprobe")
+            target = Target(kind, btf.function_id(traced), HERE.module) if tracing else Target("kprobe")
             loaded = load(programs(), Variant(kind, {}, {function: target}))
             everything.append(loaded)
             for one in loaded.maps.values():
@@ -277,7 +336,7 @@ def attached(*kinds: str, function: str = "empty") -> Any:
     ticks = filter_update_ticks()
     for link in links:
         os.close(link)
-    for loaded in everything:  # a loaded fentry program holds kvm_intel
+    for loaded in everything:  # a loaded fentry program holds the module
         loaded.close()
     return {"ticks": ticks}
 
