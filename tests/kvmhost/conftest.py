@@ -34,14 +34,16 @@ PACKED = ["trixie-amd"]
 #: Where everything is tried, with the oldest BCC; on the other hosts of AMD, what depends on the kernel; on those of
 #: Intel, which take five times as long, what depends on the vendor.
 WHOLE = ["bookworm-amd"]
-#: Where scenarios/stress.py runs alone, on CPUS of them, with IBPB: QEMU runs each on a CPU of this machine.
-ON_SEVERAL_CPUS = ["trixie-amd", "sid-amd", "filter-only-amd"]
+#: Where scenarios/stress.py runs alone, on CPUS of them. QEMU runs each on a CPU of this machine, Bochs all in turn: of
+#: Intel's hosts there are only those whose kernels may preempt everywhere.
+ON_SEVERAL_CPUS = [*AMD, "sid", "backports"]
 #: Hosts with both variants of kvm_intel: there the patch is a question.
 PATCHABLE = ["bookworm", "trixie"]
 #: Fixtures that give what the scenarios found, and on which hosts; `collected` is every host.
 FIXTURES = {
     "several_cpus": ON_SEVERAL_CPUS,
-    "stressed": [host for host in LAYOUTS if host not in ON_SEVERAL_CPUS],
+    "stressed": [host for host in LAYOUTS if host not in AMD],
+    "with_ibpb": AMD,  # those of several CPUs
     "of_amd": AMD,
     "whole": WHOLE,
     "both": PATCHABLE,
@@ -89,6 +91,7 @@ class Boot(NamedTuple):
 #: In this order they start, and what boots beside them after them: what ends last is short, and leaves no core idle.
 LONGEST_FIRST = [
     *(Boot("trixie"), Boot("bookworm"), Boot("sid"), Boot("backports"), Boot("filter-only")),
+    *(Boot("sid", CPUS), Boot("backports", CPUS)),
     *(Boot(host, cpus) for host in AMD for cpus in (1, CPUS)),
 ]
 
@@ -99,8 +102,8 @@ def variants(host: str) -> list[str]:
 
 
 def stress_runs(host: str) -> list[str]:
-    """The runs of scenarios/stress.py on HOST with one CPU: the plain one, unless all are done on several."""
-    return [] if host in ON_SEVERAL_CPUS else ["kprobe"]
+    """The runs of scenarios/stress.py on HOST with one CPU: the plain one, unless several are as good."""
+    return [] if host in AMD else ["kprobe"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,9 @@ def _boot(boot: Boot, folder: Path) -> Collected:
     command = [str(RUN), "--host", host, "--in", str(HERE / "scenarios"), "--out", str(folder)]
     options = ["--timeout", str(TIMEOUT_SECONDS), "--keep-log", str(folder / "log"), "--"]
     # With one CPU time is instructions, for what waits and for what is measured: what is idle takes none of ours.
-    options[:0] = ["--cpus", str(cpus), "--cpu-model", WITH_IBPB] if cpus > 1 else ["--count-instructions"]
+    options[:0] = ["--cpus", str(cpus)] if cpus > 1 else ["--count-instructions"]
+    if cpus > 1 and host in AMD:
+        options[:0] = ["--cpu-model", WITH_IBPB]
     if cpus == 1 and host in PACKED:
         options.insert(0, "--packed")
     if cpus > 1:
@@ -257,7 +262,7 @@ def _looks_at(item: pytest.Item) -> list[Boot]:
 
 
 def _boot_of(fixture: str, host: str) -> Boot:
-    return Boot(host, CPUS if fixture == "several_cpus" else 1)
+    return Boot(host, CPUS if fixture in ("several_cpus", "with_ibpb") else 1)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -288,6 +293,7 @@ observed = pytest.fixture(_collected)
 timed = pytest.fixture(_collected)
 toggled = pytest.fixture(_collected)
 stressed = pytest.fixture(_collected)
+with_ibpb = pytest.fixture(_collected)
 of_amd = pytest.fixture(_collected)
 superseded = pytest.fixture(_collected)
 filter_only = pytest.fixture(_collected)
