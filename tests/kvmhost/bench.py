@@ -148,7 +148,8 @@ def parts_table(host: str, measured: dict[str, Any]) -> str:
 def main() -> None:
     """Print a table for each host."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("hosts", nargs="*", default=["bookworm", "trixie"], help="those with kernels from before 6.17")
+    both = [name for name, host in HOSTS.items() if host.built]
+    parser.add_argument("hosts", nargs="*", default=both, help=f"those with both variants: {', '.join(both)}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="gets HOST.json, as measured, and HOST.md")
     parser.add_argument("--only", default="", metavar="WORD", help="the tracers that have WORD in their names")
     parser.add_argument("--parts", action="store_true", help="instead: what the parts of a BPF program take")
