@@ -139,10 +139,12 @@ def counted_instructions(folder: Path) -> Seen:
 
 @pytest.mark.beside(boot=counted_instructions)
 def test_costs_on_an_amd_host_repeat_to_the_tick_when_instructions_are_counted(beside: Seen) -> None:
-    least, *_, most = beside.words[:4]
-    assert beside.words[4:] == beside.words[:4]
+    """But for the most, where the host's timer may have come in between."""
+    least, *percentiles, most = beside.words[:4]
+    assert beside.words[4:7] == [least, *percentiles]
     # The first update of a run finds caches of KVM's empty, no more.
-    assert int(most.removeprefix("max=")) < int(least) * 1.01
+    assert all(int(one.partition("=")[2]) < int(least) * 1.01 for one in percentiles)
+    assert int(most.removeprefix("max=")) >= int(least)
 
 
 def panic(folder: Path) -> subprocess.CompletedProcess[str]:

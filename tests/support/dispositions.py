@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Signals that were ignored when pytest began: by nohup, or in the background of a script.
+"""Signals that were ignored when pytest began: by nohup, or in the background of a script (where sh ignores two).
 
 A plugin of pytest, which goes on ignoring them. But what tests start has them as from a shell's prompt: a handler, here
 one that does nothing, is not inherited by a program that is executed, while SIG_IGN is.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-_NUMBERS = (signal.SIGINT, signal.SIGHUP)  # subprocess restores SIGPIPE, which Python itself ignores
+_NUMBERS = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # subprocess restores SIGPIPE, which Python itself ignores
 _ignored: list[int] = []
 
 
