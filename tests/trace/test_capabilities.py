@@ -61,3 +61,38 @@ def test_rights_that_are_kept(  # noqa: PLR0917 (pytest passes them by name)
     )
     few, all_ = (f"{hex(e)} {hex(permitted)} {hex(permitted)}" for e in (effective, permitted))
     assert done.stdout.splitlines() == [few, all_, few]
+
+
+AMBIENT = """
+import ctypes, re
+from pathlib import Path
+import tracer.trace.capabilities as rights
+rights._PARANOID = Path("/dev/null")
+rights._LAST = Path("/proc/sys/kernel/cap_last_cap")
+left = rights.drop_capabilities(attaches_again=False)
+text = Path("/proc/thread-self/status").read_text()
+print(*(hex(rights._state(which)) for which in ("CapInh", "CapPrm", "CapEff", "CapAmb")))
+print(re.findall(r"^NoNewPrivs:\\s*(\\d)", text, re.M)[0])
+print(*left)
+"""
+
+
+@as_root
+def test_an_ordinary_user_with_ambient_capabilities_gives_up_what_it_can(tmp_path: Path) -> None:
+    """The bounding set stays, without CAP_SETPCAP, and what is in it is named."""
+    kept = "bpf,perfmon,syslog,net_admin"
+    bounds = ",".join(f"+{name}" for name in (*kept.split(","), "chown", "setgid", "setuid", "setpcap"))
+    ambient = ",".join(f"+{name}" for name in kept.split(","))
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", f"--inh-caps={ambient}"]
+    done = subprocess.run(
+        [*user, f"--ambient-caps={ambient}", f"--bounding-set=-all,{bounds}", sys.executable, "-c", AMBIENT],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rights, new_privileges, left = done.stdout.splitlines()
+    assert rights == f"0x0 {hex(BPF)} {hex(BPF)} 0x0"
+    assert new_privileges == "1"
+    assert left == "CAP_CHOWN CAP_SETGID CAP_SETUID CAP_SETPCAP CAP_NET_ADMIN CAP_SYSLOG CAP_PERFMON"

@@ -100,9 +100,12 @@ def _drop_capabilities(attaches_again: bool) -> None:
     from tracer.trace.capabilities import drop_capabilities
 
     try:
-        drop_capabilities(attaches_again)
+        left = drop_capabilities(attaches_again)
     except OSError as error:
         warn(f"this process keeps all its capabilities: {error.strerror}")
+        return
+    if left:
+        warn(f"without CAP_SETPCAP, the bounding set keeps what no program can gain: {', '.join(left)}")
 
 
 def _show_probes(tracer: Tracer) -> None:

@@ -13,33 +13,50 @@ from pathlib import Path
 from tracer.program.syscalls import last_error
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 24, 38  # include/uapi/linux/prctl.h
+# include/uapi/linux/prctl.h
+_PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 23, 24, 38, 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
 _VERSION_3 = 0x20080522  # include/uapi/linux/capability.h
 _CAP_SYS_PTRACE, _CAP_SYS_ADMIN, _CAP_SYSLOG, _CAP_PERFMON, _CAP_BPF = 19, 21, 34, 38, 39
+_NAMES = (
+    *("CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP"),
+    *("LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER"),
+    *("SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE"),
+    *("SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP"),
+    *("MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF"),
+    "CHECKPOINT_RESTORE",
+)
 _LAST = Path("/proc/sys/kernel/cap_last_cap")
 _PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 _MOUNTS = Path("/proc/self/mounts")
 
 
-def drop_capabilities(attaches_again: bool) -> None:
+def drop_capabilities(attaches_again: bool) -> list[str]:
     """Keep what it takes to read maps and, if it `attaches_again`, to probe a module that was reloaded.
 
     That is CAP_BPF, and CAP_PERFMON and CAP_SYSLOG (for the addresses in /proc/kallsyms). Where Debian's and Ubuntu's
     kernels ask for CAP_SYS_ADMIN to probe (kernel.perf_event_paranoid above 2), and before 5.8, which has not the
     first two, that is kept, too, but for `raised` alone; and CAP_SYS_PTRACE where /proc hides processes. All else is
     given up for good, by the calling thread and those that it starts, and by programs that they run. Raises OSError.
+
+    :returns: the names of capabilities that stay in the bounding set, which only CAP_SETPCAP can change (that of root,
+        but not of a user with ambient capabilities). No program gains any of them, as nothing here has new privileges.
     """
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     permitted = _state("CapPrm")
     wanted = {_CAP_BPF, *((_CAP_PERFMON, _CAP_SYSLOG) if attaches_again else ())}
     wanted |= {_CAP_SYS_PTRACE} if _hides_processes() else set()
     fine = all(permitted >> capability & 1 for capability in wanted)
     reserve = {_CAP_SYS_ADMIN} if not fine or (attaches_again and int(_PARANOID.read_text()) > 2) else set()
     kept = _mask(wanted | reserve) & permitted
-    for capability in range(int(_LAST.read_text()) + 1):
-        if not kept >> capability & 1:
-            _check(_libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0))
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    left = []
+    for capability in (c for c in range(int(_LAST.read_text()) + 1) if not kept >> c & 1):
+        in_bounds = _libc.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0) == 1
+        if in_bounds and _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
+            left.append(f"CAP_{_NAMES[capability]}" if capability < len(_NAMES) else str(capability))
+    _check(_libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
     _set(effective=kept & _mask(wanted) if fine else kept, permitted=kept)
+    return left
 
 
 @contextmanager
