@@ -209,6 +209,21 @@ def test_a_secret_that_the_server_repeats_is_not_shown(tmp_path: Path, body: byt
     assert "secret" not in str(error.value).replace("<secret>", "")
 
 
+@pytest.mark.parametrize(
+    ("text", "lowest", "highest"),
+    [
+        ("min_version: TLS10", ssl.TLSVersion.TLSv1, ssl.TLSVersion.MAXIMUM_SUPPORTED),
+        ("min_version: TLS11, max_version: TLS11", ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_1),
+        ("max_version: TLS12", ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_2),
+        ("min_version: TLS13", ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.MAXIMUM_SUPPORTED),
+    ],
+)
+def test_tls_versions(tmp_path: Path, text: str, lowest: ssl.TLSVersion, highest: ssl.TLSVersion) -> None:
+    tls = read_http_config(written(tmp_path, f"tls_config: {{{text}}}")).tls
+    assert tls is not None
+    assert (tls.minimum_version, tls.maximum_version) == (lowest, highest)
+
+
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A certificate for prometheus.example, which is its own authority, with its key; and one of a client."""

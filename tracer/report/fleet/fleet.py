@@ -114,7 +114,7 @@ def compared(
     hosts = [_hosts(_of_side(found, matched, number)) for number in range(len(matched))]
     titles = _titles([host for side in hosts for host in side])
     missing = [f"Prometheus warned that series may be missing: {text}" for text in prometheus.incomplete]
-    remarks = [f"Prometheus remarked: {text}" for text in prometheus.notices]
+    remarks = [f"Prometheus remarked: {text}" for text in prometheus.notices[:_REMARKS]]
     return Fleet([_reports(side, titles, missing[:_REMARKS]) for side in hosts], [*_warnings(found), *remarks])
 
 

@@ -12,6 +12,7 @@ import base64
 import http.client
 import ssl
 import urllib.request
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -377,12 +378,7 @@ def _tls(section: _Section) -> ssl.SSLContext | None:
     if section.flag("insecure_skip_verify", False):
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    lowest, highest = (_version(section, key) for key in ("min_version", "max_version"))
-    context.minimum_version = lowest or ssl.TLSVersion.TLSv1_2  # Go's default
-    if highest:
-        if highest < context.minimum_version:
-            raise _Wrong(f"{section.path('max_version')} is lower than the minimum")
-        context.maximum_version = highest
+    _set_versions(context, section)
     if "cert_file" in section:
         cert, key = (section.file(section.text(name)) for name in ("cert_file", "key_file"))
         for file in (cert, key):
@@ -407,6 +403,18 @@ def _verifying(section: _Section) -> ssl.SSLContext:
     # Python 3.13 and newer refuse what Go and OpenSSL accept, such as a CA without a key usage.
     context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
     return context
+
+
+def _set_versions(context: ssl.SSLContext, section: _Section) -> None:
+    lowest = _version(section, "min_version") or ssl.TLSVersion.TLSv1_2  # Go's default
+    highest = _version(section, "max_version")
+    if highest and highest < lowest:
+        raise _Wrong(f"{section.path('max_version')} is lower than the minimum")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of TLS 1.0 and 1.1, which the user asks for
+        context.minimum_version = lowest
+        if highest:
+            context.maximum_version = highest
 
 
 def _version(section: _Section, key: str) -> ssl.TLSVersion | None:
