@@ -147,3 +147,12 @@ def test_a_report_may_come_from_standard_input() -> None:
     for arguments in (["u.json", "-"], ["--base", "u.json", "--new", "-"]):
         assert compare(*arguments).stdout.decode().startswith(SENTENCE)
     assert compare("-", "-").stderr == b"msrtrace: error: standard input is empty\n"
+
+
+def test_prometheus_is_queried_as_a_file_says(main: Main, tmp_path: Path) -> None:
+    sides = ("--base", "a", "--new", "b", "--http.config.file")
+    (tmp_path / "http.yml").write_text("x: 1")
+    status, _, err = main("compare", "--prometheus", "127.0.0.1:1", *sides, str(tmp_path / "http.yml"))
+    assert (status, err.startswith(f"msrtrace: error: {tmp_path}/http.yml: unknown key x (")) == (1, True)
+    status, _, err = main("compare", "--prometheus", "127.0.0.1:1", *sides, "none.yml")
+    assert (status, err) == (1, "msrtrace: error: cannot read none.yml: No such file or directory\n")

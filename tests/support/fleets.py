@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from tracer.report.report import Report
 
 Samples = dict[float, float]
 Stored = dict[str, list[tuple[dict[str, str], Samples]]]
-#: A server's answer (status and body) to a form and headers.
+#: A server's answer (status and body) to a form and headers, and the path as `:path`.
 Answer = Callable[[dict[str, str], dict[str, str]], tuple[int, bytes]]
 
 CALLS = "msrtrace_intercept_calls_total"
@@ -32,15 +33,17 @@ DISABLED = (("0x10", "read"), *((hex(0x174 + i), access) for i in range(6) for a
 
 
 @contextmanager
-def serving(answer: Answer) -> Iterator[str]:
-    """Serve answers; yields the URL."""
+def serving(answer: Answer, tls: ssl.SSLContext | None = None, **more: str) -> Iterator[str]:
+    """Serve answers, with `more` headers (`Content_Type`); yields the URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             form = urllib.parse.parse_qsl(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            status, body = answer(dict(form), dict(self.headers))
+            status, body = answer(dict(form), {**dict(self.headers), ":path": self.path})
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
+            for name, value in more.items():
+                self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             self.wfile.write(body)
 
@@ -48,9 +51,11 @@ def serving(answer: Answer) -> Iterator[str]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
@@ -90,6 +95,19 @@ def storing(stored: Stored, now: float, asked: list[str] | None = None) -> Answe
         series = [(labels, at) for labels, at in stored.get(name, []) if matches(labels, wanted)]
         matrix = [{"metric": labels, "values": [[t, str(v)] for t, v in at.items()]} for labels, at in series]
         return success({"resultType": "matrix", "result": matrix})
+
+    return answer
+
+
+def remembering(stored: Stored, now: float) -> Answer:
+    """As `storing`, but only with the samples in the window that is asked for."""
+
+    def answer(form: dict[str, str], headers: dict[str, str]) -> tuple[int, bytes]:
+        if "time" not in form:
+            return storing(stored, now)(form, headers)
+        window = float(form["query"].rpartition("[")[2].removesuffix("s]"))
+        end = float(form["time"])
+        return storing(only(stored, end - window, end), now)(form, headers)
 
     return answer
 
@@ -181,6 +199,14 @@ def only(stored: Stored, first: float, last: float) -> Stored:
         name: [(labels, {t: v for t, v in samples.items() if first <= t <= last}) for labels, samples in series]
         for name, series in stored.items()
     }
+
+
+def upgraded(target: Mapping[str, str], at: float) -> Stored:
+    """A host that made 100 updates without the patch in the minute before `at`, and 60 with it in the hour after."""
+    old, new = {"kernel": "5.19.17"}, {"kernel": "6.1.0"}
+    before = host(target, [at - 60, at - 30, at], enables=17, updates=100, start=at - 9000, info=old)
+    later = [at + 2000, at + 2600, at + 3600]
+    return merged(before, host(target, later, updates=60, before=0, start=at + 1990, info=new))
 
 
 def labelled(stored: Stored, **labels: str) -> Stored:

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from tracer.cli.output import check_outputs, deliver, output_options
+from tracer.report.compare import Comparison, Window
 from tracer.report.compare import compare as compare_reports
 from tracer.report.file import read
 from tracer.report.formats import OF_COMPARISONS, write_comparison
 
-if TYPE_CHECKING:
-    from tracer.report.fleet.fleet import Fleet
+#: A time that a user takes from another clock may be so much ahead of the server's.
+_SKEW_SECONDS = 5.0
 
 
 class _Sides(click.Command):
@@ -48,6 +49,14 @@ class _Sides(click.Command):
     help="Compare many hosts by what this Prometheus stored; --base and --new are then label selectors.",
 )
 @click.option("--since", metavar="DURATION", help="How far back to look there, such as 15m or 2d.  [default: 1h]")
+@click.option("--base-at", metavar="TIME", help="When the base's window ends (RFC 3339, Unix seconds).  [default: now]")
+@click.option("--new-at", metavar="TIME", help="When that of the other side ends; the hosts may then be the same.")
+@click.option(
+    "--http.config.file",
+    "http_config",
+    metavar="FILE",
+    help="How to talk to Prometheus: credentials, TLS, headers, as promtool takes it (YAML).",
+)
 @output_options(OF_COMPARISONS, "; changelog: 75 columns, for a commit message.")
 @click.option("--force", is_flag=True, help="Compare even what should not be compared; the result says why.")
 @click.argument("files", nargs=-1, metavar="[BASE NEW]")
@@ -56,6 +65,9 @@ def compare(  # noqa: PLR0917 (click passes them by name)
     new: tuple[str, ...],
     prometheus: str | None,
     since: str | None,
+    base_at: str | None,
+    new_at: str | None,
+    http_config: str | None,
     outputs: tuple[Path, ...],
     fmt: str | None,
     force: bool,
@@ -67,7 +79,7 @@ def compare(  # noqa: PLR0917 (click passes them by name)
     and times have a median and a confidence interval. Reports that cannot be compared are refused with exit status 3.
 
     `compare --prometheus URL --base 'patch="unpatched"' --new 'patch="patched"'` compares the hosts that match the
-    selectors, by what Prometheus stored.
+    selectors, by what Prometheus stored. With --base-at TIME these are hosts before and after an upgrade.
     """
     if files and (base or new):
         raise click.UsageError("give either BASE and NEW, or --base FILE... and --new FILE...")
@@ -79,25 +91,84 @@ def compare(  # noqa: PLR0917 (click passes them by name)
         base, new = files[:1], files[1:]
     if not (base and new):
         raise click.UsageError("give two reports, BASE and NEW")
-    if since and not prometheus:
-        raise click.UsageError("--since is for --prometheus")
+    asking = {"--since": since, "--base-at": base_at, "--new-at": new_at, "--http.config.file": http_config}
+    for option, value in asking.items():
+        if value is not None and not prometheus:
+            raise click.UsageError(f"{option} is for --prometheus")
     check_outputs(outputs, fmt)
     if prometheus:
-        fleet, titles = _stored(prometheus, base, new, since or "1h"), (", ".join(base), ", ".join(new))
-        comparison = compare_reports(*fleet.sides, force=force, titles=titles)
-        comparison = replace(comparison, warnings=(*fleet.warnings, *comparison.warnings))
+        comparison = _of_stored(prometheus, http_config, (base, new), since or "1h", (base_at, new_at), force=force)
     else:
         comparison = compare_reports(*([read(Path(name)) for name in names] for names in (base, new)), force=force)
     deliver(lambda name: write_comparison(comparison, name), fmt, outputs)
 
 
-def _stored(url: str, base: Sequence[str], new: Sequence[str], since: str) -> Fleet:
-    """The reports on the hosts that the selectors match, from Prometheus."""
-    from tracer.report.fleet.fleet import Prometheus, compared, seconds
+def _of_stored(
+    url: str,
+    http_config: str | None,
+    sides: tuple[Sequence[str], Sequence[str]],
+    since: str,
+    at: tuple[str | None, str | None],
+    *,
+    force: bool,
+) -> Comparison:
+    """Compare the hosts that the selectors of the sides match, by what Prometheus stored before the times `at`."""
+    from tracer.report.fleet.fleet import Prometheus, before_and_after, compared, seconds
+    from tracer.report.fleet.http_config import read_http_config
 
     try:
         window = seconds(since)
     except ValueError as error:
         raise click.UsageError(f"--since: {error}") from None
-    server = Prometheus(url)
-    return compared(server, [base, new], window, server.now())
+    times = [_time(option, text) for option, text in zip(("--base-at", "--new-at"), at, strict=True)]
+    server = Prometheus(url, read_http_config(Path(http_config)) if http_config is not None else None)
+    now = server.now()
+    base_end, new_end = _checked_ends(times, now, window)
+    titles = (", ".join(sides[0]), ", ".join(sides[1]))
+    if base_end == new_end:
+        fleet = compared(server, sides, window, base_end, past=times[0] is not None)
+    else:
+        fleet = before_and_after(server, sides, window, (base_end, new_end))
+        if titles[0] == titles[1]:
+            titles = (f"before ({titles[0]})", f"after ({titles[1]})")
+    comparison = compare_reports(
+        *fleet.sides, force=force, titles=titles, windows=(_window(base_end, window), _window(new_end, window))
+    )
+    return replace(comparison, warnings=(*fleet.warnings, *comparison.warnings))
+
+
+def _time(option: str, text: str | None) -> float | None:
+    """The time that an option was given, in seconds since 1970."""
+    from tracer.report.fleet.fleet import point_in_time
+
+    try:
+        return None if text is None else point_in_time(text)
+    except ValueError as error:
+        raise click.UsageError(f"{option}: {error}") from None
+
+
+def _checked_ends(times: Sequence[float | None], now: float, window: int) -> tuple[float, float]:
+    """When the windows end; `now` is by the server's clock.
+
+    Raises click.UsageError for times in the future, and unless base's window is before the other, or both are one.
+    """
+    for option, time in zip(("--base-at", "--new-at"), times, strict=True):
+        if time is not None and time > now + _SKEW_SECONDS:
+            raise click.UsageError(f"{option} is in the future: at Prometheus it is {_utc(now)}")
+    base, new = (now if time is None else time for time in times)
+    if base > new:
+        raise click.UsageError(f"the base's window ends at {_utc(base)}, after that of the other side, at {_utc(new)}")
+    if base != new and base > new - window:
+        raise click.UsageError(
+            f"the windows overlap: one ends at {_utc(base)}, the other begins at {_utc(new - window)}; "
+            "choose a shorter --since, or other times"
+        )
+    return base, new
+
+
+def _utc(time: float) -> str:
+    return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _window(end: float, seconds: int) -> Window:
+    return Window(datetime.fromtimestamp(end - seconds, UTC), datetime.fromtimestamp(end, UTC))

@@ -29,6 +29,9 @@ def changelog(comparison: Comparison) -> str:
     ]
     for command in dict.fromkeys(format_command(side.report.command) for side in (base, new)):
         lines += _wrapped(command, "  ")
+    for side in (base, new):
+        if side.window:
+            lines += _wrapped(f"{side.title}: {side.window}", "  ")
     rows: list[tuple[str, ...]] = []
     one, other = comparison.per_update(base), comparison.per_update(new)
     for label, left, right in (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from fractions import Fraction
 from functools import cached_property
 from math import comb
@@ -66,11 +67,24 @@ class Time:
 
 
 @dataclass(frozen=True)
+class Window:
+    """The time from which stored counts are, in UTC."""
+
+    begin: datetime
+    end: datetime
+
+    def __str__(self) -> str:
+        end = f"{self.end:%H:%M:%S}" if self.begin.date() == self.end.date() else f"{self.end:%Y-%m-%d %H:%M:%S}"
+        return f"{self.begin:%Y-%m-%d %H:%M:%S} to {end} UTC"
+
+
+@dataclass(frozen=True)
 class Side:
-    """The reports on one side of a comparison, their counts pooled."""
+    """The reports on one side of a comparison, their counts pooled. `window`: where they are from stored counts."""
 
     title: str
     reports: tuple[Report, ...]
+    window: Window | None = None
 
     @property
     def report(self) -> Report:
@@ -185,16 +199,22 @@ class Comparison:
 
 
 def compare(
-    base: Sequence[Report], new: Sequence[Report], *, force: bool = False, titles: tuple[str, str] | None = None
+    base: Sequence[Report],
+    new: Sequence[Report],
+    *,
+    force: bool = False,
+    titles: tuple[str, str] | None = None,
+    windows: tuple[Window | None, Window | None] = (None, None),
 ) -> Comparison:
     """Compare the reports of two sides.
 
     :param force: compare what should not be compared; the result says why
     :param titles: names of the sides; None: those of their first reports
+    :param windows: of the stored counts that the reports were made from
     :raises Incomparable: with every reason, unless `force`
     """
     titles = titles or _titles(base, new)
-    one, other = Side(titles[0], tuple(base)), Side(titles[1], tuple(new))
+    one, other = Side(titles[0], tuple(base), windows[0]), Side(titles[1], tuple(new), windows[1])
     reasons = [*_reasons(one), *_reasons(other), *_between(one, other)]
     if reasons and not force:
         raise Incomparable("; ".join(reasons) + " (--force compares them anyway)")
@@ -225,20 +245,23 @@ def layouts(one: Host, other: Host) -> str:
 def _reasons(side: Side) -> list[str]:
     """Why the reports of a side cannot be compared with any others."""
     found: dict[str, None] = {}
+    bounds: dict[str, dict[str, None]] = {}
     for report in side.reports:
         if report.totals.calls is None:
             found[f"{side.title}: calls cannot be observed on that kernel (layout {report.host.layout})"] = None
         elif not report.totals.filter_updates:
             found[f"{side.title}: no filter update was seen, so there is nothing to divide by"] = None
         if report.lower_bound:
-            which = side.title if report.title == side.title else f"{side.title} ({report.title})"
-            found[f"{which} is a lower bound: {lost(report)}"] = None
+            bounds.setdefault(lost(report), {})[report.title] = None
         if report.host.vendor != side.report.host.vendor:
             found[f"{side.title} has reports of hosts that are not the same kind of hardware"] = None
         elif report.host.layout != side.report.host.layout:
             found[f"{side.title} has reports of kernels with different layouts"] = None
         if report.command != side.report.command:
             found[f"{side.title} has reports of different workloads"] = None
+    for what, which in bounds.items():
+        names = ", ".join(list(which)[:_TITLES_SHOWN]) + (", ..." if len(which) > _TITLES_SHOWN else "")
+        found[f"{side.title if names == side.title else f'{side.title} ({names})'} is a lower bound: {what}"] = None
     return list(found)
 
 

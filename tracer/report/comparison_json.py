@@ -27,6 +27,7 @@ def comparison_json(comparison: Comparison) -> bytes:
         time = which.time()
         return {
             "title": which.title,
+            "window": which.window,
             "reports": len(which.reports),
             "host": which.report.host,
             "command": which.report.command,

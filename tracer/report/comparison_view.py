@@ -80,7 +80,8 @@ def _verdict_line(side: Side) -> str:
 def _ran(side: Side) -> str:
     count = len(side.reports)
     times = "" if count == 1 else f", {count} reports"
-    return f"{side.title}: {format_command(side.report.command)} ({side.updates:,} filter updates{times})"
+    when = f", {side.window}" if side.window else ""
+    return f"{side.title}: {format_command(side.report.command)} ({side.updates:,} filter updates{times}{when})"
 
 
 def lost_by(side: Side) -> str:

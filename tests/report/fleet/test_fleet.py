@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from fleets import (
     REDUNDANT,
     START,
     UPDATES,
+    Answer,
     Stored,
     amd_host,
     counted,
@@ -352,3 +354,44 @@ def test_the_command_compares_intel_with_amd(main: Main) -> None:
         assert out.startswith('maker="intel" names 13 bits a filter update, 13 of them redundant; maker="amd" 94, ? ')
         assert '\n  maker="amd": patch not applicable: KVM never had this patch for AMD SVM; 100 filter updates' in out
         assert "warning: not the same kind of hardware (Intel VMX and AMD SVM), so the times cannot be compared" in out
+
+
+def warned(stored: Stored, **more: object) -> Answer:
+    """As `storing`, with `warnings`, `infos` or the like in each answer."""
+
+    def answer(form: dict[str, str], headers: dict[str, str]) -> tuple[int, bytes]:
+        status, body = storing(stored, NOW)(form, headers)
+        return status, json.dumps(json.loads(body) | more).encode()
+
+    return answer
+
+
+SIDES = ("--base", 'group="base"', "--new", 'group="new"')
+
+
+def two_groups() -> Stored:
+    base = labelled(merged(host("a", enables=17), host("b", enables=17)), group="base")
+    return merged(base, labelled(merged(host("c"), host("d")), group="new"))
+
+
+def test_a_partial_answer_makes_a_lower_bound(main: Main) -> None:
+    with serving(warned(two_groups(), warnings=["store x is down"])) as url:
+        status, out, err = main("compare", "--prometheus", url, *SIDES)
+        forced = main("compare", "--prometheus", url, *SIDES, "--force")
+        [one, *_] = reports(Prometheus(url), ["{}"], 3600, NOW)
+    phrase = "Prometheus warned that series may be missing: store x is down"
+    assert (status, out) == (3, "")
+    assert err == (
+        f'msrtrace: error: group="base" (a, b) is a lower bound: {phrase}; group="new" (c, d) is a lower bound: '
+        f"{phrase} (--force compares them anyway)\n"
+    )
+    assert forced[0] == 0
+    assert f'FORCED despite: group="base" (a, b) is a lower bound: {phrase}' in " ".join(forced[1].split())
+    assert (one.lower_bound, one.loss.uncounted) == (True, [phrase])
+
+
+def test_remarks_that_mean_no_missing_series_are_warnings(main: Main) -> None:
+    with serving(warned(two_groups(), infos=["PromQL info: x"])) as url:
+        status, out, err = main("compare", "--prometheus", url, *SIDES)
+    assert (status, err) == (0, "")
+    assert "warning: Prometheus remarked: PromQL info: x" in out

@@ -13,8 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fleets import LOCAL, Stored, exposition, host, merged, openmetrics, relabelled
+from fleets import LOCAL, Stored, exposition, host, merged, openmetrics, relabelled, upgraded
 from needs import tool
+
+from tracer.model.errors import MsrtraceError
+from tracer.report.fleet.http_config import read_http_config
+from tracer.report.fleet.prometheus_api import Prometheus
 
 Main = Callable[..., tuple[int, str, str]]
 
@@ -32,9 +36,8 @@ def fleet() -> Stored:
     moved = relabelled(one(100, start=old + 3, group="moved"), scrapes[2], {"dc": "eu"})
     copies = (one(100, start=old + 4, group="copies", prometheus_replica=name) for name in "ab")
     alike = (one(100, start=old + 5, group="alike", shard=name) for name in "ab")
-    return merged(
-        one(100, group="agents", host="kvm1"), one(40, 17, old, group="agents", host="kvm2"), moved, *copies, *alike
-    )
+    agents = (one(100, group="agents", host="kvm1"), one(40, 17, old, group="agents", host="kvm2"))
+    return merged(*agents, moved, *copies, *alike, upgraded({**LOCAL, "group": "upgraded"}, now - 5400))
 
 
 def free_port() -> int:
@@ -44,16 +47,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str], ready: str, log: Path) -> Iterator[None]:
-    """Run a command for the duration of the context, which begins when the URL `ready` answers."""
+def running(command: list[str], ready: Callable[[], object], log: Path) -> Iterator[None]:
+    """Run a command for the duration of the context, which begins when `ready` raises nothing."""
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
             end = time.monotonic() + 60
             while True:
                 try:
-                    urllib.request.urlopen(ready, timeout=5).close()
+                    ready()
                     break
-                except OSError:
+                except (OSError, MsrtraceError):
                     assert process.poll() is None, log.read_text()
                     assert time.monotonic() < end, log.read_text()
                     time.sleep(0.1)
@@ -61,6 +64,11 @@ def running(command: list[str], ready: str, log: Path) -> Iterator[None]:
         finally:
             process.terminate()
             process.wait(30)
+
+
+def answers(url: str) -> Callable[[], object]:
+    """Asks a URL."""
+    return lambda: urllib.request.urlopen(url, timeout=5).close()
 
 
 @contextmanager
@@ -72,7 +80,8 @@ def prometheus(directory: Path) -> Iterator[str]:
     subprocess.run(blocks, cwd=directory, check=True, capture_output=True, timeout=60)
     address = f"127.0.0.1:{free_port()}"
     command = [tool("prometheus"), f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/data"]
-    with running([*command, f"--web.listen-address={address}"], f"http://{address}/-/ready", directory / "log"):
+    ready = answers(f"http://{address}/-/ready")
+    with running([*command, f"--web.listen-address={address}"], ready, directory / "log"):
         yield f"http://{address}"
 
 
@@ -81,7 +90,7 @@ def victoria_metrics(directory: Path) -> Iterator[str]:
     """A single-node VictoriaMetrics that has stored the fleet."""
     address = f"127.0.0.1:{free_port()}"
     command = [tool("victoria-metrics"), f"-storageDataPath={directory}/data", f"-httpListenAddr={address}"]
-    with running(command, f"http://{address}/health", directory / "log"):
+    with running(command, answers(f"http://{address}/health"), directory / "log"):
         for path, body in (("api/v1/import/prometheus", exposition(fleet()).encode()), ("internal/force_flush", None)):
             urllib.request.urlopen(f"http://{address}/{path}", data=body, timeout=30).close()
         yield f"http://{address}"
@@ -127,3 +136,64 @@ def test_ambiguous_series_are_refused(main: Main, url: str) -> None:
     status, out, err = main("compare", "--prometheus", url, "--base", 'host="kvm2"', "--new", 'group="alike"')
     assert (status, out) == (1, "")
     assert "differ in the label shard and their counts do not decide it; select one of them, as with {shard=" in err
+
+
+def test_a_host_before_and_after_an_upgrade(main: Main, url: str) -> None:
+    upgrade = int(time.time()) - 5400 + 60  # the fleet was made within the last minute or so
+    sides = ("--base", 'group="upgraded"', "--new", 'group="upgraded"', "--base-at", str(upgrade))
+    status, out, err = main("compare", "--prometheus", url, *sides, "--since", "1h", "--format", "json")
+    assert (status, err) == (0, "")
+    base, new = (json.loads(out)[side] for side in ("base", "new"))
+    assert [(side["filter_updates"], side["per_filter_update"]["calls"]) for side in (base, new)] == [
+        (100, 30),
+        (60, 13),
+    ]
+    assert [side["host"]["kernel"] for side in (base, new)] == ["5.19.17", "6.1.0"]
+
+
+#: Of the password "secret", for Prometheus' --web.config.file.
+BCRYPT = "$2b$04$MLvz.5yCd8.s8gvIE7n/2eZ0UN13YusyJjLWb.5rGJ3KB3vBzEE5O"
+
+
+def secured_prometheus(directory: Path, address: str) -> list[str]:
+    """A Prometheus with TLS, which asks for a user and a password."""
+    request = [tool("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    subject = ["-subj", "/CN=prometheus.example", "-addext", "subjectAltName=DNS:prometheus.example", "-days", "2"]
+    files = ["-keyout", f"{directory}/key.pem", "-out", f"{directory}/cert.pem"]
+    subprocess.run([*request, *subject, *files], capture_output=True, check=True)
+    web = f"tls_server_config: {{cert_file: cert.pem, key_file: key.pem}}\nbasic_auth_users: {{user: '{BCRYPT}'}}\n"
+    (directory / "web.yml").write_text(web)
+    (directory / "prometheus.yml").write_text("")
+    options = {"config.file": "prometheus.yml", "storage.tsdb.path": "data", "web.config.file": "web.yml"}
+    paths = [f"--{option}={directory}/{name}" for option, name in options.items()]
+    return [tool("prometheus"), *paths, f"--web.listen-address={address}"]
+
+
+def secured_victoria_metrics(directory: Path, address: str) -> list[str]:
+    """A VictoriaMetrics that asks for a user and a password."""
+    credentials = ["-httpAuth.username=user", "-httpAuth.password=secret"]
+    return [tool("victoria-metrics"), f"-storageDataPath={directory}/data", f"-httpListenAddr={address}", *credentials]
+
+
+@pytest.mark.parametrize(
+    ("command", "scheme", "tls"),
+    [
+        (secured_prometheus, "https", "tls_config: {ca_file: cert.pem, server_name: prometheus.example}\n"),
+        (secured_victoria_metrics, "http", ""),
+    ],
+)
+def test_a_server_with_a_password(
+    tmp_path: Path, command: Callable[[Path, str], list[str]], scheme: str, tls: str
+) -> None:
+    config, wrong = tmp_path / "http.yml", tmp_path / "wrong.yml"
+    config.write_text(f"{tls}basic_auth: {{username: user, password_file: password}}\n")
+    wrong.write_text(f"{tls}basic_auth: {{username: user, password: hidden}}\n")
+    (tmp_path / "password").write_text("secret\n")
+    address = f"127.0.0.1:{free_port()}"
+    server = command(tmp_path, address)
+    allowed = Prometheus(f"{scheme}://{address}", read_http_config(config))
+    with running(server, allowed.now, tmp_path / "log"):
+        assert abs(allowed.now() - time.time()) < 60
+        with pytest.raises(MsrtraceError, match="refused the query: 401 Unauthorized") as error:
+            Prometheus(f"{scheme}://{address}", read_http_config(wrong)).now()
+    assert "hidden" not in str(error.value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import msgspec
@@ -17,7 +17,7 @@ import msgspec
 from tracer.model.errors import MsrtraceError
 from tracer.report.fleet.counts import Grown, check_complete, snapshot, vendor_of
 from tracer.report.fleet.lineage import Process, processes
-from tracer.report.fleet.prometheus_api import Prometheus, Series, seconds
+from tracer.report.fleet.prometheus_api import Prometheus, Series, point_in_time, seconds
 from tracer.report.fleet.runs import runs
 from tracer.report.fleet.targets import (
     INFO,
@@ -37,10 +37,12 @@ from tracer.report.fleet.targets import (
 from tracer.report.making import HostInfo, make
 from tracer.report.report import Report
 
-__all__ = ["Fleet", "Prometheus", "compared", "reports", "seconds"]
+__all__ = ["Fleet", "Prometheus", "before_and_after", "compared", "point_in_time", "reports", "seconds"]
 
 #: A process that started this long before the last scrape of another is not a restart of that.
 _OVERLAP_SECONDS = 10.0
+#: The most of the server's warnings that are shown: each of its stores may have one for each query.
+_REMARKS = 3
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,28 @@ def reports(prometheus: Prometheus, selectors: Iterable[str], window: int, end: 
     return compared(prometheus, [selectors], window, end).sides[0]
 
 
-def compared(prometheus: Prometheus, sides: Sequence[Iterable[str]], window: int, end: float) -> Fleet:
+def before_and_after(
+    prometheus: Prometheus, sides: Sequence[Iterable[str]], window: int, ends: Sequence[float]
+) -> Fleet:
+    """As `compared`, for windows that do not overlap, so that a host may be on several sides: one end for each."""
+    fleets = [compared(prometheus, [side], window, end, past=True) for side, end in zip(sides, ends, strict=True)]
+    warnings = dict.fromkeys(warning for fleet in fleets for warning in fleet.warnings)
+    return Fleet([fleet.sides[0] for fleet in fleets], list(warnings))
+
+
+def compared(
+    prometheus: Prometheus, sides: Sequence[Iterable[str]], window: int, end: float, *, past: bool = False
+) -> Fleet:
     """As `reports`, for the selectors of each side.
 
     Raises MsrtraceError also if a host that counted something is on two sides.
+
+    :param past: whether `end` is not now, so that errors name it
     """
-    matched = [_matched(prometheus, selectors, window, end) for selectors in sides]
+    when = f"in the last {window} s" + (
+        f" before {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M:%S} UTC" if past else ""
+    )
+    matched = [_matched(prometheus, selectors, window, end, when) for selectors in sides]
     stored: dict[Target, Stream] = {}
     for side in matched:
         for stream in side.values():
@@ -95,18 +113,22 @@ def compared(prometheus: Prometheus, sides: Sequence[Iterable[str]], window: int
         check_complete(one)
     hosts = [_hosts(_of_side(found, matched, number)) for number in range(len(matched))]
     titles = _titles([host for side in hosts for host in side])
-    return Fleet([_reports(side, titles) for side in hosts], _warnings(found))
+    missing = [f"Prometheus warned that series may be missing: {text}" for text in prometheus.incomplete]
+    remarks = [f"Prometheus remarked: {text}" for text in prometheus.notices[:_REMARKS]]
+    return Fleet([_reports(side, titles, missing[:_REMARKS]) for side in hosts], [*_warnings(found), *remarks])
 
 
-def _matched(prometheus: Prometheus, selectors: Iterable[str], window: int, end: float) -> dict[Target, Stream]:
-    """The streams of msrtrace that any of the selectors matches."""
+def _matched(
+    prometheus: Prometheus, selectors: Iterable[str], window: int, end: float, when: str
+) -> dict[Target, Stream]:
+    """The streams of msrtrace that any of the selectors matches; `when` has the window in words."""
     result: dict[Target, Stream] = {}
     for text in selectors:
         inside = text.strip().removeprefix("{").removesuffix("}").strip().rstrip(",")
         found = streams(_stored(prometheus, inside, window, end))
         ours = {target: stream for target, stream in found.items() if any(name != START for name, _ in stream.series)}
         if not ours:
-            raise MsrtraceError(f"Prometheus has no series of msrtrace for {{{inside}}} in the last {window} s")
+            raise MsrtraceError(f"Prometheus has no series of msrtrace for {{{inside}}} {when}{_remarks(prometheus)}")
         if all(name == INFO for stream in ours.values() for name, _ in stream.series):
             labels = ", ".join((*OWN[INFO], *MAYBE_OWN[INFO]))
             raise MsrtraceError(
@@ -116,6 +138,11 @@ def _matched(prometheus: Prometheus, selectors: Iterable[str], window: int, end:
         for stream in ours.values():
             _add(result, stream)
     return result
+
+
+def _remarks(prometheus: Prometheus) -> str:
+    """What may explain that series are missing."""
+    return "".join(f"; it warned: {text}" for text in prometheus.incomplete[:_REMARKS])
 
 
 def _add(streams: dict[Target, Stream], more: Stream) -> None:
@@ -222,12 +249,13 @@ def _titles(hosts: Sequence[_Host]) -> dict[_Host, str]:
     return titles
 
 
-def _reports(hosts: Sequence[_Host], titles: Mapping[_Host, str]) -> list[Report]:
-    found = [_report(titles[host], host) for host in hosts]
+def _reports(hosts: Sequence[_Host], titles: Mapping[_Host, str], missing: Sequence[str]) -> list[Report]:
+    found = [_report(titles[host], host, missing) for host in hosts]
     return [report for report in found if report.totals.filter_updates] or found
 
 
-def _report(title: str, host: _Host) -> Report:
+def _report(title: str, host: _Host, missing: Sequence[str]) -> Report:
+    """The report on a host, a lower bound if anything is `missing`: a phrase each."""
     info = host.grown[-1].info
     first = min(one.process.first for one in host.grown)
     last = max(one.process.last for one in host.grown)
@@ -236,7 +264,7 @@ def _report(title: str, host: _Host) -> Report:
     for one in host.grown:
         notes += _copies(title, one.process)
     made = make(
-        snapshot(info, host.grown),
+        replace(snapshot(info, host.grown), uncounted=tuple(missing)),
         HostInfo(kernel=info.get("kernel", "?"), version="", cpu="", module_parameters={}),
         started=datetime.fromtimestamp(first, UTC),
         duration=last - first,

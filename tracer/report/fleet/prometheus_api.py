@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A client of the Prometheus HTTP API, which VictoriaMetrics has, too.
+"""A client of the Prometheus HTTP API, which VictoriaMetrics, Thanos, Mimir and Cortex have, too.
 
 https://prometheus.io/docs/prometheus/latest/querying/api/
 """
 
 from __future__ import annotations
 
-import base64
 import http.client
 import json
 import math
@@ -18,11 +17,18 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from tracer.model.errors import MsrtraceError
+from tracer.model.text import printable
+from tracer.report.fleet.http_config import HttpConfig, basic_credentials
 
 _TIMEOUT_SECONDS = 60.0
+#: The most bytes of an error that are read, and characters of a remark that are shown.
+_LONGEST_ERROR, _REMARK = 1 << 16, 500
+#: Thanos' own parameters, which others ignore: replicas as one, and never downsampled.
+_THANOS = {"dedup": "true", "max_source_resolution": "0s"}
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 #: No counter of ours is larger: they are unsigned 64-bit numbers in the kernel, and floats here.
 _LARGEST = 2.0**63
@@ -36,6 +42,28 @@ def seconds(text: str) -> int:
     if not 0 < total <= 10 * 365 * 86400:
         raise ValueError(f"{text!r} is not between 1 s and ten years")
     return total
+
+
+def point_in_time(text: str) -> float:
+    """A time as promtool takes it, RFC 3339 or Unix seconds, in seconds since 1970. Raises ValueError."""
+    if re.fullmatch(r"\+?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", text, re.IGNORECASE):
+        found = float(text)
+    elif re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.,][0-9]+)?", text, re.IGNORECASE):
+        raise ValueError(f"{text!r} has no time zone: add Z for UTC, or an offset such as +02:00")
+    elif re.fullmatch(
+        r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.,][0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})",
+        text,
+        re.IGNORECASE,
+    ):
+        try:
+            found = datetime.fromisoformat(text.upper().replace(",", ".")).timestamp()
+        except ValueError as error:
+            raise ValueError(f"{text!r} is not a time: {error}") from None
+    else:
+        raise ValueError(f"{text!r} is neither a time such as 2024-05-01T12:00:00Z nor Unix seconds such as 1714564800")
+    if found < 0:
+        raise ValueError(f"{text!r} is before 1970")
+    return found
 
 
 @dataclass(frozen=True)
@@ -80,40 +108,74 @@ class Series:
 
 
 class Prometheus:
-    """A server with the Prometheus HTTP API, at a URL (which may contain a user and a password)."""
+    """A server with the Prometheus HTTP API, at a URL (which may contain a user and a password).
 
-    def __init__(self, url: str) -> None:
-        """Raises MsrtraceError if the URL is invalid."""
-        try:
-            parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-        except ValueError:
-            parts = urllib.parse.urlsplit("")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise MsrtraceError(f"{url!r} is not the URL of a Prometheus, such as http://127.0.0.1:9090")
+    `notices` is what the server remarked on its answers; `incomplete` are remarks after which series may be missing,
+    as from Thanos' partial responses.
+    """
+
+    def __init__(self, url: str, config: HttpConfig | None = None) -> None:
+        """Raises MsrtraceError if the URL is invalid, or both it and `config` have credentials."""
+        config = config or HttpConfig()
+        parts = _split(url)
         host = parts.netloc.rpartition("@")[2]
         self.url = urllib.parse.urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
-        self._headers = {"Accept": "application/json"}
-        if parts.username:
-            user = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-            self._headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
+        self._headers = {"Accept": "application/json", **config.headers}
+        self._secrets = config.secrets
+        if parts.username or parts.password:
+            if "Authorization" in config.headers:
+                raise MsrtraceError("both the URL and --http.config.file have credentials; leave one of them out")
+            user, password = urllib.parse.unquote(parts.username or ""), urllib.parse.unquote(parts.password or "")
+            self._headers["Authorization"] = basic_credentials(user, password)
+            self._secrets = (*self._secrets, *filter(None, (password, parts.password)))
+        self._opener = config.opener()
+        self.notices: list[str] = []
+        self.incomplete: list[str] = []
 
     def _query(self, expression: str, time: float | None = None) -> Any:
         """The `data` of an instant query. Raises MsrtraceError."""
-        form = {"query": expression} | ({"time": f"{time:.3f}"} if time is not None else {})
+        form = {"query": expression} | _THANOS | ({"time": f"{time:.3f}"} if time is not None else {})
         request = urllib.request.Request(
             f"{self.url}/api/v1/query", data=urllib.parse.urlencode(form).encode(), headers=self._headers
         )
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:
+            with self._opener.open(request, timeout=_TIMEOUT_SECONDS) as answer:
                 reply = json.load(answer)
         except urllib.error.HTTPError as error:
-            raise MsrtraceError(f"Prometheus at {self.url} refused the query: {_reason(error)}") from None
+            with error:
+                why = self._without_secrets(_reason(error))
+            raise MsrtraceError(f"Prometheus at {self.url} refused the query: {why}") from None
         except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
-            why = getattr(error, "reason", error)
+            why = self._without_secrets(str(getattr(error, "reason", error)))
             raise MsrtraceError(f"cannot query Prometheus at {self.url}: {why}") from None
         if not isinstance(reply, dict) or reply.get("status") != "success":
             raise self._unexpected()
+        self._heed(reply)
         return reply.get("data")
+
+    def _heed(self, reply: Mapping[str, Any]) -> None:
+        """Keep what the server remarked on its answer.
+
+        `warnings` may mean that series are missing (a store of Thanos or a remote read failed), unless PromQL's own
+        annotations say otherwise (util/annotations in Prometheus); `infos` never do. VictoriaMetrics' cluster has
+        `isPartial` instead.
+        """
+        for key in ("warnings", "infos"):
+            remarks = reply.get(key)
+            for remark in remarks if isinstance(remarks, list) else []:
+                text = printable(self._without_secrets(str(remark)), _REMARK)
+                missing = key == "warnings" and not text.startswith("PromQL ")
+                kept = self.incomplete if missing else self.notices
+                if text not in kept:
+                    kept.append(text)
+        partial = "the answer is partial (isPartial)"
+        if reply.get("isPartial") is True and partial not in self.incomplete:
+            self.incomplete.append(partial)
+
+    def _without_secrets(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "<secret>")
+        return text
 
     def _unexpected(self) -> MsrtraceError:
         return MsrtraceError(f"{self.url} does not answer like a Prometheus; check the URL")
@@ -155,8 +217,38 @@ def _number(value: object) -> float:
     return math.nan if value is None else float(str(value))
 
 
-def _reason(error: urllib.error.HTTPError) -> str:
+def _split(url: str) -> urllib.parse.SplitResult:
+    """The parts of a URL. Raises MsrtraceError, which has nothing of it that may be a password or a token."""
     try:
-        return str(json.load(error)["error"])
-    except (ValueError, KeyError, TypeError, OSError):
-        return f"{error.code} {error.reason}"
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is not a number, or an address in brackets is wrong
+        valid = False
+    if valid and "@" in parts.path + parts.query + parts.fragment:
+        raise MsrtraceError(
+            "the URL of Prometheus has an @ after its host: write /, ?, # and @ in a password as %2F, ..."
+        )
+    if not valid:
+        shown = "the given text" if re.search(r"[@?#]|:(?!//)", url) else repr(url)
+        raise MsrtraceError(f"{shown} is not the URL of a Prometheus, such as http://127.0.0.1:9090")
+    return parts
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """Why a server refused: the error in its JSON; or the status and, as Mimir has it, a line of plain text."""
+    status = f"{error.code} {error.reason}"
+    if 300 <= error.code < 400:
+        to = urllib.parse.urlsplit(error.headers.get("Location", ""))
+        place = urllib.parse.urlunsplit((to.scheme, to.netloc.rpartition("@")[2], to.path, "", ""))
+        return f"{status}: it redirects to {printable(place, _REMARK)}"
+    try:
+        body = error.read(_LONGEST_ERROR)
+    except (OSError, http.client.HTTPException):
+        return status
+    try:
+        return str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = body.decode(errors="replace").strip()
+    if error.headers.get_content_type() != "text/plain" or not text or text.startswith("<"):
+        return status
+    return f"{status}: {printable(text.splitlines()[0], _REMARK)}"
