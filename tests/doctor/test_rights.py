@@ -55,6 +55,15 @@ def test_lockdown_without_securityfs_is_what_refused(host: Host, cmdline: str) -
     )
 
 
+def test_lockdown_that_nothing_shows_may_have_refused(host: Host) -> None:
+    host.remove("sys/kernel/security/lockdown")
+    assert explain_eperm(host.machine) == (
+        "the kernel refused: probably SELinux or another security module, or lockdown by the kernel's config: see sudo "
+        "dmesg and sudo ausearch -m avc -ts recent; sudo mount -t securityfs securityfs /sys/kernel/security, which "
+        "shows lockdown to msrtrace doctor"
+    )
+
+
 def test_what_permits_kprobes_is_not_what_refused(host: Host) -> None:
     host.remove("sys/kernel/security/lockdown")
     host.write("proc/cmdline", "lockdown=integrity")

@@ -63,6 +63,9 @@ def explain_eperm(machine: Machine) -> str:
         if check.state in (State.FAILED, State.WARNING):
             return f"the kernel refused: {check.detail}: {check.fix}"
     why, fix = "probably SELinux or another security module", "see sudo dmesg and sudo ausearch -m avc -ts recent"
+    if not rights.lockdown_asked(machine) and not machine.at(rights.LOCKDOWN).exists():
+        why = "probably SELinux or another security module, or lockdown by the kernel's config"
+        fix += "; sudo mount -t securityfs securityfs /sys/kernel/security, which shows lockdown to msrtrace doctor"
     if search(r"^Seccomp:\s*(\d)", machine.text("/proc/self/status", "")) == "2":
         why = "probably the seccomp filter of the container or service"
         fix = "allow bpf and perf_event_open (docker run --security-opt seccomp=unconfined, SystemCallFilter=)"

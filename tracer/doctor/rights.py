@@ -9,6 +9,7 @@ from tracer.doctor.check import Found, State
 from tracer.doctor.packages import distribution
 from tracer.kernel.machine import SYS_ADMIN, Machine, search
 
+LOCKDOWN = "/sys/kernel/security/lockdown"
 _CMDLINE = "the kernel command line"
 _REMOVE = "remove lockdown=confidentiality from {}, and reboot"
 
@@ -32,7 +33,7 @@ def explain_lockdown(machine: Machine) -> str | None:
 
 def check_lockdown(machine: Machine) -> Found:
     """Only confidentiality forbids kprobes and BPF's reads (enum lockdown_reason in include/linux/security.h)."""
-    path, asked = "/sys/kernel/security/lockdown", lockdown_asked(machine)
+    path, asked = LOCKDOWN, lockdown_asked(machine)
     if not machine.at(path).exists():
         if not asked:
             return State.OK, "none found (securityfs is not mounted, or the kernel has no lockdown)", None
