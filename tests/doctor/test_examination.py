@@ -63,6 +63,16 @@ def test_a_good_host_with_an_amd_cpu_needs_no_fix(amd: Host) -> None:
     }
 
 
+def test_several_obstacles_are_all_named(host: Host) -> None:
+    host.remove("usr/src")
+    host.remove("usr/lib/python3/dist-packages/bcc")
+    host.write("proc/sys/kernel/ftrace_enabled", "0\n")
+    host.unload()
+    assert obstacle(host.machine) == (
+        f"kvm_intel is not loaded: {MODPROBE}; and not only that (headers, bcc, tracefs): sudo msrtrace doctor"
+    )
+
+
 def _garbage(file: Path) -> None:
     file.write_bytes(b"\xff\xfe\0[:=\n1 2\n" * 3)
 

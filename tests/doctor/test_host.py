@@ -98,6 +98,54 @@ def test_amd_without_svm(amd: Host, vendor: str, flags: str, detail: str, fix: s
     assert obstacle(amd.machine) == f"{detail}: {fix}"
 
 
+WSLCONFIG = (
+    "on Windows, put nestedVirtualization=true below [wsl2] in %UserProfile%\\.wslconfig, then wsl --shutdown "
+    "(Windows 11 or newer)"
+)
+HYPER_V = "on its Hyper-V host, with the VM off: Set-VMProcessor -VMName NAME -ExposeVirtualizationExtensions $true"
+
+
+@pytest.mark.parametrize("flags", [cpuinfo(flags="fpu hypervisor"), amd_cpuinfo("fpu hypervisor")])
+@pytest.mark.parametrize(
+    ("release", "files", "fix"),
+    [
+        ("5.15.153.1-microsoft-standard-WSL2", {}, WSLCONFIG),
+        ("6.18.44-custom", {"proc/sys/fs/binfmt_misc/WSLInterop": "enabled"}, WSLCONFIG),
+        (
+            RELEASE,
+            {
+                "sys/class/dmi/id/sys_vendor": "Microsoft Corporation\n",
+                "sys/class/dmi/id/product_name": "Virtual Machine\n",
+            },
+            HYPER_V,
+        ),
+        (RELEASE, {"sys/bus/vmbus/uevent": ""}, HYPER_V),
+        (
+            RELEASE,
+            {
+                "sys/bus/vmbus/uevent": "",
+                "sys/class/dmi/id/chassis_asset_tag": "7783-7084-3265-9085-8269-3286-77\n",
+            },
+            "take a size of VM that supports nested virtualization",
+        ),
+        (
+            RELEASE,
+            {"sys/class/dmi/id/sys_vendor": "VMware, Inc.\n"},
+            'with the VM off, expose hardware-assisted virtualization to the guest (vhv.enable = "TRUE" in its .vmx)',
+        ),
+    ],
+)
+def test_nested_virtualisation_is_enabled_as_the_hypervisor_has_it(
+    host: Host, flags: str, release: str, files: dict[str, str], fix: str
+) -> None:
+    host.write("proc/cpuinfo", flags)
+    host.be(release=release)
+    for file, content in files.items():
+        host.write(file, content)
+    cpu = next(check for check in examine(host.machine) if check.name == "cpu")
+    assert (cpu.state, cpu.fix) == (FAILED, fix)
+
+
 @pytest.mark.parametrize(
     ("text", "detail"),
     [
@@ -367,6 +415,14 @@ def test_built_into_a_kernel_whose_functions_have_suffixes(host: Host) -> None:
     host.write("proc/kallsyms", "".join(f"ffffffff8106{n}f30 t {name}\n" for n, name in enumerate(names)))
     check = host.check("symbols")
     assert (check.state, check.detail) == (OK, f"layout toggle (kernels 5.13-6.16): {', '.join(names[1:])}")
+
+
+def test_kvm_built_in_without_kvm_intel(host: Host) -> None:
+    image = ["kvm_vcpu_ioctl", "kvm_vm_ioctl_set_msr_filter"]
+    lines = "".join(f"ffffffff8106{n}f30 t {name}\n" for n, name in enumerate(image))
+    host.write("proc/kallsyms", lines + kallsyms(*RECALC[:2]).partition("\n")[2])
+    check = host.check("symbols")
+    assert (check.state, check.detail) == (OK, f"layout recalc (kernels 6.18+): {', '.join(RECALC)}")
 
 
 COPY = "ffffffffc0d00000 t vmx_msr_filter_changed\t[kpatch_x]\n"

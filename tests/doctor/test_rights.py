@@ -43,6 +43,33 @@ def test_securityfs_not_mounted(host: Host) -> None:
     assert host.found("lockdown") == (UNKNOWN, "sudo mount -t securityfs securityfs /sys/kernel/security")
 
 
+@pytest.mark.parametrize(
+    "cmdline", ["lockdown=confidentiality", "ro lockdown=integrity lockdown=confidentiality lockdown=integrity quiet"]
+)
+def test_lockdown_without_securityfs_is_what_refused(host: Host, cmdline: str) -> None:
+    host.remove("sys/kernel/security/lockdown")
+    host.write("proc/cmdline", cmdline)
+    assert explain_eperm(host.machine) == (
+        "the kernel refused: probably lockdown: the kernel command line has lockdown=confidentiality, which forbids "
+        "kprobes even for root: remove lockdown=confidentiality from the kernel command line, and reboot"
+    )
+
+
+def test_lockdown_that_nothing_shows_may_have_refused(host: Host) -> None:
+    host.remove("sys/kernel/security/lockdown")
+    assert explain_eperm(host.machine) == (
+        "the kernel refused: probably SELinux or another security module, or lockdown by the kernel's config: see sudo "
+        "dmesg and sudo ausearch -m avc -ts recent; sudo mount -t securityfs securityfs /sys/kernel/security, which "
+        "shows lockdown to msrtrace doctor"
+    )
+
+
+def test_what_permits_kprobes_is_not_what_refused(host: Host) -> None:
+    host.remove("sys/kernel/security/lockdown")
+    host.write("proc/cmdline", "lockdown=integrity")
+    assert "lockdown" not in explain_eperm(host.machine)
+
+
 def test_not_root(host: Host) -> None:
     host.write("proc/self/status", status(0))
     host.be(euid=1000)

@@ -10,55 +10,6 @@ from tracer.doctor.check import Check
 from tracer.doctor.examination import obstacle
 
 
-@pytest.mark.parametrize(
-    ("os_release", "release", "fix"),
-    [
-        ("ID=debian", RELEASE, f"sudo apt-get install linux-headers-{RELEASE}"),
-        ("ID=ubuntu\nID_LIKE=debian", "6.8.0-45-generic", "sudo apt-get install linux-headers-6.8.0-45-generic"),
-        ("ID=debian", "6.12.117+deb13-amd64", "sudo apt-get install linux-headers-6.12.117+deb13-amd64"),
-        ("ID=debian", "6.8.12-4-pve", "sudo apt-get install proxmox-headers-6.8.12-4-pve"),
-        ("ID=fedora", "6.11.4-301.fc41.x86_64", "sudo dnf install kernel-devel-6.11.4-301.fc41.x86_64"),
-        (
-            'ID="rhel"\nID_LIKE="fedora"',
-            "5.14.0-427.13.1.el9_4.x86_64+rt",
-            "sudo dnf install kernel-rt-devel-5.14.0-427.13.1.el9_4.x86_64",
-        ),
-        (
-            'ID="rocky"\nID_LIKE="rhel centos fedora"',
-            "5.14.0-427.el9.x86_64",
-            "sudo dnf install kernel-devel-5.14.0-427.el9.x86_64",
-        ),
-        (
-            'ID="ol"\nID_LIKE="fedora"',
-            "5.15.0-206.153.7.el9uek.x86_64",
-            "sudo dnf install kernel-uek-devel-5.15.0-206.153.7.el9uek.x86_64",
-        ),
-        ("ID=arch", "6.11.5-arch1-1", "sudo pacman -S linux-headers"),
-        ("ID=arch", "6.6.63-1-lts", "sudo pacman -S linux-lts-headers"),
-        (
-            'ID="opensuse-leap"\nID_LIKE="suse opensuse"',
-            "6.4.0-150600.23-default",
-            "sudo zypper install kernel-default-devel",
-        ),
-        ('ID="opensuse-tumbleweed"', "6.11.3-1-default", "sudo zypper install kernel-default-devel"),
-        ("ID=alpine", "6.6.58-0-lts", "sudo apk add linux-lts-dev"),
-        ("ID=nixos", "6.6.58", "install the headers of kernel 6.6.58, or set BCC_KERNEL_SOURCE to them"),
-    ],
-)
-def test_no_headers(host: Host, os_release: str, release: str, fix: str) -> None:
-    host.remove("usr/src")
-    host.write("etc/os-release", f'NAME="some"\n{os_release}\nVERSION_ID="1"\n')
-    host.be(release=release)
-    for link in ("build", "source"):
-        host.remove(f"lib/modules/{RELEASE}/{link}")
-    detail = (
-        "no kernel headers, which BCC needs to compile (this msrtrace came without the compiled BPF program): "
-        f"/lib/modules/{release}/build/include/linux/kconfig.h does not exist"
-    )
-    assert host.check("headers") == Check("headers", FAILED, detail, fix)
-    assert obstacle(host.machine) == f"{detail}: {fix}"
-
-
 def test_headers_in_one_tree(host: Host) -> None:
     host.remove(f"lib/modules/{RELEASE}/source")
     host.write(f"usr/src/linux-headers-{RELEASE}/include/linux/kconfig.h")
@@ -166,6 +117,41 @@ def test_bcc_in_the_working_directory(host: Host, file: str, shown: str, monkeyp
     check = host.check("bcc")
     assert check.detail == f"{host.root}/work/{shown} in the working directory hides BCC"
     assert (check.state, check.fix) == (FAILED, "start msrtrace elsewhere: cd /")
+
+
+@pytest.mark.parametrize(
+    ("link", "site"),
+    [
+        ("python3.9", "usr/lib/python3.9/site-packages"),
+        ("python3.9", "usr/lib/python3/dist-packages"),
+        ("python3.9", ""),
+    ],
+)
+def test_bcc_for_a_python_that_is_too_old(host: Host, link: str, site: str) -> None:
+    host.remove("usr/lib/python3")
+    if site:
+        host.package("", site=site)
+    (host.root / "usr/bin").mkdir()
+    (host.root / "usr/bin/python3").symlink_to(link)
+    host.be(python_path=("/nowhere",), python="/usr/bin/python3.11")
+    check = host.check("bcc")
+    assert check.detail == (
+        "BCC's package is for Python 3.9, and msrtrace needs 3.11 (this msrtrace came without the compiled BPF program)"
+    )
+    assert (check.state, check.fix) == (
+        FAILED,
+        "install a wheel of msrtrace that has the compiled BPF program (make wheel): it needs BCC's library alone",
+    )
+    host.be(compiled=True)
+    assert host.check("bcc").state is OK
+
+
+@pytest.mark.parametrize("link", ["python3.13", "python3"])
+def test_bcc_for_a_python_that_is_new_enough(host: Host, link: str) -> None:
+    host.be(python_path=("/nowhere",))
+    (host.root / "usr/bin").mkdir()
+    (host.root / "usr/bin/python3").symlink_to(link)
+    assert host.check("bcc").detail.startswith("BCC is installed for /usr/bin/python3, but ")
 
 
 def test_directory_named_bcc_without_a_module_hides_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

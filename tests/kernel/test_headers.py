@@ -54,7 +54,13 @@ def test_what_the_user_sets_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "tree", ["usr/src/linux-headers-6.8.0-45-generic", "usr/src/kernels/6.11", "lib/modules/1/build"]
+    "tree",
+    [
+        "usr/src/linux-headers-6.8.0-45-generic",
+        "usr/src/kernels/6.11",
+        "lib/modules/1/build",
+        "run/booted-system/kernel-modules/lib/modules/1/build",
+    ],
 )
 def test_those_of_any_other_kernel_will_do(tmp_path: Path, tree: str) -> None:
     write(tmp_path, f"{tree}/{COMMON}", f"{tree}/{GENERATED}")
@@ -67,6 +73,20 @@ def test_debians_two_trees_are_joined(tmp_path: Path) -> None:
         f"usr/src/linux-headers-6.12.117+deb13-amd64/{GENERATED}",
         f"usr/src/linux-headers-6.12.117+deb13-common/{COMMON}",
     )
+    scratch = tmp_path / "scratch"
+    assert header_settings(scratch, tmp_path) == {"BCC_KERNEL_SOURCE": str(scratch)}
+    assert (scratch / COMMON).exists()
+    assert (scratch / GENERATED).exists()
+
+
+def test_the_two_trees_of_suse_are_joined(tmp_path: Path) -> None:
+    """As links, of a kernel that does not run: source and build."""
+    files = (f"usr/src/linux-6.11-obj/{GENERATED}", f"usr/src/linux-6.11/{COMMON}")
+    write(tmp_path, *files)
+    modules = tmp_path / "lib/modules/6.11-default"
+    modules.mkdir(parents=True)
+    (modules / "build").symlink_to(tmp_path / "usr/src/linux-6.11-obj")
+    (modules / "source").symlink_to(tmp_path / "usr/src/linux-6.11")
     scratch = tmp_path / "scratch"
     assert header_settings(scratch, tmp_path) == {"BCC_KERNEL_SOURCE": str(scratch)}
     assert (scratch / COMMON).exists()

@@ -15,6 +15,7 @@ import pytest
 from tracer.model.errors import MsrtraceError
 from tracer.program import compiler
 from tracer.program.compiler import build, compiled, is_compiled, shipped_content, shipped_file
+from tracer.program.loading import Loaded
 from tracer.program.program import Function, MapDefinition, Program, Relocation, Target, Variant
 from tracer.program.structs import Member
 
@@ -136,12 +137,33 @@ def test_what_was_shipped_is_loaded_and_nothing_is_compiled(tmp_path: Path, monk
     source = tmp_path / "program.c"
     source.write_text("one\n")
     monkeypatch.setattr(compiler, "compile_program", lambda *_: pytest.fail("compiled"))
+    assert not is_compiled(source)
     for definitions, file in (({}, "program.bin"), ({"FENTRY": 1}, "program-fentry.bin")):
-        assert not is_compiled(source)
         assert shipped_file(source, definitions) == tmp_path / file
         (tmp_path / file).write_bytes(shipped_content(source, definitions, ANY))
         assert compiled(source, definitions) == ANY
     assert is_compiled(source)
+
+
+def test_a_variant_that_cannot_be_compiled_is_passed_over_for_one_that_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headers may be gone, and one form of the program kept: the one that this kernel took."""
+
+    def compile_(*_: object) -> Program:
+        raise MsrtraceError("there are no kernel headers")
+
+    source = tmp_path / "program.c"
+    source.write_text("one\n")
+    monkeypatch.setattr(compiler, "compile_program", compile_)
+    monkeypatch.setattr(compiler, "load", lambda *_: Loaded({}, {}))
+    variants = [Variant("fentry", {"FENTRY": 1}, {}), Variant("kprobe", {}, {})]
+    with pytest.raises(MsrtraceError, match=r"^there are no kernel headers$"):
+        build(source, variants)
+    shipped_file(source, {}).write_bytes(shipped_content(source, {}, ANY))
+    assert is_compiled(source)
+    built = build(source, variants)
+    assert (built.backend, built.passed_over) == ("kprobe", ("there are no kernel headers",))
 
 
 @pytest.mark.parametrize("change", ["text", "content", "cut"])

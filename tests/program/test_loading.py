@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from dataclasses import replace
@@ -11,8 +12,8 @@ import pytest
 from needs import ROOT_ALONE
 
 from tracer.program import relocation
-from tracer.program.loading import load
-from tracer.program.program import Function, MapDefinition, Program, Target, Variant, VariantRejected
+from tracer.program.loading import load, translate_errors
+from tracer.program.program import Function, MapDefinition, NotPermitted, Program, Target, Variant, VariantRejected
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason=ROOT_ALONE)
 
@@ -52,6 +53,21 @@ def test_what_is_put_in_at_loading() -> None:
     # A jump to the next instruction; and the call stays what BCC made of it.
     assert without[13 * 8 :] == instruction(0x05, 0, 0) + code[14 * 8 :]
     assert without[11 * 8 : 12 * 8] == instruction(0x85, 0, kfunc)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "program of this type cannot use helper bpf_probe_read_kernel#113",
+        "cannot use helper bpf_probe_read_kernel#113",
+        "unknown func bpf_probe_read_kernel#113",
+    ],
+)
+def test_reads_that_the_kernel_forbids_are_not_permitted(line: str) -> None:
+    """As lockdown does: the verifier says EINVAL, as if there were no such helper."""
+    log = bytearray(f"0: (85) call bpf_probe_read_kernel#113\n{line}\nprocessed 1 insns\n\0".encode())
+    with pytest.raises(NotPermitted), translate_errors("refuses the BPF program f", log):
+        raise OSError(errno.EINVAL, "Invalid argument")
 
 
 RETURN_0 = instruction(0xB7, 0, 0) + instruction(0x95, 0, 0)

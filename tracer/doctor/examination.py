@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from tracer.doctor import host, rights, tools
@@ -35,24 +36,36 @@ def examine(machine: Machine) -> list[Check]:
 
 
 def obstacle(machine: Machine, ignore: Collection[str] = ()) -> str | None:
-    """The first thing that prevents tracing, as one line "what is wrong: what to do", or None.
+    """What prevents tracing, as one line "what is wrong: what to do", or None.
+
+    Of several obstacles the first, and the names of the others with the command that shows them all.
 
     The machine caches its symbols, which take 0.1 s to read, for the trace to come. BTF is not checked: it prevents
     nothing.
 
     :param ignore: names of checks to skip
     """
-    failed = (check for check in _checked(machine, ("btf", *ignore)) if check.state is State.FAILED)
-    return next((f"{check.detail}: {check.fix}" for check in failed), None)
+    failed = [check for check in _checked(machine, ("btf", *ignore)) if check.state is State.FAILED]
+    if not failed:
+        return None
+    others = [check.name for check in failed[1:] if check.fix not in {f"fix {one.name} first" for one in failed}]
+    first = f"{failed[0].detail}: {failed[0].fix}"
+    return f"{first}; and not only that ({', '.join(others)}): {machine.command} doctor" if others else first
 
 
 def explain_eperm(machine: Machine) -> str:
     """The probable reason for EPERM, which BCC reports as "Need super-user privileges" even to root: one line."""
+    with suppress(OSError):
+        if lockdown := rights.explain_lockdown(machine):
+            return f"the kernel refused: {lockdown}"
     checks = {check.name: check for check in _checked(replace(machine), ("btf", "bcc"))}
-    for check in (checks["lockdown"], checks["capabilities"], checks["perf-event-paranoid"]):
+    for check in (checks["capabilities"], checks["perf-event-paranoid"]):
         if check.state in (State.FAILED, State.WARNING):
             return f"the kernel refused: {check.detail}: {check.fix}"
     why, fix = "probably SELinux or another security module", "see sudo dmesg and sudo ausearch -m avc -ts recent"
+    if not rights.lockdown_asked(machine) and not machine.at(rights.LOCKDOWN).exists():
+        why = "probably SELinux or another security module, or lockdown by the kernel's config"
+        fix += "; sudo mount -t securityfs securityfs /sys/kernel/security, which shows lockdown to msrtrace doctor"
     if search(r"^Seccomp:\s*(\d)", machine.text("/proc/self/status", "")) == "2":
         why = "probably the seccomp filter of the container or service"
         fix = "allow bpf and perf_event_open (docker run --security-opt seccomp=unconfined, SystemCallFilter=)"

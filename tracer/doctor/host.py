@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from tracer.doctor.check import Found, State
+from tracer.doctor.hypervisors import enable_nested
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.copies import describe
 from tracer.kernel.layout import choose, places
@@ -24,9 +25,8 @@ def check_cpu(machine: Machine) -> Found:
         fix = f"run msrtrace on a host whose CPU has {' or '.join(features)}"
         return State.FAILED, f"{model} {why}; msrtrace traces {' and '.join(features)}", fix
     if "hypervisor" in cpu.flags:
-        given = f"give the VM a CPU with {vendor.cpu_flag} (QEMU: -cpu host, or +{vendor.cpu_flag})"
-        fix = f"on its host, load {vendor.module} with nested=1 (the default), and {given}"
-        return State.FAILED, f"{model} of a virtual machine, without nested {vendor.cpu_feature}", fix
+        detail = f"{model} of a virtual machine, without nested {vendor.cpu_feature}"
+        return State.FAILED, detail, enable_nested(machine, vendor)
     return State.FAILED, f"{model} has no {vendor.cpu_feature}, or the firmware has disabled it", vendor.firmware_fix
 
 

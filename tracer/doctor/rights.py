@@ -3,14 +3,37 @@
 
 from __future__ import annotations
 
+import re
+
 from tracer.doctor.check import Found, State
 from tracer.doctor.packages import distribution
 from tracer.kernel.machine import SYS_ADMIN, Machine, search
 
+LOCKDOWN = "/sys/kernel/security/lockdown"
+_CMDLINE = "the kernel command line"
+_REMOVE = "remove lockdown=confidentiality from {}, and reboot"
+
+
+def lockdown_asked(machine: Machine) -> str:
+    """The level that the kernel command line asks for, or "": the highest, as none is undone (security/lockdown)."""
+    asked = re.findall(r"(?<!\S)lockdown=(\w+)", machine.text("/proc/cmdline", ""))
+    return next((level for level in ("confidentiality", "integrity") if level in asked), asked[-1] if asked else "")
+
+
+def explain_lockdown(machine: Machine) -> str | None:
+    """Why the kernel refused, where it is lockdown, and what to do; None if nothing says that it is."""
+    state, detail, fix = check_lockdown(machine)
+    if state is State.FAILED:
+        return f"{detail}: {fix}"
+    if state is State.UNKNOWN and lockdown_asked(machine) == "confidentiality":
+        detail = f"probably lockdown: {_CMDLINE} has lockdown=confidentiality, which forbids kprobes even for root"
+        return f"{detail}: {_REMOVE.format(_CMDLINE)}"
+    return None
+
 
 def check_lockdown(machine: Machine) -> Found:
     """Only confidentiality forbids kprobes and BPF's reads (enum lockdown_reason in include/linux/security.h)."""
-    path, asked = "/sys/kernel/security/lockdown", search(r"\blockdown=(\w+)", machine.text("/proc/cmdline", ""))
+    path, asked = LOCKDOWN, lockdown_asked(machine)
     if not machine.at(path).exists():
         if not asked:
             return State.OK, "none found (securityfs is not mounted, or the kernel has no lockdown)", None
@@ -21,9 +44,12 @@ def check_lockdown(machine: Machine) -> Found:
         return State.UNKNOWN, f"{path} has an unknown level", None
     if level != "confidentiality":
         return State.OK, level + (", which permits kprobes and BPF" if level == "integrity" else ""), None
-    where = "the kernel command line" if asked == level else f"what writes it to {path}, or from the kernel's config"
-    fix = f"remove lockdown=confidentiality from {where}, and reboot"
-    return State.FAILED, "the kernel is locked down (confidentiality), which forbids kprobes even for root", fix
+    where = _CMDLINE if asked == level else f"what writes it to {path}, or from the kernel's config"
+    return (
+        State.FAILED,
+        "the kernel is locked down (confidentiality), which forbids kprobes even for root",
+        _REMOVE.format(where),
+    )
 
 
 def check_capabilities(machine: Machine) -> Found:

@@ -8,7 +8,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from tracer.doctor.check import Found, State
-from tracer.doctor.packages import install_command
+from tracer.doctor.containers import in_container, in_wsl
+from tracer.doctor.kernels import is_of_a_distribution
+from tracer.doctor.packages import distribution, install_bcc, install_headers, install_library, os_release
 from tracer.kernel.headers import (
     CARRIED,
     COMMON,
@@ -23,6 +25,12 @@ _WHY = "this msrtrace came without the compiled BPF program"
 #: What attaches: tracer/program/bcc_library.py.
 _LIBRARIES = ("libbcc_bpf.so.0", "libbcc.so.0")
 
+_MOUNTS = "-v /lib/modules:/lib/modules:ro -v /usr/src:/usr/src:ro"
+
+#: The oldest Python that msrtrace runs in (pyproject.toml).
+_PYTHON = (3, 11)
+_SHIPPED = "install a wheel of msrtrace that has the compiled BPF program (make wheel): it needs BCC's library alone"
+
 
 def check_library(machine: Machine) -> Found:
     """BCC's library, which attaches probes; the dynamic linker lists every one that it knows, but musl has no list."""
@@ -33,7 +41,7 @@ def check_library(machine: Machine) -> Found:
     for name in _LIBRARIES:
         if name.encode() in known:
             return State.OK, name, None
-    install = install_command(machine, 2) or "install BCC's library (libbcc) with the system's package manager"
+    install = install_library(machine) or "install BCC's library (libbcc) with the system's package manager"
     return State.FAILED, f"BCC's library, which attaches probes, is missing ({' and '.join(_LIBRARIES)})", install
 
 
@@ -51,25 +59,40 @@ def check_headers(machine: Machine) -> Found:
         return State.FAILED, f"BCC_KERNEL_SOURCE is set, but there is no {missing[0]}", "unset BCC_KERNEL_SOURCE"
     if others := headers_of_any_kernel(root):
         return State.OK, f"{others[-1]}: those of another kernel, which will do", None
-    detail = f"no kernel headers, which BCC needs to compile ({_WHY}): {missing[0]} does not exist"
-    if machine.at("/.dockerenv").exists() or machine.at("/run/.containerenv").exists():
-        detail += " (in a container, mount the host's: -v /lib/modules:/lib/modules:ro -v /usr/src:/usr/src:ro)"
-    generic = f"install the headers of kernel {machine.release}, or set BCC_KERNEL_SOURCE to them"
-    return State.FAILED, detail, install_command(machine, 0) or generic
+    return _no_headers(machine, f"no kernel headers, which BCC needs to compile ({_WHY}): {missing[0]} does not exist")
+
+
+def _no_headers(machine: Machine, detail: str) -> Found:
+    """What to do where there are none: a package, if one certainly has those of the running kernel."""
+    install, contained = install_headers(machine), in_container(machine)
+    if install:
+        detail += f" (in a container, mount the host's: {_MOUNTS})" if contained else ""
+        return State.FAILED, detail, install
+    if distribution(machine):
+        detail += f"; and that kernel is not known to be one of {os_release(machine).get('NAME', 'its distribution')}'s"
+    return State.FAILED, detail, _other_headers(machine, contained)
+
+
+def _other_headers(machine: Machine, contained: bool) -> str:
+    """What to do where no package of the distribution certainly has the headers of the running kernel."""
+    needed = f"the headers of kernel {machine.release} (those of any kernel will do)"
+    if in_wsl(machine):
+        own = "sudo modprobe kheaders, if the kernel carries its headers"
+        return f"{own}; else set BCC_KERNEL_SOURCE to its prepared sources, or to {needed}"
+    if contained or is_of_a_distribution(machine.release):
+        where = "" if contained else "if this is a container, "
+        return f"{where}mount the headers of the host ({_MOUNTS}); or set BCC_KERNEL_SOURCE to {needed}"
+    return f"install {needed}, or set BCC_KERNEL_SOURCE to them"
 
 
 def check_bcc(machine: Machine) -> Found:
     """BCC's Python module, which compiles, for the running Python."""
     if machine.compiled:
         return State.OK, f"not needed: {_COMPILED}", None
-    install = install_command(machine, 1) or "install BCC's Python module with the system's package manager"
+    install = install_bcc(machine) or "install BCC's Python module with the system's package manager"
     spec = PathFinder.find_spec("bcc", list(machine.python_path))
     if spec is None or spec.origin is None:
-        if not any(machine.at("/usr/lib").glob("python3*/*-packages/bcc")):
-            return State.FAILED, f"BCC is not installed ({_WHY}; PyPI's bcc is an unrelated package)", install
-        detail = f"BCC is installed for /usr/bin/python3, but {machine.python} does not find it"
-        venv = f"/usr/bin/python3 -m venv --clear --system-site-packages {machine.venv or 'msrtrace-venv'}"
-        return State.FAILED, detail, f"{venv}, then install msrtrace there"
+        return _no_bcc(machine, install)
     origin = Path(spec.origin)
     package = origin.parent if origin.name == "__init__.py" else origin
     if not re.search(r"^class BPF\b", origin.read_text(errors="replace"), re.MULTILINE):
@@ -79,3 +102,36 @@ def check_bcc(machine: Machine) -> Found:
         return State.FAILED, detail, f"{machine.python} -m pip uninstall bcc && {install}"
     version = search(r"__version__ = '([^']+)'", (package / "version.py").read_text())
     return State.OK, f"{version} in {package}", None
+
+
+def _no_bcc(machine: Machine, install: str) -> Found:
+    """Why the running Python does not find BCC: for the system's Python it may be installed."""
+    found = _bcc_of_the_system(machine)
+    if old := _too_old(machine, found):
+        detail = f"BCC's package is for Python {old}, and msrtrace needs {'.'.join(map(str, _PYTHON))} ({_WHY})"
+        return State.FAILED, detail, _SHIPPED
+    if found is None:
+        return State.FAILED, f"BCC is not installed ({_WHY}; PyPI's bcc is an unrelated package)", install
+    detail = f"BCC is installed for /usr/bin/python3, but {machine.python} does not find it"
+    venv = f"/usr/bin/python3 -m venv --clear --system-site-packages {machine.venv or 'msrtrace-venv'}"
+    return State.FAILED, detail, f"{venv}, then install msrtrace there"
+
+
+def _bcc_of_the_system(machine: Machine) -> Path | None:
+    """BCC's module for the system's Python: Debian's is in python3, others have a version in that name."""
+    return next(iter(sorted(machine.at("/usr/lib").glob("python3*/*-packages/bcc"))), None)
+
+
+def _too_old(machine: Machine, bcc: Path | None) -> str:
+    """The version of the Python that BCC's package is for, if it is known and too old for msrtrace, else "".
+
+    That is by its directory, or by /usr/bin/python3, which is a link to a name with the version.
+    """
+    name = bcc.parent.parent.name if bcc else ""
+    if name in ("", "python3"):
+        try:
+            name = machine.at("/usr/bin/python3").readlink().name
+        except OSError:  # no link
+            return ""
+    version = search(r"^(?:platform-)?python(3\.\d+)$", name)
+    return version if version and tuple(map(int, version.split("."))) < _PYTHON else ""

@@ -11,6 +11,8 @@ from tracer.model.errors import MsrtraceError
 
 COMMON, GENERATED = "include/linux/kconfig.h", "include/generated/autoconf.h"
 CARRIED = "/sys/kernel/kheaders.tar.xz"
+#: NixOS has no /lib/modules.
+_NIXOS = "run/*-system/kernel-modules/lib/modules/*/build"
 #: What BCC reads of a tree (src/cc/frontends/clang/kbuild_helper.cc).
 _PARTS = ("include", "arch/x86/include")
 
@@ -42,9 +44,10 @@ def kernel_carries_headers(root: Path, release: str) -> bool:
 
 
 def headers_of_any_kernel(root: Path) -> tuple[Path, ...]:
-    """The tree of some kernel's headers, or the two into which Debian splits it; empty if there is none."""
+    """The tree of some kernel's headers, or the two into which Debian and SUSE split it; empty if there is none."""
     for tree in _trees(root):
-        for common in (tree, tree.with_name(tree.name.rpartition("-")[0] + "-common")):
+        split = "source" if tree.name == "build" else tree.name.rpartition("-")[0] + "-common"
+        for common in (tree, tree.with_name(split)):
             if (common / COMMON).is_file():
                 return (tree,) if common == tree else (common, tree)
     return ()
@@ -52,7 +55,7 @@ def headers_of_any_kernel(root: Path) -> tuple[Path, ...]:
 
 def _trees(root: Path) -> Iterator[Path]:
     """What packages of headers leave: Debian's and Ubuntu's, Fedora's, and what modules link to; the newest first."""
-    for pattern in ("usr/src/linux-headers-*", "usr/src/kernels/*", "lib/modules/*/build"):
+    for pattern in ("usr/src/linux-headers-*", "usr/src/kernels/*", "lib/modules/*/build", _NIXOS):
         found = (path for path in root.glob(pattern) if (path / GENERATED).is_file())
         yield from sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 

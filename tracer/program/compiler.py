@@ -57,11 +57,19 @@ def _no_settings(_: Path) -> Mapping[str, str]:
 
 
 def build(source: Path, variants: Sequence[Variant], headers: HeaderSettings = _no_settings) -> Built:
-    """Compile and load a source as the first variant that the machine takes. Raises MsrtraceError, or NotPermitted."""
+    """Compile and load a source as the first variant that the machine takes. Raises MsrtraceError, or NotPermitted.
+
+    What cannot be compiled here is passed over if a later variant is compiled already.
+    """
     passed_over: list[str] = []
-    for variant in variants:
+    for at, variant in enumerate(variants):
         try:
-            program = compiled(source, variant.definitions, headers)
+            try:
+                program = compiled(source, variant.definitions, headers)
+            except MsrtraceError as error:
+                if not any(_find_compiled(source, later.definitions) for later in variants[at + 1 :]):
+                    raise
+                raise VariantRejected(str(error)) from None
             return Built(variant.backend, load(program, variant), tuple(passed_over))
         except VariantRejected as error:
             passed_over.append(str(error))
@@ -84,8 +92,8 @@ def compiled(source: Path, definitions: Mapping[str, int], headers: HeaderSettin
 
 
 def is_compiled(source: Path) -> bool:
-    """Whether every program of a source can be had without a compiler."""
-    return all(
+    """Whether a program of a source can be had without a compiler: each does all, where the kernel takes it."""
+    return any(
         _shipped_content(source, definitions) or cache_get(_key(source, definitions)) for definitions in PROGRAMS
     )
 

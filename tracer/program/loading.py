@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,10 @@ from tracer.program.syscalls import MMAPABLE, BpfMap, MappedArray
 
 _LONGEST_LOG = 1 << 24  # bytes; what BPF_MAXINSNS programs take, as in libbpf
 
+
+#: What the verifier says of the helpers that read the kernel's memory where lockdown, or a lack of CAP_PERFMON, forbids
+#: them: EINVAL, as if they did not exist (bpf_base_func_proto(), kernel/bpf/helpers.c; bpf_tracing_func_proto()).
+_NO_READS = re.compile(r"(?:cannot use helper|unknown func) bpf_probe_read\w*#")
 
 # enum bpf_prog_type, bpf_attach_type
 _KPROBE, _RAW_TRACEPOINT, _TRACING = 2, 17, 26
@@ -115,5 +120,7 @@ def translate_errors(what: str, log: bytearray | None = None) -> Iterator[None]:
         if error.errno == errno.EPERM:
             raise NotPermitted from None
         text = log[: log.index(0)].decode(errors="replace") if log else ""
+        if _NO_READS.search(text):
+            raise NotPermitted from None
         lines = [line for line in text.splitlines() if line and not line.startswith(("processed", "HINT"))]
         raise VariantRejected(f"the kernel {what}: {lines[-1] if lines else error.strerror}", text) from None
