@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import pytest
@@ -138,6 +138,60 @@ def test_run_can_wait_for_the_module(start: Start, tmp_path: Path, cpuinfo: str,
     assert running.until("waiting") == f"msrtrace: waiting for {awaited} to be loaded\n"
     (tmp_path / "module").write_text("1")
     assert f"{SERIES}}} 7.0\n" in scrape(running.url())
+
+
+def status_of(url: str) -> tuple[int, str]:
+    try:
+        with urlopen(url, timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_run_answers_while_it_waits_for_the_module(start: Start, tmp_path: Path) -> None:
+    """A waiting exporter is not a dead one."""
+    (tmp_path / "module").unlink()
+    (tmp_path / "machine/proc").mkdir(parents=True)
+    (tmp_path / "machine/proc/cpuinfo").write_text("vendor_id\t: GenuineIntel\nflags\t\t: fpu vmx\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    running = start("--wait-module", address=address)
+    running.until("waiting")
+    base = f"http://{address}"
+    assert status_of(f"{base}/-/healthy")[0] == 200
+    assert status_of(f"{base}/-/ready") == (503, "msrtrace is waiting for kvm_intel to be loaded.\n")
+    text = scrape(f"{base}/metrics")
+    assert 'msrtrace_probe_attached{function="vmx_vcpu_create"} 0.0\n' in text
+    assert "process_start_time_seconds " in text
+    assert "msrtrace_build_info" not in text
+    assert not (tmp_path / "attached").exists()
+    (tmp_path / "module").write_text("1")
+    assert running.url() == f"{base}/metrics"
+    assert status_of(f"{base}/-/ready") == (200, "msrtrace has counts.\n")
+    assert f"{SERIES}}} 7.0\n" in scrape(f"{base}/metrics")
+    if os.geteuid() == 0:
+        for task in Path(f"/proc/{running.process.pid}/task").iterdir():
+            assert "NoNewPrivs:\t1\n" in (task / "status").read_text()
+    assert running.end() == 0
+
+
+def test_a_port_in_use_is_reported_before_the_wait(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "module").unlink()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        running = start("--wait-module", address=f"127.0.0.1:{taken.getsockname()[1]}")
+        assert "Address already in use" in failed(running)
+    assert running.out.read_text() == ""
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0"])
+def test_plain_http_that_leaves_the_machine_is_warned_of(start: Start, host: str) -> None:
+    running = start(address=f"{host}:0")
+    port = running.url().rpartition(":")[2].removesuffix("/metrics")
+    assert f"{SERIES}}} 7.0\n" in scrape(f"http://127.0.0.1:{port}")
+    shown = host or "[::]" if Path("/proc/net/if_inet6").exists() else "0.0.0.0"
+    warning = f"msrtrace: warning: {shown}:{port} is served as plain HTTP, which other machines can reach and read"
+    assert running.warnings()[0] == warning
 
 
 def test_a_signal_ends_the_wait(start: Start, tmp_path: Path) -> None:
