@@ -188,7 +188,7 @@ def test_a_port_in_use_is_reported_before_the_wait(start: Start, tmp_path: Path)
 def test_plain_http_that_leaves_the_machine_is_warned_of(start: Start, host: str) -> None:
     running = start(address=f"{host}:0")
     port = running.url().rpartition(":")[2].removesuffix("/metrics")
-    assert f"{SERIES}}} 7.0\n" in scrape(f"http://127.0.0.1:{port}")
+    assert f"{SERIES}}} 7.0\n" in scrape(f"http://127.0.0.1:{port}/metrics")
     shown = host or "[::]" if Path("/proc/net/if_inet6").exists() else "0.0.0.0"
     warning = f"msrtrace: warning: {shown}:{port} is served as plain HTTP, which other machines can reach and read"
     assert running.warnings()[0] == warning
@@ -257,3 +257,41 @@ def test_https_with_client_certificates(start: Start, tmp_path: Path) -> None:
     known = ssl.create_default_context(cafile=str(cert))
     known.load_cert_chain(cert, key)
     assert SERIES in scrape(url, known)
+
+
+HASH = "$2b$04$" + "." * 53
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("basic_auth_users: {a: secret}", "basic_auth_users: what a has is no bcrypt hash"),
+        ("tls_server_config: {cert_file: none.pem, key_file: none.pem}", "none.pem: No such file or directory"),
+        ("a: [", "no valid YAML, line 1: "),
+        ("tls_config: {}", "there is no tls_config"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_an_invalid_web_configuration_is_an_error(start: Start, tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "web.yml"
+    if text is not None:
+        file.write_text(text)
+    running = start("--web.config.file", str(file))
+    error = failed(running)
+    assert error.startswith(f"--web.config.file {file}: ")
+    assert message in error
+    assert len(running.err.read_text().splitlines()) == 1
+
+
+def test_a_web_configuration_protects_and_is_read_again(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "web.yml"
+    file.write_text(f"basic_auth_users: {{a: {HASH}}}")
+    running = start("--web.config.file", str(file))
+    url = running.url()
+    assert [status_of(url)[0], status_of(url.replace("/metrics", "/-/healthy"))[0]] == [401, 401]
+    file.write_text("basic_auth_users: {}")
+    assert f"{SERIES}}} 7.0\n" in scrape(url)
+    file.write_text("basic_auth_users: []")
+    assert [status_of(url)[0] for _ in range(3)] == [200] * 3
+    error = "basic_auth_users is not a mapping; the configuration before it stays in force"
+    assert [line for line in running.warnings() if "web.yml" in line] == [f"msrtrace: warning: {file}: {error}"]

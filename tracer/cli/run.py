@@ -18,6 +18,7 @@ from tracer.model.options import Options
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
+    from tracer.export.security import Security
     from tracer.trace.tracer import Tracer
 
 DEFAULT_ADDRESS = "127.0.0.1:9753"
@@ -58,6 +59,13 @@ class Address(click.ParamType[tuple[str, int]]):
     type=click.Path(dir_okay=False),
     help="Require client certificates by this CA.",
 )
+@click.option(
+    "--web.config.file",
+    "web_config",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="TLS, passwords and headers, in the format of Prometheus' exporters. Read again when it changes.",
+)
 @tracing_options
 @click.option(
     "--wait-module", is_flag=True, help="Wait until KVM's module for this CPU is loaded; /-/ready is 503 meanwhile."
@@ -67,6 +75,7 @@ def run(  # noqa: PLR0917 (click passes them by name)
     cert: str | None,
     key: str | None,
     ca: str | None,
+    web_config: str | None,
     options: Options,
     wait_module: bool,
 ) -> None:
@@ -75,7 +84,10 @@ def run(  # noqa: PLR0917 (click passes them by name)
         raise click.UsageError("--web.tls-key-file and --web.tls-client-ca-file need --web.tls-cert-file")
     if cert and not key:
         raise click.UsageError("--web.tls-cert-file needs --web.tls-key-file")
+    if web_config is not None and cert:
+        raise click.UsageError("--web.config.file has its own TLS files: it excludes --web.tls-cert-file and the like")
     with EndSignals() as signals:
+        security = _web_config(web_config) if web_config is not None else None
         machine = ready_machine(options, module_may_be_missing=wait_module)
 
         from prometheus_client import CollectorRegistry, ProcessCollector
@@ -91,7 +103,9 @@ def run(  # noqa: PLR0917 (click passes them by name)
 
         # Bind before attaching, so that an address in use is reported at once.
         unattached = registry(UnattachedCollector(vendor.vcpu_create[0] for vendor in machine.vendors))
-        server = Server(unattached, address, version=version(), cert=cert, key=key, ca=ca, on_error=warn)
+        server = Server(
+            unattached, address, version=version(), cert=cert, key=key, ca=ca, security=security, on_error=warn
+        )
         if server.leaves_machine and not server.tls:
             warn(f"{server.place} is served as plain HTTP, which other machines can reach and read")
 
@@ -112,6 +126,12 @@ def run(  # noqa: PLR0917 (click passes them by name)
             say(f"serving {server.url}")
             while not signals.wait(FOLLOW_SECONDS):
                 _follow(tracer)
+
+
+def _web_config(path: str) -> Security:
+    from tracer.export.web_config import WebConfig
+
+    return WebConfig(path, on_error=warn)
 
 
 def _keep_only_what_reading_takes() -> None:
