@@ -295,3 +295,13 @@ def test_a_web_configuration_protects_and_is_read_again(start: Start, tmp_path: 
     assert [status_of(url)[0] for _ in range(3)] == [200] * 3
     error = "basic_auth_users is not a mapping; the configuration before it stays in force"
     assert [line for line in running.warnings() if "web.yml" in line] == [f"msrtrace: warning: {file}: {error}"]
+    if os.geteuid() == 0:  # without the right to read every file, which was given up
+        file.write_text(f"basic_auth_users: {{a: {HASH}}}")
+        assert status_of(url)[0] == 401
+        file.chmod(0o600)
+        os.chown(file, 65534, 65534)
+        assert [status_of(url)[0] for _ in range(2)] == [401, 401]
+        assert [line for line in running.warnings() if "web.yml" in line][1:] == [
+            f"msrtrace: warning: {file}: cannot read {file}: Permission denied; "
+            "the configuration before it stays in force"
+        ]

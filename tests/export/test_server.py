@@ -533,6 +533,18 @@ def test_no_host_means_every_address_of_a_kernel_without_ipv6(monkeypatch: pytes
     server.server_close()
 
 
+def test_every_address_is_not_half_of_them() -> None:
+    """Where the port is in use with IPv6 alone, IPv4 alone is not what was asked for."""
+    if not has_ipv6():
+        return
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        taken.bind(("::", 0))
+        taken.listen()
+        with pytest.raises(MsrtraceError, match=r"cannot listen on :[0-9]+: Address already in use"):
+            Server(CollectorRegistry(), ("", taken.getsockname()[1]))
+
+
 @pytest.mark.parametrize(
     ("host", "leaves"),
     [("127.0.0.1", False), ("127.1.2.3", False), ("::1", False), ("localhost", False), ("0.0.0.0", True)],

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import socket
 import sys
@@ -106,7 +107,7 @@ class Server(ThreadingHTTPServer):
         self._loop: threading.Thread | None = None
 
     def _bind(self, address: tuple[str, int]) -> None:
-        """Bind the first that can be bound of the addresses that a name has."""
+        """Bind the first of a name's addresses that this machine has."""
         problem: OSError | None = None
         try:
             candidates = list(_candidates(*address))
@@ -115,7 +116,9 @@ class Server(ThreadingHTTPServer):
         for self.address_family, where in candidates:
             try:
                 super().__init__(where, _Handler, bind_and_activate=False)  # type: ignore[arg-type]
-            except OSError as error:  # a kernel without IPv6
+            except OSError as error:
+                if error.errno != errno.EAFNOSUPPORT:  # a kernel without IPv6
+                    raise _cannot_listen(address, error) from None
                 problem = problem or error
                 continue
             try:
@@ -126,6 +129,8 @@ class Server(ThreadingHTTPServer):
             except OSError as error:
                 self.server_close()
                 problem = problem or error
+                if error.errno != errno.EADDRNOTAVAIL:
+                    break
         assert problem
         raise _cannot_listen(address, problem) from None
 
