@@ -95,6 +95,11 @@ def test_the_version_is_that_of_the_package() -> None:
         (["run", "--web.tls-key-file", "key.pem"], "--web.tls-client-ca-file need --web.tls-cert-file"),
         (["run", "--web.tls-client-ca-file", "ca.pem"], "--web.tls-client-ca-file need --web.tls-cert-file"),
         (["run", "--web.tls-cert-file", "/"], "'/' is a directory"),
+        (["run", "--web.config.file", "/"], "'/' is a directory"),
+        (
+            ["run", "--web.config.file", "x", "--web.tls-cert-file", "x", "--web.tls-key-file", "x"],
+            "excludes --web.tls-cert-file",
+        ),
     ],
 )
 def test_wrong_usage_is_explained(main: Main, arguments: list[str], message: str) -> None:
@@ -112,7 +117,8 @@ def test_wrong_usage_is_explained(main: Main, arguments: list[str], message: str
     [
         ("127.0.0.1:9753", ("127.0.0.1", 9753)),
         ("localhost:0", ("localhost", 0)),
-        (":65535", ("0.0.0.0", 65535)),
+        (":65535", ("", 65535)),
+        ("0.0.0.0:1", ("0.0.0.0", 1)),
         ("[::1]:9753", ("::1", 9753)),
         ("[::]:80", ("::", 80)),
     ],

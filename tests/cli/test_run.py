@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import pytest
@@ -140,6 +140,60 @@ def test_run_can_wait_for_the_module(start: Start, tmp_path: Path, cpuinfo: str,
     assert f"{SERIES}}} 7.0\n" in scrape(running.url())
 
 
+def status_of(url: str) -> tuple[int, str]:
+    try:
+        with urlopen(url, timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_run_answers_while_it_waits_for_the_module(start: Start, tmp_path: Path) -> None:
+    """A waiting exporter is not a dead one."""
+    (tmp_path / "module").unlink()
+    (tmp_path / "machine/proc").mkdir(parents=True)
+    (tmp_path / "machine/proc/cpuinfo").write_text("vendor_id\t: GenuineIntel\nflags\t\t: fpu vmx\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    running = start("--wait-module", address=address)
+    running.until("waiting")
+    base = f"http://{address}"
+    assert status_of(f"{base}/-/healthy")[0] == 200
+    assert status_of(f"{base}/-/ready") == (503, "msrtrace is waiting for kvm_intel to be loaded.\n")
+    text = scrape(f"{base}/metrics")
+    assert 'msrtrace_probe_attached{function="vmx_vcpu_create"} 0.0\n' in text
+    assert "process_start_time_seconds " in text
+    assert "msrtrace_build_info" not in text
+    assert not (tmp_path / "attached").exists()
+    (tmp_path / "module").write_text("1")
+    assert running.url() == f"{base}/metrics"
+    assert status_of(f"{base}/-/ready") == (200, "msrtrace has counts.\n")
+    assert f"{SERIES}}} 7.0\n" in scrape(f"{base}/metrics")
+    if os.geteuid() == 0:
+        for task in Path(f"/proc/{running.process.pid}/task").iterdir():
+            assert "NoNewPrivs:\t1\n" in (task / "status").read_text()
+    assert running.end() == 0
+
+
+def test_a_port_in_use_is_reported_before_the_wait(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "module").unlink()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        running = start("--wait-module", address=f"127.0.0.1:{taken.getsockname()[1]}")
+        assert "Address already in use" in failed(running)
+    assert running.out.read_text() == ""
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0"])
+def test_plain_http_that_leaves_the_machine_is_warned_of(start: Start, host: str) -> None:
+    running = start(address=f"{host}:0")
+    port = running.url().rpartition(":")[2].removesuffix("/metrics")
+    assert f"{SERIES}}} 7.0\n" in scrape(f"http://127.0.0.1:{port}/metrics")
+    shown = host or "[::]" if Path("/proc/net/if_inet6").exists() else "0.0.0.0"
+    warning = f"msrtrace: warning: {shown}:{port} is served as plain HTTP, which other machines can reach and read"
+    assert running.warnings()[0] == warning
+
+
 def test_a_signal_ends_the_wait(start: Start, tmp_path: Path) -> None:
     (tmp_path / "module").unlink()
     running = start("--wait-module")
@@ -203,3 +257,51 @@ def test_https_with_client_certificates(start: Start, tmp_path: Path) -> None:
     known = ssl.create_default_context(cafile=str(cert))
     known.load_cert_chain(cert, key)
     assert SERIES in scrape(url, known)
+
+
+HASH = "$2b$04$" + "." * 53
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("basic_auth_users: {a: secret}", "basic_auth_users: what a has is no bcrypt hash"),
+        ("tls_server_config: {cert_file: none.pem, key_file: none.pem}", "none.pem: No such file or directory"),
+        ("a: [", "no valid YAML, line 1: "),
+        ("tls_config: {}", "there is no tls_config"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_an_invalid_web_configuration_is_an_error(start: Start, tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "web.yml"
+    if text is not None:
+        file.write_text(text)
+    running = start("--web.config.file", str(file))
+    error = failed(running)
+    assert error.startswith(f"--web.config.file {file}: ")
+    assert message in error
+    assert len(running.err.read_text().splitlines()) == 1
+
+
+def test_a_web_configuration_protects_and_is_read_again(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "web.yml"
+    file.write_text(f"basic_auth_users: {{a: {HASH}}}")
+    running = start("--web.config.file", str(file))
+    url = running.url()
+    assert [status_of(url)[0], status_of(url.replace("/metrics", "/-/healthy"))[0]] == [401, 401]
+    file.write_text("basic_auth_users: {}")
+    assert f"{SERIES}}} 7.0\n" in scrape(url)
+    file.write_text("basic_auth_users: []")
+    assert [status_of(url)[0] for _ in range(3)] == [200] * 3
+    error = "basic_auth_users is not a mapping; the configuration before it stays in force"
+    assert [line for line in running.warnings() if "web.yml" in line] == [f"msrtrace: warning: {file}: {error}"]
+    if os.geteuid() == 0:  # without the right to read every file, which was given up
+        file.write_text(f"basic_auth_users: {{a: {HASH}}}")
+        assert status_of(url)[0] == 401
+        file.chmod(0o600)
+        os.chown(file, 65534, 65534)
+        assert [status_of(url)[0] for _ in range(2)] == [401, 401]
+        assert [line for line in running.warnings() if "web.yml" in line][1:] == [
+            f"msrtrace: warning: {file}: cannot read {file}: Permission denied; "
+            "the configuration before it stays in force"
+        ]

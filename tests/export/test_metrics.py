@@ -13,7 +13,7 @@ from needs import tool
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tracer.export.metrics import SnapshotCollector
+from tracer.export.metrics import SnapshotCollector, UnattachedCollector
 from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
 
 Samples = dict[str, float]
@@ -313,16 +313,30 @@ def test_the_kernel_is_this_one() -> None:
     assert f'kernel="{release}"' in generate_latest(registry).decode()
 
 
+def check(exposition: str) -> tuple[int, str]:
+    """The status of promtool, and what it says."""
+    command = [tool("promtool"), "check", "metrics"]
+    done = subprocess.run(command, input=exposition, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "snapshot",
     [SNAPSHOT, BY_VM, replace(SNAPSHOT, redundancy="unknown"), Snapshot("toggle"), RECALC, RECALC_BY_VM],
 )
 def test_promtool_finds_nothing_wrong(snapshot: Snapshot) -> None:
-    def check(exposition: str) -> tuple[int, str]:
-        command = [tool("promtool"), "check", "metrics"]
-        done = subprocess.run(command, input=exposition, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout + done.stderr
-
     exposition = text(lambda: snapshot)
     assert check(exposition) == (0, "")
     assert check(exposition.replace("msrtrace_filter_updates_total", "msrtrace_filter_updates"))[0] != 0
+
+
+def test_before_there_are_counts_the_functions_are_not_probed() -> None:
+    """The series that MsrtraceTracesNothing looks for, and none of what is not known."""
+    registry = CollectorRegistry()
+    registry.register(UnattachedCollector(["vmx_vcpu_create", "svm_vcpu_create"]))
+    exposition = generate_latest(registry).decode()
+    assert exposition.splitlines()[2:] == [
+        'msrtrace_probe_attached{function="vmx_vcpu_create"} 0.0',
+        'msrtrace_probe_attached{function="svm_vcpu_create"} 0.0',
+    ]
+    assert check(exposition) == (0, "")

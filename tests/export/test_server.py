@@ -359,3 +359,200 @@ def test_missing_files_are_named(tls: dict[str, str]) -> None:
     for missing in ("cert", "key", "ca"):
         with pytest.raises(MsrtraceError, match=r"cannot read a TLS file: .*'/none'"):
             Server(CollectorRegistry(), ("127.0.0.1", 0), **{**tls, "ca": tls["cert"], missing: "/none"})  # type: ignore[arg-type]
+
+
+# --- paths and methods ---
+
+
+def asked(server: Server, request: str, address: str = "127.0.0.1") -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and content of the answer to a request, as it is on the wire."""
+    with socket.create_connection((address, server.server_address[1]), timeout=20) as client:
+        client.sendall(request.encode())
+        data = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    head, _, content = data.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    return int(status.split()[1]), dict(line.split(": ", 1) for line in lines), content
+
+
+def get(server: Server, path: str, method: str = "GET", more: str = "") -> tuple[int, dict[str, str], bytes]:
+    return asked(server, f"{method} {path} HTTP/1.1\r\nHost: x\r\n{more}\r\n")
+
+
+@pytest.fixture
+def taken() -> list[int]:
+    """An element for each collection of the server."""
+    return []
+
+
+@pytest.fixture
+def server(serve: Serve, taken: list[int]) -> Server:
+    def take() -> Snapshot:
+        taken.append(1)
+        return toggle()
+
+    return serve(take, version="1.2.3<4>")
+
+
+@pytest.mark.parametrize("accept", ['text/plain;version="0.0.4"', "text/plain;version=v1", "a;;=,/;q", "\xff"])
+def test_a_malformed_accept_header_is_answered(server: Server, accept: str) -> None:
+    status, headers, text = get(server, "/metrics", more=f"Accept: {accept}\r\n")
+    assert (status, headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    assert b"msrtrace_build_info{" in text
+
+
+def test_several_accept_headers_are_one(server: Server) -> None:
+    more = f"Accept: text/plain;q=0.5\r\nAccept: {OPENMETRICS}\r\nAccept-Encoding: gzip;q=0\r\n"
+    _, headers, text = get(server, "/metrics", more=more)
+    assert headers["Content-Type"].startswith("application/openmetrics-text")
+    assert text.endswith(b"# EOF\n")
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/", 200), ("/metrics?name[]=msrtrace_build_info", 200), ("/-/healthy", 200), ("/x", 404)]
+)
+def test_head_has_the_headers_of_get_and_no_content(server: Server, path: str, status: int) -> None:
+    got, headers, content = get(server, path)
+    assert (got, len(content)) == (status, int(headers["Content-Length"]))
+    assert get(server, path, "HEAD") == (status, {**headers, "Date": headers["Date"]}, b"")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "get", "BREW"])
+@pytest.mark.parametrize("path", ["/metrics", "/", "/x"])
+def test_other_methods_are_not_allowed(server: Server, taken: list[int], method: str, path: str) -> None:
+    body = "x" * 50000
+    status, headers, _ = get(server, path, method, f"Content-Length: {len(body)}\r\n\r\n{body}")
+    assert (status, headers["Allow"], taken) == (405, "GET, HEAD", [])
+
+
+def test_the_landing_page_leads_to_the_metrics(server: Server, taken: list[int]) -> None:
+    for path in ("/", "/?x=1"):
+        status, headers, content = get(server, path)
+        assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+        page = content.decode()
+        assert "<h1>msrtrace 1.2.3&lt;4&gt;</h1>" in page
+        assert '<a href="/metrics">' in page
+        assert "//" not in page.replace("</", "")  # nothing from elsewhere
+    assert taken == []
+
+
+@pytest.mark.parametrize(
+    "path", ["/favicon.ico", "/metrics/", "/metricsx", "/-/", "/-/reload", "//", "/%00", "*", "/.."]
+)
+def test_nothing_else_is_there_and_nothing_is_collected(server: Server, taken: list[int], path: str) -> None:
+    if path == "//":  # is / for http.server
+        assert get(server, path)[0] == 200
+    else:
+        assert get(server, path)[0] == 404
+    assert taken == []
+
+
+def test_the_path_may_be_escaped_or_absolute(server: Server) -> None:
+    for path in ("/%6detrics", "http://host/metrics"):
+        assert b"msrtrace_build_info{" in get(server, path)[2]
+
+
+def test_it_is_ready_when_there_are_counts(server: Server, taken: list[int]) -> None:
+    assert get(server, "/-/ready")[::2] == (200, b"msrtrace has counts.\n")
+    server.waiting = "Why."
+    assert get(server, "/-/ready")[::2] == (503, b"Why.\n")
+    assert get(server, "/-/healthy")[0] == 200
+    assert taken == []
+
+
+# --- many connections, and addresses ---
+
+
+def test_connections_in_a_row_do_not_wait(serve: Serve) -> None:
+    """Also while nobody accepts them: the kernel has room for them."""
+    server = Server(CollectorRegistry(), ("127.0.0.1", 0))
+    server.server_activate()
+    clients = []
+    started = time.monotonic()
+    for _ in range(200):
+        clients.append(socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=5))
+    assert time.monotonic() - started < 1
+    for one in (*clients, server.socket):
+        one.close()
+
+
+def test_too_many_connections_are_refused_in_words(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "CONNECTIONS", 4)
+    monkeypatch.setattr(server_module, "_REFUSALS", 3)
+    said: list[str] = []
+    server = serve(toggle, on_error=said.append)
+    before = threading.active_count()
+    silent = [connected(server, b"") for _ in range(4)]
+    while threading.active_count() < before + 4:
+        time.sleep(0.01)
+    status, headers, text = get(server, "/metrics")
+    assert (status, headers["Retry-After"], text) == (503, "5", b"There are too many connections.\n")
+    silent += [connected(server, b"") for _ in range(20)]
+    time.sleep(0.3)
+    assert threading.active_count() <= before + 7
+    for one in silent:
+        one.close()
+    end = time.monotonic() + 20
+    while threading.active_count() > before:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert get(server, "/metrics")[0] == 200
+    assert said == []
+
+
+def has_ipv6() -> bool:
+    return bool(Path("/proc/net/if_inet6").exists() and Path("/proc/net/if_inet6").read_text())
+
+
+def listening(address: str) -> Server:
+    return Server(CollectorRegistry(), (address, 0))
+
+
+def test_no_host_means_every_address(serve: Serve) -> None:
+    server = listening("").start()
+    try:
+        assert get(server, "/-/healthy")[0] == 200
+        assert server.leaves_machine
+        if has_ipv6():
+            assert asked(server, "GET /-/healthy HTTP/1.0\r\n\r\n", "::1")[0] == 200
+            assert server.url == f"http://[::]:{server.server_address[1]}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_no_host_means_every_address_of_a_kernel_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Socket(socket.socket):
+        def __init__(self, family: int = -1, *arguments: object) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(97, "Address family not supported by protocol")
+            super().__init__(family, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "socket", Socket)
+    server = listening("")
+    assert server.url == f"http://0.0.0.0:{server.server_address[1]}/metrics"
+    server.server_close()
+
+
+def test_every_address_is_not_half_of_them() -> None:
+    """Where the port is in use with IPv6 alone, IPv4 alone is not what was asked for."""
+    if not has_ipv6():
+        return
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        taken.bind(("::", 0))
+        taken.listen()
+        with pytest.raises(MsrtraceError, match=r"cannot listen on :[0-9]+: Address already in use"):
+            Server(CollectorRegistry(), ("", taken.getsockname()[1]))
+
+
+@pytest.mark.parametrize(
+    ("host", "leaves"),
+    [("127.0.0.1", False), ("127.1.2.3", False), ("::1", False), ("localhost", False), ("0.0.0.0", True)],
+)
+def test_loopback_does_not_leave_the_machine(host: str, leaves: bool) -> None:
+    if host == "::1" and not has_ipv6():
+        return
+    server = listening(host)
+    assert server.leaves_machine is leaves
+    assert server.url.startswith("http://[::1]:" if host == "::1" else f"http://{host}:")
+    server.server_close()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,16 @@ from tracer.model.module_change import FOLLOW_SECONDS
 from tracer.model.options import Options
 
 if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+
+    from tracer.export.security import Security
     from tracer.trace.tracer import Tracer
 
 DEFAULT_ADDRESS = "127.0.0.1:9753"
 
 
 class Address(click.ParamType[tuple[str, int]]):
-    """HOST:PORT or [IPv6]:PORT; an empty host means every address of the machine."""
+    """HOST:PORT or [IPv6]:PORT; an empty host means every address of the machine, IPv6 and IPv4."""
 
     name = "address"
 
@@ -34,7 +38,7 @@ class Address(click.ParamType[tuple[str, int]]):
         host, colon, port = value.rpartition(":")
         if not (colon and port.isascii() and port.isdigit() and int(port) < 1 << 16):
             self.fail(f"{value!r} is not HOST:PORT", param, ctx)
-        return host.strip("[]") or "0.0.0.0", int(port)
+        return host.strip("[]"), int(port)
 
 
 @click.command()
@@ -45,6 +49,7 @@ class Address(click.ParamType[tuple[str, int]]):
     default=DEFAULT_ADDRESS,
     show_default=True,
     metavar="HOST:PORT",
+    help="Where to serve; :PORT is every address of the machine.",
 )
 @click.option("--web.tls-cert-file", "cert", type=click.Path(dir_okay=False), help="Serve HTTPS with this certificate.")
 @click.option("--web.tls-key-file", "key", type=click.Path(dir_okay=False), help="The certificate's private key.")
@@ -54,13 +59,23 @@ class Address(click.ParamType[tuple[str, int]]):
     type=click.Path(dir_okay=False),
     help="Require client certificates by this CA.",
 )
+@click.option(
+    "--web.config.file",
+    "web_config",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="TLS, passwords and headers, in the format of Prometheus' exporters. Read again when it changes.",
+)
 @tracing_options
-@click.option("--wait-module", is_flag=True, help="Wait until KVM's module for this CPU is loaded.")
+@click.option(
+    "--wait-module", is_flag=True, help="Wait until KVM's module for this CPU is loaded; /-/ready is 503 meanwhile."
+)
 def run(  # noqa: PLR0917 (click passes them by name)
     address: tuple[str, int],
     cert: str | None,
     key: str | None,
     ca: str | None,
+    web_config: str | None,
     options: Options,
     wait_module: bool,
 ) -> None:
@@ -69,31 +84,62 @@ def run(  # noqa: PLR0917 (click passes them by name)
         raise click.UsageError("--web.tls-key-file and --web.tls-client-ca-file need --web.tls-cert-file")
     if cert and not key:
         raise click.UsageError("--web.tls-cert-file needs --web.tls-key-file")
+    if web_config is not None and cert:
+        raise click.UsageError("--web.config.file has its own TLS files: it excludes --web.tls-cert-file and the like")
     with EndSignals() as signals:
+        security = _web_config(web_config) if web_config is not None else None
         machine = ready_machine(options, module_may_be_missing=wait_module)
 
         from prometheus_client import CollectorRegistry, ProcessCollector
 
-        from tracer.export.metrics import SnapshotCollector
+        from tracer.export.metrics import SnapshotCollector, UnattachedCollector
         from tracer.export.server import Server
 
+        def registry(collector: Collector) -> CollectorRegistry:
+            made = CollectorRegistry()
+            ProcessCollector(registry=made)
+            made.register(collector)
+            return made
+
+        # Bind before attaching, so that an address in use is reported at once.
+        unattached = registry(UnattachedCollector(vendor.vcpu_create[0] for vendor in machine.vendors))
+        server = Server(
+            unattached, address, version=version(), cert=cert, key=key, ca=ca, security=security, on_error=warn
+        )
+        if server.leaves_machine and not server.tls:
+            warn(f"{server.place} is served as plain HTTP, which other machines can reach and read")
+
         if wait_module and not module_is_loaded():
-            say(f"waiting for {' or '.join(vendor.module for vendor in machine.vendors)} to be loaded")
+            awaited = f"waiting for {' or '.join(vendor.module for vendor in machine.vendors)} to be loaded"
+            server.waiting = f"msrtrace is {awaited}."
+            server.start(_keep_only_what_reading_takes)
+            say(awaited)
             if not wait_for_module(signals):
                 return
+            server.waiting = "msrtrace is attaching its probes."
             machine = replace(machine)  # a copy has none of what was read before the module was there
-        # Bind before attaching, so that an address in use is reported at once.
-        registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        server = Server(registry, address, cert=cert, key=key, ca=ca, on_error=warn)
         with tracing(machine, options) as tracer:
             _drop_capabilities(attaches_again=tracer.backend == "kprobe")  # fentry holds the module
             _show_probes(tracer)
-            registry.register(SnapshotCollector(tracer.snapshot, version(), on_error=warn))
-            server.start()
+            # From here on, so that threads that read counts have the capabilities that are left, and no others
+            server.ready(registry(SnapshotCollector(tracer.snapshot, version(), on_error=warn)))
             say(f"serving {server.url}")
             while not signals.wait(FOLLOW_SECONDS):
                 _follow(tracer)
+
+
+def _web_config(path: str) -> Security:
+    from tracer.export.web_config import WebConfig
+
+    return WebConfig(path, on_error=warn)
+
+
+def _keep_only_what_reading_takes() -> None:
+    """Drop the other capabilities of this thread. What is wrong with that is said of the main thread's."""
+    from tracer.trace.capabilities import drop_capabilities
+
+    with suppress(OSError):
+        drop_capabilities(attaches_again=False)
 
 
 def _drop_capabilities(attaches_again: bool) -> None:

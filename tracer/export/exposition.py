@@ -20,6 +20,8 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from tracer.export.negotiation import media_type
+
 _number: Callable[[float], str] = floatToGoString
 #: The text format's types in place of those that only OpenMetrics has, and its suffixes of family names.
 _TEXT_TYPES, _TEXT_SUFFIXES = {"info": "gauge", "unknown": "untyped"}, {"counter": "_total", "info": "_info"}
@@ -41,7 +43,7 @@ class Encoder:
 
 def encoder(accept: str | None) -> tuple[Encoder, str]:
     """The encoder for an Accept header, and its content type."""
-    theirs, content_type = choose_encoder(accept or "")
+    theirs, content_type = choose_encoder(media_type(accept or ""))
     function, options = getattr(theirs, "func", theirs), getattr(theirs, "keywords", {})
     if options.get("escaping", _NAMES_AS_THEY_ARE[0]) in _NAMES_AS_THEY_ARE:
         if function is openmetrics.generate_latest:

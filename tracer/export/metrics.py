@@ -95,6 +95,17 @@ class SnapshotCollector(Collector):
         yield info
 
 
+class UnattachedCollector(Collector):
+    """What can be said before there is a snapshot: that these functions are not probed. Nothing else is known."""
+
+    def __init__(self, functions: Iterable[str]) -> None:
+        self._functions = tuple(functions)
+
+    def collect(self) -> Iterator[Metric]:
+        """The family that says so."""
+        yield _attached((function, False) for function in self._functions)
+
+
 def _vms(snapshot: Snapshot, all_vms: bool) -> Mapping[int, tuple[str, ...]]:
     """The values of the VM labels, if any, by pid; VMs that are gone have no series."""
     if snapshot.by_vm and not all_vms:
@@ -195,17 +206,22 @@ def _timed(
     return total, duration
 
 
-def _health(snapshot: Snapshot) -> Iterator[Metric]:
+def _attached(probes: Iterable[tuple[str, bool]]) -> Metric:
     attached = GaugeMetricFamily("msrtrace_probe_attached", "Whether the function is probed.", labels=["function"])
+    for function, is_attached in probes:
+        attached.add_metric([function], is_attached)
+    return attached
+
+
+def _health(snapshot: Snapshot) -> Iterator[Metric]:
+    yield _attached((probe.function, probe.attached) for probe in snapshot.probes)
     missed = CounterMetricFamily(
         "msrtrace_probe_missed",
         "Runs of the function that its probes did not see from entry to return.",
         labels=["function"],
     )
     for probe in snapshot.probes:
-        attached.add_metric([probe.function], probe.attached)
         missed.add_metric([probe.function], probe.missed)
-    yield attached
     yield missed
     entries = GaugeMetricFamily("msrtrace_map_entries", "Entries in use in a BPF map.", labels=["map"])
     capacity = GaugeMetricFamily("msrtrace_map_capacity", "Maximum number of entries of a BPF map.", labels=["map"])

@@ -3,26 +3,49 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import socket
-import ssl
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from http.server import ThreadingHTTPServer
-from pathlib import Path
+from functools import partial
+from html import escape
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import IPv6Address, ip_address
 from socketserver import TCPServer
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote, urlsplit
 
-from prometheus_client import MetricsHandler
-from prometheus_client.exposition import gzip_accepted
 from prometheus_client.registry import Collector
 
 from tracer.export.exposition import Encoder, Families, Selection, encoder
+from tracer.export.negotiation import gzip_accepted
+from tracer.export.security import Security, Setup, of_files
 from tracer.model.errors import MsrtraceError
+
+#: Connections that are answered at once; as many more are told to come back as `_REFUSALS`; others are closed.
+CONNECTIONS, _REFUSALS = 512, 32
+_LARGEST_BODY = 1 << 16  # bytes of a request that are read before it is refused, so that the client reads why
+
+_TEXT = "text/plain; charset=utf-8"
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>msrtrace</title></head>
+<body>
+<h1>msrtrace {version}</h1>
+<p>What KVM does to the MSR intercepts of this host's guests.</p>
+<ul>
+<li><a href="/metrics">/metrics</a></li>
+<li><a href="/-/healthy">/-/healthy</a>: whether the process answers</li>
+<li><a href="/-/ready">/-/ready</a>: whether it has counts</li>
+</ul>
+</body>
+</html>
+"""
 
 
 @dataclass(frozen=True)
@@ -45,58 +68,117 @@ class Server(ThreadingHTTPServer):
     behind by no more than one collection.
     """
 
+    request_queue_size = 512  # connections that the kernel accepts in advance; beyond, a client waits a second
+    daemon_threads = True
+
     def __init__(
         self,
         registry: Collector,
         address: tuple[str, int],
         *,
+        version: str = "",
         cert: str | None = None,
         key: str | None = None,
         ca: str | None = None,
+        security: Security | None = None,
         on_error: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Bind the address. Until `start`, connections are refused, so clients need not wait for an answer.
 
+        :param address: an empty host means all of the machine, IPv6 and IPv4
+        :param version: of msrtrace, for the page at /
         :param cert: a certificate file, for TLS; `key` is its private key
         :param ca: clients need a certificate by this CA
+        :param security: in place of those three: TLS, passwords and headers
         :param on_error: gets a line for each answer that fails
         :raises MsrtraceError: if the address or a file cannot be used
         """
-        self.registry, self.tls, self._on_error = registry, bool(cert), on_error
-        context = _context(cert, key, ca) if cert else None
-        host, port = address
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            self.address_family, where = found[0][0], found[0][4]
-            super().__init__((str(where[0]), port), _Handler, bind_and_activate=False)
-            try:
-                self.server_bind()
-            except OSError:
-                self.server_close()
-                raise
-        except OSError as error:
-            raise _cannot_listen(address, error) from None
-        if context:
-            # The handshake is done in the connection's thread: here a silent client would block all others.
-            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self.registry, self.version, self._on_error = registry, version, on_error
+        self.security = security or of_files(cert, key, ca)
+        self.tls = self.security.now().context is not None
+        #: Why there are no counts yet, a sentence; empty when there are.
+        self.waiting = ""
         self._address = address
+        self._bind(address)
         self._asking = threading.Lock()
         self._reading = threading.Lock()
         self._next: dict[Wanted, Future[bytes]] = {}
+        self._connections, self._counting = 0, threading.Lock()
+        self._loop: threading.Thread | None = None
 
-    def start(self) -> Server:
-        """Listen and answer, in threads with the capabilities of the caller. Raises MsrtraceError."""
+    def _bind(self, address: tuple[str, int]) -> None:
+        """Bind the first of a name's addresses that this machine has."""
+        problem: OSError | None = None
+        try:
+            candidates = list(_candidates(*address))
+        except OSError as error:
+            raise _cannot_listen(address, error) from None
+        for self.address_family, where in candidates:
+            try:
+                super().__init__(where, _Handler, bind_and_activate=False)  # type: ignore[arg-type]
+            except OSError as error:
+                if error.errno != errno.EAFNOSUPPORT:  # a kernel without IPv6
+                    raise _cannot_listen(address, error) from None
+                problem = problem or error
+                continue
+            try:
+                if not address[0] and self.address_family == socket.AF_INET6:
+                    self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                self.server_bind()
+                return
+            except OSError as error:
+                self.server_close()
+                problem = problem or error
+                if error.errno != errno.EADDRNOTAVAIL:
+                    break
+        assert problem
+        raise _cannot_listen(address, problem) from None
+
+    def start(self, prepare: Callable[[], None] = lambda: None) -> Server:
+        """Listen and answer, in threads with the capabilities of the caller. Raises MsrtraceError.
+
+        :param prepare: runs first in the thread that the threads of all requests are started by
+        """
         try:
             self.server_activate()
         except OSError as error:  # another process bound the address at the same time
             raise _cannot_listen(self._address, error) from None
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self._serve(prepare)
         return self
+
+    def ready(self, registry: Collector) -> None:
+        """Serve this registry, which has counts, from now on, as after `start`. Raises MsrtraceError."""
+        if self._loop:
+            self.shutdown()  # connections wait meanwhile
+            self._loop.join()
+        self.registry, self.waiting = registry, ""
+        self.start()
+
+    def _serve(self, prepare: Callable[[], None]) -> None:
+        def loop() -> None:
+            prepare()
+            self.serve_forever()
+
+        self._loop = threading.Thread(target=loop, daemon=True)
+        self._loop.start()
+
+    @property
+    def place(self) -> str:
+        """The host and the port, as in a URL."""
+        return f"{_shown(self._address[0] or str(self.server_address[0]))}:{self.server_address[1]}"
 
     @property
     def url(self) -> str:
         """The URL of the metrics."""
-        return f"{'https' if self.tls else 'http'}://{_shown(self._address[0])}:{self.server_address[1]}/metrics"
+        return f"{'https' if self.tls else 'http'}://{self.place}/metrics"
+
+    @property
+    def leaves_machine(self) -> bool:
+        """Whether other machines may reach it."""
+        address = ip_address(str(self.server_address[0]).partition("%")[0])
+        if isinstance(address, IPv6Address):
+            address = address.ipv4_mapped or address
+        return not address.is_loopback
 
     def text(self, wanted: Wanted) -> bytes:
         """The requested text, from a collection that begins after this call."""
@@ -129,6 +211,43 @@ class Server(ThreadingHTTPServer):
         """Bind the address without looking up its host name, which may take seconds and is not needed."""
         TCPServer.server_bind(self)
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own, unless there are too many."""
+        with self._counting:
+            self._connections += 1
+            number = self._connections
+        try:
+            if number > CONNECTIONS + _REFUSALS:
+                raise ConnectionAbortedError("too many connections")
+            super().process_request(request, client_address)
+        except BaseException:  # also if no thread can be started
+            self._disconnected()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, in this thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._disconnected()
+
+    def _disconnected(self) -> None:
+        with self._counting:
+            self._connections -= 1
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Answer, by what was configured when the client connected."""
+        handler = _Refusal if self._connections > CONNECTIONS else _Handler
+        setup = self.security.now()
+        if not setup.context:
+            handler(request, client_address, self, setup)
+            return
+        # The handshake is done here, in the connection's thread, as a silent client would block all others.
+        request.settimeout(handler.timeout)
+        with setup.context.wrap_socket(request, server_side=True) as connection:
+            handler(connection, client_address, self, setup)
+            connection.shutdown(socket.SHUT_WR)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report an error, unless a client disconnected or has no certificate."""
         error = sys.exception()
@@ -136,39 +255,117 @@ class Server(ThreadingHTTPServer):
             self._on_error(f"a scrape failed: {type(error).__name__}: {error}")
 
 
-class _Handler(MetricsHandler):
+class _Handler(BaseHTTPRequestHandler):
     timeout = 30.0  # seconds without data from or to the client
+    server: Server
+
+    def __init__(self, request: Any, client_address: Any, server: Server, protection: Setup) -> None:
+        self.protection = protection
+        super().__init__(request, client_address, server)
+
+    def parse_request(self) -> bool:
+        """Parse a request, and answer it here if none of its kind is served."""
+        if not super().parse_request():
+            return False
+        if not self.protection.admits(self.headers.get("Authorization")):
+            self.answer(HTTPStatus.UNAUTHORIZED, "Unauthorized\n", WWW_Authenticate='Basic realm="msrtrace"')
+        elif self.command not in ("GET", "HEAD"):
+            self._discard_body()
+            self.answer(HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and HEAD are served.\n", Allow="GET, HEAD")
+        else:
+            return True
+        return False
 
     def do_GET(self) -> None:
-        """Answer a scrape."""
-        assert isinstance(self.server, Server)
-        encode, content_type = encoder(self.headers.get("Accept"))
-        names = parse_qs(self.path.partition("?")[2]).get("name[]")
+        """Answer a request."""
+        url = urlsplit(self.path)
+        answers: dict[str, Callable[[], None]] = {
+            "/": self._page,
+            "/metrics": partial(self._metrics, url.query),
+            "/-/healthy": self._healthy,
+            "/-/ready": self._ready,
+        }
+        answers.get(unquote(url.path), self._nothing)()
+
+    do_HEAD = do_GET
+
+    def _page(self) -> None:
+        page = _PAGE.format(version=escape(self.server.version))
+        self.answer(HTTPStatus.OK, page, "text/html; charset=utf-8")
+
+    def _healthy(self) -> None:
+        self.answer(HTTPStatus.OK, "msrtrace is running.\n")
+
+    def _ready(self) -> None:
+        if self.server.waiting:
+            self.answer(HTTPStatus.SERVICE_UNAVAILABLE, f"{self.server.waiting}\n")
+        else:
+            self.answer(HTTPStatus.OK, "msrtrace has counts.\n")
+
+    def _nothing(self) -> None:
+        self.answer(HTTPStatus.NOT_FOUND, "There is nothing here; the metrics are at /metrics.\n")
+
+    def _metrics(self, query: str) -> None:
+        encode, content_type = encoder(self._all("Accept"))
+        names = parse_qs(query).get("name[]")
         text = self.server.text(Wanted(encode, frozenset(names) if names else None))
-        self.send_response(200)
-        self.send_header("Content-Type", content_type)
-        if gzip_accepted(self.headers.get("Accept-Encoding", "")):
+        if gzip_accepted(self._all("Accept-Encoding")):
             text = gzip.compress(text, compresslevel=1)  # the default, 9, takes six times as long
-            self.send_header("Content-Encoding", "gzip")
-        self.send_header("Content-Length", str(len(text)))
+            self.answer(HTTPStatus.OK, text, content_type, Content_Encoding="gzip")
+        else:
+            self.answer(HTTPStatus.OK, text, content_type)
+
+    def _all(self, name: str) -> str:
+        """The elements of all headers of this name."""
+        return ", ".join(self.headers.get_all(name, []))
+
+    def answer(self, status: HTTPStatus, content: str | bytes, content_type: str = _TEXT, **headers: str) -> None:
+        """Send an answer, without its content if the request is HEAD. An underscore in `headers` is a hyphen."""
+        if isinstance(content, str):
+            content = content.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(text)
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def end_headers(self) -> None:
+        """Add those that every answer has."""
+        for name, value in self.protection.headers.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def _discard_body(self) -> None:
+        """Read what comes with a request: closing a connection with unread data takes the answer away, too."""
+        length = self.headers.get("Content-Length", "")
+        if length.isdecimal() and "Expect" not in self.headers:
+            self.rfile.read(min(int(length[:9]), _LARGEST_BODY))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing."""
 
 
-def _context(cert: str, key: str | None, ca: str | None) -> ssl.SSLContext:
-    try:
-        for file in (cert, key, ca):
-            if file:
-                Path(file).read_bytes()  # ssl's errors do not name the file
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca)
-        context.load_cert_chain(cert, key)
-    except ssl.SSLError as error:
-        raise MsrtraceError(f"the TLS files cannot be used: {error}") from None
-    except OSError as error:
-        raise MsrtraceError(f"cannot read a TLS file: {error}") from None
-    if ca:
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
+class _Refusal(_Handler):
+    timeout = 2.0
+
+    def parse_request(self) -> bool:
+        """Parse a request, so that the client reads the answer, and refuse it."""
+        if BaseHTTPRequestHandler.parse_request(self):
+            self.answer(HTTPStatus.SERVICE_UNAVAILABLE, "There are too many connections.\n", Retry_After="5")
+        return False
+
+
+def _candidates(host: str, port: int) -> Iterator[tuple[socket.AddressFamily, tuple[Any, ...]]]:
+    """The families and addresses to try in turn. Raises OSError if the host is not known."""
+    if not host:
+        yield socket.AF_INET6, ("::", port)
+        yield socket.AF_INET, ("0.0.0.0", port)
+        return
+    for family, _, _, _, where in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+        yield family, where
 
 
 def _cannot_listen(address: tuple[str, int], error: OSError) -> MsrtraceError:

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How a server is protected: TLS, passwords, headers."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from tracer.model.errors import MsrtraceError
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What protects one connection.
+
+    :param context: for TLS; without it HTTP is served
+    :param headers: that all answers have
+    :param admits: whether an Authorization header (None: there is none) is good enough
+    """
+
+    context: ssl.SSLContext | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    admits: Callable[[str | None], bool] = lambda _: True
+
+
+class Security(Protocol):
+    """Knows the setup at any time."""
+
+    def now(self) -> Setup:
+        """The setup for a new connection. Raises nothing."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A setup that stays."""
+
+    setup: Setup = Setup()
+
+    def now(self) -> Setup:
+        """The setup."""
+        return self.setup
+
+
+def of_files(cert: str | None, key: str | None, ca: str | None) -> Fixed:
+    """TLS with a certificate and its key, if any; with a CA, only for clients with a certificate by it.
+
+    Raises MsrtraceError if a file cannot be used.
+    """
+    if not cert:
+        return Fixed()
+    try:
+        for file in (cert, key, ca):
+            if file:
+                Path(file).read_bytes()  # ssl's errors do not name the file
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca)
+        context.load_cert_chain(cert, key)
+    except ssl.SSLError as error:
+        raise MsrtraceError(f"the TLS files cannot be used: {error}") from None
+    except OSError as error:
+        raise MsrtraceError(f"cannot read a TLS file: {error}") from None
+    if ca:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return Fixed(Setup(context))
