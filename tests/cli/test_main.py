@@ -60,7 +60,7 @@ def test_help_is_shown(name: str | None, option: str) -> None:
 
 
 def test_every_command_is_listed() -> None:
-    assert {"compare", "doctor", "report", "run", "top"} <= {*COMMANDS}
+    assert {"compare", "doctor", "report", "run", "show", "top"} <= {*COMMANDS}
     assert sorted(COMMANDS) == COMMANDS
     assert [named(name).name for name in COMMANDS] == COMMANDS
 

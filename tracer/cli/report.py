@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from tracer.cli.console import version, warn
 from tracer.cli.options import tracing_options
 from tracer.cli.output import check_outputs, deliver, output_options
 from tracer.cli.session import ready_machine, tracing
+from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
+from tracer.report.file import BOM, read
 from tracer.report.formats import OF_REPORTS, write_report
 
 _LONGEST_SECONDS = 366 * 86400.0
@@ -45,6 +48,9 @@ def report(  # noqa: PLR0917 (click passes them by name)
         raise click.UsageError("give either -d or COMMAND: a COMMAND is traced until it ends")
     if duration is not None and not duration <= _LONGEST_SECONDS:  # also if it is NaN
         raise click.UsageError(f"-d {duration:g}: at most {_LONGEST_SECONDS:g} seconds")
+    if command and _is_report(Path(command[0])):
+        instead = shlex.join(("msrtrace", "show", *command))
+        raise click.UsageError(f"{command[0]} is a report, not a command; did you mean `{instead}`?")
     check_outputs(outputs, fmt)
     machine = ready_machine(options)
 
@@ -73,6 +79,19 @@ def report(  # noqa: PLR0917 (click passes them by name)
         )
     deliver(lambda name: write_report(made, name), fmt, outputs, to_stderr=bool(command))
     sys.exit(recording.status or 0)
+
+
+def _is_report(path: Path) -> bool:
+    """Whether the path is that of a report file."""
+    try:
+        if not path.is_file():  # nor open a pipe
+            return False
+        with path.open("rb") as file:
+            if not file.read(64).removeprefix(BOM).lstrip().startswith(b"{"):
+                return False
+        return bool(read(path))
+    except (OSError, MsrtraceError):
+        return False
 
 
 @contextmanager

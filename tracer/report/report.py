@@ -112,6 +112,12 @@ class PerUpdate(msgspec.Struct, frozen=True, kw_only=True):
     disable: Rate
     disable_redundant: Rate | None
 
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:  # a report that was read is written again as it was
+            value = getattr(self, name)
+            if isinstance(value, float):
+                msgspec.structs.force_setattr(self, name, whole(value))
+
 
 class CallRow(Sanitized, frozen=True, kw_only=True):
     """A kind of call and how many had which outcome; outcomes are null where redundancy is unknown.
