@@ -170,7 +170,7 @@ def test_the_help_of_a_command_imports_nothing_slow(tmp_path: Path, name: str) -
 def test_help_imports_no_command(tmp_path: Path) -> None:
     found = set(start_up(tmp_path, "--help").stderr.split())
     rooms = {"tracer.cli", "tracer.model"}
-    modules = {"tracer.cli.main", "tracer.model.errors", "tracer.model.text"}
+    modules = {"tracer.cli.main", "tracer.cli.streams", "tracer.model.errors", "tracer.model.text"}
     assert {name for name in found if name.startswith("tracer.")} == rooms | modules
     assert not found & HEAVY
     assert others(found) == {"click"}

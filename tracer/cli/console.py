@@ -3,9 +3,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 
 import click
+
+from tracer.cli.streams import OutputError
+
+#: Values of TERM for terminals without escape sequences.
+DUMB = ("", "dumb", "unknown")
 
 
 def say(line: str) -> None:
@@ -15,8 +22,14 @@ def say(line: str) -> None:
 
 
 def warn(line: str) -> None:
-    """Print a warning to standard error."""
-    click.echo(f"msrtrace: warning: {line}", err=True)
+    """Print a warning to standard error, if that can be written: what is warned of goes on."""
+    with suppress(OutputError, OSError):
+        click.echo(f"msrtrace: warning: {line}", err=True)
+
+
+def is_dumb() -> bool:
+    """Whether the terminal, if there is one, has no escape sequences."""
+    return os.environ.get("TERM", "") in DUMB
 
 
 def version() -> str:

@@ -53,27 +53,18 @@ def deliver(
     :param render: returns the result in a format, given by name
     """
 
-    def show(text: bytes, to_stderr: bool) -> None:
-        try:
-            click.echo(text, nl=False, err=to_stderr)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            where = "error" if to_stderr else "output"
-            raise MsrtraceError(f"cannot write to standard {where}: {error.strerror}") from None
-
     if not outputs:
-        show(render(fmt or DEFAULT), to_stderr)
+        click.echo(render(fmt or DEFAULT), nl=False, err=to_stderr)
     failure = None
     for output in outputs:
         text = render(fmt or format_of(output) or DEFAULT)
         if str(output) == "-":
-            show(text, to_stderr=False)
+            click.echo(text, nl=False)
             continue
         try:
             write(output, text)
         except MsrtraceError as error:
             failure = error
-            show(text, to_stderr)
+            click.echo(text, nl=False, err=to_stderr)
     if failure:
         raise failure
