@@ -71,7 +71,7 @@ def test_the_json_of_a_trace() -> None:
     made = decode(done.stdout.encode())
     assert (done.returncode, done.stderr) == (0, "")
     assert (made.label, made.command, made.exit_status, made.totals.filter_updates) == ("mine", None, None, 101)
-    assert made.host.kernel == os.uname().release
+    assert (made.host.name, made.host.kernel) == (os.uname().nodename, os.uname().release)
     assert made.duration_seconds >= 0.2
 
 

@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from fractions import Fraction
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,8 +36,9 @@ from tracer.model.text import LIMIT, printable
 from tracer.report.changelog import changelog
 from tracer.report.compare import compare
 from tracer.report.comparison_json import comparison_json
-from tracer.report.comparison_view import percent
+from tracer.report.comparison_view import comparison_document, percent
 from tracer.report.document import Document, Section, Table
+from tracer.report.formats import OF_COMPARISONS, write_comparison
 from tracer.report.report import Bucket, Report, UpdateSeconds
 from tracer.report.report_view import quantile, report_document
 
@@ -102,6 +104,7 @@ def test_the_text_of_a_report() -> None:
     assert ["filter_change", "vmx_msr_filter_changed", "3,030", "2,828", "93.3%"] in cells
     assert lines[lines.index("Not seen") + 1] == "  nothing"
     assert "  ran: workload --updates 101" in lines
+    assert lines[lines.index("Host") + 1 :][:2] == ["  ada", "  6.1.0-53-amd64 #1 SMP Debian 6.1.192-1"]
     assert not [line for line in lines if line != line.rstrip()]
 
 
@@ -241,11 +244,45 @@ Linux 6.1.0-53-amd64 (Intel VMX) under
 Touched by unpatched only: IA32_TSC W, IA32_SPEC_CTRL RW, IA32_PRED_CMD RW,
 IA32_XFD RW, IA32_XFD_ERR RW, CORE_C3_RESIDENCY RW, CORE_C6_RESIDENCY RW,
 CORE_C7_RESIDENCY RW, CORE_C1_RES RW.
+
+Unpatched: ada, Linux 6.1.0-53-amd64, 2026-11-22.
+Patched: ada, Linux 6.1.0-53-amd64, 2026-11-22.
 """
 
 
 def test_the_changelog_of_a_comparison() -> None:
     assert changelog(compare([unpatched()], [patched()])) == CHANGELOG
+
+
+def test_a_comparison_says_where_and_when_each_side_was_made_in_every_format() -> None:
+    one, other = unpatched(), report(toggle(), replace(HOST, name="eve", kernel="6.12.9"), label="patched")
+    later, old = replaced(other, started="2026-11-24T01:00:00Z"), replaced(unpatched(), name="")
+    for base, new, expected in (
+        ([one], [other], ("ada, Linux 6.1.0-53-amd64, 2026-11-22", "eve, Linux 6.12.9, 2026-11-22")),
+        ([old], [other, later], ("Linux 6.1.0-53-amd64, 2026-11-22", "eve, Linux 6.12.9, 2026-11-22 to 2026-11-24")),
+        ([one, old], [replaced(other, name="b"), other], ("ada, Linux 6.1", "b and eve, Linux 6.12.9, 2026-11-22")),
+    ):
+        comparison = compare(base, new, force=True)
+        for fmt in OF_COMPARISONS:
+            text = write_comparison(comparison, fmt).decode()
+            for title, origin in zip(("unpatched", "patched"), expected, strict=True):
+                assert origin in " ".join(text.split()), (fmt, title)
+    named, unnamed = (compare([base], [other], force=True).differences for base in (one, old))
+    assert (named[0].what, named[0].base, named[0].new) == ("host", "ada", "eve")
+    assert "host" not in {difference.what for difference in unnamed}
+
+
+def test_the_hosts_of_a_large_side_are_not_all_named() -> None:
+    many = [replaced(patched(), name=f"host{n}") for n in range(9)]
+    assert compare(many, many).base.origin == (
+        "host0, host1, host2, host3, host4 and 4 more, Linux 6.1.0-53-amd64, 2026-11-22"
+    )
+
+
+def replaced(made: Report, *, started: str | None = None, name: str | None = None) -> Report:
+    """The report with another start, or another name of its host."""
+    host = made.host if name is None else msgspec.structs.replace(made.host, name=name)
+    return msgspec.structs.replace(made, host=host, started=started or made.started)
 
 
 def test_a_changelog_names_both_kernels() -> None:

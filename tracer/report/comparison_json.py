@@ -29,6 +29,8 @@ def comparison_json(comparison: Comparison) -> bytes:
             "title": which.title,
             "reports": len(which.reports),
             "host": which.report.host,
+            "started": which.report.started,
+            "origin": which.origin,
             "command": which.report.command,
             "filter_updates": which.updates,
             "verdict": which.verdict,

@@ -44,12 +44,14 @@ else:
 
 
 class Host(_Modules, frozen=True, kw_only=True):
-    """The machine: `kernel` and `version` are uname(2)'s release and version, `cpu` is /proc/cpuinfo's model name.
+    """The machine: `name`, `kernel` and `version` are uname(2)'s nodename, release and version.
 
-    Reports without `vendor` are from versions of msrtrace that knew only one.
+    `cpu` is /proc/cpuinfo's model name. Reports without `vendor` are from versions of msrtrace that knew only one, and
+    older ones have no `name`.
     """
 
     vendor: VendorName = FIRST.name
+    name: Text = ""
     kernel: Text
     version: Text = ""
     cpu: Text = ""
