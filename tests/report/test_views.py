@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 
@@ -34,7 +35,7 @@ from tracer.model.quantity import duration, listed, number, rate, share
 from tracer.model.snapshot import Map, Snapshot
 from tracer.model.text import LIMIT, printable
 from tracer.report.changelog import changelog
-from tracer.report.compare import compare
+from tracer.report.compare import Comparison, compare
 from tracer.report.comparison_json import comparison_json
 from tracer.report.comparison_view import comparison_document, percent
 from tracer.report.document import Document, Section, Table
@@ -384,6 +385,41 @@ def tables_are_tables(markdown: str) -> None:
         assert cells == (columns or cells), line
         assert line.endswith("|")
         columns = cells
+
+
+@pytest.mark.parametrize("columns", [40, 80, 132])
+@pytest.mark.parametrize(
+    "made",
+    [
+        unpatched(),
+        amd(),
+        report(recalculated(7, by_vm=True, vms={0: "v" * 128})),
+        report(toggle(), replace(HOST, cpu="c" * 300, version="#1 " * 20 + "x"), label="l" * 90, command=["x" * 300]),
+    ],
+)
+def test_text_fits_the_width(made: Report, columns: int) -> None:
+    for text in (report_document(made).text(columns), comparison_document(both(made)).text(columns)):
+        assert [line for line in text.splitlines() if len(line) > columns] == []
+    whole, narrow = (report_document(made).text(width) for width in (None, columns))
+    assert Counter(re.sub(r"[\s-]", "", narrow)) == Counter(re.sub(r"[\s-]", "", whole)), "nothing is lost"
+
+
+def both(made: Report) -> Comparison:
+    """A comparison of a report with another one."""
+    return compare([made], [patched()], force=True)
+
+
+def test_numbers_go_below_the_names_where_the_table_is_too_wide() -> None:
+    table = Table(
+        ("name", "access", "calls", "redundant"),
+        (("FS", "read_write", "18,988", "1"), ("a b c d", "read", "1", "1,000")),
+        names=2,
+    )
+    assert table.within(99) == table.drawn("simple")
+    assert table.within(22).splitlines()[:2] == ["name     access", "     calls  redundant"]
+    assert max(map(len, table.within(22).splitlines())) <= 22
+    words = Table(("name", "text"), (("x", "some words here"),), names=2)
+    assert words.within(14) == "name  text\n----  --------\nx     some\n      words\n      here"
 
 
 def test_markdown_is_escaped() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +89,7 @@ def compare(  # noqa: PLR0917 (click passes them by name)
         comparison = replace(comparison, warnings=(*fleet.warnings, *comparison.warnings))
     else:
         comparison = compare_reports(*([read(Path(name)) for name in names] for names in (base, new)), force=force)
-    deliver(lambda name: write_comparison(comparison, name), fmt, outputs)
+    deliver(partial(write_comparison, comparison), fmt, outputs)
 
 
 def _stored(url: str, base: Sequence[str], new: Sequence[str], since: str) -> Fleet:

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from contextlib import suppress
 
 import click
 
 from tracer.cli.streams import OutputError
+from tracer.model.text import COLUMNS
+
+_NARROWEST = 40  # columns
 
 #: Values of TERM for terminals without escape sequences.
 DUMB = ("", "dumb", "unknown")
@@ -30,6 +34,11 @@ def warn(line: str) -> None:
 def is_dumb() -> bool:
     """Whether the terminal, if there is one, has no escape sequences."""
     return os.environ.get("TERM", "") in DUMB
+
+
+def columns() -> int:
+    """The width of the terminal; without one, COLUMNS in the environment, or the usual width."""
+    return max(_NARROWEST, shutil.get_terminal_size((COLUMNS, 24)).columns)
 
 
 def version() -> str:

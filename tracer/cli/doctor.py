@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from tracer.cli.console import is_dumb
+from tracer.cli.console import columns, is_dumb
 from tracer.cli.session import this_machine
 from tracer.doctor.check import State
 from tracer.doctor.examination import examine
@@ -25,5 +25,5 @@ def doctor(as_json_: bool) -> None:
         click.echo(as_json(checks, machine))
     else:
         color = sys.stdout.isatty() and not is_dumb() and not os.environ.get("NO_COLOR")
-        click.echo(as_text(checks, color=color))
+        click.echo(as_text(checks, color, columns()))
     sys.exit(1 if any(check.state is State.FAILED for check in checks) else 0)

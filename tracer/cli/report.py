@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import click
@@ -79,7 +80,7 @@ def report(  # noqa: PLR0917 (click passes them by name)
                 exit_status=recording.status,
                 notes=(*tracer.warnings, *recording.notes),
             )
-        deliver(lambda name: write_report(made, name), fmt, outputs, to_stderr=bool(command))
+        deliver(partial(write_report, made), fmt, outputs, to_stderr=bool(command))
     sys.exit(recording.status or 0)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -22,4 +23,4 @@ def show(outputs: tuple[Path, ...], fmt: str | None, file: str) -> None:
     """
     check_outputs(outputs, fmt)
     report = read(Path(file))
-    deliver(lambda name: write_report(report, name), fmt, outputs)
+    deliver(partial(write_report, report), fmt, outputs)
