@@ -81,22 +81,32 @@ def test_what_is_not_written_to_needs_not_be_open(directory: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "msrtrace: error: cannot read -: Bad file descriptor\n")
 
 
-@pytest.mark.parametrize("fails", ["stdout", "stderr"])
-def test_a_report_that_cannot_be_printed_is_an_error(directory: Path, fails: str) -> None:
-    """With a command the report goes to standard error: then only the status can say so."""
+FULL = "msrtrace: error: cannot write to standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "redirection", "status", "error"),
+    [
+        ("-d 0.1", ">/dev/full", 1, FULL),
+        ("-o - true", ">/dev/full", 125, FULL),
+        ("true", "2>/dev/full", 125, ""),  # there the report goes to standard error: only the status can say so
+        ("-d 0.1", "| true", 1, ""),
+        ("-o - true", "| true", 125, ""),
+    ],
+)
+def test_a_report_that_cannot_be_printed_is_an_error(
+    directory: Path, command: str, redirection: str, status: int, error: str
+) -> None:
     (directory / "module").write_text("1")
-    command, redirection = ("-d 0.1", ">/dev/full") if fails == "stdout" else ("true", "2>/dev/full")
     done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m standin {directory} report {command} {redirection}"],
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m standin {directory} report {command} {redirection}"],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"},
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
     )
-    error = "msrtrace: error: cannot write to standard output: No space left on device\n"
-    expected = (1, "", error) if fails == "stdout" else (125, "", "")
-    assert (done.returncode, done.stdout, done.stderr) == expected
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", error)
     assert (directory / "closed").exists()
 
 

@@ -95,6 +95,8 @@ def _own_failures(status: int) -> Iterator[None]:
         raise
     except click.ClickException:
         raise
+    except BrokenPipeError:  # the reader of the report has left
+        sys.exit(status)
     except Exception as error:
         error.status = status  # type: ignore[attr-defined]
         raise
