@@ -98,6 +98,8 @@ def arguments(*given: str) -> bytes:
         (["cloud-hypervisor", "--api-socket", "path=/var/run/user/0/ch.sock"], None),
         (["cloud-hypervisor", "--api-socket", "/home/ada/cloud-hypervisor.sock"], None),
         (["cloud-hypervisor", "--api-socket", "/dev/shm/ch.sock"], None),
+        (["cloud-hypervisor", "--api-socket", "/home/ada/.local/state/ch.sock"], None),
+        (["cloud-hypervisor", "--api-socket", "/usr/local/var/ch.sock"], None),
         (["cloud-hypervisor", "--api-socket", "ch.sock"], None),
         (["cloud-hypervisor", "--api-socket", "/run/user/1000/web/ch.sock"], "web"),
         (["cloud-hypervisor", "--api-socket", "/run/user/1000/web.sock"], "web"),

@@ -21,6 +21,7 @@ _COMMON = {"", "api", "ch", "ch-api", "clh", "clh-api", "cloud-hypervisor", "fir
 # crosvm's are /run/vm/<vm>/crosvm.sock (ChromeOS) and instances/<vm>/internal/crosvm_control.sock (Cuttlefish).
 _COMMON |= {"crosvm", "crosvm_control", "control", "internal", "instances", "fc", "sock", "socket"}
 _COMMON |= {"vm", "vms", "vmm", "root", "run", "tmp", "var", "dev", "shm", "lib", "opt", "srv", "mnt", "lock", "home"}
+_COMMON |= {"usr", "etc", "local", "share", "state", "cache", "data", ".local", ".cache", ".config"}
 #: A user's own directory, whose name says nothing about the VM.
 _OF_USER = re.compile(r"(/var)?/run/user/[^/]*|/home/[^/]*")
 #: Of a VM's disks and images, with Multipass.
