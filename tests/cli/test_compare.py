@@ -34,6 +34,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "-x.json").write_bytes(encode(patched()))
     (tmp_path / "bad.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
 
 
 @pytest.mark.usefixtures("files")
@@ -53,6 +54,16 @@ def test_two_reports_are_compared(main: Main, arguments: list[str]) -> None:
     status, out, err = main("compare", *arguments)
     assert (status, err) == (0, "")
     assert out.startswith(SENTENCE + "\n")
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("columns", ["40", "80", "120"])
+def test_a_comparison_fits_the_terminal(main: Main, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    _, out, _ = main("compare", "u.json", "new.json")
+    assert max(map(len, out.splitlines())) <= int(columns)
+    _, out, _ = main("compare", "u.json", "new.json", "-o", "c.txt")
+    assert max(map(len, Path("c.txt").read_text().splitlines())) <= 80
 
 
 @pytest.mark.usefixtures("files")

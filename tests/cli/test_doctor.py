@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 import os
 
+import pytest
 from command import command
 
 from tracer.doctor.examination import examine
+from tracer.doctor.output import as_text
 from tracer.kernel.machine import Machine
 
 
@@ -24,3 +26,11 @@ def test_doctor_prints_every_check_and_fails_if_one_does() -> None:
     assert (text.returncode, text.stderr) == (done.returncode, "")
     assert "\x1b" not in text.stdout  # not a terminal
     assert [line.split()[1] for line in text.stdout.split("\n\n")[0].splitlines() if line[0] != " "] == names
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_the_text_fits_the_terminal(columns: int) -> None:
+    text = command("doctor", COLUMNS=str(columns)).stdout
+    assert [line for line in text.splitlines() if len(line) > columns] == []
+    plain = " ".join(as_text(examine(Machine.here())).split())
+    assert columns < 200 or " ".join(text.split()) == plain

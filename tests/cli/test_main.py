@@ -60,7 +60,7 @@ def test_help_is_shown(name: str | None, option: str) -> None:
 
 
 def test_every_command_is_listed() -> None:
-    assert {"compare", "doctor", "report", "run", "top"} <= {*COMMANDS}
+    assert {"compare", "doctor", "report", "run", "show", "top"} <= {*COMMANDS}
     assert sorted(COMMANDS) == COMMANDS
     assert [named(name).name for name in COMMANDS] == COMMANDS
 
@@ -176,7 +176,7 @@ def test_the_help_of_a_command_imports_nothing_slow(tmp_path: Path, name: str) -
 def test_help_imports_no_command(tmp_path: Path) -> None:
     found = set(start_up(tmp_path, "--help").stderr.split())
     rooms = {"tracer.cli", "tracer.model"}
-    modules = {"tracer.cli.main", "tracer.model.errors", "tracer.model.text"}
+    modules = {"tracer.cli.main", "tracer.cli.streams", "tracer.model.errors", "tracer.model.text"}
     assert {name for name in found if name.startswith("tracer.")} == rooms | modules
     assert not found & HEAVY
     assert others(found) == {"click"}

@@ -20,7 +20,7 @@ from standin import ATTACHED, CLOSED, COUNTED, MODULE, VENDOR
 from tracer.report.file import decode, read
 
 ROOT = Path(__file__).parents[2]
-VERDICT = "patch present: 101 filter updates disabled intercepts of MSRs that KVM passes through and left those"
+VERDICT = "patch present: 101 filter updates disabled intercepts of MSRs that KVM passes"
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
 
@@ -63,6 +63,7 @@ def test_a_trace_of_a_duration() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert CLOSED in done.left
     assert done.stdout.startswith(VERDICT)
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert "\n13 calls per filter update, 11 of them redundant" in done.stdout
 
 
@@ -71,16 +72,16 @@ def test_the_json_of_a_trace() -> None:
     made = decode(done.stdout.encode())
     assert (done.returncode, done.stderr) == (0, "")
     assert (made.label, made.command, made.exit_status, made.totals.filter_updates) == ("mine", None, None, 101)
-    assert made.host.kernel == os.uname().release
+    assert (made.host.name, made.host.kernel) == (os.uname().nodename, os.uname().release)
     assert made.duration_seconds >= 0.2
 
 
 def test_a_trace_of_an_amd_host() -> None:
     done = run("-d", "0.2", **{VENDOR: "AMD"})
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(
+    assert " ".join(done.stdout.split()).startswith(
         "patch not applicable: KVM never had this patch for AMD SVM; 10 filter updates made 470 calls, 47 each, of "
-        "which 46 changed nothing\n"
+        "which 46 changed nothing "
     )
     made = decode(run("-d", "0.2", "--format", "json", **{VENDOR: "AMD"}).stdout.encode())
     assert (made.host.vendor, made.host.layout, made.totals.calls) == ("svm", "pass", 470 + 11)
@@ -195,6 +196,20 @@ def test_what_prevents_tracing_is_the_error() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "msrtrace: error: kvm_intel is not loaded\n")
 
 
+@pytest.mark.parametrize("arguments", [["--", "true"], ["-o", "/none/a.json", "true"], ["--pid", "4194305", "true"]])
+def test_with_a_command_a_failure_of_the_tracer_has_a_status_of_its_own(arguments: list[str]) -> None:
+    """As with env(1) and timeout(1), so that it is not taken for the command's."""
+    done = run(*arguments, obstacle="kvm_intel is not loaded")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (125, "", 1)
+    assert done.stderr.startswith("msrtrace: error: ")
+
+
+def test_an_internal_error_with_a_command_has_that_status_too() -> None:
+    done = run("echo", "own", broken="")
+    assert (done.returncode, done.stdout) == (125, "")
+    assert done.stderr.startswith("msrtrace: internal error: OSError: broken map")
+
+
 def test_a_file_that_cannot_be_written_is_found_before_tracing(tmp_path: Path) -> None:
     done = run("-d", "99", "-o", str(tmp_path / "none/a.json"), obstacle="not asked")
     expected = f"msrtrace: error: cannot write {tmp_path}/none/a.json: there is no directory {tmp_path}/none\n"
@@ -209,7 +224,7 @@ def test_a_report_that_cannot_be_written_is_printed(tmp_path: Path) -> None:
     assert done.stdout.startswith(VERDICT)
     assert (tmp_path / "a.txt").read_text().startswith(VERDICT)
     done = run("-o", "/dev/full", "echo", "own")
-    assert (done.returncode, done.stdout) == (1, "own\n")
+    assert (done.returncode, done.stdout) == (125, "own\n")
     assert done.stderr.startswith(VERDICT)
     assert done.stderr.endswith(error)
 
@@ -240,14 +255,14 @@ def test_wrong_usage_is_explained(main: Main, arguments: list[str], message: str
 # --- report, on a terminal ---
 
 
-def on_a_terminal(*arguments: str) -> tuple[str, str]:
+def on_a_terminal(*arguments: str, term: str = "xterm") -> tuple[str, str]:
     """The output of `msrtrace report` to a terminal on standard error, and to standard output."""
     directory = tempfile.mkdtemp()
     (Path(directory) / MODULE).write_text("1")
     terminal, end = pty.openpty()
     process = subprocess.Popen(
         command(directory, *arguments),
-        env={**ENVIRONMENT, "TERM": "xterm"},
+        env={**ENVIRONMENT, "TERM": term},
         stdout=subprocess.PIPE,
         stderr=end,
         start_new_session=True,
@@ -280,3 +295,7 @@ def test_progress_is_shown_on_a_terminal() -> None:
     assert "msrtrace: tracing until Ctrl-C" in shown
     shown, _ = on_a_terminal("true")
     assert shown.startswith(VERDICT)  # a command has the terminal for itself
+
+
+def test_the_progress_on_a_dumb_terminal_has_no_escape_sequences() -> None:
+    assert on_a_terminal("-d", "0.3", term="dumb")[0] == "msrtrace: tracing for 0.3 s\r\n"

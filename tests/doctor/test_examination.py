@@ -172,11 +172,11 @@ def test_each_fix_is_below_its_check() -> None:
     assert as_text(CHECKS) == (
         "ok       cpu        has VMX\n"
         "FAILED   kvm-intel  not loaded\n"
-        "                    -> sudo modprobe kvm_intel\n"
+        "           -> sudo modprobe kvm_intel\n"
         "unknown  btf        not yet\n"
-        "                    -> fix kvm-intel first\n"
+        "           -> fix kvm-intel first\n"
         "warning  tracefs    not mounted\n"
-        "                    -> mount it\n"
+        "           -> mount it\n"
         "\n"
         "1 to fix before msrtrace can trace here"
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -68,7 +69,8 @@ def scraped(folder: Path) -> Asked:
 
         def compare(*arguments: str) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, "-m", "tracer.cli.main", "compare", "--prometheus", server.url, *arguments]
-            return subprocess.run(command, capture_output=True, text=True, check=False)
+            wide = {**os.environ, "COLUMNS": "300"}  # sentences are one line each
+            return subprocess.run(command, capture_output=True, text=True, env=wide, check=False)
 
         last = "last_over_time({}[1h])"
         ratio = "instance:msrtrace_filter_change_{}_per_filter_updates:ratio"

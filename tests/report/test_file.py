@@ -120,9 +120,21 @@ def with_schema(schema: Any) -> bytes:
         (b" \n\t", "is empty"),
         (b"{", "is not JSON: "),
         (b"no report", "is not JSON: "),
-        (b"\xef\xbb\xbf{}", "is not JSON: "),
+        (b"\xef\xbb\xbf", "is empty"),
+        (b"\xef\xbb\xbf{}", "is not an msrtrace report: "),
+        (b"\xef\xbb\xbf\xef\xbb\xbf{}", "is not JSON: "),
+        (b"\0\0\0{\0\0\0", "is not JSON: "),
         (b'{"schema": "\xff"}', "is not JSON: "),
         (b'{"schema": "msrtrace-report/1"', "is not JSON: "),
+        *(
+            (EXAMPLE.decode().encode(codec), f"is {name} text, and reports are UTF-8: convert it with iconv -f {name} ")
+            for codec, name in {
+                "utf-16": "UTF-16",
+                "utf-16-le": "UTF-16LE",
+                "utf-16-be": "UTF-16BE",
+                "utf-32": "UTF-32",
+            }.items()
+        ),
         (b'{"schema": NaN}', "is not JSON: "),
         (b"{}", "is not an msrtrace report: Object missing required field `schema`"),
         (b"[]", "is not an msrtrace report: Expected `object`, got `array`"),
@@ -156,6 +168,10 @@ def with_schema(schema: Any) -> bytes:
 )
 def test_what_is_no_report_is_refused_with_the_reason(data: bytes, why: str) -> None:
     assert refusal(data).startswith(why)
+
+
+def test_a_byte_order_mark_is_skipped() -> None:
+    assert decode(b"\xef\xbb\xbf" + EXAMPLE) == decode(EXAMPLE)
 
 
 def test_unknown_fields_are_ignored() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,10 +35,11 @@ from tracer.model.quantity import duration, listed, number, rate, share
 from tracer.model.snapshot import Map, Snapshot
 from tracer.model.text import LIMIT, printable
 from tracer.report.changelog import changelog
-from tracer.report.compare import compare
+from tracer.report.compare import Comparison, compare
 from tracer.report.comparison_json import comparison_json
-from tracer.report.comparison_view import percent
+from tracer.report.comparison_view import comparison_document, percent
 from tracer.report.document import Document, Section, Table
+from tracer.report.formats import OF_COMPARISONS, write_comparison
 from tracer.report.report import Bucket, Report, UpdateSeconds
 from tracer.report.report_view import quantile, report_document
 
@@ -102,6 +105,7 @@ def test_the_text_of_a_report() -> None:
     assert ["filter_change", "vmx_msr_filter_changed", "3,030", "2,828", "93.3%"] in cells
     assert lines[lines.index("Not seen") + 1] == "  nothing"
     assert "  ran: workload --updates 101" in lines
+    assert lines[lines.index("Host") + 1 :][:2] == ["  ada", "  6.1.0-53-amd64 #1 SMP Debian 6.1.192-1"]
     assert not [line for line in lines if line != line.rstrip()]
 
 
@@ -241,11 +245,45 @@ Linux 6.1.0-53-amd64 (Intel VMX) under
 Touched by unpatched only: IA32_TSC W, IA32_SPEC_CTRL RW, IA32_PRED_CMD RW,
 IA32_XFD RW, IA32_XFD_ERR RW, CORE_C3_RESIDENCY RW, CORE_C6_RESIDENCY RW,
 CORE_C7_RESIDENCY RW, CORE_C1_RES RW.
+
+Unpatched: ada, Linux 6.1.0-53-amd64, 2026-11-22.
+Patched: ada, Linux 6.1.0-53-amd64, 2026-11-22.
 """
 
 
 def test_the_changelog_of_a_comparison() -> None:
     assert changelog(compare([unpatched()], [patched()])) == CHANGELOG
+
+
+def test_a_comparison_says_where_and_when_each_side_was_made_in_every_format() -> None:
+    one, other = unpatched(), report(toggle(), replace(HOST, name="eve", kernel="6.12.9"), label="patched")
+    later, old = replaced(other, started="2026-11-24T01:00:00Z"), replaced(unpatched(), name="")
+    for base, new, expected in (
+        ([one], [other], ("ada, Linux 6.1.0-53-amd64, 2026-11-22", "eve, Linux 6.12.9, 2026-11-22")),
+        ([old], [other, later], ("Linux 6.1.0-53-amd64, 2026-11-22", "eve, Linux 6.12.9, 2026-11-22 to 2026-11-24")),
+        ([one, old], [replaced(other, name="b"), other], ("ada, Linux 6.1", "b and eve, Linux 6.12.9, 2026-11-22")),
+    ):
+        comparison = compare(base, new, force=True)
+        for fmt in OF_COMPARISONS:
+            text = write_comparison(comparison, fmt).decode()
+            for title, origin in zip(("unpatched", "patched"), expected, strict=True):
+                assert origin in " ".join(text.split()), (fmt, title)
+    named, unnamed = (compare([base], [other], force=True).differences for base in (one, old))
+    assert (named[0].what, named[0].base, named[0].new) == ("host", "ada", "eve")
+    assert "host" not in {difference.what for difference in unnamed}
+
+
+def test_the_hosts_of_a_large_side_are_not_all_named() -> None:
+    many = [replaced(patched(), name=f"host{n}") for n in range(9)]
+    assert compare(many, many).base.origin == (
+        "host0, host1, host2, host3, host4 and 4 more, Linux 6.1.0-53-amd64, 2026-11-22"
+    )
+
+
+def replaced(made: Report, *, started: str | None = None, name: str | None = None) -> Report:
+    """The report with another start, or another name of its host."""
+    host = made.host if name is None else msgspec.structs.replace(made.host, name=name)
+    return msgspec.structs.replace(made, host=host, started=started or made.started)
 
 
 def test_a_changelog_names_both_kernels() -> None:
@@ -347,6 +385,41 @@ def tables_are_tables(markdown: str) -> None:
         assert cells == (columns or cells), line
         assert line.endswith("|")
         columns = cells
+
+
+@pytest.mark.parametrize("columns", [40, 80, 132])
+@pytest.mark.parametrize(
+    "made",
+    [
+        unpatched(),
+        amd(),
+        report(recalculated(7, by_vm=True, vms={0: "v" * 128})),
+        report(toggle(), replace(HOST, cpu="c" * 300, version="#1 " * 20 + "x"), label="l" * 90, command=["x" * 300]),
+    ],
+)
+def test_text_fits_the_width(made: Report, columns: int) -> None:
+    for text in (report_document(made).text(columns), comparison_document(both(made)).text(columns)):
+        assert [line for line in text.splitlines() if len(line) > columns] == []
+    whole, narrow = (report_document(made).text(width) for width in (None, columns))
+    assert Counter(re.sub(r"[\s-]", "", narrow)) == Counter(re.sub(r"[\s-]", "", whole)), "nothing is lost"
+
+
+def both(made: Report) -> Comparison:
+    """A comparison of a report with another one."""
+    return compare([made], [patched()], force=True)
+
+
+def test_numbers_go_below_the_names_where_the_table_is_too_wide() -> None:
+    table = Table(
+        ("name", "access", "calls", "redundant"),
+        (("FS", "read_write", "18,988", "1"), ("a b c d", "read", "1", "1,000")),
+        names=2,
+    )
+    assert table.within(99) == table.drawn("simple")
+    assert table.within(22).splitlines()[:2] == ["name     access", "     calls  redundant"]
+    assert max(map(len, table.within(22).splitlines())) <= 22
+    words = Table(("name", "text"), (("x", "some words here"),), names=2)
+    assert words.within(14) == "name  text\n----  --------\nx     some\n      words\n      here"
 
 
 def test_markdown_is_escaped() -> None:

@@ -34,8 +34,8 @@ X2APIC = tuple(
     0x800 + number for number in (2, 3, 8, 9, 10, 11, 12, 13, 14, 15, 16, 24, 32, 40, 48, 49, *range(50, 58), 62)
 )
 SVM_HOOK = "svm_msr_filter_changed"
-HOST = HostInfo("6.1.0-53-amd64", "#1 SMP Debian 6.1.192-1", "Intel(R) Core(TM) i7", {"ept": "Y", "nested": "Y"})
-AMD_HOST = HostInfo("6.12.117+deb13-amd64", "#1 SMP Debian 6.12.117-1", "AMD EPYC", {"avic": "N", "nested": "1"})
+HOST = HostInfo("6.1.0-53-amd64", "#1 SMP Debian 6.1.192-1", "Intel(R) Core(TM) i7", {"ept": "Y", "nested": "Y"}, "ada")
+AMD_HOST = HostInfo("6.12.117+deb13-amd64", "#1 SMP Debian 6.12.117-1", "AMD EPYC", {"avic": "N", "nested": "1"}, "bob")
 STARTED = datetime(2026, 11, 22, 15, 0, 0, 987654, tzinfo=UTC)
 
 
@@ -239,6 +239,7 @@ def rows(draw: st.DrawFn) -> CallRow:
 
 hosts = st.builds(
     Host,
+    name=names,
     kernel=names,
     version=names,
     cpu=names,

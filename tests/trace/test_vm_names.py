@@ -93,6 +93,43 @@ def arguments(*given: str) -> bytes:
         (["cloud-hypervisor", "--api-socket", "/tmp/cloud-hypervisor.sock"], None),
         (["cloud-hypervisor", "--api-socket", "fd=23"], None),
         (["cloud-hypervisor", "--kernel", "vmlinux"], None),
+        # in a directory that is a user's, or the system's
+        (["cloud-hypervisor", "--api-socket", "/run/user/1000/ch.sock"], None),
+        (["cloud-hypervisor", "--api-socket", "path=/var/run/user/0/ch.sock"], None),
+        (["cloud-hypervisor", "--api-socket", "/home/ada/cloud-hypervisor.sock"], None),
+        (["cloud-hypervisor", "--api-socket", "/dev/shm/ch.sock"], None),
+        (["cloud-hypervisor", "--api-socket", "/home/ada/.local/state/ch.sock"], None),
+        (["cloud-hypervisor", "--api-socket", "/usr/local/var/ch.sock"], None),
+        (["cloud-hypervisor", "--api-socket", "ch.sock"], None),
+        (["cloud-hypervisor", "--api-socket", "/run/user/1000/web/ch.sock"], "web"),
+        (["cloud-hypervisor", "--api-socket", "/run/user/1000/web.sock"], "web"),
+        (["cloud-hypervisor", "--api-socket", "/srv/vms/1000/ch.sock"], "1000"),
+        (["firecracker", "--api-sock", "/run/user/1000/firecracker.socket"], None),
+        # Kata with the VMM in its shim
+        (["containerd-shim-kata-v2", "-namespace", "k8s.io", "-address", "/run/c.sock", "-id", "6fa1"], "6fa1"),
+        (["/opt/kata/bin/containerd-shim-kata-v2", "-id=6fa1", "-debug"], "6fa1"),
+        (["containerd-shim-kata-v2", "-namespace", "k8s.io"], None),
+        # gVisor
+        (["runsc-sandbox", "--root=/run/r", "--platform=kvm", "boot", "--bundle=/run/b", "6fa1"], "6fa1"),
+        (["runsc-sandbox", "boot", "--bundle", "/run/b", "--start-sync-fd=3", "6fa1"], "6fa1"),
+        (["runsc-sandbox", "boot", "--bundle", "/run/b"], None),
+        (["runsc-sandbox", "boot", "--bundle=/run/b"], None),
+        (["runsc-sandbox", "boot"], None),
+        (["lkvm", "run", "boot", "vmlinux"], None),
+        # Multipass
+        (["qemu-system-x86_64", "-drive", "file=/m/vault/instances/relay/x.img,if=none,format=qcow2"], "relay"),
+        (["qemu-system-x86_64", "-cdrom", "/m/vault/instances/relay/cloud-init-config.iso"], "relay"),
+        (["qemu-system-x86_64", "-drive", "file=/m/vault/instances/x.img"], None),
+        # Android
+        (["qemu-system-x86_64-headless", "-avd", "Pixel_6", "-no-window"], "Pixel_6"),
+        (["/sdk/emulator/qemu/linux-x86_64/qemu-system-x86_64", "@Pixel_6"], "Pixel_6"),
+        # crosvm: by hand, ChromeOS, Cuttlefish
+        (["crosvm", "run", "-s", "/run/vm/crosvm-a.sock", "bzImage"], "crosvm-a"),
+        (["crosvm", "run", "--socket=/run/vm/web.sock"], "web"),
+        (["/usr/bin/crosvm", "run", "--socket", "/run/vm/vm.Xq3/crosvm.sock"], "vm.Xq3"),
+        (["crosvm", "run", "--socket=/home/ada/cuttlefish/instances/cvd-1/internal/crosvm_control.sock"], "cvd-1"),
+        (["crosvm", "run", "-s", "/run/crosvm.sock"], None),
+        (["qemu-system-x86_64", "-s", "-S"], None),
     ],
 )
 def test_the_name_is_found_on_the_command_line(tmp_path: Path, command_line: list[str], name: str | None) -> None:

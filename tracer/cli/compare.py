@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import click
@@ -100,7 +101,7 @@ def compare(  # noqa: PLR0917 (click passes them by name)
         comparison = _of_stored(prometheus, http_config, (base, new), since or "1h", (base_at, new_at), force=force)
     else:
         comparison = compare_reports(*([read(Path(name)) for name in names] for names in (base, new)), force=force)
-    deliver(lambda name: write_comparison(comparison, name), fmt, outputs)
+    deliver(partial(write_comparison, comparison), fmt, outputs)
 
 
 def _of_stored(

@@ -3,9 +3,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+from contextlib import suppress
 
 import click
+
+from tracer.cli.streams import OutputError
+from tracer.model.text import COLUMNS
+
+_NARROWEST = 40  # columns
+
+#: Values of TERM for terminals without escape sequences.
+DUMB = ("", "dumb", "unknown")
 
 
 def say(line: str) -> None:
@@ -15,8 +26,19 @@ def say(line: str) -> None:
 
 
 def warn(line: str) -> None:
-    """Print a warning to standard error."""
-    click.echo(f"msrtrace: warning: {line}", err=True)
+    """Print a warning to standard error, if that can be written: what is warned of goes on."""
+    with suppress(OutputError, OSError):
+        click.echo(f"msrtrace: warning: {line}", err=True)
+
+
+def is_dumb() -> bool:
+    """Whether the terminal, if there is one, has no escape sequences."""
+    return os.environ.get("TERM", "") in DUMB
+
+
+def columns() -> int:
+    """The width of the terminal; without one, COLUMNS in the environment, or the usual width."""
+    return max(_NARROWEST, shutil.get_terminal_size((COLUMNS, 24)).columns)
 
 
 def version() -> str:

@@ -8,6 +8,7 @@ import sys
 
 import click
 
+from tracer.cli.console import columns, is_dumb
 from tracer.cli.session import this_machine
 from tracer.doctor.check import State
 from tracer.doctor.examination import examine
@@ -23,5 +24,6 @@ def doctor(as_json_: bool) -> None:
     if as_json_:
         click.echo(as_json(checks, machine))
     else:
-        click.echo(as_text(checks, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+        color = sys.stdout.isatty() and not is_dumb() and not os.environ.get("NO_COLOR")
+        click.echo(as_text(checks, color, columns()))
     sys.exit(1 if any(check.state is State.FAILED for check in checks) else 0)

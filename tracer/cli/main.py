@@ -6,12 +6,15 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
+from tracer.cli.streams import OutputError, guarded_streams
 from tracer.model.errors import MsrtraceError
 from tracer.model.text import printable
 
@@ -58,17 +61,23 @@ def _one_line(error: Exception) -> str:
 
 def main() -> None:
     """Run the command line. Errors are one line on stderr; MSRTRACE_DEBUG=1 adds the traceback."""
-    try:
-        cli.main(prog_name="msrtrace", standalone_mode=True)
-    except MsrtraceError as error:
-        click.echo(f"msrtrace: error: {_one_line(error)}", err=True)
-        sys.exit(error.status)
-    except Exception as error:
-        if os.environ.get("MSRTRACE_DEBUG"):
-            raise
-        what = f"{type(error).__name__}: {_one_line(error)}"
-        click.echo(f"msrtrace: internal error: {what} (MSRTRACE_DEBUG=1 shows where)", err=True)
-        sys.exit(1)
+    with guarded_streams():
+        try:
+            cli.main(prog_name="msrtrace", standalone_mode=True)
+        except MsrtraceError as error:
+            _fail(f"msrtrace: error: {_one_line(error)}", error.status)
+        except Exception as error:
+            if os.environ.get("MSRTRACE_DEBUG"):
+                raise
+            what = f"{type(error).__name__}: {_one_line(error)}"
+            status = getattr(error, "status", MsrtraceError.status)
+            _fail(f"msrtrace: internal error: {what} (MSRTRACE_DEBUG=1 shows where)", status)
+
+
+def _fail(line: str, status: int) -> NoReturn:
+    with suppress(OutputError, OSError):  # the status remains
+        click.echo(line, err=True)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import click
 
+from tracer.cli.console import columns
 from tracer.model.errors import MsrtraceError
+from tracer.model.text import COLUMNS
 from tracer.report.file import check_writable, write
 from tracer.report.formats import DEFAULT, SUFFIXES, format_of
 
@@ -44,36 +46,28 @@ def check_outputs(outputs: tuple[Path, ...], fmt: str | None) -> None:
 
 
 def deliver(
-    render: Callable[[str], bytes], fmt: str | None, outputs: tuple[Path, ...], *, to_stderr: bool = False
+    render: Callable[[str, int], bytes], fmt: str | None, outputs: tuple[Path, ...], *, to_stderr: bool = False
 ) -> None:
     """Write the result to each of `outputs`; if there are none, to standard output or standard error.
 
     A file that cannot be written is reported after all others are; its content is printed, so that it is not lost.
 
-    :param render: returns the result in a format, given by name
+    :param render: returns the result in a format, given by name, with text that is at most so many columns wide
     """
 
-    def show(text: bytes, to_stderr: bool) -> None:
-        try:
-            click.echo(text, nl=False, err=to_stderr)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            where = "error" if to_stderr else "output"
-            raise MsrtraceError(f"cannot write to standard {where}: {error.strerror}") from None
-
     if not outputs:
-        show(render(fmt or DEFAULT), to_stderr)
+        click.echo(render(fmt or DEFAULT, columns()), nl=False, err=to_stderr)
     failure = None
     for output in outputs:
-        text = render(fmt or format_of(output) or DEFAULT)
+        name = fmt or format_of(output) or DEFAULT
         if str(output) == "-":
-            show(text, to_stderr=False)
+            click.echo(render(name, columns()), nl=False)
             continue
+        text = render(name, COLUMNS)
         try:
             write(output, text)
         except MsrtraceError as error:
             failure = error
-            show(text, to_stderr)
+            click.echo(text, nl=False, err=to_stderr)
     if failure:
         raise failure

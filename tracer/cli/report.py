@@ -3,21 +3,26 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import click
 
-from tracer.cli.console import version, warn
+from tracer.cli.console import is_dumb, version, warn
 from tracer.cli.options import tracing_options
 from tracer.cli.output import check_outputs, deliver, output_options
 from tracer.cli.session import ready_machine, tracing
+from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
+from tracer.report.file import BOM, read
 from tracer.report.formats import OF_REPORTS, write_report
 
 _LONGEST_SECONDS = 366 * 86400.0
+_TRACER_FAILED = 125  # as with env(1), timeout(1) and others that run a command
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -38,41 +43,76 @@ def report(  # noqa: PLR0917 (click passes them by name)
 ) -> None:
     """Trace for a time, until Ctrl-C, or while COMMAND runs; then report the counts.
 
-    The exit status is that of COMMAND. So that its output is not mixed with the report, that goes to standard error,
-    unless -o is given (`-o -`: standard output).
+    The exit status is that of COMMAND, or 125 if msrtrace itself fails. So that COMMAND's output is not mixed with the
+    report, that goes to standard error, unless -o is given (`-o -`: standard output).
     """
     if duration is not None and command:
         raise click.UsageError("give either -d or COMMAND: a COMMAND is traced until it ends")
     if duration is not None and not duration <= _LONGEST_SECONDS:  # also if it is NaN
         raise click.UsageError(f"-d {duration:g}: at most {_LONGEST_SECONDS:g} seconds")
-    check_outputs(outputs, fmt)
-    machine = ready_machine(options)
+    if command and _is_report(Path(command[0])):
+        instead = shlex.join(("msrtrace", "show", *command))
+        raise click.UsageError(f"{command[0]} is a report, not a command; did you mean `{instead}`?")
+    with _own_failures(_TRACER_FAILED if command else MsrtraceError.status):
+        check_outputs(outputs, fmt)
+        machine = ready_machine(options)
 
-    from tracer.trace.recording import check_command, record
+        from tracer.trace.recording import check_command, record
 
-    if command:
-        check_command(command)
+        if command:
+            check_command(command)
 
-    from tracer.report.making import HostInfo, make
+        from tracer.report.making import HostInfo, make
 
-    with tracing(machine, options, keep_gone=True) as tracer:
-        for warning in tracer.warnings:
-            warn(warning)
-        with _progress(duration, bool(command)) as progress:
-            recording = record(tracer, seconds=duration, command=command, by_vm=options.by_vm, progress=progress)
-        made = make(
-            recording.counted,
-            HostInfo.here(machine.vendor.module),
-            started=recording.started,
-            duration=recording.seconds,
-            version=version(),
-            label=label,
-            command=command,
-            exit_status=recording.status,
-            notes=(*tracer.warnings, *recording.notes),
-        )
-    deliver(lambda name: write_report(made, name), fmt, outputs, to_stderr=bool(command))
+        with tracing(machine, options, keep_gone=True) as tracer:
+            for warning in tracer.warnings:
+                warn(warning)
+            with _progress(duration, bool(command)) as progress:
+                recording = record(tracer, seconds=duration, command=command, by_vm=options.by_vm, progress=progress)
+            made = make(
+                recording.counted,
+                HostInfo.here(machine.vendor.module),
+                started=recording.started,
+                duration=recording.seconds,
+                version=version(),
+                label=label,
+                command=command,
+                exit_status=recording.status,
+                notes=(*tracer.warnings, *recording.notes),
+            )
+        deliver(partial(write_report, made), fmt, outputs, to_stderr=bool(command))
     sys.exit(recording.status or 0)
+
+
+@contextmanager
+def _own_failures(status: int) -> Iterator[None]:
+    """Give errors this exit status; those that have one of their own keep it."""
+    try:
+        yield
+    except MsrtraceError as error:
+        if error.status == MsrtraceError.status:
+            error.status = status
+        raise
+    except click.ClickException:
+        raise
+    except BrokenPipeError:  # the reader of the report has left
+        sys.exit(status)
+    except Exception as error:
+        error.status = status  # type: ignore[attr-defined]
+        raise
+
+
+def _is_report(path: Path) -> bool:
+    """Whether the path is that of a report file."""
+    try:
+        if not path.is_file():  # nor open a pipe
+            return False
+        with path.open("rb") as file:
+            if not file.read(64).removeprefix(BOM).lstrip().startswith(b"{"):
+                return False
+        return bool(read(path))
+    except (OSError, MsrtraceError):
+        return False
 
 
 @contextmanager
@@ -80,8 +120,9 @@ def _progress(duration: float | None, command: bool) -> Iterator[Callable[[float
     """Show the progress of a trace on a terminal; yields a function to call with the seconds that have passed."""
     if command or not sys.stderr.isatty():
         yield lambda _: None
-    elif duration is None:
-        click.echo("msrtrace: tracing until Ctrl-C", err=True)
+    elif duration is None or is_dumb():
+        how_long = "until Ctrl-C" if duration is None else f"for {duration:g} s"
+        click.echo(f"msrtrace: tracing {how_long}", err=True)
         yield lambda _: None
     else:
         shown = 0.0

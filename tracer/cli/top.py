@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracer.cli.console import warn
+from tracer.cli.console import is_dumb, warn
 from tracer.cli.options import tracing_options
 from tracer.cli.session import ready_machine, tracing
 from tracer.model.module_change import FOLLOW_SECONDS
@@ -30,7 +30,6 @@ _LONGEST_DELAY = 86400.0
 _SORTS = ("calls", "redundant", "share", "msr", "cause")
 _SORT_KEYS = {"c": "calls", "r": "redundant", "s": "share", "m": "msr", "u": "cause"}
 _SCROLL = {"up": -1, "down": 1, "page up": -10, "page down": 10}
-_NO_CURSOR = ("", "dumb", "unknown")  # values of TERM: frames are printed one after another
 _CONSOLE = re.compile(r"vt\d|linux|ansi|cons")  # ASCII, and no second screen
 _NO_COLOR = re.compile(r"vt\d")
 
@@ -66,7 +65,7 @@ def top(delay: float, iterations: int | None, options: Options, sort: str) -> No
         from tracer.live.view import View
 
         term = os.environ.get("TERM", "")
-        live = os.isatty(_KEYS) and os.isatty(_SCREEN) and term not in _NO_CURSOR
+        live = os.isatty(_KEYS) and os.isatty(_SCREEN) and not is_dumb()
         if live:
             click.echo("msrtrace: attaching the probes", err=True)
         with tracing(machine, options) as tracer:

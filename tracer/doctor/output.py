@@ -12,20 +12,24 @@ from tracer.doctor.check import Check, State
 from tracer.kernel.layout import choose
 from tracer.kernel.machine import Machine
 from tracer.model.errors import MsrtraceError
+from tracer.model.text import wrap
 
 SCHEMA = "msrtrace-doctor/1"
 
 
-def as_text(checks: Sequence[Check], color: bool = False) -> str:
-    """The checks as lines for a terminal, each fix below its check."""
+def as_text(checks: Sequence[Check], color: bool = False, columns: int | None = None) -> str:
+    """The checks as lines for a terminal, each fix below its check; not wider than `columns`, if given."""
     colors = {State.OK: "32", State.WARNING: "33", State.FAILED: "1;31", State.UNKNOWN: "36"}
     width = max((len(check.name) for check in checks), default=0)
+    indent = " " * 11  # below the name, so that most commands stay on one line
     lines = []
     for check in checks:
         word = f"{'FAILED' if check.state is State.FAILED else check.state.value:<7}"
-        word = f"\x1b[{colors[check.state]}m{word}\x1b[0m" if color else word
-        lines.append(f"{word}  {check.name:<{width}}  {check.detail}")
-        lines += [f"{'':{width + 11}}-> {check.fix}"] if check.fix else []
+        first, *more = wrap(check.detail, columns, f"{word}  {check.name:<{width}}  ", indent)
+        if color:
+            first = f"\x1b[{colors[check.state]}m{word}\x1b[0m{first.removeprefix(word)}"
+        lines += [first, *more]
+        lines += wrap(check.fix, columns, f"{indent}-> ", f"{indent}   ") if check.fix else []
     failed = sum(check.state is State.FAILED for check in checks)
     end = f"{failed} to fix before msrtrace can trace here" if failed else "nothing found that prevents tracing here"
     return "\n".join([*lines, "", end])

@@ -3,8 +3,23 @@
 
 from __future__ import annotations
 
+import textwrap
+
 LIMIT = 4096
 """The most characters a text in a report has; a longer one ends with three dots."""
+
+
+COLUMNS = 80
+"""The width of text that is not for a terminal, or for one whose width is unknown."""
+
+
+def wrap(text: str, columns: int | None, first: str = "", later: str = "") -> list[str]:
+    """The text as lines that are not wider than `columns` (None: one line), after these indents. Never empty."""
+    if columns is None or len(first) + len(text) <= columns:
+        return [first + text]
+    return textwrap.wrap(
+        text, columns, initial_indent=first, subsequent_indent=later, break_on_hyphens=False, expand_tabs=False
+    ) or [first]
 
 
 def printable(text: str, limit: int = LIMIT) -> str:

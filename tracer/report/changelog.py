@@ -49,6 +49,9 @@ def changelog(comparison: Comparison) -> str:
     for side, bits in ((base, only_base), (new, only_new)):
         if bits:
             lines += [*_wrapped(f"Touched by {side.title} only: {_short(bits)}."), ""]
+    for side in (base, new):
+        lines += _wrapped(f"{_capital(side.title)}: {side.origin}.")
+    lines.append("")
     for warning in (*comparison.forced, *comparison.warnings):
         lines += _wrapped(f"Note: {warning}.")
     return "\n".join(lines).rstrip() + "\n"

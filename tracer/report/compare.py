@@ -18,6 +18,7 @@ from statistics import median
 
 from tracer.model.cause import FILTER_CHANGE
 from tracer.model.errors import MsrtraceError
+from tracer.model.quantity import listed
 from tracer.model.text import printable
 from tracer.model.verdict import PATCH, Verdict, headline
 from tracer.report.report import Bit, BitCounts, CallRow, Host, Report, by_bit
@@ -26,6 +27,7 @@ SCHEMA = "msrtrace-comparison/1"
 _CONFIDENCE = 0.95
 _COMMAND_SHOWN = 500
 _TITLES_SHOWN = 5
+_DAY = len("2026-11-22")  # of a time in ISO 8601
 
 
 class Incomparable(MsrtraceError):
@@ -141,6 +143,15 @@ class Side:
             result.setdefault(headline(report.verdict.patched, report.host.vendor), []).append(report)
         return result
 
+    @property
+    def origin(self) -> str:
+        """On which hosts and kernels its reports were made, and when (UTC)."""
+        names = _shown([report.host.name for report in self.reports])
+        kernels = _shown([f"Linux {report.host.kernel}" for report in self.reports])
+        days = sorted({report.started[:_DAY] for report in self.reports})
+        when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+        return ", ".join(part for part in (names, kernels, when) if part)
+
     def calls(self) -> PerUpdate:
         """Calls per filter update."""
         return self._per_update(BitCounts(row.calls, row.redundant) for row in self.rows)
@@ -233,6 +244,13 @@ def compare(
 def _titles(base: Sequence[Report], new: Sequence[Report]) -> tuple[str, str]:
     one, other = base[0].title, new[0].title
     return (one, other) if one != other else ("base", "new")
+
+
+def _shown(names: Iterable[str]) -> str:
+    """The different ones of the names, as many as can be shown; empty if there is none."""
+    found = list(dict.fromkeys(filter(None, names)))
+    more = len(found) - _TITLES_SHOWN
+    return listed([*found[:_TITLES_SHOWN], f"{more:,} more"] if more > 0 else found) if found else ""
 
 
 def layouts(one: Host, other: Host) -> str:
@@ -360,6 +378,8 @@ def _differences(one: Report, other: Report) -> list[Difference]:
         ("vCPUs seen", str(one.host.vcpus_seen), str(other.host.vcpus_seen)),
         ("VMMs seen", str(one.host.vmms_seen), str(other.host.vmms_seen)),
     ]
+    if one.host.name and other.host.name:
+        pairs.insert(1, ("host", one.host.name, other.host.name))
     if one.host.vendor == other.host.vendor:
         base, new = one.host.module_parameters, other.host.module_parameters
         pairs += [

@@ -30,6 +30,8 @@ def comparison_json(comparison: Comparison) -> bytes:
             "window": which.window,
             "reports": len(which.reports),
             "host": which.report.host,
+            "started": which.report.started,
+            "origin": which.origin,
             "command": which.report.command,
             "filter_updates": which.updates,
             "verdict": which.verdict,

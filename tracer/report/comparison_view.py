@@ -69,7 +69,10 @@ def comparison_document(comparison: Comparison) -> Document:
     if comparison.differences:
         cells = tuple((d.what, d.base, d.new) for d in comparison.differences)
         sections.append(Section("The hosts differ in", table=Table(("", base.title, new.title), cells, names=3)))
-    sections.append(Section("What was run", tuple(_ran(side) for side in (base, new))))
+    sections += [
+        Section("What was run", tuple(_ran(side) for side in (base, new))),
+        Section("Where and when", tuple(f"{side.title}: {side.origin}" for side in (base, new))),
+    ]
     return document(f"{base.title} and {new.title}", sentence(comparison), lines, sections)
 
 

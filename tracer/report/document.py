@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
-from tracer.model.text import printable
+from tracer.model.text import printable, wrap
 
 _CELL = 128  # characters; the names of VMs have no more
+_LEAST = 4  # columns of a cell
+_BELOW = "    "  # in front of numbers that are below the names of their row
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,68 @@ class Table:
         headers, *rows = (f"| {' | '.join(row)} |" for row in aligned)
         return "\n".join([headers, f"|{'|'.join('-' * (width + 2) for width in widths)}|", *rows])
 
+    def within(self, columns: int) -> str:
+        """The table as text that is not wider than this, if it can be.
+
+        Words are wrapped in their cells; where that is not enough, the numbers of a row are below its names; only where
+        that is not enough either, words are broken.
+        """
+        drawn = self.drawn("simple")
+        if max(map(len, drawn.splitlines())) <= columns:
+            return drawn
+        cells = [[printable(cell, _CELL) for cell in row] for row in (self.headers, *self.rows)]
+        names, numbers = [row[: self.names] for row in cells], [row[self.names :] for row in cells]
+        both = bool(names[0] and numbers[0])
+        widths = _fitted(cells, self.names, columns, may_break=not both)
+        if _width(widths) <= columns or not both:
+            blocks = [_wrapped_row(row, widths, self.names) for row in cells]
+        else:
+            widths = _fitted(names, self.names, columns)
+            below = _fitted(numbers, 0, columns - len(_BELOW))
+            blocks = [
+                _wrapped_row(name, widths, self.names) + [_BELOW + line for line in _wrapped_row(number, below, 0)]
+                for name, number in zip(names, numbers, strict=True)
+            ]
+        headers, *rows = blocks
+        return "\n".join(
+            [*headers, "  ".join("-" * width for width in widths), *(line for row in rows for line in row)]
+        )
+
+
+def _width(widths: Sequence[int]) -> int:
+    """The width of a row, with two spaces between cells."""
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _fitted(cells: Sequence[Sequence[str]], names: int, columns: int, *, may_break: bool = True) -> list[int]:
+    """The widths of columns that together are not wider than `columns`, if they can be; numbers are never wrapped.
+
+    :param names: how many columns are words, as in Table
+    :param may_break: break words where wrapping at spaces is not enough
+    """
+    widths, whole_words, broken = [], [], []
+    for place, (header, *rest) in enumerate(zip(*cells, strict=True)):
+        text, numbers = ((header, *rest), []) if place < names else ((header,), rest)
+        widths.append(max(map(len, (header, *rest))))
+        broken.append(max([_LEAST, *map(len, numbers)]))
+        whole_words.append(max([broken[-1], *(len(word) for cell in text for word in cell.split())]))
+    for least in (whole_words, broken) if may_break else (whole_words,):
+        while _width(widths) > columns:
+            wide = [place for place, width in enumerate(widths) if width > least[place]]
+            if not wide:
+                break
+            widths[max(wide, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _wrapped_row(row: Sequence[str], widths: Sequence[int], names: int) -> list[str]:
+    """The lines of a row whose cells are wrapped at these widths."""
+    wrapped = [wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
+    return [
+        "  ".join(f"{part:{'<' if n < names else '>'}{widths[n]}}" for n, part in enumerate(parts)).rstrip()
+        for parts in zip_longest(*wrapped, fillvalue="")
+    ]
+
 
 @dataclass(frozen=True)
 class Section:
@@ -53,13 +118,15 @@ class Document:
     lines: tuple[str, ...]
     sections: tuple[Section, ...]
 
-    def text(self) -> str:
-        """As plain text."""
-        parts = ["\n".join([self.lead, *self.lines])]
+    def text(self, columns: int | None = None) -> str:
+        """As plain text that is not wider than `columns`, if given."""
+        parts = ["\n".join(line for text in (self.lead, *self.lines) for line in wrap(text, columns, "", "  "))]
         for section in self.sections:
-            block = [section.title, *(f"  {line}" for line in section.lines)]
+            block = wrap(section.title, columns, "", "  ")
+            block += [part for line in section.lines for part in wrap(line, columns, "  ", "    ")]
             if section.table and section.table.rows:
-                block += [f"  {line}".rstrip() for line in section.table.drawn("simple").splitlines()]
+                drawn = section.table.within(columns - 2) if columns else section.table.drawn("simple")
+                block += [f"  {line}".rstrip() for line in drawn.splitlines()]
             parts.append("\n".join(block))
         return "\n\n".join(parts) + "\n"
 

@@ -21,6 +21,8 @@ from tracer.report.report import SCHEMA, Report
 #: A report of 8,192 kinds of calls takes 2 MB.
 SIZE_LIMIT = 32 << 20
 _FORMAT, _MAJOR = SCHEMA.split("/")
+#: What some editors and shells of Windows put in front of UTF-8.
+BOM = b"\xef\xbb\xbf"
 
 
 class _Head(msgspec.Struct):
@@ -120,8 +122,11 @@ def decode(data: bytes) -> Report:
     """The report in a JSON text. Raises MsrtraceError, whose message is to follow the name of the file."""
     if len(data) > SIZE_LIMIT:
         raise MsrtraceError(f"is larger than any report ({SIZE_LIMIT >> 20} MB)")
+    data = data.removeprefix(BOM)
     if not data.strip():
         raise MsrtraceError("is empty")
+    if encoding := _other_encoding(data):
+        raise MsrtraceError(f"is {encoding} text, and reports are UTF-8: convert it with iconv -f {encoding} -t UTF-8")
     try:
         schema = msgspec.json.decode(data, type=_Head).schema
     except msgspec.ValidationError as error:
@@ -137,6 +142,18 @@ def decode(data: bytes) -> Report:
         return msgspec.json.decode(data, type=Report)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MsrtraceError(f"is a damaged report: {_plain(error)}") from None
+
+
+def _other_encoding(data: bytes) -> str | None:
+    """The name of the encoding of a JSON text that is not UTF-8, as PowerShell's `>` writes UTF-16; else None."""
+    encoding = json.detect_encoding(data)
+    try:
+        known = data[: 1 << 10].decode(encoding)  # a whole number of characters
+    except UnicodeDecodeError:
+        return None
+    if encoding.startswith("utf-8") or not known.lstrip().startswith("{"):
+        return None
+    return encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
 
 
 def _plain(error: Exception) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from tracer.model.errors import MsrtraceError
+from tracer.model.text import COLUMNS
 from tracer.report.changelog import changelog
 from tracer.report.compare import Comparison
 from tracer.report.comparison_json import comparison_json
@@ -19,20 +20,23 @@ from tracer.report.report_view import report_document
 
 @dataclass(frozen=True)
 class Format:
-    """How to write a report and a comparison in one format (None: not supported), and its file suffixes."""
+    """How to write a report and a comparison in one format (None: not supported), and its file suffixes.
 
-    report: Callable[[Report], bytes] | None
-    comparison: Callable[[Comparison], bytes] | None
+    Writers get the width that text should have, in columns.
+    """
+
+    report: Callable[[Report, int], bytes] | None
+    comparison: Callable[[Comparison, int], bytes] | None
     suffixes: tuple[str, ...] = ()
 
 
-def _report_html(report: Report) -> bytes:
+def _report_html(report: Report, _: int) -> bytes:
     from tracer.report.html import report_html  # the template engine takes long to import
 
     return report_html(report).encode()
 
 
-def _comparison_html(comparison: Comparison) -> bytes:
+def _comparison_html(comparison: Comparison, _: int) -> bytes:
     from tracer.report.html import comparison_html
 
     return comparison_html(comparison).encode()
@@ -41,18 +45,18 @@ def _comparison_html(comparison: Comparison) -> bytes:
 #: By name; the first is the default, and that of files without a suffix.
 FORMATS = {
     "text": Format(
-        lambda report: report_document(report).text().encode(),
-        lambda comparison: comparison_document(comparison).text().encode(),
+        lambda report, columns: report_document(report).text(columns).encode(),
+        lambda comparison, columns: comparison_document(comparison).text(columns).encode(),
         (".txt",),
     ),
     "markdown": Format(
-        lambda report: report_document(report).markdown().encode(),
-        lambda comparison: comparison_document(comparison).markdown().encode(),
+        lambda report, _: report_document(report).markdown().encode(),
+        lambda comparison, _: comparison_document(comparison).markdown().encode(),
         (".md",),
     ),
-    "json": Format(encode, comparison_json, (".json",)),
+    "json": Format(lambda report, _: encode(report), lambda comparison, _: comparison_json(comparison), (".json",)),
     "html": Format(_report_html, _comparison_html, (".html", ".htm")),
-    "changelog": Format(None, lambda comparison: changelog(comparison).encode()),
+    "changelog": Format(None, lambda comparison, _: changelog(comparison).encode()),
 }
 DEFAULT = next(iter(FORMATS))
 #: The names of formats that reports and comparisons can have.
@@ -67,17 +71,17 @@ def format_of(path: PurePath) -> str | None:
     return SUFFIXES.get(suffix) if suffix else DEFAULT
 
 
-def write_report(report: Report, name: str) -> bytes:
-    """The report in the named format, one of OF_REPORTS."""
+def write_report(report: Report, name: str, columns: int = COLUMNS) -> bytes:
+    """The report in the named format, one of OF_REPORTS; text is not wider than `columns`."""
     write = FORMATS[name].report
     if write is None:
         raise MsrtraceError(f"reports are not written as {name}")
-    return write(report)
+    return write(report, columns)
 
 
-def write_comparison(comparison: Comparison, name: str) -> bytes:
-    """The comparison in the named format, one of OF_COMPARISONS."""
+def write_comparison(comparison: Comparison, name: str, columns: int = COLUMNS) -> bytes:
+    """The comparison in the named format, one of OF_COMPARISONS; text is not wider than `columns`."""
     write = FORMATS[name].comparison
     if write is None:
         raise MsrtraceError(f"comparisons are not written as {name}")
-    return write(comparison)
+    return write(comparison, columns)

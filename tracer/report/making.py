@@ -41,6 +41,7 @@ class HostInfo:
     version: str
     cpu: str
     module_parameters: dict[str, str]
+    name: str = ""
 
     @classmethod
     def here(cls, module: str, root: Path = Path("/")) -> HostInfo:
@@ -57,7 +58,7 @@ class HostInfo:
             info = ""
         models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
         uname = os.uname()
-        return cls(uname.release, uname.version, models[0] if models else "", parameters)
+        return cls(uname.release, uname.version, models[0] if models else "", parameters, uname.nodename)
 
 
 def make(
@@ -93,6 +94,7 @@ def make(
         host=Host(
             **parameters_field(counted.vendor, host.module_parameters),
             vendor=counted.vendor,
+            name=host.name,
             kernel=host.kernel,
             version=host.version,
             cpu=host.cpu,

@@ -44,12 +44,14 @@ else:
 
 
 class Host(_Modules, frozen=True, kw_only=True):
-    """The machine: `kernel` and `version` are uname(2)'s release and version, `cpu` is /proc/cpuinfo's model name.
+    """The machine: `name`, `kernel` and `version` are uname(2)'s nodename, release and version.
 
-    Reports without `vendor` are from versions of msrtrace that knew only one.
+    `cpu` is /proc/cpuinfo's model name. Reports without `vendor` are from versions of msrtrace that knew only one, and
+    older ones have no `name`.
     """
 
     vendor: VendorName = FIRST.name
+    name: Text = ""
     kernel: Text
     version: Text = ""
     cpu: Text = ""
@@ -111,6 +113,12 @@ class PerUpdate(msgspec.Struct, frozen=True, kw_only=True):
     enable_redundant: Rate | None
     disable: Rate
     disable_redundant: Rate | None
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:  # a report that was read is written again as it was
+            value = getattr(self, name)
+            if isinstance(value, float):
+                msgspec.structs.force_setattr(self, name, whole(value))
 
 
 class CallRow(Sanitized, frozen=True, kw_only=True):

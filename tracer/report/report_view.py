@@ -147,7 +147,7 @@ def _time_lines(times: UpdateSeconds | None) -> list[str]:
 
 def _host_lines(report: Report) -> list[str]:
     host = report.host
-    lines = [f"{host.kernel} {host.version}".rstrip(), host.cpu, f"ran: {format_command(report.command)}"]
+    lines = [host.name, f"{host.kernel} {host.version}".rstrip(), host.cpu, f"ran: {format_command(report.command)}"]
     if report.exit_status:
         lines.append(f"which ended with status {report.exit_status}")
     lines.append(f"started {report.started}; msrtrace {report.msrtrace or '?'}, {host.title}, layout {host.layout}, ")

@@ -18,7 +18,14 @@ _READ_LIMIT = 32 * 1024
 # Names of sockets and directories that are the same for every VM. Kata's socket is
 # /run/vc/vm/<sandbox>/clh-api.sock, or /run/kata/<sandbox>/root/ch-api.sock.
 _COMMON = {"", "api", "ch", "ch-api", "clh", "clh-api", "cloud-hypervisor", "firecracker"}
-_COMMON |= {"vm", "vmm", "root", "run", "tmp", "var"}
+# crosvm's are /run/vm/<vm>/crosvm.sock (ChromeOS) and instances/<vm>/internal/crosvm_control.sock (Cuttlefish).
+_COMMON |= {"crosvm", "crosvm_control", "control", "internal", "instances", "fc", "sock", "socket"}
+_COMMON |= {"vm", "vms", "vmm", "root", "run", "tmp", "var", "dev", "shm", "lib", "opt", "srv", "mnt", "lock", "home"}
+_COMMON |= {"usr", "etc", "local", "share", "state", "cache", "data", ".local", ".cache", ".config"}
+#: A user's own directory, whose name says nothing about the VM.
+_OF_USER = re.compile(r"(/var)?/run/user/[^/]*|/home/[^/]*")
+#: Of a VM's disks and images, with Multipass.
+_MULTIPASS = re.compile(r"/vault/instances/([^/,]+)/")
 _SOCKET_SUFFIX = re.compile(r"(\.sock(et)?|-socket|-event-monitor-fifo)$")
 
 
@@ -33,6 +40,10 @@ def vm_name(pid: int, proc: Path = Path("/proc")) -> str | None:
       monitor's file (Cloud Hypervisor, whose command line has no name; libvirt gives it
       ``--api-socket fd=N --event-monitor path=.../web-event-monitor-fifo``), without its
       extension, or the directory's if the file has the same name for every VM;
+    - what a program that is known by its name was given: ``-id web`` (Kata's containerd-shim, which is the VMM itself
+      with Dragonball), ``-s .../web.sock`` or ``--socket`` (crosvm), ``-avd web`` or ``@web`` (Android's emulator);
+    - the last argument of ``boot --bundle=... web`` (gVisor's sandbox);
+    - the directory of its disks, ``.../vault/instances/web/`` (Multipass);
     - the command, /proc/<pid>/comm.
 
     The owner of a process controls all of these. So characters that are not printable, such
@@ -106,14 +117,39 @@ def _given_name(pid: int, proc: Path) -> str | None:
     content = _read(proc / str(pid) / "cmdline")
     if not content:  # gone, a zombie, or a kernel thread
         return None
-    arguments = content.decode(errors="replace").split("\0")[1:]
+    program, *arguments = content.decode(errors="replace").removesuffix("\0").split("\0")
     found = [
         *(_qemu_guest(value) for value in _values(arguments, "-name", "--name")),
         *_values(arguments, "--id"),
         *(_file_name(value) for value in _values(arguments, "--api-socket", "--api-sock")),
         *(_file_name(value) for value in _values(arguments, "--event-monitor")),
+        *_of_program(program.rpartition("/")[2], arguments),
+        _gvisor_sandbox(arguments),
+        *(match[1] for match in map(_MULTIPASS.search, arguments) if match),
     ]
     return next((safe for name in found if name and (safe := safe_name(name))), None)
+
+
+def _of_program(program: str, arguments: list[str]) -> Iterator[str | None]:
+    """Names from options that mean something else to other programs: QEMU's ``-s`` is a debugger's port."""
+    if program.startswith("containerd-shim"):
+        yield from _values(arguments, "-id")
+    elif program.startswith("crosvm"):
+        yield from (_file_name(value) for value in _values(arguments, "-s", "--socket"))
+    elif program.startswith(("qemu-system", "emulator")):
+        yield from _values(arguments, "-avd")
+        yield from (argument[1:] for argument in arguments if argument.startswith("@"))
+
+
+def _gvisor_sandbox(arguments: list[str]) -> str | None:
+    """The container's id: the last argument of ``runsc ... boot --bundle=... ID`` (runsc/sandbox/sandbox.go)."""
+    if "boot" not in arguments:
+        return None
+    *options, last = arguments[arguments.index("boot") + 1 :] or [""]
+    bundle = any(option.lstrip("-").partition("=")[0] == "bundle" for option in options if option.startswith("-"))
+    if not bundle or last.startswith("-") or options[-1] in ("-bundle", "--bundle"):
+        return None
+    return last
 
 
 def _command(pid: int, proc: Path) -> str | None:
@@ -155,7 +191,7 @@ def _file_name(value: str) -> str | None:
     """The part of a socket's path, ``<path>`` or ``path=<path>``, that distinguishes the VM."""
     if value.startswith("fd="):
         return None
-    path = value.removeprefix("path=").partition(",")[0]
+    path = _OF_USER.sub("", value.removeprefix("path=").partition(",")[0], count=1)
     for part in reversed(path.split("/")):
         name = _SOCKET_SUFFIX.sub("", part)
         if name not in _COMMON:

@@ -328,7 +328,8 @@ def test_without_start_times_a_warning_says_what_is_missed() -> None:
     assert warning.startswith(f"{START} is not stored of 127.0.0.1:9753: ")
 
 
-def test_the_command_compares_fleets(main: Main) -> None:
+def test_the_command_compares_fleets(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     stored = merged(agent("kvm1", patch="new", start=None), agent("kvm2", patch="old", updates=40, enables=17))
     with serving(storing(stored, BIG)) as url:
         status, out, err = main("compare", "--prometheus", url, "--base", 'patch="old"', "--new", 'patch="new"')
@@ -341,7 +342,8 @@ def test_the_command_compares_fleets(main: Main) -> None:
         assert err.endswith(": one msrtrace is on both sides of the comparison; select it by a label for one of them\n")
 
 
-def test_the_command_compares_intel_with_amd(main: Main) -> None:
+def test_the_command_compares_intel_with_amd(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     amds = amd_host({**LOCAL, "host": "kvm2", "maker": "amd"}, TIMES)
     stored = merged(agent("kvm1", maker="intel"), {**amds, START: [(amds[START][0][0], dict.fromkeys(TIMES, OLD))]})
     with serving(storing(stored, BIG)) as url:
