@@ -24,7 +24,8 @@ from tracer.export.server import Server
 from tracer.export.web_config import WebConfig
 from tracer.model.errors import MsrtraceError
 
-HASH = bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode()
+#: Of `secret`, with a salt that is always the same: it is in the names of tests.
+HASH = bcrypt.hashpw(b"secret", b"$2b$04$nd4Ub/0qwF04FfWVYxn78e").decode()
 USERS = f"basic_auth_users:\n  alice: {HASH}\n"
 
 
