@@ -7,6 +7,7 @@ What became of it is the last line on standard output. `follows` of OPTIONS says
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from typing import Any
@@ -53,7 +54,7 @@ def main() -> None:
 
     def progress(seconds: float) -> None:
         if not passed:
-            print("started", flush=True)
+            os.write(1, b"started\n")  # at once: the command writes there, too
         passed.append(seconds)
 
     result: dict[str, Any] = {}
