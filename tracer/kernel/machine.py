@@ -11,21 +11,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from tracer.kernel.cpu import Cpu
 from tracer.kernel.symbols import Symbols
 from tracer.model.vendor import Vendor
 from tracer.model.vendors import VENDORS
 
 # include/uapi/linux/capability.h; CAP_SYS_ADMIN includes the other two, which were split off in 5.8.
 SYS_ADMIN, NEEDED = 21, {39: "CAP_BPF", 38: "CAP_PERFMON"}
-
-
-@dataclass(frozen=True)
-class Cpu:
-    """A CPU, from /proc/cpuinfo; `model` and `maker` are empty if they are not there."""
-
-    model: str
-    maker: str
-    flags: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -76,10 +68,7 @@ class Machine:
     @cached_property
     def cpu(self) -> Cpu:
         """The first CPU in /proc/cpuinfo. Raises OSError."""
-        with self.at("/proc/cpuinfo").open(errors="replace") as file:
-            first = file.read(8192).partition("\n\n")[0]  # reading all of it is slow with many CPUs
-        maker, flags = search(r"^vendor_id\s*:\s*(.*)", first).strip(), search(r"^flags\s*:(.*)", first).split()
-        return Cpu(search(r"^model name\s*:\s*(.*)", first), maker, frozenset(flags))
+        return Cpu.read(self.at("/proc/cpuinfo"))
 
     @cached_property
     def vendors(self) -> tuple[Vendor, ...]:
@@ -90,7 +79,7 @@ class Machine:
         try:
             cpu = self.cpu
         except OSError:
-            cpu = Cpu("", "", frozenset())
+            cpu = Cpu()
         by_flag = tuple(vendor for vendor in VENDORS if vendor.cpu_flag in cpu.flags)
         by_maker = tuple(vendor for vendor in VENDORS if cpu.maker in vendor.makers)
         by_module = tuple(vendor for vendor in VENDORS if self.at(f"/sys/module/{vendor.module}").exists())

@@ -7,11 +7,13 @@ import re
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 
+from tracer.kernel.cpu import Cpu
 from tracer.kernel.kallsyms import ADDRESS, bounds, lines_with, loaded_modules, module_of, rows_of, scan
 from tracer.kernel.livepatch import IMAGE, LIVEPATCHES, Livepatch, read_livepatches
 from tracer.model.errors import MsrtraceError
@@ -307,12 +309,9 @@ def _vendor(listed: list[bytes], in_image: list[bytes], cpuinfo: Path) -> tuple[
             return vendor, rows
     found = [vendor for vendor in VENDORS if _has(in_image, vendor.marker)]
     if len(found) > 1:
-        try:
-            flags = re.search(r"^flags\s*:(.*)", cpuinfo.read_text(errors="replace"), re.MULTILINE)
-        except OSError:
-            flags = None
-        words = flags[1].split() if flags else []
-        found.sort(key=lambda vendor: vendor.cpu_flag not in words)
+        with suppress(OSError):
+            flags = Cpu.read(cpuinfo).flags
+            found.sort(key=lambda vendor: vendor.cpu_flag not in flags)
     return next(iter(found), FIRST), []
 
 
