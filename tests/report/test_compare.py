@@ -43,9 +43,9 @@ from tracer.report.compare import (
     compare,
     format_command,
     lost,
-    timed,
 )
 from tracer.report.comparison_view import comparison_document, comparison_table, sentence
+from tracer.report.interval import timed
 from tracer.report.report import Bit, Report, by_bit
 
 SENTENCE = (

@@ -13,18 +13,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from fractions import Fraction
 from functools import cached_property
-from math import comb
-from statistics import median
 
 from tracer.model.cause import FILTER_CHANGE
 from tracer.model.errors import MsrtraceError
 from tracer.model.quantity import listed
 from tracer.model.text import printable
 from tracer.model.verdict import PATCH, Verdict, headline
+from tracer.report.interval import Time, timed
 from tracer.report.report import Bit, BitCounts, CallRow, Host, Report, by_bit
 
 SCHEMA = "msrtrace-comparison/1"
-_CONFIDENCE = 0.95
 _COMMAND_SHOWN = 500
 _TITLES_SHOWN = 5
 _DAY = len("2026-11-22")  # of a time in ISO 8601
@@ -51,21 +49,6 @@ class Row:
     bit: Bit
     base: PerUpdate
     new: PerUpdate
-
-
-@dataclass(frozen=True)
-class Time:
-    """Seconds that a filter update takes: the median of the reports' means, and a confidence interval for the median.
-
-    The interval is from order statistics, so it assumes no distribution. `coverage` is its confidence level: with fewer
-    than six reports it spans all of them and is still below 95%. One report gives no interval.
-    """
-
-    median: float
-    low: float | None
-    high: float | None
-    coverage: float | None
-    reports: int
 
 
 @dataclass(frozen=True)
@@ -387,22 +370,3 @@ def _differences(one: Report, other: Report) -> list[Difference]:
             for name in sorted(base.keys() | new.keys())
         ]
     return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
-
-
-def timed(means: Sequence[float]) -> Time:
-    """The median of the means, of which there is at least one, and its confidence interval."""
-    ordered, count = sorted(means), len(means)
-    if count == 1:
-        return Time(ordered[0], None, None, None, 1)
-
-    # The median lies outside if fewer than `rank` of `count` coin tosses are heads, or fewer than `rank` are tails.
-    rank, outside = 1, 1
-    while rank < count // 2 and _coverage(outside + comb(count, rank), count) >= _CONFIDENCE:
-        outside += comb(count, rank)
-        rank += 1
-    return Time(median(ordered), ordered[rank - 1], ordered[count - rank], _coverage(outside, count), count)
-
-
-def _coverage(outside: int, count: int) -> float:
-    """The probability that `count` coin tosses have none of `outside` outcomes, nor the mirror image of one."""
-    return 1 - outside / (1 << (count - 1))

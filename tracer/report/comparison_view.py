@@ -7,8 +7,9 @@ from fractions import Fraction
 
 from tracer.model import msr
 from tracer.model.quantity import duration, rate
-from tracer.report.compare import Comparison, PerUpdate, Side, Time, format_command, layouts, lost
+from tracer.report.compare import Comparison, PerUpdate, Side, format_command, layouts, lost
 from tracer.report.document import Document, Section, Table, document
+from tracer.report.interval import Time
 
 
 def sentence(comparison: Comparison) -> str:

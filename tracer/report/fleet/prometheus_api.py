@@ -22,7 +22,7 @@ from typing import Any
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.text import printable
-from tracer.report.fleet.http_config import HttpConfig, basic_credentials
+from tracer.report.fleet.http_client import HttpConfig, basic_credentials
 
 _TIMEOUT_SECONDS = 60.0
 #: The most bytes of an error that are read, and characters of a remark that are shown.
