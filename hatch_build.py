@@ -61,7 +61,7 @@ class CompiledPrograms(BuildHookInterface):  # type: ignore[misc]
         isolated = [entry for entry in sys.path if entry and not Path(entry, "sitecustomize.py").exists()]
         path = [self.root, *isolated, found.stdout.strip()]
         done = subprocess.run(
-            [sys.executable, "-m", "tracer.trace.shipped", "bpf/msrtrace.c", str(directory)],
+            [sys.executable, "-m", "tracer.trace.shipped", "bpf", str(directory)],
             cwd=self.root,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             capture_output=True,

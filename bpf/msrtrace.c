@@ -13,6 +13,7 @@
  */
 #include <uapi/linux/ptrace.h>
 #include "values.h"
+#include "value.h"
 #include "context.h"
 #include "maps.h"
 #include "bitmap.h"

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What differs between kernels and between starts. Whoever loads the program puts it in (tracer/program/relocation.py), as a
- * constant: the verifier then removes what can no longer be reached, so a condition on it costs one instruction.
+ * What differs between kernels and between starts of msrtrace.c.
  */
 
 /* Nothing is stored as this: the name of a member is the name of a value, and its place is the value's number. */
@@ -25,8 +24,3 @@ struct values {
 	u64 set_at;
 	u64 pass_at;
 };
-BPF_ARRAY(values, struct values, 1); /* for BCC to describe; no such map is made */
-
-#define NUMBER_OF(name) (offsetof(struct values, name) / sizeof(u64))
-#define VALUE_OF(number) ({ u64 value; asm volatile("%0 = %1 ll" : "=r"(value) : "i"(0x6d73727400000000 + (number))); value; })
-#define VALUE(name) VALUE_OF(NUMBER_OF(name))

@@ -80,7 +80,7 @@ def guest_site(host: Host) -> Path:
         retried("packages for the guest", lambda: sh(install))
         for headers in some_headers(host).iterdir():
             sh(["cp", "-al", headers, scratch / "usr/src"])
-        ship = ["python3", "-m", "tracer.trace.shipped", "/mnt/site/tracer/bpf/msrtrace.c", "/mnt/site/tracer/bpf"]
+        ship = ["python3", "-m", "tracer.trace.shipped", "/mnt/site/tracer/bpf", "/mnt/site/tracer/bpf"]
         sh(["chroot", scratch, "env", "PYTHONPATH=/mnt/site", *ship])
         sh(["chroot", scratch, "python3", "-m", "compileall", "-q", "-s", "/mnt/site", "-p", inside, "/mnt/site"])
         site.rename(work / "site")

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from tracer.model.symbol_name import plain_name
+
 #: Types of symbols that are not in the module that lists them, such as those a livepatch refers to, or that have no
 #: section in it (elf_type(), kernel/module/kallsyms.c).
 _ELSEWHERE = b"aAuU?"
@@ -89,3 +91,27 @@ def loaded_modules(modules: Path) -> dict[str, range]:
     except (OSError, ValueError):  # a kernel without modules, or a malformed file
         return {}
     return {name: range(at, at + size) for name, (at, size) in places.items() if at}
+
+
+def objects(kallsyms: Path, names: Sequence[str], modules: Sequence[str]) -> dict[str, range]:
+    """Where functions and data of those names are: in one of `modules`, or else in the kernel image. Raises OSError.
+
+    A range goes to the next symbol of the module, for data has no size here; in the image, and where addresses are
+    hidden, it is empty. Compilers add suffixes to names.
+    """
+    with kallsyms.open("rb") as file:
+        named, listed = scan(file, [f" {name}".encode() for name in names])
+    found: dict[str, range] = {}
+    for row in named:
+        address, _, name, *module = row.decode(errors="replace").split()
+        plain, home = plain_name(name), module[0].strip("[]") if module else ""
+        if plain in names and (home in modules or not home) and (home or plain not in found):
+            start = int(address, 16)
+            rows = rows_of(home, listed) if home else []
+            ends = [
+                end
+                for row in rows
+                if (end := int(row[:ADDRESS], 16)) > start and row[ADDRESS + 1 : ADDRESS + 2] not in _ELSEWHERE
+            ]
+            found[plain] = range(start, min(ends, default=start))
+    return {name: where for name, where in found.items() if where.start}

@@ -3,10 +3,39 @@
 
 from __future__ import annotations
 
+from tracer.model.bitmap import Geometry
 from tracer.model.cause import CPUID_UPDATE, FILTER_CHANGE, LBR, MSR_WRITE, RECALC, VCPU_CREATE, VCPU_RESET, X2APIC
-from tracer.model.vendor import Layout, Vendor
+from tracer.model.msr_filter import READ, WRITE
+from tracer.model.vendor import Layout, Passable, Shadow, Vendor
 
 _SET, _FILTER_SET = "svm_set_intercept_for_msr", "kvm_vm_ioctl_set_msr_filter"
+
+#: svm_recalc_intercepts() and what it calls, 6.18 to 7.3; 6.17: svm_recalc_msr_intercepts(). What is not `always`
+#: depends on the CPU, the guest's CPUID, the options of the module, SEV, or what the guest did.
+_PASSABLE = (
+    Passable(range(0x174, 0x175), READ | WRITE, always=True),  # SYSENTER_CS
+    Passable(range(0xC0000081, 0xC0000085), READ | WRITE, always=True),  # STAR, LSTAR, CSTAR, SYSCALL_MASK
+    Passable(range(0xC0000100, 0xC0000103), READ | WRITE, always=True),  # FS_BASE, GS_BASE, KERNEL_GS_BASE
+    Passable(range(0x48, 0x49), READ | WRITE),  # SPEC_CTRL
+    Passable(range(0x49, 0x4A), WRITE),  # PRED_CMD
+    Passable(range(0x10B, 0x10C), WRITE),  # FLUSH_CMD
+    Passable(range(0xE7, 0xE9), READ),  # MPERF, APERF
+    Passable(range(0x175, 0x177), READ | WRITE),  # SYSENTER_ESP, _EIP
+    Passable(range(0x1D9, 0x1DA), READ | WRITE),  # DEBUGCTL, and LBR
+    Passable(range(0x1DB, 0x1DF), READ | WRITE),
+    Passable(range(0x6A0, 0x6A1), READ | WRITE),  # CET: U_CET, S_CET, PL0_SSP to PL3_SSP
+    Passable(range(0x6A2, 0x6A3), READ | WRITE),
+    Passable(range(0x6A4, 0x6A8), READ | WRITE),
+    Passable(range(0x277, 0x278), READ | WRITE),  # SEV-ES: PAT, XSS, EFER, TSC_AUX, the GHCB
+    Passable(range(0xDA0, 0xDA1), READ | WRITE),
+    Passable(range(0xC0000080, 0xC0000081), READ | WRITE),
+    Passable(range(0xC0000103, 0xC0000104), READ | WRITE),
+    Passable(range(0xC0010130, 0xC0010131), READ | WRITE),
+    Passable(range(0xC0000300, 0xC0000304), READ | WRITE),  # PMU (7.0+): global registers, and counters
+    Passable(range(0xC0010004, 0xC0010008), READ | WRITE),
+    Passable(range(0xC0010200, 0xC001020C), READ | WRITE),
+    Passable(range(0x800, 0x900), READ | WRITE),  # x2APIC
+)
 
 SVM = Vendor(
     name="svm",
@@ -42,6 +71,10 @@ SVM = Vendor(
     # svm.h. Since 6.17 no call is for the bitmap of nested guests; before, calls name theirs.
     bitmap=(("vcpu_svm", "msrpm"),),
     geometry={"msrpm": 1},
+    bitmap_geometry=Geometry(0x1800, ((0, 0), (0xC0000000, 0x800), (0xC0010000, 0x1000)), stride=2, to_write=1),
+    # svm.h, 5.10 to 6.16. The list has {u32 index; bool always}.
+    shadow=Shadow(("vcpu_svm", "shadow_msr_intercept"), "direct_access_msrs", 8, (0xFFFFFFFF,), passes=True),
+    passable=_PASSABLE,
     # 5.10 to 7.3. set_msr_interception() is inlined but for calls by sev.c, so its callers are seen, or theirs, where
     # it is a tail call: kvm_set_cpuid() for svm_vcpu_after_set_cpuid() in Debian's 6.1 and 6.12. A bitmap is
     # initialised when its vCPU is created, or when the vCPU's guest enables SVM itself.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from tracer.model.bitmap import Geometry
 from tracer.model.cause import OTHER
 from tracer.model.symbol_name import plain_name
 
@@ -59,6 +60,33 @@ class FilterLoop:
 
 
 @dataclass(frozen=True)
+class Passable:
+    """MSRs that KVM may let a guest access itself, in the directions `flags` (READ, WRITE of msr_filter.py).
+
+    `always`: for every guest, on kernels that do not record it (6.17+), unless the filter denies it.
+    """
+
+    msrs: range
+    flags: int
+    always: bool = False
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """Where kernels before 6.17 record what KVM itself wants: a word for reads and one for writes.
+
+    A bit is for the MSR at the same place in the array `list_` (a symbol), whose elements have `stride` bytes and begin
+    with the MSR; one of the numbers `ends` ends it. `passes`: what a set bit means; else that KVM intercepts.
+    """
+
+    member: tuple[str, str]
+    list_: str
+    stride: int
+    ends: tuple[int, ...]
+    passes: bool
+
+
+@dataclass(frozen=True)
 class Vendor:
     """One kind of hardware virtualisation and its KVM module. No other code names either."""
 
@@ -89,12 +117,17 @@ class Vendor:
     vcpu_free: tuple[str, ...]
     #: Pairs of structure and member, each inside the one before, from the vCPU to the address of its bitmap.
     bitmap: tuple[tuple[str, str], ...]
-    #: Values of bpf/values.h that say where the bits of an MSR are in it.
+    #: Values of bpf/values.h that say where the bits of an MSR are in it, and the same for readers of a whole bitmap.
     geometry: Mapping[str, int]
+    bitmap_geometry: Geometry
+    shadow: Shadow
+    passable: tuple[Passable, ...]
     #: Callers, as regular expressions that match whole names, and their causes; the first match wins.
     callers: tuple[tuple[str, str], ...]
     #: None: KVM never had the patch for this vendor.
     filter_loop: FilterLoop | None = None
+    #: The kind of VM (KVM_CREATE_VM's type) whose vCPUs have no bitmap of KVM's, and its name.
+    no_bitmap: tuple[int, str] | None = None
 
     @property
     def module_name(self) -> str:

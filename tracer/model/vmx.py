@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from tracer.model.bitmap import Geometry
 from tracer.model.cause import CPUID_UPDATE, FILTER_CHANGE, LBR, MSR_WRITE, PT, RECALC, VCPU_CREATE, X2APIC
-from tracer.model.vendor import FilterLoop, Layout, Vendor
+from tracer.model.msr_filter import READ, WRITE
+from tracer.model.vendor import FilterLoop, Layout, Passable, Shadow, Vendor
 
 _ENABLE, _DISABLE = "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr"
 _SET, _FILTER_SET = "vmx_set_intercept_for_msr", "kvm_vm_ioctl_set_msr_filter"
@@ -40,6 +42,39 @@ _ALSO_ENABLED = (
 )
 
 
+#: vmx_recalc_intercepts() and what it calls, 6.18 to 7.3; 6.17: vmx_recalc_msr_intercepts(). What is not `always`
+#: depends on the CPU, the guest's CPUID, the options of the module or what the guest did.
+_PASSABLE = (
+    Passable(range(0x10, 0x11), READ, always=True),  # TSC
+    Passable(range(0x174, 0x177), READ | WRITE, always=True),  # SYSENTER_CS, _ESP, _EIP
+    Passable(range(0xC0000100, 0xC0000103), READ | WRITE, always=True),  # FS_BASE, GS_BASE, KERNEL_GS_BASE
+    Passable(range(0x48, 0x49), READ | WRITE),  # SPEC_CTRL
+    Passable(range(0x49, 0x4A), WRITE),  # PRED_CMD
+    Passable(range(0x10B, 0x10C), WRITE),  # FLUSH_CMD
+    Passable(range(0xE7, 0xE9), READ),  # MPERF, APERF
+    Passable(range(0x1C4, 0x1C5), READ | WRITE),  # XFD
+    Passable(range(0x1C5, 0x1C6), READ),  # XFD_ERR
+    Passable(range(0x3FC, 0x3FF), READ),  # CORE_C3_, C6_, C7_RESIDENCY
+    Passable(range(0x660, 0x661), READ),  # CORE_C1_RES
+    Passable(range(0x560, 0x562), READ | WRITE),  # Intel PT, as below
+    Passable(range(0x570, 0x573), READ | WRITE),
+    Passable(range(0x580, 0x58E), READ | WRITE),
+    # LBR: LBR_SELECT, LASTBRANCH_TOS; FROM, TO and INFO of up to 32 branches (vmx_update_intercept_for_lbr_msrs())
+    Passable(range(0x1C8, 0x1CA), READ | WRITE),
+    Passable(range(0x680, 0x6A0), READ | WRITE),
+    Passable(range(0x6C0, 0x6E0), READ | WRITE),
+    Passable(range(0xDC0, 0xDE0), READ | WRITE),
+    Passable(range(0x6A0, 0x6A1), READ | WRITE),  # CET: U_CET, S_CET, PL0_SSP to PL3_SSP
+    Passable(range(0x6A2, 0x6A3), READ | WRITE),
+    Passable(range(0x6A4, 0x6A8), READ | WRITE),
+    Passable(range(0xC1, 0xC9), READ | WRITE),  # PMU (7.0+): counters, by both their numbers, and global registers
+    Passable(range(0x309, 0x30D), READ | WRITE),
+    Passable(range(0x38E, 0x391), READ | WRITE),
+    Passable(range(0x4C1, 0x4C9), READ | WRITE),
+    Passable(range(0x800, 0x900), READ | WRITE),  # x2APIC
+)
+
+
 def _layout(name: str, kernels: str, update: str, **calls: str) -> Layout:
     return Layout(name, kernels, update, **calls, writers=_WRITERS, inlined_into=_INLINED_INTO)
 
@@ -71,6 +106,10 @@ VMX = Vendor(
     # vmx.h and vmcs.h. vmcs01 is the one that the traced functions write, also while a nested guest runs.
     bitmap=(("vcpu_vmx", "vmcs01"), ("loaded_vmcs", "msr_bitmap")),
     geometry={},
+    bitmap_geometry=Geometry(0x1000, ((0, 0), (0xC0000000, 0x400)), stride=1, to_write=0x800 * 8),
+    # vmx.h, 5.10 to 6.16; bits beyond the end of the list are set, too. Each list ends with CORE_C7_RESIDENCY.
+    shadow=Shadow(("vcpu_vmx", "shadow_msr_intercept"), "vmx_possible_passthrough_msrs", 4, (0,), passes=False),
+    passable=_PASSABLE,
     # 5.13 to 7.3. Functions between these and the call are inlined in some builds and not in others, and a tail call
     # hides the function that makes it, so its caller is seen instead: __kvm_apic_set_base() for
     # vmx_set_virtual_apic_mode() in Debian's 6.12.
@@ -85,4 +124,7 @@ VMX = Vendor(
         (r".*_set_msr.*", MSR_WRITE),
     ),
     filter_loop=FilterLoop(_LOOP, _ALSO_ENABLED),
+    # KVM_X86_TDX_VM, arch/x86/include/uapi/asm/kvm.h: struct vcpu_tdx has no bitmap (vmx/main.c: "TDX doesn't allow VMM
+    # to configure interception of MSR accesses").
+    no_bitmap=(5, "TDX"),
 )

@@ -61,6 +61,18 @@ class ProgLoad(ctypes.Structure):
     ]
 
 
+class LinkCreate(ctypes.Structure):
+    """BPF_LINK_CREATE."""
+
+    _fields_ = [("prog_fd", _U32), ("target_fd", _U32), ("attach_type", _U32), ("flags", _U32)]
+
+
+class IterCreate(ctypes.Structure):
+    """BPF_ITER_CREATE."""
+
+    _fields_ = [("link_fd", _U32), ("flags", _U32)]
+
+
 class TestRun(ctypes.Structure):
     """BPF_PROG_TEST_RUN."""
 

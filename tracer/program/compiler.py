@@ -29,8 +29,12 @@ from tracer.program.loading import Loaded, load
 from tracer.program.program import NotPermitted, Program, Variant, VariantRejected
 from tracer.program.source import whole_text
 
-#: The -D of each program that is compiled.
-PROGRAMS: tuple[Mapping[str, int], ...] = ({}, {"FENTRY": 1})
+#: Each program that is compiled: its source in bpf/, and the -D.
+PROGRAMS: tuple[tuple[str, Mapping[str, int]], ...] = (
+    ("msrtrace.c", {}),
+    ("msrtrace.c", {"FENTRY": 1}),
+    ("state.c", {}),
+)
 
 #: What makes a Program of what BCC compiles.
 _MADE_BY = [Path(str(module.__file__)) for module in (bcc_compiler, programs, relocation, structs)]
@@ -94,7 +98,9 @@ def compiled(source: Path, definitions: Mapping[str, int], headers: HeaderSettin
 def is_compiled(source: Path) -> bool:
     """Whether a program of a source can be had without a compiler: each does all, where the kernel takes it."""
     return any(
-        _shipped_content(source, definitions) or cache_get(_key(source, definitions)) for definitions in PROGRAMS
+        _shipped_content(source, definitions) or cache_get(_key(source, definitions))
+        for name, definitions in PROGRAMS
+        if name == source.name
     )
 
 

@@ -13,7 +13,7 @@ import errno
 import os
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -26,6 +26,7 @@ from tracer.program.program import (
     VariantRejected,
 )
 from tracer.program.relocation import resolved
+from tracer.program.structs import Member
 from tracer.program.syscalls import MMAPABLE, BpfMap, MappedArray
 
 _LONGEST_LOG = 1 << 24  # bytes; what BPF_MAXINSNS programs take, as in libbpf
@@ -37,7 +38,7 @@ _NO_READS = re.compile(r"(?:cannot use helper|unknown func) bpf_probe_read\w*#")
 
 # enum bpf_prog_type, bpf_attach_type
 _KPROBE, _RAW_TRACEPOINT, _TRACING = 2, 17, 26
-_FENTRY, _FEXIT = 24, 25
+_FENTRY, _FEXIT, _ITER = 24, 25, 28
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Loaded:
     maps: dict[str, BpfMap]
     functions: dict[str, int]
     arrays: dict[str, MappedArray] = field(default_factory=dict)
+    #: of the values of each of `maps`
+    members: dict[str, Mapping[str, Member]] = field(default_factory=dict)
 
     def close(self) -> None:
         """Let go of all of it."""
@@ -75,6 +78,7 @@ def load(program: Program, variant: Variant) -> Loaded:
                     flags=one.flags,
                 )
             loaded.maps[one.name] = BpfMap(fd, one.key_size, one.value_size)
+            loaded.members[one.name] = one.members
             if one.flags & MMAPABLE:
                 with translate_errors(f"does not let the BPF map {one.name} be mapped"):
                     loaded.arrays[one.name] = MappedArray(fd, one.value_size, entries, one.members)
@@ -96,7 +100,7 @@ def load(program: Program, variant: Variant) -> Loaded:
 
 def _load_function(name: str, code: bytes, target: Target, btf: int) -> int:
     kinds = {"kprobe": (_KPROBE, 0), "raw_tracepoint": (_RAW_TRACEPOINT, 0)}
-    kinds |= {"fentry": (_TRACING, _FENTRY), "fexit": (_TRACING, _FEXIT)}
+    kinds |= {"fentry": (_TRACING, _FENTRY), "fexit": (_TRACING, _FEXIT), "iterator": (_TRACING, _ITER)}
 
     def attempt(log: bytearray | None) -> int:
         kind, attach_type = kinds[target.kind]

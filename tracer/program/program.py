@@ -54,9 +54,10 @@ class Program(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Target:
-    """What a function is loaded for: `kprobe`, `raw_tracepoint`, or `fentry` or `fexit` of a function of the kernel.
+    """What a function is loaded for: `kprobe`, `raw_tracepoint`, `iterator`, `fentry` or `fexit`.
 
-    That function is given by its BTF id, and the module whose BTF has it (None: the kernel's own).
+    The function that it hooks into, or that says what is iterated over, is given by its BTF id, and the module whose BTF has it
+    (None: the kernel's own).
     """
 
     kind: str

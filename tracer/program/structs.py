@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -30,6 +32,36 @@ class Member(msgspec.Struct, frozen=True):
     def bytes(self) -> int:
         """How many bytes it takes."""
         return self.size * self.length
+
+
+_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}  # of the module struct
+
+
+class Record:
+    """How a struct of numbers and arrays of them lies in bytes."""
+
+    def __init__(self, members: Mapping[str, Member]) -> None:
+        """`members`: all of them, without unions."""
+        form, end, first = "<", 0, 0
+        self._places: dict[str, slice] = {}
+        for name, member in sorted(members.items(), key=lambda item: item[1].offset):
+            form += f"{member.offset - end}x{member.length}{_CODES[member.size]}"
+            self._places[name] = slice(first, first + member.length)
+            end, first = member.offset + member.bytes, first + member.length
+        self._struct = struct.Struct(form)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self._struct.size
+
+    def read(self, content: bytes, at: int) -> Mapping[str, tuple[int, ...]]:
+        """The members of the struct at a byte, each as a tuple. Raises ValueError where it is not whole."""
+        try:
+            numbers = self._struct.unpack_from(content, at)
+        except struct.error as error:
+            raise ValueError(str(error)) from None
+        return {name: numbers[place] for name, place in self._places.items()}
 
 
 def members(description: str) -> dict[str, Member]:

@@ -19,7 +19,7 @@ from itertools import compress
 from operator import itemgetter
 from pathlib import Path
 
-from tracer.program.bpf_attr import BtfInfo, Element, Id, Info, MapCreate, ProgLoad, TestRun
+from tracer.program.bpf_attr import BtfInfo, Element, Id, Info, IterCreate, LinkCreate, MapCreate, ProgLoad, TestRun
 from tracer.program.structs import Member
 
 _WORD = _INSTRUCTION_SIZE = 8  # bytes
@@ -30,6 +30,9 @@ _SYS_BPF = 321
 _MAP_CREATE, _, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY, _PROG_LOAD = range(6)
 _PROG_TEST_RUN, _OBJ_GET_INFO_BY_FD = 10, 15
 _BTF_GET_FD_BY_ID, _BTF_GET_NEXT_ID = 19, 23
+_LINK_CREATE, _ITER_CREATE = 28, 33
+_TRACE_ITER = 28  # enum bpf_attach_type
+_READ = 1 << 18  # bytes; the kernel gives at most 32 KiB at a time
 
 MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
 
@@ -186,6 +189,11 @@ class MappedArray:
         _, at = self._place(index, member)
         return bytes(self._views[1][at : at + self.members[member].length]).partition(b"\0")[0]
 
+    def raw(self, index: int, size: int) -> bytes:
+        """The first `size` bytes of the value at `index`."""
+        start = index * self._value_size
+        return bytes(self._views[1][start : start + size])
+
     def getter(self, *members: str) -> Callable[[int], tuple[int, ...]]:
         """What gives the MEMBERS, which are words or arrays of them, of the value at an index, quickly."""
         places: list[int] = []
@@ -223,6 +231,34 @@ def run_program(program: int, *arguments: int) -> int:
     attributes = TestRun(prog_fd=program, ctx_size_in=ctypes.sizeof(context), ctx_in=ctypes.addressof(context))
     _bpf(_PROG_TEST_RUN, attributes)
     return int(attributes.retval)
+
+
+class Iterator:
+    """An iterator program (BPF_TRACE_ITER) that is ready to run: `read` needs no rights."""
+
+    def __init__(self, program: int) -> None:
+        """`program` is its descriptor, which may be closed afterwards. Raises OSError."""
+        self._link = _bpf(_LINK_CREATE, LinkCreate(prog_fd=program, attach_type=_TRACE_ITER))
+
+    def read(self) -> bytes:
+        """Run it over everything; what it wrote. Raises OSError."""
+        parts: list[bytes] = []
+        run = _bpf(_ITER_CREATE, IterCreate(link_fd=self._link))
+        try:
+            while True:
+                try:
+                    part = os.read(run, _READ)
+                except BlockingIOError:  # a million objects that wrote nothing: bpf_seq_read(), kernel/bpf/bpf_iter.c
+                    continue
+                if not part:
+                    return b"".join(parts)
+                parts.append(part)
+        finally:
+            os.close(run)
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._link)
 
 
 def misses(program: int) -> int:

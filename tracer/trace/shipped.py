@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`python -m tracer.trace.shipped SOURCE DIRECTORY`: compiles what a package ships; hosts then need no compiler."""
+"""`python -m tracer.trace.shipped SOURCES DIRECTORY`: compiles what a package ships; hosts then need no compiler."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tracer.program.compiler import PROGRAMS, compile_program, shipped_content, 
 from tracer.program.program import NotPermitted, VariantRejected
 
 
-def ship(source: Path, directory: Path) -> None:
-    """Compile every program of a source for a package. Raises MsrtraceError, VariantRejected or NotPermitted."""
-    for definitions in PROGRAMS:
+def ship(sources: Path, directory: Path) -> None:
+    """Compile every program, of SOURCES, into a DIRECTORY. Raises MsrtraceError, VariantRejected or NotPermitted."""
+    for source, definitions in ((sources / name, definitions) for name, definitions in PROGRAMS):
         content = shipped_content(source, definitions, compile_program(source, definitions, header_settings))
         (directory / shipped_file(source, definitions).name).write_bytes(content)
 

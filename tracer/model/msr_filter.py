@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A VM's MSR filter: what KVM_X86_SET_MSR_FILTER lets its guest access."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+READ, WRITE = 1, 2  # KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE: as a range's flags have them
+#: Each direction of an access, and its name.
+DIRECTIONS = {READ: "read", WRITE: "write"}
+
+#: The x2APIC's MSRs, which no filter can deny (kvm_msr_allowed()).
+X2APIC = range(0x800, 0x900)
+
+
+@dataclass(frozen=True)
+class FilterRange:
+    """A range of a filter: `flags` of READ and WRITE, `count` MSRs from `base` on, and a bit (1: allowed) for each."""
+
+    flags: int
+    base: int
+    count: int
+    allowed: bytes
+
+    def decides(self, msr: int, direction: int) -> bool:
+        """Whether an access is in this range."""
+        return bool(self.flags & direction) and self.base <= msr < self.base + self.count
+
+    def allows(self, msr: int) -> bool:
+        """Whether the range's bit for an MSR in it is set."""
+        at = msr - self.base
+        return bool(self.allowed[at >> 3] >> (at & 7) & 1)
+
+    def denied(self) -> Iterator[range]:
+        """The MSRs whose bit is clear, as ranges."""
+        bits = ~int.from_bytes(self.allowed, "little") & ((1 << self.count) - 1)
+        return (range(self.base + run.start, self.base + run.stop) for run in runs(bits))
+
+
+@dataclass(frozen=True)
+class MsrFilter:
+    """A filter, as KVM evaluates it: the first range that an access is in decides, else `default_allow`."""
+
+    default_allow: bool = True
+    ranges: tuple[FilterRange, ...] = ()
+
+    def allows(self, msr: int, direction: int) -> bool:
+        """Whether a guest's access is allowed: kvm_msr_allowed(), arch/x86/kvm/x86.c (7.3: msrs.c)."""
+        if msr in X2APIC:
+            return True
+        for one in self.ranges:
+            if one.decides(msr, direction):
+                return one.allows(msr)
+        return self.default_allow
+
+    @property
+    def denies_nothing(self) -> bool:
+        """Whether it is as if there were no filter, as far as that is plain to see."""
+        return self.default_allow and not self.ranges
+
+    def denied(self, direction: int) -> list[range]:
+        """What the ranges deny in a direction, sorted; what the default denies is not in it."""
+        found: list[range] = []
+        for number, one in enumerate(self.ranges):
+            if one.flags & direction:
+                earlier = [other for other in self.ranges[:number] if other.flags & direction]
+                for run in one.denied():
+                    found += _without(run, [range(other.base, other.base + other.count) for other in earlier])
+        return joined(part for run in found for part in _without(run, [X2APIC]))
+
+
+#: Of a VM without a filter.
+NO_FILTER = MsrFilter()
+
+
+def runs(bits: int) -> Iterator[range]:
+    """The runs of bits that are set, lowest first."""
+    at = 0
+    while bits:
+        zeros = (bits & -bits).bit_length() - 1
+        bits >>= zeros
+        ones = (~bits & (bits + 1)).bit_length() - 1
+        yield range(at + zeros, at + zeros + ones)
+        at += zeros + ones
+        bits >>= ones
+
+
+def joined(ranges: Iterator[range] | list[range]) -> list[range]:
+    """The same numbers as sorted ranges that neither overlap nor touch."""
+    found: list[range] = []
+    for one in sorted(ranges, key=lambda r: (r.start, r.stop)):
+        if found and one.start <= found[-1].stop:
+            found[-1] = range(found[-1].start, max(found[-1].stop, one.stop))
+        elif one:
+            found.append(one)
+    return found
+
+
+def _without(whole: range, others: list[range]) -> list[range]:
+    """What is left of a range."""
+    left = [whole]
+    for other in others:
+        left = [
+            part
+            for one in left
+            for part in (range(one.start, min(one.stop, other.start)), range(max(one.start, other.stop), one.stop))
+            if part
+        ]
+    return left

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What every vCPU intercepts at one moment, and who wants that: plain data, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+
+from tracer.model.msr_filter import NO_FILTER, READ, WRITE, MsrFilter, joined
+from tracer.model.vendor import Passable, Vendor
+from tracer.model.vendors import FIRST
+
+PASSED, KVM, FILTER, BOTH = "passed", "kvm", "filter", "both"
+PENDING_DENIED, PENDING_ALLOWED = "pending_denied", "pending_allowed"
+UNRECORDED, UNKNOWN = "unrecorded", "unknown"
+
+#: What is said of an access, and what that means.
+SAID = {
+    PASSED: "passed through: the guest has the MSR itself",
+    KVM: "intercepted since KVM itself wants that",
+    FILTER: "intercepted since the VM's filter denies it; KVM would pass it through",
+    BOTH: "intercepted since KVM wants that, and the filter denies it, too",
+    PENDING_DENIED: "the filter denies it, which the vCPU applies when it next enters the guest: until then it passes",
+    PENDING_ALLOWED: "the filter allows it, which the vCPU applies when it next enters the guest: until then it exits",
+    UNRECORDED: "intercepted since the filter denies it; this kernel does not record what KVM itself wants",
+    UNKNOWN: "what this vCPU intercepts cannot be read",
+}
+
+
+class Wish(Enum):
+    """What KVM itself wants of an access, and how that is known."""
+
+    INTERCEPT = "intercept"
+    PASS = "pass"
+    #: It is in no record; KVM of every kernel read passes it.
+    PRESUMED_PASS = "presumed pass"
+    UNRECORDED = "unrecorded"
+
+
+def said(*, intercepted: bool, wish: Wish, allowed: bool, settled: bool) -> str:
+    """Who has an access intercepted: one of SAID.
+
+    :param intercepted: the bit in the vCPU's bitmap
+    :param allowed: by the VM's filter
+    :param settled: no recomputation of the bitmap is asked for or about to be
+    """
+    if not intercepted:
+        return PASSED if allowed else PENDING_DENIED
+    if not allowed:
+        return {Wish.INTERCEPT: BOTH, Wish.UNRECORDED: UNRECORDED}.get(wish, FILTER)
+    if wish is Wish.INTERCEPT:
+        return KVM
+    # Where nothing is recorded, the bit itself says what KVM wanted when it last computed it.
+    return KVM if settled and wish is not Wish.PASS else PENDING_ALLOWED
+
+
+@dataclass(frozen=True)
+class Vcpu:
+    """A vCPU. `bitmap` is None where it cannot be read, b"" where the CPU has none; `filter` is its VM's.
+
+    `shadow`: what KVM wants to intercept of `State.recorded`, a word for reads and one for writes, in which a 1 is for
+    that; None where the kernel does not record it. `settled`: see `said`. `ran`: None where that is not known.
+    """
+
+    id: int
+    bitmap: bytes | None
+    filter: MsrFilter | None = NO_FILTER
+    shadow: tuple[int, int] | None = None
+    settled: bool = True
+    ran: bool | None = None
+    #: Accesses whose bit, or what decides about it, changed while they were read.
+    unsteady: frozenset[tuple[int, int]] = frozenset()
+
+
+@dataclass(frozen=True)
+class Vm:
+    """A VM of process `pid`, in the order of its vCPUs' ids. `key` tells VMs of one process apart.
+
+    Unless it is `owned`, the process did not make the VM, and only has a descriptor: KVM does not let it run a vCPU.
+    `kind` is the name of a kind of VM whose bitmaps are not KVM's.
+    """
+
+    pid: int
+    key: int
+    vcpus: tuple[Vcpu, ...]
+    owned: bool = True
+    kind: str = ""
+    name: str = ""
+
+    @property
+    def filter(self) -> MsrFilter | None:
+        """The filter, as it was read last."""
+        return self.vcpus[-1].filter
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of reading and of writing an MSR."""
+
+    read: str
+    write: str
+
+    def of(self, direction: int) -> str:
+        """Of a direction."""
+        return self.read if direction == READ else self.write
+
+
+@dataclass(frozen=True)
+class State:
+    """All VMs of a host. `recorded` are the MSRs of which the kernel records what KVM wants.
+
+    `notes` say what could not be had.
+    """
+
+    vendor: Vendor = FIRST
+    recorded: tuple[int, ...] = ()
+    vms: tuple[Vm, ...] = ()
+    notes: tuple[str, ...] = ()
+    #: What KVM wants of an access, as seen in its calls; by pid (0: of any), for kernels that do not record it.
+    seen: Mapping[int, Mapping[tuple[int, int], Wish]] = field(default_factory=dict)
+
+    @cached_property
+    def _place(self) -> dict[int, int]:
+        return {msr: at for at, msr in enumerate(self.recorded)}
+
+    @cached_property
+    def passable(self) -> dict[tuple[int, int], Passable]:
+        """Each MSR and direction that KVM may let a guest access itself."""
+        found: dict[tuple[int, int], Passable] = {}
+        for one in self.vendor.passable:
+            for direction in (READ, WRITE):
+                if one.flags & direction:
+                    found |= {(msr, direction): one for msr in one.msrs}
+        return found
+
+    @cached_property
+    def candidates(self) -> tuple[int, ...]:
+        """The MSRs that KVM of this kernel may pass through, in the order of their numbers; without x2APIC's."""
+        x2apic = {msr for msr, _ in self.passable if 0x800 <= msr < 0x900}
+        return tuple(sorted({*self.recorded, *(msr for msr, _ in self.passable)} - x2apic))
+
+    def wish(self, vm: Vm, vcpu: Vcpu, msr: int, direction: int) -> Wish:
+        """What KVM itself wants of an access."""
+        if vcpu.bitmap == b"" or self.vendor.bitmap_geometry.place(msr, direction) is None:
+            return Wish.INTERCEPT
+        at = self._place.get(msr)
+        if vcpu.shadow and at is not None:
+            return Wish.INTERCEPT if vcpu.shadow[direction == WRITE] >> at & 1 else Wish.PASS
+        if wish := self.seen.get(vm.pid, {}).get((msr, direction)):
+            return wish
+        passable = self.passable.get((msr, direction))
+        if passable is None:
+            return Wish.INTERCEPT
+        return Wish.PRESUMED_PASS if passable.always else Wish.UNRECORDED
+
+    def said(self, vm: Vm, vcpu: Vcpu, msr: int, direction: int) -> str:
+        """Who has an access intercepted: one of SAID."""
+        if vcpu.bitmap is None:
+            return UNKNOWN
+        intercepted = self.vendor.bitmap_geometry.intercepted(vcpu.bitmap, msr, direction)
+        if vcpu.filter is None:
+            return UNKNOWN if intercepted else PASSED
+        allowed = vcpu.filter.allows(msr, direction)
+        if (msr, direction) in vcpu.unsteady:
+            return PENDING_ALLOWED if allowed else PENDING_DENIED
+        wish = self.wish(vm, vcpu, msr, direction)
+        return said(intercepted=intercepted, wish=wish, allowed=allowed, settled=vcpu.settled)
+
+    def verdict(self, vm: Vm, vcpu: Vcpu, msr: int) -> Verdict:
+        """What is said of an MSR."""
+        return Verdict(self.said(vm, vcpu, msr, READ), self.said(vm, vcpu, msr, WRITE))
+
+    def passed(self, vcpu: Vcpu, direction: int) -> list[range]:
+        """The MSRs that the bitmap lets pass."""
+        found = self.vendor.bitmap_geometry.passed(vcpu.bitmap or b"", direction)
+        return joined(range(msr, msr + 1) for msr in found)
+
+    def verdicts(self, vm: Vm, vcpu: Vcpu, also: Iterable[int] = ()) -> list[tuple[range, Verdict]]:
+        """What is said of every MSR that may be passed through, is, or is denied by a range of the filter, and `also`.
+
+        MSRs that follow each other and of which the same is said are together.
+        """
+        ranges = [range(msr, msr + 1) for msr in (*self.candidates, *also)]
+        ranges += [run for direction in (READ, WRITE) for run in self.passed(vcpu, direction)]
+        if vcpu.filter:
+            ranges += [run for direction in (READ, WRITE) for run in vcpu.filter.denied(direction)]
+        found: list[tuple[range, Verdict]] = []
+        for msr in (msr for run in joined(ranges) for msr in run):
+            verdict = self.verdict(vm, vcpu, msr)
+            if found and found[-1][0].stop == msr and found[-1][1] == verdict:
+                found[-1] = range(found[-1][0].start, msr + 1), verdict
+            else:
+                found.append((range(msr, msr + 1), verdict))
+        return found
+
+
+@dataclass(frozen=True)
+class Alike:
+    """vCPUs of which the same is said, by the positions of their VMs and their ids."""
+
+    vcpus: tuple[Vcpu, ...]
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Their ids, sorted."""
+        return sorted(vcpu.id for vcpu in self.vcpus)
+
+
+def alike(vm: Vm) -> list[Alike]:
+    """The vCPUs of a VM, those together of which the same is said."""
+    found: dict[tuple[object, ...], list[Vcpu]] = {}
+    for vcpu in vm.vcpus:
+        key = (vcpu.bitmap, vcpu.filter, vcpu.shadow, vcpu.settled, vcpu.ran is False, vcpu.unsteady)
+        found.setdefault(key, []).append(vcpu)
+    return [Alike(tuple(vcpus)) for vcpus in found.values()]

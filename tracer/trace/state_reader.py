@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reads what every vCPU intercepts, by an iterator of the kernel over all open files: see bpf/state.c."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from tracer.kernel.btf import Btf, BtfError
+from tracer.kernel.headers import header_settings
+from tracer.kernel.kallsyms import objects
+from tracer.kernel.symbols import KALLSYMS, Symbols
+from tracer.model.errors import MsrtraceError
+from tracer.model.msr_filter import READ, WRITE, FilterRange, MsrFilter, joined
+from tracer.model.state import State, Vcpu, Vm
+from tracer.program import syscalls
+from tracer.program.compiler import build
+from tracer.program.program import NotPermitted, Target, Variant
+from tracer.program.resources import resource
+from tracer.program.structs import Record
+
+SOURCE = "bpf/state.c"
+_RELEASE = "kvm_vcpu_release"  # of virt/kvm/kvm_main.c, in struct file_operations kvm_vcpu_fops
+_ITERATOR = "bpf_iter_task_file"
+_BITMAP_FAILED, _FILTER_FAILED = 1, 2
+#: KVM_REQ_MSR_FILTER_CHANGED, since 6.18 KVM_REQ_RECALC_INTERCEPTS: KVM_ARCH_REQ(29), arch/x86/include/asm/kvm_host.h
+_REQUEST = 1 << (8 + 29)
+_RCU_SEQ_STATE = 3  # a grace period is under way: RCU_SEQ_STATE_MASK, kernel/rcu/rcu.h
+_SHADOWED = 64  # MSRs at most: a word for each direction
+#: How often a vCPU that changes is read, and how long to wait in between.
+_READS, _PAUSE_SECONDS = 6, 0.02
+
+#: Values of bpf/state.c, and where the structures have them. Those that are needed, and those that only tell more.
+_OFFSETS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "file_f_op": (("file", "f_op"),),
+    "file_operations_release": (("file_operations", "release"),),
+    "file_private_data": (("file", "private_data"),),
+    "task_tgid": (("task_struct", "tgid"),),
+    "task_mm": (("task_struct", "mm"),),
+    "vcpu_kvm": (("kvm_vcpu", "kvm"),),
+    "vcpu_vcpu_id": (("kvm_vcpu", "vcpu_id"),),
+    "vcpu_requests": (("kvm_vcpu", "requests"),),
+    "kvm_mm": (("kvm", "mm"),),
+    "kvm_filter": (("kvm", "arch"), ("kvm_arch", "msr_filter")),
+}
+_MORE: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "vcpu_exits": (("kvm_vcpu", "stat"), ("kvm_vcpu_stat", "exits")),
+    "kvm_vm_type": (("kvm", "arch"), ("kvm_arch", "vm_type")),  # 6.9
+}
+#: The sequence numbers of a VM's grace periods: since 6.4 struct srcu_struct has a pointer to them.
+_SRCU = ("srcu_gp_seq", "srcu_gp_seq_needed")
+
+
+class StateReader:
+    """Ready to read, which needs no rights; closing it, or the end of its process, removes it from the kernel."""
+
+    def __init__(self, symbols: Symbols, explain: Callable[[], str], kallsyms: Path = KALLSYMS) -> None:
+        """Compile and load. `explain` says why the kernel probably did not permit it. Raises MsrtraceError."""
+        self._vendor = symbols.vendor
+        self.notes: list[str] = []
+        vendor = symbols.vendor
+        try:
+            found = objects(kallsyms, (_RELEASE, vendor.shadow.list_), [m for m in ("kvm", symbols.module) if m])
+            kernel = Btf.of_kernel()
+        except (OSError, BtfError) as error:
+            raise MsrtraceError(f"what vCPUs intercept cannot be read: {error}") from None
+        if _RELEASE not in found:
+            raise MsrtraceError(f"what vCPUs intercept cannot be read: {kallsyms} has no address of {_RELEASE}")
+        given = self._given = self._values(kernel, symbols) | {"vcpu_release": found[_RELEASE].start}
+        targets = {
+            "file_listed": Target("iterator", kernel.function_id(_ITERATOR)),
+            "copy_memory": Target("raw_tracepoint"),
+        }
+        try:
+            self._loaded = build(resource(SOURCE), [Variant("iterator", {}, targets, given)], header_settings).loaded
+            self._iterator = syscalls.Iterator(self._loaded.functions["file_listed"])
+        except NotPermitted:
+            raise MsrtraceError(explain()) from None
+        except OSError as error:
+            raise MsrtraceError(f"what vCPUs intercept cannot be read: {error.strerror}") from None
+        self._record = Record(self._loaded.members["records"])
+        self.recorded = self._recorded(found.get(vendor.shadow.list_)) if given.get("vcpu_shadow") else ()
+
+    def _values(self, kernel: Btf, symbols: Symbols) -> dict[str, int]:
+        vendor, btf = symbols.vendor, kernel
+        module_btf = True
+        if symbols.module:
+            try:
+                btf = Btf.of_module(symbols.module, base=kernel)
+            except BtfError:
+                module_btf = False
+        try:
+            given = {name: btf.nested_offset(path) for name, path in _OFFSETS.items()}
+        except BtfError as error:
+            raise MsrtraceError(f"what vCPUs intercept cannot be read: {error}") from None
+        for name, path in _MORE.items():
+            with suppress(BtfError):
+                given[name] = btf.nested_offset(path)
+        with suppress(BtfError):
+            srcu = btf.offset("kvm", "srcu")
+            try:
+                pointer, structure = btf.offset("srcu_struct", "srcu_sup"), "srcu_usage"
+                given |= {"kvm_srcu": srcu + pointer, "srcu_pointer": 1}
+            except BtfError:
+                structure = "srcu_struct"
+                given["kvm_srcu"] = srcu
+            given |= {name: btf.offset(structure, name) for name in _SRCU}
+        try:
+            given["vcpu_bitmap"] = btf.nested_offset(vendor.bitmap)
+            given["bitmap_bytes"] = vendor.bitmap_geometry.size
+        except BtfError as error:
+            why = f"/sys/kernel/btf has nothing of {symbols.module}" if not module_btf else str(error)
+            self.notes.append(f"bitmaps cannot be read, so who intercepts what is unknown: {why}")
+        else:
+            with suppress(BtfError):
+                given["vcpu_shadow"] = btf.offset(*vendor.shadow.member)
+        if vendor.no_bitmap and "kvm_vm_type" in given:
+            given["no_bitmap"] = vendor.no_bitmap[0]
+        return given
+
+    def _recorded(self, where: range | None) -> tuple[int, ...]:
+        """The MSRs of which this kernel records what KVM wants: of an array in its memory."""
+        shadow = self._vendor.shadow
+        note = "what KVM itself wants is not known"
+        if where is None:
+            self.notes.append(f"{note}: /proc/kallsyms has no {shadow.list_}")
+            return ()
+        size = min(len(where) or _SHADOWED * shadow.stride, _SHADOWED * shadow.stride)
+        if syscalls.run_program(self._loaded.functions["copy_memory"], where.start, size):
+            self.notes.append(f"{note}: {shadow.list_} cannot be read")
+            return ()
+        content = self._loaded.arrays["copies"].raw(0, size)
+        found: list[int] = []
+        for at in range(0, size - 3, shadow.stride):
+            msr = int.from_bytes(content[at : at + 4], "little")
+            if msr in shadow.ends or msr in found:
+                break
+            found.append(msr)
+        return tuple(found)
+
+    def read(self, *, steady: bool = False) -> State:
+        """What every vCPU intercepts, without names. Raises MsrtraceError.
+
+        :param steady: read again what changes meanwhile, for at most 0.1 s; what still does is `unsteady`
+        """
+        found = self._read()
+        before = found
+        for _ in range(_READS if steady else 0):
+            time.sleep(_PAUSE_SECONDS)
+            before, found = found, self._read()
+            if all(one.moves is False and one.same_as(before.get(key)) for key, one in found.items()):
+                break
+        return self._state(found, before if steady else found)
+
+    def _read(self) -> dict[int, _Reading]:
+        """What is read of each vCPU, by its address; of several descriptors, that of the process that made the VM."""
+        try:
+            content = self._iterator.read()
+        except OSError as error:
+            raise MsrtraceError(f"what vCPUs intercept cannot be read: {error.strerror}") from None
+        found: dict[int, _Reading] = {}
+        filters: dict[object, MsrFilter] = {}
+        at = 0
+        while at < len(content):
+            members = self._record.read(content, at)
+            at += self._record.size
+            bitmap, at = content[at : at + members["bitmap_bytes"][0]], at + members["bitmap_bytes"][0]
+            allowed = []
+            for size in members["range_bytes"][: members["ranges"][0]]:
+                allowed.append(content[at : at + size])
+                at += size
+            one = _Reading(members, bitmap, _filter(members, allowed, filters))
+            if one.vcpu not in found or one.owned:
+                found[one.vcpu] = one
+        return found
+
+    def _state(self, found: Mapping[int, _Reading], before: Mapping[int, _Reading]) -> State:
+        vms: dict[int, list[_Reading]] = {}
+        for one in found.values():
+            vms.setdefault(one.kvm, []).append(one)
+        state = State(self._vendor, self.recorded, notes=tuple(self.notes))
+        made = []
+        for kvm, readings in vms.items():
+            readings.sort(key=lambda one: one.id)
+            owner = next((one for one in readings if one.owned), readings[0])
+            vcpus = tuple(self._vcpu(state, one, before.get(one.vcpu, one)) for one in readings)
+            no_bitmap = self._vendor.no_bitmap
+            kind = no_bitmap[1] if no_bitmap and no_bitmap[0] == owner.vm_type else ""
+            made.append(Vm(owner.tgid, kvm, vcpus, owned=owner.owned, kind=kind))
+        return replace(state, vms=tuple(sorted(made, key=lambda vm: (vm.pid, vm.key))))
+
+    def _vcpu(self, state: State, one: _Reading, before: _Reading) -> Vcpu:
+        vcpu = self._plain(one)
+        if one is before or (not one.moves and one.same_as(before)):
+            return vcpu
+        return replace(vcpu, settled=False, unsteady=frozenset(_differences(state, self._plain(before), vcpu)))
+
+    def _plain(self, one: _Reading) -> Vcpu:
+        shadow, mask = None, (1 << len(self.recorded)) - 1
+        if self.recorded:
+            words = one.shadow
+            read, write = (~word if self._vendor.shadow.passes else word for word in words)
+            shadow = (read & mask, write & mask)
+        readable = "vcpu_bitmap" in self._given and one.vm_type != self._given.get("no_bitmap", -1)
+        bitmap = one.bitmap if readable and not one.failed & _BITMAP_FAILED else None
+        ran = bool(one.exits) if "vcpu_exits" in self._given else None
+        return Vcpu(one.id, bitmap, one.filter, shadow, settled=not (one.requested or one.moves), ran=ran)
+
+    def close(self) -> None:
+        """Release everything in the kernel."""
+        self._iterator.close()
+        self._loaded.close()
+
+
+class _Reading:
+    """A record of bpf/state.c, and what follows it."""
+
+    def __init__(self, members: Mapping[str, tuple[int, ...]], bitmap: bytes, filter_: MsrFilter) -> None:
+        def one(name: str) -> int:
+            return members[name][0]
+
+        self.vcpu, self.kvm, self.tgid, self.id = one("vcpu"), one("kvm"), one("tgid"), one("vcpu_id")
+        self.owned, self.vm_type, self.exits = bool(one("owned")), one("vm_type"), one("exits")
+        self.bitmap, self.failed, self.shadow = bitmap, one("failed"), (one("shadow_read"), one("shadow_write"))
+        self.requested = bool(one("requests") & _REQUEST)
+        ahead = (one("gp_seq_needed") - one("gp_seq")) % (1 << 64)
+        #: Its filter is being replaced, or something else waits for a grace period, too.
+        self.moves = one("filter") != one("filter_after") or bool(one("gp_seq") & _RCU_SEQ_STATE) or 0 < ahead < 1 << 63
+        self.filter = None if self.failed & _FILTER_FAILED else filter_
+        self._address = one("filter")
+
+    def same_as(self, other: _Reading | None) -> bool:
+        """Whether another reading of this vCPU found all of it as it is."""
+        return other is not None and self._content == other._content
+
+    @property
+    def _content(self) -> tuple[object, ...]:
+        return self.bitmap, self.failed, self.shadow, self.requested, self.filter, self._address
+
+
+def _filter(
+    members: Mapping[str, tuple[int, ...]], allowed: Sequence[bytes], known: dict[object, MsrFilter]
+) -> MsrFilter:
+    """The filter of a record; equal ones are one object."""
+    columns = (members[name] for name in ("range_flags", "range_base", "range_nmsrs"))
+    key = (members["default_allow"][0], tuple(zip(*columns, allowed, strict=False)))
+    if key not in known:
+        ranges = tuple(FilterRange(flags, base, count, bits) for flags, base, count, bits in key[1])
+        known[key] = MsrFilter(bool(key[0]), ranges)
+    return known[key]
+
+
+def _differences(state: State, one: Vcpu, other: Vcpu) -> Iterator[tuple[int, int]]:
+    """The accesses of which two readings of a vCPU say something else."""
+    vms = Vm(0, 0, (one,)), Vm(0, 0, (other,))
+    ranges = [run for vm in vms for run, _ in state.verdicts(vm, vm.vcpus[0])]
+    for msr in (msr for run in joined(ranges) for msr in run):
+        for direction in (READ, WRITE):
+            if state.said(vms[0], one, msr, direction) != state.said(vms[1], other, msr, direction):
+                yield msr, direction
