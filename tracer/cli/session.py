@@ -17,7 +17,11 @@ from tracer.model.module_change import FOLLOW_SECONDS
 from tracer.model.options import Options
 
 if TYPE_CHECKING:
+    from tracer.trace.state_reader import StateReader
     from tracer.trace.tracer import Tracer
+
+#: Checks of doctor on what only probes need.
+_NOT_FOR_STATES = (SYMBOLS, "livepatch", "library", "perf-event-paranoid", "tracefs")
 
 
 def this_machine() -> Machine:
@@ -35,6 +39,21 @@ def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> M
     if problem:
         raise MsrtraceError(problem)
     return machine
+
+
+@contextmanager
+def state_reader() -> Iterator[StateReader]:
+    """A context with what reads the states of vCPUs. Raises MsrtraceError, which says what to do, if that cannot be."""
+    from tracer.trace.state_reader import StateReader, state_program_is_compiled
+
+    machine = Machine.here(compiled=state_program_is_compiled())
+    if problem := obstacle(machine, ignore=_NOT_FOR_STATES):
+        raise MsrtraceError(problem)
+    reader = StateReader(machine.symbols, lambda: explain_eperm(machine))
+    try:
+        yield reader
+    finally:
+        reader.close()
 
 
 def check_pid(pid: int | None) -> None:

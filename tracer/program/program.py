@@ -56,8 +56,8 @@ class Program(msgspec.Struct, frozen=True):
 class Target:
     """What a function is loaded for: `kprobe`, `raw_tracepoint`, `iterator`, `fentry` or `fexit`.
 
-    The function that it hooks into, or that says what is iterated over, is given by its BTF id, and the module whose BTF has it
-    (None: the kernel's own).
+    The function that it hooks into, or that says what is iterated over, is given by its BTF id, and the module whose
+    BTF has it (None: the kernel's own).
     """
 
     kind: str

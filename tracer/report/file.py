@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Report files: written atomically, and read as untrusted input."""
+"""Files of reports and of states: written atomically, and read as untrusted input."""
 
 from __future__ import annotations
 
@@ -9,29 +9,48 @@ import os
 import sys
 import tempfile
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.text import printable
-from tracer.report.report import SCHEMA, Report
+from tracer.report import report, state_file
+from tracer.report.report import Report
+from tracer.report.state_file import StateFile
 
 #: A report of 8,192 kinds of calls takes 2 MB.
 SIZE_LIMIT = 32 << 20
-_FORMAT, _MAJOR = SCHEMA.split("/")
 #: What some editors and shells of Windows put in front of UTF-8.
 BOM = b"\xef\xbb\xbf"
+
+
+_T = TypeVar("_T", Report, StateFile)
+
+
+@dataclass(frozen=True)
+class Kind(Generic[_T]):
+    """A kind of file: its schema with the major version, the type that defines it, and what it is called."""
+
+    schema: str
+    type: type[_T]
+    noun: str
+
+
+REPORT = Kind(report.SCHEMA, Report, "report")
+STATE = Kind(state_file.SCHEMA, StateFile, "state")
+KINDS: tuple[Kind[Any], ...] = (REPORT, STATE)
 
 
 class _Head(msgspec.Struct):
     schema: str
 
 
-def encode(report: Report) -> bytes:
-    """The report as the text of a JSON file."""
-    return msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
+def encode(content: Report | StateFile) -> bytes:
+    """The content as the text of a JSON file."""
+    return msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
 
 
 def write(path: Path, text: bytes) -> None:
@@ -100,9 +119,14 @@ def _umask() -> int:
 
 
 def read(path: Path) -> Report:
-    """The report in a file, or on standard input if the path is `-`.
+    """The report in a file, as `read_as`."""
+    return read_as(REPORT, path)
 
-    Unknown fields are ignored. Raises MsrtraceError, in one line, for anything but a report of this major version.
+
+def read_as(kind: Kind[_T], path: Path) -> _T:
+    """What is in a file of a kind, or on standard input if the path is `-`.
+
+    Unknown fields are ignored. Raises MsrtraceError, in one line, for anything but that kind in this major version.
     """
     try:
         if str(path) == "-":
@@ -113,35 +137,44 @@ def read(path: Path) -> Report:
     except OSError as error:
         raise MsrtraceError(f"cannot read {path}: {error.strerror}") from None
     try:
-        return decode(data)
+        return decode_as(kind, data)
     except MsrtraceError as error:
         raise MsrtraceError(f"{'standard input' if str(path) == '-' else path} {error}") from None
 
 
 def decode(data: bytes) -> Report:
-    """The report in a JSON text. Raises MsrtraceError, whose message is to follow the name of the file."""
+    """The report in a JSON text, as `decode_as`."""
+    return decode_as(REPORT, data)
+
+
+def decode_as(wanted: Kind[_T], data: bytes) -> _T:
+    """What is in a JSON text of a kind. Raises MsrtraceError, whose message is to follow the name of the file."""
+    noun = wanted.noun
     if len(data) > SIZE_LIMIT:
-        raise MsrtraceError(f"is larger than any report ({SIZE_LIMIT >> 20} MB)")
+        raise MsrtraceError(f"is larger than any {noun} ({SIZE_LIMIT >> 20} MB)")
     data = data.removeprefix(BOM)
     if not data.strip():
         raise MsrtraceError("is empty")
     if encoding := _other_encoding(data):
-        raise MsrtraceError(f"is {encoding} text, and reports are UTF-8: convert it with iconv -f {encoding} -t UTF-8")
+        raise MsrtraceError(f"is {encoding} text, and {noun}s are UTF-8: convert it with iconv -f {encoding} -t UTF-8")
     try:
         schema = msgspec.json.decode(data, type=_Head).schema
     except msgspec.ValidationError as error:
-        raise MsrtraceError(f"is not an msrtrace report: {_plain(error)}") from None
+        raise MsrtraceError(f"is not an msrtrace {noun}: {_plain(error)}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MsrtraceError(f"is not JSON: {_plain(error)}") from None
-    kind, _, major = schema.partition("/")
-    if kind != _FORMAT:
-        raise MsrtraceError(f"is not an msrtrace report: its schema is {_short(schema)}")
-    if major != _MAJOR:
-        raise MsrtraceError(f"is a report of another version ({_short(schema)}); this msrtrace reads {SCHEMA}")
+    (kind, _, major), (own, _, own_major) = schema.partition("/"), wanted.schema.partition("/")
+    other = next((one.noun for one in KINDS if one is not wanted and one.schema.partition("/")[0] == kind), "")
+    if other:
+        raise MsrtraceError(f"is not an msrtrace {noun} but a {other} ({_short(schema)})")
+    if kind != own:
+        raise MsrtraceError(f"is not an msrtrace {noun}: its schema is {_short(schema)}")
+    if major != own_major:
+        raise MsrtraceError(f"is a {noun} of another version ({_short(schema)}); this msrtrace reads {wanted.schema}")
     try:
-        return msgspec.json.decode(data, type=Report)
+        return msgspec.json.decode(data, type=wanted.type)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MsrtraceError(f"is a damaged report: {_plain(error)}") from None
+        raise MsrtraceError(f"is a damaged {noun}: {_plain(error)}") from None
 
 
 def _other_encoding(data: bytes) -> str | None:
@@ -166,11 +199,11 @@ def _short(text: str, limit: int = 60) -> str:
     return printable(text, limit)
 
 
-def schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a report, made from its types."""
-    title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA}
-    return title | msgspec.json.schema(Report)
+def schema(kind: Kind[Any] = REPORT) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a kind of file, made from its types."""
+    title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": kind.schema}
+    return title | msgspec.json.schema(kind.type)
 
 
 if __name__ == "__main__":
-    print(json.dumps(schema(), indent=1))
+    print(json.dumps(schema(STATE if "state" in sys.argv[1:] else REPORT), indent=1))

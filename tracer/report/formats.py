@@ -16,11 +16,13 @@ from tracer.report.comparison_view import comparison_document
 from tracer.report.file import encode
 from tracer.report.report import Report
 from tracer.report.report_view import report_document
+from tracer.report.state_file import StateFile
+from tracer.report.state_view import Shown, state_document
 
 
 @dataclass(frozen=True)
 class Format:
-    """How to write a report and a comparison in one format (None: not supported), and its file suffixes.
+    """How to write a report, a comparison and a state in one format (None: not supported), and its file suffixes.
 
     Writers get the width that text should have, in columns.
     """
@@ -28,6 +30,7 @@ class Format:
     report: Callable[[Report, int], bytes] | None
     comparison: Callable[[Comparison, int], bytes] | None
     suffixes: tuple[str, ...] = ()
+    state: Callable[[StateFile, Shown, int], bytes] | None = None
 
 
 def _report_html(report: Report, _: int) -> bytes:
@@ -48,20 +51,28 @@ FORMATS = {
         lambda report, columns: report_document(report).text(columns).encode(),
         lambda comparison, columns: comparison_document(comparison).text(columns).encode(),
         (".txt",),
+        lambda state, shown, columns: state_document(state, shown).text(columns).encode(),
     ),
     "markdown": Format(
         lambda report, _: report_document(report).markdown().encode(),
         lambda comparison, _: comparison_document(comparison).markdown().encode(),
         (".md",),
+        lambda state, shown, _: state_document(state, shown).markdown().encode(),
     ),
-    "json": Format(lambda report, _: encode(report), lambda comparison, _: comparison_json(comparison), (".json",)),
+    "json": Format(
+        lambda report, _: encode(report),
+        lambda comparison, _: comparison_json(comparison),
+        (".json",),
+        lambda state, _, __: encode(state),
+    ),
     "html": Format(_report_html, _comparison_html, (".html", ".htm")),
     "changelog": Format(None, lambda comparison, _: changelog(comparison).encode()),
 }
 DEFAULT = next(iter(FORMATS))
-#: The names of formats that reports and comparisons can have.
+#: The names of formats that reports, comparisons and states can have.
 OF_REPORTS = [name for name, known in FORMATS.items() if known.report]
 OF_COMPARISONS = [name for name, known in FORMATS.items() if known.comparison]
+OF_STATES = [name for name, known in FORMATS.items() if known.state]
 SUFFIXES = {suffix: name for name, known in FORMATS.items() for suffix in known.suffixes}
 
 
@@ -85,3 +96,11 @@ def write_comparison(comparison: Comparison, name: str, columns: int = COLUMNS) 
     if write is None:
         raise MsrtraceError(f"comparisons are not written as {name}")
     return write(comparison, columns)
+
+
+def write_state(state: StateFile, shown: Shown, name: str, columns: int = COLUMNS) -> bytes:
+    """The state in the named format, one of OF_STATES; text is not wider than `columns`."""
+    write = FORMATS[name].state
+    if write is None:
+        raise MsrtraceError(f"states are not written as {name}")
+    return write(state, shown, columns)

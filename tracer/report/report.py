@@ -43,8 +43,8 @@ else:
     )
 
 
-class Host(_Modules, frozen=True, kw_only=True):
-    """The machine: `name`, `kernel` and `version` are uname(2)'s nodename, release and version.
+class Computer(_Modules, frozen=True, kw_only=True):
+    """A machine: `name`, `kernel` and `version` are uname(2)'s nodename, release and version.
 
     `cpu` is /proc/cpuinfo's model name. Reports without `vendor` are from versions of msrtrace that knew only one, and
     older ones have no `name`.
@@ -55,21 +55,11 @@ class Host(_Modules, frozen=True, kw_only=True):
     kernel: Text
     version: Text = ""
     cpu: Text = ""
-    vcpus_seen: Count = 0
-    vmms_seen: Count = 0
-    layout: Text
-    backend: Text
-    redundancy: Redundancy
 
     @property
     def title(self) -> str:
         """The kind of hardware virtualisation, for people."""
         return vendor_named(self.vendor).title
-
-    @property
-    def functions(self) -> tuple[str, str]:
-        """What says which functions of KVM are traced: only between hosts where it is the same are calls comparable."""
-        return self.vendor, self.layout
 
     @property
     def module(self) -> str:
@@ -83,8 +73,23 @@ class Host(_Modules, frozen=True, kw_only=True):
         return found
 
 
+class Host(Computer, frozen=True, kw_only=True):
+    """The machine, and how it was traced."""
+
+    vcpus_seen: Count = 0
+    vmms_seen: Count = 0
+    layout: Text
+    backend: Text
+    redundancy: Redundancy
+
+    @property
+    def functions(self) -> tuple[str, str]:
+        """What says which functions of KVM are traced: only between hosts where it is the same are calls comparable."""
+        return self.vendor, self.layout
+
+
 def parameters_field(vendor: str, parameters: dict[str, str]) -> dict[str, Any]:
-    """The argument of Host for the parameters of the module of the vendor of that name."""
+    """The argument of Computer for the parameters of the module of the vendor of that name."""
     return {vendor_named(vendor).module: parameters}
 
 

@@ -207,12 +207,17 @@ def _durations(count: int, nanoseconds: int, buckets: list[int]) -> Durations:
     return Durations(count, nanoseconds / 1e9, (*buckets[1:last], sum(buckets[last:])))
 
 
-def _reads_init_pids() -> bool:
-    """Whether /proc shows the thread ids that BPF programs see, and all of them."""
+def is_in_init_pid_namespace() -> bool:
+    """Whether the ids of processes here are those that BPF programs see, and so are all processes."""
     try:
-        return os.readlink("/proc/self/ns/pid") == _INIT_PID_NAMESPACE and sees_processes()
+        return os.readlink("/proc/self/ns/pid") == _INIT_PID_NAMESPACE
     except OSError:
         return False
+
+
+def _reads_init_pids() -> bool:
+    """Whether /proc shows the thread ids that BPF programs see, and all of them."""
+    return is_in_init_pid_namespace() and sees_processes()
 
 
 def _is_at_rest(tid: int) -> bool:

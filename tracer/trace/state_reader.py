@@ -17,10 +17,12 @@ from tracer.model.errors import MsrtraceError
 from tracer.model.msr_filter import READ, WRITE, FilterRange, MsrFilter, joined
 from tracer.model.state import State, Vcpu, Vm
 from tracer.program import syscalls
-from tracer.program.compiler import build
+from tracer.program.compiler import build, is_compiled
 from tracer.program.program import NotPermitted, Target, Variant
 from tracer.program.resources import resource
 from tracer.program.structs import Record
+from tracer.trace.reader import is_in_init_pid_namespace
+from tracer.trace.vm_names import VmNames
 
 SOURCE = "bpf/state.c"
 _RELEASE = "kvm_vcpu_release"  # of virt/kvm/kvm_main.c, in struct file_operations kvm_vcpu_fops
@@ -54,6 +56,16 @@ _MORE: Mapping[str, tuple[tuple[str, str], ...]] = {
 _SRCU = ("srcu_gp_seq", "srcu_gp_seq_needed")
 
 
+def state_program_is_compiled() -> bool:
+    """As `engine.program_is_compiled`, of the program that reads states."""
+    return is_compiled(resource(SOURCE))
+
+
+def named(state: State, names: VmNames) -> State:
+    """The state with the names of its VMs; those of processes that are gone have none."""
+    return replace(state, vms=tuple(replace(vm, name=names.name(vm.pid) or "") for vm in state.vms))
+
+
 class StateReader:
     """Ready to read, which needs no rights; closing it, or the end of its process, removes it from the kernel."""
 
@@ -81,6 +93,8 @@ class StateReader:
             raise MsrtraceError(explain()) from None
         except OSError as error:
             raise MsrtraceError(f"what vCPUs intercept cannot be read: {error.strerror}") from None
+        if not is_in_init_pid_namespace():
+            self.notes.append("only the VMs of this pid namespace are seen, and by other ids than processes have here")
         self._record = Record(self._loaded.members["records"])
         self.recorded = self._recorded(found.get(vendor.shadow.list_)) if given.get("vcpu_shadow") else ()
 

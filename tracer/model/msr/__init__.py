@@ -3,7 +3,7 @@
 
 from tracer.model.msr.table import NAMES
 
-__all__ = ["NAMES", "hexadecimal", "name"]
+__all__ = ["NAMES", "hexadecimal", "name", "number"]
 
 
 def name(index: int) -> str:
@@ -22,3 +22,17 @@ def name(index: int) -> str:
 def hexadecimal(index: int) -> str:
     """An MSR index as in the ``msr`` label of the metrics: ``0x48``, ``0xc0000100``."""
     return f"{index:#x}"
+
+
+def number(text: str) -> int | None:
+    """The index of an MSR given as a number (``0x48``, ``72``) or by its name, in either case, or None.
+
+    Names are those of `name`, with or without their beginnings ``MSR_`` and ``IA32_``.
+    """
+    try:
+        found = int(text, 0)
+    except ValueError:
+        wanted = text.upper().removeprefix("MSR_")
+        names = {name: index for index, name in NAMES.items()}
+        return next((names[one] for one in (wanted, f"IA32_{wanted}") if one in names), None)
+    return found if 0 <= found < 1 << 32 else None

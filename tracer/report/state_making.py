@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Makes the file on the state of a host from what was read of its vCPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+
+from tracer.model import msr
+from tracer.model.msr_filter import DIRECTIONS, READ, WRITE, MsrFilter, joined
+from tracer.model.state import Alike, State, Vm, alike
+from tracer.report.making import HostInfo
+from tracer.report.report import Computer, parameters_field
+from tracer.report.state_file import (
+    AccessRow,
+    Filter,
+    FilterRangeRow,
+    Passed,
+    StateFile,
+    States,
+    VcpuGroup,
+    VmState,
+    range_text,
+)
+
+
+def make_state(state: State, host: HostInfo, *, taken: datetime, version: str, also: Iterable[int] = ()) -> StateFile:
+    """The file on a state with the names of VMs.
+
+    :param version: msrtrace's
+    :param also: MSRs that are to be in it whatever is said of them
+    """
+    found = make_states(state, also)
+    return StateFile(
+        msrtrace=version,
+        taken=taken.isoformat(timespec="milliseconds"),
+        host=Computer(
+            vendor=state.vendor.name,
+            name=host.name,
+            kernel=host.kernel,
+            version=host.version,
+            cpu=host.cpu,
+            **parameters_field(state.vendor.name, host.module_parameters),
+        ),
+        vms=found.vms,
+        notes=found.notes,
+    )
+
+
+def make_states(state: State, also: Iterable[int] = ()) -> States:
+    """The VMs of a state, as a report has them. Where the same is said of vCPUs of many VMs, it is found once."""
+    also = tuple(also)
+    known: dict[object, VcpuGroup] = {}
+    filters: dict[MsrFilter, Filter] = {}
+    vms = []
+    for vm in state.vms:
+        groups = []
+        for group in alike(vm):
+            vcpu = group.vcpus[0]
+            key = (vcpu.bitmap, vcpu.filter, vcpu.shadow, vcpu.settled, vcpu.ran, vcpu.unsteady, vm.pid in state.seen)
+            if key not in known or vm.pid in state.seen:
+                known[key] = _group(state, vm, group, also)
+            made = known[key]
+            groups.append(
+                VcpuGroup(ids=[*group.ids], ran=made.ran, settled=made.settled, passed=made.passed, msrs=made.msrs)
+            )
+        if vm.filter and vm.filter not in filters:
+            filters[vm.filter] = _filter(vm.filter)
+        shown = filters[vm.filter] if vm.filter else None
+        vms.append(VmState(pid=vm.pid, name=vm.name, owned=vm.owned, kind=vm.kind, filter=shown, vcpus=groups))
+    return States(vms=vms, notes=[*state.notes])
+
+
+def _group(state: State, vm: Vm, group: Alike, also: tuple[int, ...]) -> VcpuGroup:
+    vcpu = group.vcpus[0]
+    passed, rows = None, []
+    if vcpu.bitmap is not None:
+        read, write = ([range_text(run) for run in state.passed(vcpu, direction)] for direction in DIRECTIONS)
+        passed = Passed(read=read, write=write)
+        denied = [run for direction in DIRECTIONS for run in (vcpu.filter.denied(direction) if vcpu.filter else ())]
+        touched = joined(denied)
+        rows = [
+            AccessRow(
+                msrs=range_text(run),
+                name=msr.name(run.start),
+                read=verdict.read,
+                write=verdict.write,
+                in_filter=any(run.start < one.stop and one.start < run.stop for one in touched),
+            )
+            for run, verdict in state.verdicts(vm, vcpu, also)
+        ]
+    return VcpuGroup(ids=[*group.ids], ran=vcpu.ran, settled=vcpu.settled, passed=passed, msrs=rows)
+
+
+def _filter(one: MsrFilter) -> Filter:
+    rows = [
+        FilterRangeRow(
+            msrs=range_text(range(part.base, part.base + max(part.count, 1))),
+            access={0: "none", READ: "read", WRITE: "write"}.get(part.flags & (READ | WRITE), "read_write"),  # type: ignore[arg-type] # one of these
+            denied=[range_text(run) for run in part.denied()],
+        )
+        for part in one.ranges
+    ]
+    return Filter(default="allow" if one.default_allow else "deny", ranges=rows)
