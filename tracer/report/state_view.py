@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -96,15 +97,17 @@ def _alike(states: States) -> list[list[tuple[VmState, VcpuGroup]]]:
 
 def _heading(members: Sequence[tuple[VmState, VcpuGroup]]) -> str:
     """Whose vCPUs they are: `web-01 (pid 812), web-02 (pid 844): vCPU 0-3`."""
-    by_ids: dict[str, list[str]] = {}
+    by_ids: dict[str, Counter[str]] = {}
     for vm, group in members:
-        by_ids.setdefault(ids_text(group.ids), []).append(vm.title)
+        by_ids.setdefault(ids_text(group.ids), Counter())[vm.title] += 1
     return "; ".join(f"{_listed(titles)}: vCPU {ids}" for ids, titles in by_ids.items())
 
 
-def _listed(titles: Sequence[str]) -> str:
-    more = len(titles) - _NAMES
-    return ", ".join(titles[:_NAMES]) + (f" and {more} more" if more > 0 else "")
+def _listed(titles: Counter[str]) -> str:
+    """The titles of VMs; a process that has several VMs is named once."""
+    named = [f"{title}, {count} VMs" if count > 1 else title for title, count in titles.items()]
+    more = len(named) - _NAMES
+    return ", ".join(named[:_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def ids_text(ids: Iterable[int]) -> str:
