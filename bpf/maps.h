@@ -79,7 +79,7 @@ struct vcpu {
 	u64 order; /* order_of() its counters */
 	/* the update that is under way */
 	u64 inside; /* INSIDE(), maybe DIRECT */
-	u64 started; /* ns */
+	u64 started; /* ns; 0: none was seen */
 	u64 bitmap;
 	u64 filter; /* the generation of the VM's filter that the bitmap was last computed from */
 	u64 update; /* where it is counted */

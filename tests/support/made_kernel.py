@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
 from tracer.model.vendor import Layout
-from tracer.trace.tracer import Tracer
+from tracer.trace.tracer import Reading, Tracer
 from tracer.trace.vm_names import VmNames
 
 ENABLE, DISABLE, HOOK = "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_msr_filter_changed"
@@ -28,7 +29,14 @@ CALL, UPDATE = Outcome(1, 0, 1, 0, 0), Durations(1, 0.25, (1, *[0] * 24))
 class Kernel:
     """A kvm_intel that is loaded and unloaded, and VMMs whose calls are seen by the probes on it."""
 
-    def __init__(self, proc: Path, *, by_vm: bool = False, keep_gone: bool = False) -> None:
+    def __init__(
+        self,
+        proc: Path,
+        *,
+        by_vm: bool = False,
+        keep_gone: bool = False,
+        states: Callable[[Symbols], Reading] | None = None,
+    ) -> None:
         self.by_vm = by_vm
         self.loads = self.loaded = 1
         self.functions: tuple[str, ...] = (ENABLE, DISABLE, HOOK)
@@ -42,6 +50,7 @@ class Kernel:
             module=lambda: self.loaded or None,
             names=VmNames(proc),
             keep_gone=keep_gone,
+            states=states,
             clock=lambda: self.now,
         )
 
@@ -101,6 +110,7 @@ class Engine:
         self.lost = self.vcpus = 0
         self.commands: dict[int, str] = {}
         self.forgotten: list[set[int]] = []
+        self.seen: set[int] = set()
         self.busy = threading.Lock()
         self.probes: list[Probe] = []
         self.warnings: list[str] = []
@@ -122,6 +132,9 @@ class Engine:
             return False
         self.attach(symbols)
         return True
+
+    def wishes_seen(self) -> frozenset[int]:
+        return frozenset(self.seen)
 
     def detach(self) -> None:
         assert self.attached

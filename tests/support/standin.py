@@ -22,12 +22,14 @@ from tracer.cli import session
 from tracer.kernel.machine import Machine
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
+from tracer.model.msr_filter import READ, WRITE, FilterRange, MsrFilter
 from tracer.model.options import Options
 from tracer.model.snapshot import Call, Durations, Outcome, Probe, Snapshot
+from tracer.model.state import State, Vcpu, Vm
 from tracer.model.svm import SVM
 from tracer.model.vendor import Layout, Vendor
 from tracer.model.vmx import VMX
-from tracer.trace import engine, tracer
+from tracer.trace import engine, state_reader, tracer
 
 CALLS = ("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr")
 MODULE, REFUSAL, OBSTACLE, WARNING, VENDOR = "module", "refusal", "obstacle", "warning", "vendor"
@@ -68,6 +70,10 @@ class Engine:
     def counted(self) -> Snapshot:
         """The counts of the next snapshot."""
         raise NotImplementedError
+
+    def wishes_seen(self) -> frozenset[int]:
+        """Of no vCPU."""
+        return frozenset()
 
     def forget(self, pids: set[int]) -> None:
         """Nothing to forget."""
@@ -139,6 +145,24 @@ class AmdEngine(Engine):
         return svm_pass(10 * self.taken, pid=self.pid, vcpus=1 + (self.taken > 1), probes=tuple(self.probes))
 
 
+class States:
+    """A reader of states: of one vCPU of this process, whose filter denies FS_BASE."""
+
+    vendor: Vendor = VMX
+
+    def __init__(self, symbols: Symbols, explain: Callable[[], str]) -> None:
+        self.vendor = symbols.vendor
+
+    def read(self, *, steady: bool = False) -> State:
+        """The state."""
+        denied = MsrFilter(ranges=(FilterRange(READ | WRITE, 0xC0000100, 1, bytes(8)),))
+        vcpu = Vcpu(0, b"\xff" * self.vendor.bitmap_geometry.size, denied, ran=True)
+        return State(self.vendor, vms=(Vm(os.getpid(), 1, (vcpu,)),))
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
 ENGINES: dict[str, type[Engine]] = {"run": RunEngine, "report": ReportEngine, "top": TopEngine}
 
 
@@ -167,6 +191,7 @@ def main() -> None:
         (session, "obstacle", obstacle),
         (session, "this_machine", machine),
         (engine, "Engine", chosen),
+        (state_reader, "StateReader", States),
         (tracer, "loaded_module", module),
         (tracer, "Tracer", partial(tracer.Tracer, symbols=symbols, module=module)),
     )

@@ -118,11 +118,11 @@ def run(  # noqa: PLR0917 (click passes them by name)
                 return
             server.waiting = "msrtrace is attaching its probes."
             machine = replace(machine)  # a copy has none of what was read before the module was there
-        with tracing(machine, options) as tracer:
+        with tracing(machine, options, states=True) as tracer:
             _drop_capabilities(attaches_again=tracer.backend == "kprobe")  # fentry holds the module
             _show_probes(tracer)
             # From here on, so that threads that read counts have the capabilities that are left, and no others
-            server.ready(registry(SnapshotCollector(tracer.snapshot, version(), on_error=warn)))
+            server.ready(registry(SnapshotCollector(tracer.snapshot, version(), on_error=warn, state=tracer.state)))
             say(f"serving {server.url}")
             while not signals.wait(FOLLOW_SECONDS):
                 _follow(tracer)
@@ -160,6 +160,8 @@ def _show_probes(tracer: Tracer) -> None:
     say(f"backend {tracer.backend}")
     for warning in tracer.warnings:
         warn(warning)
+    if tracer.state_problem:
+        warn(tracer.state_problem)
 
 
 def _follow(tracer: Tracer) -> None:

@@ -17,6 +17,7 @@ from tracer.model.module_change import FOLLOW_SECONDS
 from tracer.model.options import Options
 
 if TYPE_CHECKING:
+    from tracer.kernel.symbols import Symbols
     from tracer.trace.state_reader import StateReader
     from tracer.trace.tracer import Tracer
 
@@ -105,9 +106,10 @@ def wait_for_module(signals: EndSignals) -> bool:
 
 
 @contextmanager
-def tracing(machine: Machine, options: Options, *, keep_gone: bool = False) -> Iterator[Tracer]:
+def tracing(machine: Machine, options: Options, *, keep_gone: bool = False, states: bool = False) -> Iterator[Tracer]:
     """A context with a tracer that is attached, and detached at the end.
 
+    :param states: whether it also reads the states of vCPUs
     :param keep_gone: see Tracer
     :raises MsrtraceError: if it cannot be attached
     """
@@ -117,7 +119,16 @@ def tracing(machine: Machine, options: Options, *, keep_gone: bool = False) -> I
     def explain() -> str:
         return explain_eperm(machine)
 
-    tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options, explain), keep_gone=keep_gone)
+    def reader(symbols: Symbols) -> StateReader:
+        from tracer.trace.state_reader import StateReader
+
+        return StateReader(symbols, explain)
+
+    tracer = Tracer(
+        lambda layout, symbols: Engine(layout, symbols, options, explain),
+        keep_gone=keep_gone,
+        states=reader if states else None,
+    )
     tracer.attach(machine.symbols)
     try:
         yield tracer

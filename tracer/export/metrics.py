@@ -22,8 +22,10 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from tracer.export.exposition import Known, LabelSets
+from tracer.export.state_metrics import state_families
 from tracer.model import msr
 from tracer.model.snapshot import DURATION_BOUNDS, Durations, Snapshot
+from tracer.model.state import State
 
 _CALL_LABELS = ("msr", "name", "access", "action", "cause")
 _VM_LABELS = ("vm", "pid")
@@ -39,10 +41,12 @@ class SnapshotCollector(Collector):
         version: str,
         kernel: str | None = None,
         on_error: Callable[[str], None] = lambda _: None,
+        state: Callable[[], State | None] = lambda: None,
     ) -> None:
-        """Collect from `take`; each of its failures is passed to `on_error` as one line."""
+        """Collect from `take`, and from `state`; each of their failures is passed to `on_error` as one line."""
         self._on_error = on_error
         self._take, self._version, self._kernel = take, version, kernel or os.uname().release
+        self._take_state = state
         self._lock = threading.Lock()
         self._last: Snapshot | None = None
         self._known: Known = {}
@@ -55,7 +59,7 @@ class SnapshotCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The families of one scrape, all from one snapshot, also if scrapes are concurrent."""
         started = time.perf_counter()
-        snapshot, failures = self._newest()
+        snapshot, state, failures = self._newest()
         if snapshot:
             sets = LabelSets(self._known)
             yield from self._info(snapshot)
@@ -63,23 +67,33 @@ class SnapshotCollector(Collector):
                 yield from _calls(snapshot, sets, all_vms)
                 yield from _updates(snapshot, sets, all_vms)
             yield from _recalculations(snapshot, sets)
+            if state:
+                yield from state_families(state, sets, by_vm=snapshot.by_vm)
             self._known = sets.now
             yield from _health(snapshot)
         yield CounterMetricFamily(
-            "msrtrace_scrape_failures", "Scrapes that show older counts, because reading failed.", value=failures
+            "msrtrace_scrape_failures",
+            "Failed readings: of counts, of which older ones are shown, or of what vCPUs intercept, which is absent.",
+            value=failures,
         )
         spent = time.perf_counter() - started
         yield GaugeMetricFamily("msrtrace_scrape_duration_seconds", "Time that reading the counts took.", value=spent)
 
-    def _newest(self) -> tuple[Snapshot | None, int]:
-        """The newest snapshot, which is an older one if reading failed; and how often reading has failed."""
+    def _newest(self) -> tuple[Snapshot | None, State | None, int]:
+        """The newest snapshot, an older one if reading failed; the state, if any; how often reading has failed."""
         with self._lock:
             try:
                 self._last = self._take()
             except Exception as error:  # the scrape must not fail
                 self._failures += 1
                 self._on_error(f"a scrape shows older counts: {type(error).__name__}: {error}")
-            return self._last, self._failures
+            state = None
+            try:
+                state = self._take_state()
+            except Exception as error:
+                self._failures += 1
+                self._on_error(f"a scrape lacks what vCPUs intercept: {type(error).__name__}: {error}")
+            return self._last, state, self._failures
 
     def _info(self, snapshot: Snapshot) -> Iterator[Metric]:
         info = InfoMetricFamily("msrtrace_build", "msrtrace, the kernel, and how its MSR intercepts are traced.")

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 
-from tracer.model.msr_filter import NO_FILTER, READ, WRITE, MsrFilter, joined
+from tracer.model.msr_filter import DIRECTIONS, NO_FILTER, READ, WRITE, MsrFilter, joined
+from tracer.model.snapshot import Call
 from tracer.model.vendor import Passable, Vendor
 from tracer.model.vendors import FIRST
 
 PASSED, KVM, FILTER, BOTH = "passed", "kvm", "filter", "both"
 PENDING_DENIED, PENDING_ALLOWED = "pending_denied", "pending_allowed"
-UNRECORDED, UNKNOWN = "unrecorded", "unknown"
+UNRECORDED, UNSETTLED, UNKNOWN = "unrecorded", "unsettled", "unknown"
 
 #: What is said of an access, and what that means.
 SAID = {
@@ -25,6 +26,7 @@ SAID = {
     PENDING_DENIED: "the filter denies it, which the vCPU applies when it next enters the guest: until then it passes",
     PENDING_ALLOWED: "the filter allows it, which the vCPU applies when it next enters the guest: until then it exits",
     UNRECORDED: "intercepted since the filter denies it; this kernel does not record what KVM itself wants",
+    UNSETTLED: "intercepted since KVM itself wants that, or by a filter that was replaced: it will be computed anew",
     UNKNOWN: "what this vCPU intercepts cannot be read",
 }
 
@@ -52,8 +54,12 @@ def said(*, intercepted: bool, wish: Wish, allowed: bool, settled: bool) -> str:
         return {Wish.INTERCEPT: BOTH, Wish.UNRECORDED: UNRECORDED}.get(wish, FILTER)
     if wish is Wish.INTERCEPT:
         return KVM
+    if wish is Wish.PASS:
+        return PENDING_ALLOWED
     # Where nothing is recorded, the bit itself says what KVM wanted when it last computed it.
-    return KVM if settled and wish is not Wish.PASS else PENDING_ALLOWED
+    if settled:
+        return KVM
+    return UNSETTLED if wish is Wish.UNRECORDED else PENDING_ALLOWED
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,10 @@ class Vcpu:
     shadow: tuple[int, int] | None = None
     settled: bool = True
     ran: bool | None = None
+    #: What tells vCPUs apart while they live: the address of struct kvm_vcpu.
+    key: int = field(default=0, compare=False)
+    #: What KVM wants of an access, as its calls for this vCPU said.
+    seen: Mapping[tuple[int, int], Wish] = field(default_factory=dict, compare=False)
     #: Accesses whose bit, or what decides about it, changed while they were read.
     unsteady: frozenset[tuple[int, int]] = frozenset()
 
@@ -118,8 +128,6 @@ class State:
     recorded: tuple[int, ...] = ()
     vms: tuple[Vm, ...] = ()
     notes: tuple[str, ...] = ()
-    #: What KVM wants of an access, as seen in its calls; by pid (0: of any), for kernels that do not record it.
-    seen: Mapping[int, Mapping[tuple[int, int], Wish]] = field(default_factory=dict)
 
     @cached_property
     def _place(self) -> dict[int, int]:
@@ -148,12 +156,12 @@ class State:
         at = self._place.get(msr)
         if vcpu.shadow and at is not None:
             return Wish.INTERCEPT if vcpu.shadow[direction == WRITE] >> at & 1 else Wish.PASS
-        if wish := self.seen.get(vm.pid, {}).get((msr, direction)):
+        if wish := vcpu.seen.get((msr, direction)):
             return wish
         passable = self.passable.get((msr, direction))
         if passable is None:
             return Wish.INTERCEPT
-        return Wish.PRESUMED_PASS if passable.always else Wish.UNRECORDED
+        return Wish.PRESUMED_PASS if passable.always and not self.recorded else Wish.UNRECORDED
 
     def said(self, vm: Vm, vcpu: Vcpu, msr: int, direction: int) -> str:
         """Who has an access intercepted: one of SAID."""
@@ -196,11 +204,30 @@ class State:
         return found
 
 
+def seen_wishes(calls: Iterable[Call], pid: int | None = None) -> dict[tuple[int, int], Wish]:
+    """What KVM wants of each access of which all its calls, of the vCPUs of process `pid` (None: of any), say the same.
+
+    For kernels whose calls say what KVM wants, whatever the filter says: {vmx,svm}_set_intercept_for_msr(), 6.17+.
+    """
+    found: dict[tuple[int, int], set[Wish]] = {}
+    for call in (one for one in calls if pid in (None, one.pid)):
+        for direction, name in DIRECTIONS.items():
+            if call.access in (name, "read_write"):
+                wish = Wish.INTERCEPT if call.action == "enable" else Wish.PASS
+                found.setdefault((call.msr, direction), set()).add(wish)
+    return {access: wishes.pop() for access, wishes in found.items() if len(wishes) == 1}
+
+
 @dataclass(frozen=True)
 class Alike:
     """vCPUs of which the same is said, by the positions of their VMs and their ids."""
 
     vcpus: tuple[Vcpu, ...]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """All that what is said of them follows from: other vCPUs with the same key are alike, too."""
+        return _key(self.vcpus[0])
 
     @property
     def ids(self) -> Sequence[int]:
@@ -212,6 +239,10 @@ def alike(vm: Vm) -> list[Alike]:
     """The vCPUs of a VM, those together of which the same is said."""
     found: dict[tuple[object, ...], list[Vcpu]] = {}
     for vcpu in vm.vcpus:
-        key = (vcpu.bitmap, vcpu.filter, vcpu.shadow, vcpu.settled, vcpu.ran is False, vcpu.unsteady)
-        found.setdefault(key, []).append(vcpu)
+        found.setdefault(_key(vcpu), []).append(vcpu)
     return [Alike(tuple(vcpus)) for vcpus in found.values()]
+
+
+def _key(vcpu: Vcpu) -> tuple[object, ...]:
+    seen = id(vcpu.seen) if vcpu.seen else 0
+    return (vcpu.bitmap, vcpu.filter, vcpu.shadow, vcpu.settled, vcpu.ran, vcpu.unsteady, seen)

@@ -56,11 +56,9 @@ def make_states(state: State, also: Iterable[int] = ()) -> States:
     for vm in state.vms:
         groups = []
         for group in alike(vm):
-            vcpu = group.vcpus[0]
-            key = (vcpu.bitmap, vcpu.filter, vcpu.shadow, vcpu.settled, vcpu.ran, vcpu.unsteady, vm.pid in state.seen)
-            if key not in known or vm.pid in state.seen:
-                known[key] = _group(state, vm, group, also)
-            made = known[key]
+            if group.key not in known:
+                known[group.key] = _group(state, vm, group, also)
+            made = known[group.key]
             groups.append(
                 VcpuGroup(ids=[*group.ids], ran=made.ran, settled=made.settled, passed=made.passed, msrs=made.msrs)
             )

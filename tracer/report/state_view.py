@@ -8,7 +8,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tracer.model import msr
-from tracer.model.state import BOTH, FILTER, KVM, PASSED, PENDING_ALLOWED, PENDING_DENIED, SAID, UNKNOWN, UNRECORDED
+from tracer.model.state import (
+    BOTH,
+    FILTER,
+    KVM,
+    PASSED,
+    PENDING_ALLOWED,
+    PENDING_DENIED,
+    SAID,
+    UNKNOWN,
+    UNRECORDED,
+    UNSETTLED,
+)
 from tracer.report.document import Document, Section, Table, document
 from tracer.report.state_file import AccessRow, Filter, StateFile, States, VcpuGroup, VmState, msr_range
 
@@ -21,16 +32,17 @@ WORDS = {
     PENDING_DENIED: "pending deny",
     PENDING_ALLOWED: "pending allow",
     UNRECORDED: "unrecorded",
+    UNSETTLED: "unsettled",
     UNKNOWN: "unknown",
 }
 #: What is said of MSRs that are not shown unless they are asked for: KVM never lets a guest have most.
-_USUAL = {KVM, BOTH}
+_USUAL = {KVM, BOTH, UNSETTLED}
 _NAMES = 6  # of VMs in a heading
 
 
 @dataclass(frozen=True)
 class Shown:
-    """Which MSRs: `only` these, if there are any; else, unless `everything`, those that the filter or the guest knows."""
+    """Which MSRs: `only` these, if there are any; else, unless `everything`, those that not KVM alone intercepts."""
 
     everything: bool = False
     only: frozenset[int] = frozenset()

@@ -220,6 +220,12 @@ class Engine:
             by_vm=self._options.by_vm,
         )
 
+    def wishes_seen(self) -> frozenset[int]:
+        """The vCPUs of which all calls of an update were seen, where calls say what KVM wants and not the filter."""
+        if not self._layout.set_ or not self._attached(self._layout.set_):
+            return frozenset()
+        return self._reader.updated_vcpus()
+
     def forget(self, pids: set[int]) -> None:
         """Make room: the counts of `pids`, processes that have ended, become those of pid 0. None is lost."""
         if self._options.by_vm:

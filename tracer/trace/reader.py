@@ -172,6 +172,11 @@ class Reader:
                 found[pid] = command.decode(errors="replace")
         return found
 
+    def updated_vcpus(self) -> frozenset[int]:
+        """The vCPUs of which a whole update was seen, by the addresses of their struct kvm_vcpu."""
+        vcpus = self._arrays["vcpus"]
+        return frozenset(vcpus.get(index, "vcpu") for index in self._places("vcpus") if vcpus.get(index, "started"))
+
     def forget(self, pids: set[int]) -> None:
         """Make room: the counts of processes that have ended become those of pid 0, in the kernel, where none is lost.
 

@@ -221,7 +221,8 @@ class StateReader:
         readable = "vcpu_bitmap" in self._given and one.vm_type != self._given.get("no_bitmap", -1)
         bitmap = one.bitmap if readable and not one.failed & _BITMAP_FAILED else None
         ran = bool(one.exits) if "vcpu_exits" in self._given else None
-        return Vcpu(one.id, bitmap, one.filter, shadow, settled=not (one.requested or one.moves), ran=ran)
+        settled = not (one.requested or one.moves)
+        return Vcpu(one.id, bitmap, one.filter, shadow, settled=settled, ran=ran, key=one.vcpu)
 
     def close(self) -> None:
         """Release everything in the kernel."""

@@ -16,8 +16,10 @@ from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.module_change import RETRY_SECONDS, ModuleChange
 from tracer.model.snapshot import Probe, Snapshot
+from tracer.model.state import State, seen_wishes
 from tracer.model.vendor import Layout
 from tracer.model.vendors import FIRST, VENDORS
+from tracer.trace.state_reader import named
 from tracer.trace.vm_names import VmNames, safe_name
 
 _PATIENCE_SECONDS = 0.1  # for calls in progress when counts are read for the last time
@@ -41,6 +43,9 @@ class Attachment(Protocol):
     def snapshot(self, patience: float = 0) -> Snapshot:
         """The present counts, after waiting at most `patience` seconds for calls in progress."""
 
+    def wishes_seen(self) -> frozenset[int]:
+        """The vCPUs of which all calls of an update were seen that say what KVM wants."""
+
     def forget(self, pids: set[int]) -> None:
         """Move the counts of ended processes to pid 0, where that is possible; none is lost."""
 
@@ -49,6 +54,16 @@ class Attachment(Protocol):
 
     def reattach(self, layout: Layout, symbols: Symbols) -> bool:
         """Attach again after `detach`; False if that needs a new attachment."""
+
+    def close(self) -> None:
+        """Release everything in the kernel."""
+
+
+class Reading(Protocol):
+    """The part of `StateReader` that this module needs."""
+
+    def read(self, *, steady: bool = False) -> State:
+        """What every vCPU intercepts."""
 
     def close(self) -> None:
         """Release everything in the kernel."""
@@ -80,6 +95,7 @@ class Tracer:
         module: Callable[[], object | None] = loaded_module,
         names: VmNames | None = None,
         keep_gone: bool = False,
+        states: Callable[[Symbols], Reading] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Does not attach yet.
@@ -88,6 +104,7 @@ class Tracer:
         :param symbols: reads the symbols of the kernel
         :param module: identifies the loaded module, as `loaded_module`
         :param keep_gone: keep VMs that are gone separate, with their names: for a trace that ends
+        :param states: makes what reads the states of vCPUs; without it there are none
         :param clock: returns seconds
         """
         self._attach_engine, self._read_symbols, self._module = attach, symbols, module
@@ -101,6 +118,9 @@ class Tracer:
         self._refused_module: object | None = None  # could not be traced, and is not retried before:
         self._retry_at = 0.0
         self._vendor = FIRST
+        self._make_states = states
+        self._states: Reading | None = None
+        self.state_problem = ""  #: why the states of vCPUs cannot be read, if so
         self._earlier: Snapshot | None = None  # the counts of earlier attachments and of VMs that are gone
 
     @property
@@ -138,6 +158,36 @@ class Tracer:
                     self._idle.close()
             self._idle = None
             self._traced_module = module
+            self._read_states(symbols)
+
+    def _read_states(self, symbols: Symbols) -> None:
+        """Make ready to read the states of vCPUs. Calls are counted whether that can be done or not."""
+        if self._make_states is None:
+            return
+        try:
+            self._states, self.state_problem = self._make_states(symbols), ""
+        except MsrtraceError as error:
+            self.state_problem = str(error)
+
+    def state(self, *, steady: bool = False) -> State | None:
+        """What every vCPU intercepts now, with the names of VMs; None if that cannot be read. See StateReader.read.
+
+        Where the kernel does not record what KVM wants, it is taken from the calls for vCPUs that were seen.
+        """
+        with self._lock:
+            if self._states is None:
+                return State(self._vendor) if self._make_states and not self._engine else None
+            found = named(self._states.read(steady=steady), self._names)
+            if found.recorded or not self._engine or not (vcpus := self._engine.wishes_seen()):
+                return found
+            counted = self._total()
+            of_all = seen_wishes(counted.calls)
+            vms = []
+            for vm in found.vms:
+                seen = seen_wishes(counted.calls, vm.pid) if counted.by_vm else of_all
+                known = tuple(replace(one, seen=seen) if one.key in vcpus else one for one in vm.vcpus)
+                vms.append(replace(vm, vcpus=known))
+            return replace(found, vms=tuple(vms))
 
     def follow(self) -> ModuleChange | None:
         """Follow an unload or reload of the module; returns what changed, if anything.
@@ -163,6 +213,9 @@ class Tracer:
             return ModuleChange(self._vendor.module, traced=True)
 
     def _detach(self) -> None:
+        if self._states:
+            self._states.close()
+            self._states = None
         if self._engine:
             last = self._engine.snapshot(_PATIENCE_SECONDS)
             self._engine.detach()

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A State as Prometheus metrics: how many vCPUs intercept what, and who wants that."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.samples import Sample
+
+from tracer.export.exposition import LabelSets
+from tracer.model import msr
+from tracer.model.msr_filter import DIRECTIONS, X2APIC
+from tracer.model.state import BOTH, KVM, PASSED, PENDING_ALLOWED, PENDING_DENIED, UNSETTLED, State, Vcpu, Vm, alike
+
+#: The value of the label `by` for what is said of an access, where that is another word.
+_BY = {PENDING_DENIED: "pending", PENDING_ALLOWED: "pending", UNSETTLED: "pending"}
+#: What makes no series: that KVM alone may want it.
+_QUIET = {KVM, BOTH, UNSETTLED}
+_LABELS, _VM_LABELS = ("msr", "name", "access", "by"), ("vm", "pid")
+_Access = tuple[int, int]  # an MSR, and a direction
+
+
+def state_families(state: State, sets: LabelSets, *, by_vm: bool) -> Iterator[Metric]:
+    """The families of a scrape; with `by_vm` each VM has series of its own.
+
+    There are series for every access that on some vCPU not KVM alone intercepts, and for those of which the kernel
+    records what KVM wants; not for the x2APIC's MSRs, which no filter can deny.
+    """
+    vcpus = GaugeMetricFamily("msrtrace_vcpus", "vCPUs that exist now.", labels=())
+    unread = GaugeMetricFamily("msrtrace_unreadable_vcpus", "vCPUs whose MSR bitmap cannot be read.", labels=())
+    intercepted = GaugeMetricFamily(
+        "msrtrace_msr_intercepted_vcpus", "vCPUs that intercept accesses to the MSR now, by who wants that.", labels=()
+    )
+    known: dict[object, dict[_Access, str]] = {}
+    for labels, vms in _parts(state, by_vm):
+        groups = [(vm, group) for vm in vms for group in alike(vm)]
+        counts: dict[_Access, Counter[str]] = {}
+        unreadable = 0
+        for vm, group in groups:
+            vcpu = group.vcpus[0]
+            if vcpu.bitmap is None:
+                unreadable += len(group.vcpus)
+                continue
+            if group.key not in known:
+                known[group.key] = dict(_said(state, vm, vcpu))
+            for access, said in known[group.key].items():
+                counts.setdefault(access, Counter())[said] += len(group.vcpus)
+        names = _VM_LABELS[: len(labels)]
+        vcpus.samples.append(Sample(vcpus.name, sets.of(names, labels), sum(len(vm.vcpus) for vm in vms)))
+        unread.samples.append(Sample(unread.name, sets.of(names, labels), unreadable))
+        for (index, direction), found in sorted(counts.items()):
+            if not found.keys() <= _QUIET or (index in state.recorded and not by_vm):
+                by: Counter[str] = Counter()
+                for said, count in found.items():
+                    by[_BY.get(said, said)] += count
+                for who, count in sorted(by.items()):
+                    if who != PASSED:
+                        values = (msr.hexadecimal(index), msr.name(index), DIRECTIONS[direction], who, *labels)
+                        intercepted.samples.append(Sample(intercepted.name, sets.of((*_LABELS, *names), values), count))
+    yield vcpus
+    yield unread
+    yield intercepted
+
+
+def _parts(state: State, by_vm: bool) -> Iterable[tuple[tuple[str, ...], list[Vm]]]:
+    """The values of the VM labels, if any, and the VMs of each; those of one process are together."""
+    if not by_vm:
+        return [((), list(state.vms))]
+    found: dict[int, list[Vm]] = {}
+    for vm in state.vms:
+        found.setdefault(vm.pid, []).append(vm)
+    return [((vms[0].name, str(pid)), vms) for pid, vms in found.items()]
+
+
+def _said(state: State, vm: Vm, vcpu: Vcpu) -> Iterator[tuple[_Access, str]]:
+    """What is said of each access that KVM may let a guest have, or that this one has."""
+    for direction in DIRECTIONS:
+        passed = {msr for run in state.passed(vcpu, direction) for msr in run if msr not in X2APIC}
+        for index in passed.union(state.candidates):
+            yield (index, direction), state.said(vm, vcpu, index, direction)
