@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 
-from tracer.model.msr_filter import NO_FILTER, READ, WRITE, MsrFilter, joined
+from tracer.model.msr_filter import NO_FILTER, READ, WRITE, X2APIC, MsrFilter, joined
 from tracer.model.vendor import Passable, Vendor
 from tracer.model.vendors import FIRST
 
@@ -138,8 +138,8 @@ class State:
     @cached_property
     def candidates(self) -> tuple[int, ...]:
         """The MSRs that KVM of this kernel may pass through, in the order of their numbers; without x2APIC's."""
-        x2apic = {msr for msr, _ in self.passable if 0x800 <= msr < 0x900}
-        return tuple(sorted({*self.recorded, *(msr for msr, _ in self.passable)} - x2apic))
+        others = {msr for (msr, _), one in self.passable.items() if one.unlisted or not self.recorded}
+        return tuple(sorted({*self.recorded, *others} - {*X2APIC}))
 
     def wish(self, vm: Vm, vcpu: Vcpu, msr: int, direction: int) -> Wish:
         """What KVM itself wants of an access."""
@@ -151,7 +151,7 @@ class State:
         if wish := self.seen.get(vm.pid, {}).get((msr, direction)):
             return wish
         passable = self.passable.get((msr, direction))
-        if passable is None:
+        if passable is None or (vcpu.shadow and not passable.unlisted):
             return Wish.INTERCEPT
         return Wish.PRESUMED_PASS if passable.always else Wish.UNRECORDED
 

@@ -16,6 +16,7 @@ from tracer.kernel.symbols import KALLSYMS, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.msr_filter import READ, WRITE, FilterRange, MsrFilter, joined
 from tracer.model.state import State, Vcpu, Vm
+from tracer.model.vendor import SHADOWED
 from tracer.program import syscalls
 from tracer.program.compiler import build, is_compiled
 from tracer.program.program import NotPermitted, Target, Variant
@@ -31,7 +32,6 @@ _BITMAP_FAILED, _FILTER_FAILED = 1, 2
 #: KVM_REQ_MSR_FILTER_CHANGED, since 6.18 KVM_REQ_RECALC_INTERCEPTS: KVM_ARCH_REQ(29), arch/x86/include/asm/kvm_host.h
 _REQUEST = 1 << (8 + 29)
 _RCU_SEQ_STATE = 3  # a grace period is under way: RCU_SEQ_STATE_MASK, kernel/rcu/rcu.h
-_SHADOWED = 64  # MSRs at most: a word for each direction
 #: How often a vCPU that changes is read, and how long to wait in between.
 _READS, _PAUSE_SECONDS = 6, 0.02
 
@@ -142,18 +142,14 @@ class StateReader:
         if where is None:
             self.notes.append(f"{note}: /proc/kallsyms has no {shadow.list_}")
             return ()
-        size = min(len(where) or _SHADOWED * shadow.stride, _SHADOWED * shadow.stride)
+        size = min(len(where) or SHADOWED * shadow.stride, SHADOWED * shadow.stride)
         if syscalls.run_program(self._loaded.functions["copy_memory"], where.start, size):
             self.notes.append(f"{note}: {shadow.list_} cannot be read")
             return ()
-        content = self._loaded.arrays["copies"].raw(0, size)
-        found: list[int] = []
-        for at in range(0, size - 3, shadow.stride):
-            msr = int.from_bytes(content[at : at + 4], "little")
-            if msr in shadow.ends or msr in found:
-                break
-            found.append(msr)
-        return tuple(found)
+        found = shadow.msrs(self._loaded.arrays["copies"].raw(0, size))
+        if found is None:
+            self.notes.append(f"{note}: {shadow.list_} does not end as that of known kernels")
+        return found or ()
 
     def read(self, *, steady: bool = False) -> State:
         """What every vCPU intercepts, without names. Raises MsrtraceError.
