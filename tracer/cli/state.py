@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def state(  # noqa: PLR0917 (click passes them by name)
 
     with state_reader() as reader:
         found = named(reader.read(steady=True), VmNames())
-    taken = datetime.now(timezone.utc)
+    taken = datetime.now(UTC)
     wanted = _chosen(found, names, pid)
     made = make_state(wanted, HostInfo.here(found.vendor.module), taken=taken, version=version(), also=msrs)
     deliver(partial(write_state, made, Shown(everything, frozenset(msrs))), fmt, outputs)

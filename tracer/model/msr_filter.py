@@ -20,7 +20,7 @@ _U32 = 0xFFFFFFFF  # a mask
 class FilterRange:
     """A range of a filter: `flags` of READ and WRITE, `count` MSRs from `base` on, and a bit (1: allowed) for each.
 
-    KVM takes a range that goes on beyond the last number of an MSR, and computes its end with 32 bits: nothing is in it.
+    KVM takes a range that goes on beyond the last MSR, but computes its end with 32 bits: nothing is in it.
     """
 
     flags: int

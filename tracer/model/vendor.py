@@ -84,8 +84,8 @@ class Shadow:
     """Where kernels before 6.17 record what KVM itself wants: a word for reads and one for writes.
 
     A bit is for the MSR at the same place in the array `list_` (a symbol), whose elements have `stride` bytes and begin
-    with the MSR. `last` is the last of them in every kernel; it may be NO_MSR, which is none itself. `passes`: a set bit
-    means that KVM passes accesses through; else that it intercepts them.
+    with the MSR. `last` is the last of them in every kernel; it may be NO_MSR, which is none. `passes`: a set bit means
+    that KVM passes accesses through; else that it intercepts them.
     """
 
     member: tuple[str, str]
