@@ -30,7 +30,7 @@ _NAMES = 6  # of VMs in a heading
 
 @dataclass(frozen=True)
 class Shown:
-    """Which MSRs: `only` these, if there are any; else, unless `everything`, those that the filter or the guest knows."""
+    """Which MSRs: `only` these, if there are any; else, unless `everything`, those of note."""
 
     everything: bool = False
     only: frozenset[int] = frozenset()
@@ -135,7 +135,9 @@ def filter_lines(one: Filter) -> list[str]:
     for row in one.ranges:
         access = row.access.replace("_", " and ")
         denied = [msr_range(text) for text in row.denied]
-        if not denied:
+        if row.access == "none":
+            what = "decides nothing"
+        elif not denied:
             what = "allows all of it"
         elif len(denied) == 1 and denied[0] == msr_range(row.msrs):
             what = "denies all of it" if len(denied[0]) > 1 else "denies it"
@@ -155,7 +157,7 @@ def _group_lines(vm: VmState, group: VcpuGroup) -> list[str]:
     if group.ran is False:
         lines.append("has not run yet")
     if not group.settled and group.msrs:
-        lines.append("its bitmap is to be computed anew when it next enters the guest")
+        lines.append("its bitmap changes, or is to be computed anew when it next enters the guest")
     if group.passed is None and not vm.kind:
         lines.append("what it intercepts cannot be read")
     return lines
