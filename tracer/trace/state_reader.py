@@ -28,6 +28,7 @@ from tracer.trace.vm_names import VmNames
 SOURCE = "bpf/state.c"
 _RELEASE = "kvm_vcpu_release"  # of virt/kvm/kvm_main.c, in struct file_operations kvm_vcpu_fops
 _ITERATOR = "bpf_iter_task_file"
+_FAILED = "what vCPUs intercept cannot be read"
 _BITMAP_FAILED, _FILTER_FAILED = 1, 2
 #: KVM_REQ_MSR_FILTER_CHANGED, since 6.18 KVM_REQ_RECALC_INTERCEPTS: KVM_ARCH_REQ(29), arch/x86/include/asm/kvm_host.h
 _REQUEST = 1 << (8 + 29)
@@ -78,9 +79,10 @@ class StateReader:
             found = objects(kallsyms, (_RELEASE, vendor.shadow.list_), [m for m in ("kvm", symbols.module) if m])
             kernel = Btf.of_kernel()
         except (OSError, BtfError) as error:
-            raise MsrtraceError(f"what vCPUs intercept cannot be read: {error}") from None
+            raise MsrtraceError(f"{_FAILED}: {error}") from None
         if _RELEASE not in found:
-            raise MsrtraceError(f"what vCPUs intercept cannot be read: {kallsyms} has no address of {_RELEASE}")
+            needs = "root or CAP_SYSLOG, and kernel.kptr_restrict below 2, show addresses"
+            raise MsrtraceError(f"{_FAILED}: {kallsyms} has no address of {_RELEASE}; {needs}")
         given = self._given = self._values(kernel, symbols) | {"vcpu_release": found[_RELEASE].start}
         targets = {
             "file_listed": Target("iterator", kernel.function_id(_ITERATOR)),
@@ -92,7 +94,7 @@ class StateReader:
         except NotPermitted:
             raise MsrtraceError(explain()) from None
         except OSError as error:
-            raise MsrtraceError(f"what vCPUs intercept cannot be read: {error.strerror}") from None
+            raise MsrtraceError(f"{_FAILED}: {error.strerror}") from None
         if not is_in_init_pid_namespace():
             self.notes.append("only the VMs of this pid namespace are seen, and by other ids than processes have here")
         self._record = Record(self._loaded.members["records"])
@@ -109,7 +111,7 @@ class StateReader:
         try:
             given = {name: btf.nested_offset(path) for name, path in _OFFSETS.items()}
         except BtfError as error:
-            raise MsrtraceError(f"what vCPUs intercept cannot be read: {error}") from None
+            raise MsrtraceError(f"{_FAILED}: {error}") from None
         for name, path in _MORE.items():
             with suppress(BtfError):
                 given[name] = btf.nested_offset(path)
@@ -166,7 +168,7 @@ class StateReader:
         try:
             content = self._iterator.read()
         except OSError as error:
-            raise MsrtraceError(f"what vCPUs intercept cannot be read: {error.strerror}") from None
+            raise MsrtraceError(f"{_FAILED}: {error.strerror}") from None
         found: dict[int, _Reading] = {}
         filters: dict[object, MsrFilter] = {}
         at = 0
