@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
+PROGRAMS = ("msrtrace.bin", "msrtrace-fentry.bin", "state.bin")
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def compiler(hook: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         commands.append(command)
         if "tracer.trace.shipped" in command:
-            for name in ("msrtrace.bin", "msrtrace-fentry.bin"):
+            for name in PROGRAMS:
                 Path(command[-1], name).write_bytes(b"program")
         return subprocess.CompletedProcess(command, 0, "/usr/lib/python3/dist-packages\n", "")
 
@@ -66,10 +67,10 @@ def compiler(hook: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str
     return commands
 
 
-def test_the_wheel_has_both_programs(hook: ModuleType, compiler: list[list[str]]) -> None:
+def test_the_wheel_has_every_program(hook: ModuleType, compiler: list[list[str]]) -> None:
     warnings, files = build(hook)
     assert warnings == []
-    assert set(files) == {"tracer/bpf/msrtrace.bin", "tracer/bpf/msrtrace-fentry.bin"}
+    assert set(files) == {f"tracer/bpf/{name}" for name in PROGRAMS}
     assert {Path(file).read_bytes() for file in files.values()} == {b"program"}
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tracer.model.errors import MsrtraceError
 from tracer.program import compiler
-from tracer.program.compiler import build, compiled, is_compiled, shipped_content, shipped_file
+from tracer.program.compiler import PROGRAMS, build, compiled, is_compiled, shipped_content, shipped_file
 from tracer.program.loading import Loaded
 from tracer.program.program import Function, MapDefinition, Program, Relocation, Target, Variant
 from tracer.program.structs import Member
@@ -134,11 +134,11 @@ def test_it_is_compiled_once_for_each_thing_that_makes_a_difference(
 
 
 def test_what_was_shipped_is_loaded_and_nothing_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "program.c"
+    source = tmp_path / "msrtrace.c"
     source.write_text("one\n")
     monkeypatch.setattr(compiler, "compile_program", lambda *_: pytest.fail("compiled"))
     assert not is_compiled(source)
-    for definitions, file in (({}, "program.bin"), ({"FENTRY": 1}, "program-fentry.bin")):
+    for definitions, file in (({}, "msrtrace.bin"), ({"FENTRY": 1}, "msrtrace-fentry.bin")):
         assert shipped_file(source, definitions) == tmp_path / file
         (tmp_path / file).write_bytes(shipped_content(source, definitions, ANY))
         assert compiled(source, definitions) == ANY
@@ -153,7 +153,7 @@ def test_a_variant_that_cannot_be_compiled_is_passed_over_for_one_that_is(
     def compile_(*_: object) -> Program:
         raise MsrtraceError("there are no kernel headers")
 
-    source = tmp_path / "program.c"
+    source = tmp_path / "msrtrace.c"
     source.write_text("one\n")
     monkeypatch.setattr(compiler, "compile_program", compile_)
     monkeypatch.setattr(compiler, "load", lambda *_: Loaded({}, {}))
@@ -164,6 +164,18 @@ def test_a_variant_that_cannot_be_compiled_is_passed_over_for_one_that_is(
     assert is_compiled(source)
     built = build(source, variants)
     assert (built.backend, built.passed_over) == ("kprobe", ("there are no kernel headers",))
+
+
+def test_each_program_is_compiled_or_not_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path / "compiled"))
+    sources = {name: tmp_path / name for name, _ in PROGRAMS}
+    assert [*sources] == ["msrtrace.c", "state.c"]
+    for source in sources.values():
+        source.write_text("one\n")
+        assert not is_compiled(source)
+    state = sources["state.c"]
+    shipped_file(state, {}).write_bytes(shipped_content(state, {}, ANY))
+    assert [is_compiled(source) for source in sources.values()] == [False, True]
 
 
 @pytest.mark.parametrize("change", ["text", "content", "cut"])

@@ -120,8 +120,8 @@ def test_where_nothing_is_recorded_the_calls_that_were_seen_tell(
     state = kernel.tracer.state()
     assert state
     first, second = state.vms[0].vcpus
-    assert first.seen == ({(TSC, READ): Wish.PASS} if known else {})
-    assert second.seen == {}  # whose calls were before the trace
+    assert first.seen == ({(TSC, READ, Wish.PASS)} if known else set())
+    assert second.seen == set()  # whose calls were before the trace
 
 
 def call(msr: int, access: str, action: str, pid: int = 0) -> Call:
@@ -136,8 +136,8 @@ def test_what_calls_say_counts_where_they_agree() -> None:
         call(0x49, "write", "enable", 8),
     ]
     assert seen_wishes(calls) == {
-        (TSC, READ): Wish.PASS,
-        (SPEC_CTRL, READ): Wish.INTERCEPT,
-        (0x49, WRITE): Wish.INTERCEPT,
+        (TSC, READ, Wish.PASS),
+        (SPEC_CTRL, READ, Wish.INTERCEPT),
+        (0x49, WRITE, Wish.INTERCEPT),
     }
-    assert seen_wishes(calls, 8) == {(SPEC_CTRL, WRITE): Wish.PASS, (0x49, WRITE): Wish.INTERCEPT}
+    assert seen_wishes(calls, 8) == {(SPEC_CTRL, WRITE, Wish.PASS), (0x49, WRITE, Wish.INTERCEPT)}

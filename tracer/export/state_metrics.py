@@ -12,12 +12,10 @@ from prometheus_client.samples import Sample
 from tracer.export.exposition import LabelSets
 from tracer.model import msr
 from tracer.model.msr_filter import DIRECTIONS, X2APIC
-from tracer.model.state import BOTH, KVM, PASSED, PENDING_ALLOWED, PENDING_DENIED, UNSETTLED, State, Vcpu, Vm, alike
+from tracer.model.state import BOTH, KVM, PASSED, PENDING_ALLOWED, PENDING_DENIED, UNRECORDED, State, Vcpu, Vm, alike
 
 #: The value of the label `by` for what is said of an access, where that is another word.
-_BY = {PENDING_DENIED: "pending", PENDING_ALLOWED: "pending", UNSETTLED: "pending"}
-#: What makes no series: that KVM alone may want it.
-_QUIET = {KVM, BOTH, UNSETTLED}
+_BY = {PENDING_DENIED: "pending", PENDING_ALLOWED: "pending"}
 _LABELS, _VM_LABELS = ("msr", "name", "access", "by"), ("vm", "pid")
 _Access = tuple[int, int]  # an MSR, and a direction
 
@@ -33,32 +31,30 @@ def state_families(state: State, sets: LabelSets, *, by_vm: bool) -> Iterator[Me
     intercepted = GaugeMetricFamily(
         "msrtrace_msr_intercepted_vcpus", "vCPUs that intercept accesses to the MSR now, by who wants that.", labels=()
     )
-    known: dict[object, dict[_Access, str]] = {}
+    known: dict[Vcpu, tuple[dict[_Access, str], set[_Access]]] = {}
     for labels, vms in _parts(state, by_vm):
-        groups = [(vm, group) for vm in vms for group in alike(vm)]
         counts: dict[_Access, Counter[str]] = {}
+        of_note = {(index, direction) for index in state.recorded for direction in DIRECTIONS if not by_vm}
         unreadable = 0
-        for vm, group in groups:
-            vcpu = group.vcpus[0]
+        for group in (group for vm in vms for group in alike(vm)):
+            vcpu = group[0].any_id
             if vcpu.bitmap is None:
-                unreadable += len(group.vcpus)
+                unreadable += len(group)
                 continue
-            if group.key not in known:
-                known[group.key] = dict(_said(state, vm, vcpu))
-            for access, said in known[group.key].items():
-                counts.setdefault(access, Counter())[said] += len(group.vcpus)
+            if vcpu not in known:
+                known[vcpu] = _said(state, vcpu)
+            said, noted = known[vcpu]
+            of_note |= noted
+            for access, what in said.items():
+                counts.setdefault(access, Counter())[_BY.get(what, what)] += len(group)
         names = _VM_LABELS[: len(labels)]
         vcpus.samples.append(Sample(vcpus.name, sets.of(names, labels), sum(len(vm.vcpus) for vm in vms)))
         unread.samples.append(Sample(unread.name, sets.of(names, labels), unreadable))
-        for (index, direction), found in sorted(counts.items()):
-            if not found.keys() <= _QUIET or (index in state.recorded and not by_vm):
-                by: Counter[str] = Counter()
-                for said, count in found.items():
-                    by[_BY.get(said, said)] += count
-                for who, count in sorted(by.items()):
-                    if who != PASSED:
-                        values = (msr.hexadecimal(index), msr.name(index), DIRECTIONS[direction], who, *labels)
-                        intercepted.samples.append(Sample(intercepted.name, sets.of((*_LABELS, *names), values), count))
+        for index, direction in sorted(of_note & counts.keys()):
+            for by, count in sorted(counts[index, direction].items()):
+                if by != PASSED:
+                    values = (msr.hexadecimal(index), msr.name(index), DIRECTIONS[direction], by, *labels)
+                    intercepted.samples.append(Sample(intercepted.name, sets.of((*_LABELS, *names), values), count))
     yield vcpus
     yield unread
     yield intercepted
@@ -74,9 +70,15 @@ def _parts(state: State, by_vm: bool) -> Iterable[tuple[tuple[str, ...], list[Vm
     return [((vms[0].name, str(pid)), vms) for pid, vms in found.items()]
 
 
-def _said(state: State, vm: Vm, vcpu: Vcpu) -> Iterator[tuple[_Access, str]]:
-    """What is said of each access that KVM may let a guest have, or that this one has."""
+def _said(state: State, vcpu: Vcpu) -> tuple[dict[_Access, str], set[_Access]]:
+    """What is said of each access that KVM may let a guest have, or that this one has; and which KVM may not want."""
+    said: dict[_Access, str] = {}
     for direction in DIRECTIONS:
-        passed = {msr for run in state.passed(vcpu, direction) for msr in run if msr not in X2APIC}
+        passed = {index for run in state.passed(vcpu, direction) for index in run if index not in X2APIC}
         for index in passed.union(state.candidates):
-            yield (index, direction), state.said(vm, vcpu, index, direction)
+            said[index, direction] = state.said(vcpu, index, direction)
+    allowed = vcpu.filter.allows if vcpu.filter else lambda *_: True
+    usual = {
+        access for access, what in said.items() if what in (KVM, BOTH) or (what == UNRECORDED and allowed(*access))
+    }
+    return said, said.keys() - usual

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +13,9 @@ from tracer.model.symbol_name import plain_name
 #: Types of symbols that are not in the module that lists them, such as those a livepatch refers to, or that have no
 #: section in it (elf_type(), kernel/module/kallsyms.c).
 _ELSEWHERE = b"aAuU?"
+
+#: Suffixes of what has an address other than the function's: code that was moved out of it, and a jump to it.
+_NOT_ITSELF = re.compile(r"\.(cold|part|cfi_jt)(\.|$)")
 
 #: Hex digits of an address, and of its page number, at the start of a line.
 ADDRESS, _PAGE = 16, 13
@@ -96,22 +100,22 @@ def loaded_modules(modules: Path) -> dict[str, range]:
 def objects(kallsyms: Path, names: Sequence[str], modules: Sequence[str]) -> dict[str, range]:
     """Where functions and data of those names are: in one of `modules`, or else in the kernel image. Raises OSError.
 
-    A range goes to the next symbol of the module, for data has no size here; in the image, and where addresses are
-    hidden, it is empty. Compilers add suffixes to names.
+    A range goes to the next symbol of the module, for data has no size here; in the image it is empty. What has no
+    address, as they are hidden, is missing. A name without a suffix of a compiler goes before one that has some.
     """
     with kallsyms.open("rb") as file:
         named, listed = scan(file, [f" {name}".encode() for name in names])
-    found: dict[str, range] = {}
+    found: dict[str, tuple[tuple[bool, bool], int, str]] = {}
     for row in named:
         address, _, name, *module = row.decode(errors="replace").split()
-        plain, home = plain_name(name), module[0].strip("[]") if module else ""
-        if plain in names and (home in modules or not home) and (home or plain not in found):
-            start = int(address, 16)
-            rows = rows_of(home, listed) if home else []
-            ends = [
-                end
-                for row in rows
-                if (end := int(row[:ADDRESS], 16)) > start and row[ADDRESS + 1 : ADDRESS + 2] not in _ELSEWHERE
-            ]
-            found[plain] = range(start, min(ends, default=start))
-    return {name: where for name, where in found.items() if where.start}
+        plain, home, start = plain_name(name), module[0].strip("[]") if module else "", int(address, 16)
+        if plain in names and (home in modules or not home) and start and not _NOT_ITSELF.search(name):
+            found[plain] = max(found.get(plain, ((False, False), 0, "")), ((bool(home), name == plain), start, home))
+    return {name: range(start, _end(start, home, listed)) for name, (_, start, home) in found.items()}
+
+
+def _end(start: int, module: str, listed: list[bytes]) -> int:
+    """Where the next symbol of a module is; the start itself in the image."""
+    rows = rows_of(module, listed) if module else []
+    here = (int(row[:ADDRESS], 16) for row in rows if row[ADDRESS + 1 : ADDRESS + 2] not in _ELSEWHERE)
+    return min((address for address in here if address > start), default=start)

@@ -16,7 +16,7 @@ class Geometry:
     """How a bitmap is laid out; 1: an access exits.
 
     `size` is in bytes; `areas` are the first MSR of each area of 0x2000, and the byte where its bits begin; an MSR in
-    none of them always exits. `stride`: bits from one MSR to the next; `to_write`: from a read bit to the write bit.
+    none of them always exits. `stride`: bits from one MSR to the next; `to_write`: from its read bit to its write bit.
     """
 
     size: int

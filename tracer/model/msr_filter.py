@@ -13,19 +13,29 @@ DIRECTIONS = {READ: "read", WRITE: "write"}
 #: The x2APIC's MSRs, which no filter can deny (kvm_msr_allowed()).
 X2APIC = range(0x800, 0x900)
 
+_U32 = 0xFFFFFFFF  # a mask
+
 
 @dataclass(frozen=True)
 class FilterRange:
-    """A range of a filter: `flags` of READ and WRITE, `count` MSRs from `base` on, and a bit (1: allowed) for each."""
+    """A range of a filter: `flags` of READ and WRITE, `count` MSRs from `base` on, and a bit (1: allowed) for each.
+
+    KVM takes a range that goes on beyond the last MSR, but computes its end with 32 bits: nothing is in it.
+    """
 
     flags: int
     base: int
     count: int
     allowed: bytes
 
+    @property
+    def msrs(self) -> range:
+        """The MSRs that it decides on."""
+        return range(self.base, (self.base + self.count) & _U32)
+
     def decides(self, msr: int, direction: int) -> bool:
         """Whether an access is in this range."""
-        return bool(self.flags & direction) and self.base <= msr < self.base + self.count
+        return bool(self.flags & direction) and msr in self.msrs
 
     def allows(self, msr: int) -> bool:
         """Whether the range's bit for an MSR in it is set."""
@@ -34,7 +44,7 @@ class FilterRange:
 
     def denied(self) -> Iterator[range]:
         """The MSRs whose bit is clear, as ranges."""
-        bits = ~int.from_bytes(self.allowed, "little") & ((1 << self.count) - 1)
+        bits = ~int.from_bytes(self.allowed, "little") & ((1 << len(self.msrs)) - 1)
         return (range(self.base + run.start, self.base + run.stop) for run in runs(bits))
 
 
@@ -66,7 +76,7 @@ class MsrFilter:
             if one.flags & direction:
                 earlier = [other for other in self.ranges[:number] if other.flags & direction]
                 for run in one.denied():
-                    found += _without(run, [range(other.base, other.base + other.count) for other in earlier])
+                    found += _without(run, [other.msrs for other in earlier])
         return joined(part for run in found for part in _without(run, [X2APIC]))
 
 

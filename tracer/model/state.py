@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 
-from tracer.model.msr_filter import DIRECTIONS, NO_FILTER, READ, WRITE, MsrFilter, joined
+from tracer.model.msr_filter import DIRECTIONS, NO_FILTER, READ, WRITE, X2APIC, MsrFilter, joined
 from tracer.model.snapshot import Call
 from tracer.model.vendor import Passable, Vendor
 from tracer.model.vendors import FIRST
 
 PASSED, KVM, FILTER, BOTH = "passed", "kvm", "filter", "both"
 PENDING_DENIED, PENDING_ALLOWED = "pending_denied", "pending_allowed"
-UNRECORDED, UNSETTLED, UNKNOWN = "unrecorded", "unsettled", "unknown"
+UNRECORDED, UNKNOWN = "unrecorded", "unknown"
 
 #: What is said of an access, and what that means.
 SAID = {
@@ -23,11 +23,10 @@ SAID = {
     KVM: "intercepted since KVM itself wants that",
     FILTER: "intercepted since the VM's filter denies it; KVM would pass it through",
     BOTH: "intercepted since KVM wants that, and the filter denies it, too",
-    PENDING_DENIED: "the filter denies it, which the vCPU applies when it next enters the guest: until then it passes",
-    PENDING_ALLOWED: "the filter allows it, which the vCPU applies when it next enters the guest: until then it exits",
-    UNRECORDED: "intercepted since the filter denies it; this kernel does not record what KVM itself wants",
-    UNSETTLED: "intercepted since KVM itself wants that, or by a filter that was replaced: it will be computed anew",
-    UNKNOWN: "what this vCPU intercepts cannot be read",
+    PENDING_DENIED: "the filter denies it, but this is not yet applied to the vCPU: accesses still pass",
+    PENDING_ALLOWED: "the filter allows it, but this is not yet applied to the vCPU: accesses still exit",
+    UNRECORDED: "intercepted; this kernel does not record whether KVM itself wants that",
+    UNKNOWN: "what this vCPU intercepts, or its filter, cannot be read",
 }
 
 
@@ -46,20 +45,15 @@ def said(*, intercepted: bool, wish: Wish, allowed: bool, settled: bool) -> str:
 
     :param intercepted: the bit in the vCPU's bitmap
     :param allowed: by the VM's filter
-    :param settled: no recomputation of the bitmap is asked for or about to be
+    :param settled: the bitmap is what KVM computes of the filter: it does not change, and is not to be computed anew
     """
     if not intercepted:
         return PASSED if allowed else PENDING_DENIED
     if not allowed:
         return {Wish.INTERCEPT: BOTH, Wish.UNRECORDED: UNRECORDED}.get(wish, FILTER)
-    if wish is Wish.INTERCEPT:
-        return KVM
-    if wish is Wish.PASS:
-        return PENDING_ALLOWED
-    # Where nothing is recorded, the bit itself says what KVM wanted when it last computed it.
-    if settled:
-        return KVM
-    return UNSETTLED if wish is Wish.UNRECORDED else PENDING_ALLOWED
+    if wish is Wish.INTERCEPT or (settled and wish is not Wish.PASS):
+        return KVM  # where nothing is recorded, the bit itself says what KVM wanted when it last computed it
+    return UNRECORDED if wish is Wish.UNRECORDED else PENDING_ALLOWED
 
 
 @dataclass(frozen=True)
@@ -76,12 +70,15 @@ class Vcpu:
     shadow: tuple[int, int] | None = None
     settled: bool = True
     ran: bool | None = None
+    #: What KVM wants of accesses, as its calls for this vCPU said.
+    seen: frozenset[tuple[int, int, Wish]] = frozenset()
     #: What tells vCPUs apart while they live: the address of struct kvm_vcpu.
     key: int = field(default=0, compare=False)
-    #: What KVM wants of an access, as its calls for this vCPU said.
-    seen: Mapping[tuple[int, int], Wish] = field(default_factory=dict, compare=False)
-    #: Accesses whose bit, or what decides about it, changed while they were read.
-    unsteady: frozenset[tuple[int, int]] = frozenset()
+
+    @property
+    def any_id(self) -> Vcpu:
+        """It with an id that is no vCPU's: to compare what is said of vCPUs."""
+        return replace(self, id=-1)
 
 
 @dataclass(frozen=True)
@@ -146,46 +143,44 @@ class State:
     @cached_property
     def candidates(self) -> tuple[int, ...]:
         """The MSRs that KVM of this kernel may pass through, in the order of their numbers; without x2APIC's."""
-        x2apic = {msr for msr, _ in self.passable if 0x800 <= msr < 0x900}
-        return tuple(sorted({*self.recorded, *(msr for msr, _ in self.passable)} - x2apic))
+        others = {msr for (msr, _), one in self.passable.items() if one.unlisted or not self.recorded}
+        return tuple(sorted({*self.recorded, *others} - {*X2APIC}))
 
-    def wish(self, vm: Vm, vcpu: Vcpu, msr: int, direction: int) -> Wish:
+    def wish(self, vcpu: Vcpu, msr: int, direction: int) -> Wish:
         """What KVM itself wants of an access."""
         if vcpu.bitmap == b"" or self.vendor.bitmap_geometry.place(msr, direction) is None:
             return Wish.INTERCEPT
         at = self._place.get(msr)
         if vcpu.shadow and at is not None:
             return Wish.INTERCEPT if vcpu.shadow[direction == WRITE] >> at & 1 else Wish.PASS
-        if wish := vcpu.seen.get((msr, direction)):
-            return wish
+        for wish in (Wish.PASS, Wish.INTERCEPT):
+            if (msr, direction, wish) in vcpu.seen:
+                return wish
         passable = self.passable.get((msr, direction))
-        if passable is None:
+        if passable is None or (vcpu.shadow and not passable.unlisted):
             return Wish.INTERCEPT
-        return Wish.PRESUMED_PASS if passable.always and not self.recorded else Wish.UNRECORDED
+        return Wish.PRESUMED_PASS if passable.always else Wish.UNRECORDED
 
-    def said(self, vm: Vm, vcpu: Vcpu, msr: int, direction: int) -> str:
+    def said(self, vcpu: Vcpu, msr: int, direction: int) -> str:
         """Who has an access intercepted: one of SAID."""
         if vcpu.bitmap is None:
             return UNKNOWN
         intercepted = self.vendor.bitmap_geometry.intercepted(vcpu.bitmap, msr, direction)
         if vcpu.filter is None:
             return UNKNOWN if intercepted else PASSED
-        allowed = vcpu.filter.allows(msr, direction)
-        if (msr, direction) in vcpu.unsteady:
-            return PENDING_ALLOWED if allowed else PENDING_DENIED
-        wish = self.wish(vm, vcpu, msr, direction)
+        wish, allowed = self.wish(vcpu, msr, direction), vcpu.filter.allows(msr, direction)
         return said(intercepted=intercepted, wish=wish, allowed=allowed, settled=vcpu.settled)
 
-    def verdict(self, vm: Vm, vcpu: Vcpu, msr: int) -> Verdict:
+    def verdict(self, vcpu: Vcpu, msr: int) -> Verdict:
         """What is said of an MSR."""
-        return Verdict(self.said(vm, vcpu, msr, READ), self.said(vm, vcpu, msr, WRITE))
+        return Verdict(self.said(vcpu, msr, READ), self.said(vcpu, msr, WRITE))
 
     def passed(self, vcpu: Vcpu, direction: int) -> list[range]:
         """The MSRs that the bitmap lets pass."""
         found = self.vendor.bitmap_geometry.passed(vcpu.bitmap or b"", direction)
         return joined(range(msr, msr + 1) for msr in found)
 
-    def verdicts(self, vm: Vm, vcpu: Vcpu, also: Iterable[int] = ()) -> list[tuple[range, Verdict]]:
+    def verdicts(self, vcpu: Vcpu, also: Iterable[int] = ()) -> list[tuple[range, Verdict]]:
         """What is said of every MSR that may be passed through, is, or is denied by a range of the filter, and `also`.
 
         MSRs that follow each other and of which the same is said are together.
@@ -196,7 +191,7 @@ class State:
             ranges += [run for direction in (READ, WRITE) for run in vcpu.filter.denied(direction)]
         found: list[tuple[range, Verdict]] = []
         for msr in (msr for run in joined(ranges) for msr in run):
-            verdict = self.verdict(vm, vcpu, msr)
+            verdict = self.verdict(vcpu, msr)
             if found and found[-1][0].stop == msr and found[-1][1] == verdict:
                 found[-1] = range(found[-1][0].start, msr + 1), verdict
             else:
@@ -204,7 +199,7 @@ class State:
         return found
 
 
-def seen_wishes(calls: Iterable[Call], pid: int | None = None) -> dict[tuple[int, int], Wish]:
+def seen_wishes(calls: Iterable[Call], pid: int | None = None) -> frozenset[tuple[int, int, Wish]]:
     """What KVM wants of each access of which all its calls, of the vCPUs of process `pid` (None: of any), say the same.
 
     For kernels whose calls say what KVM wants, whatever the filter says: {vmx,svm}_set_intercept_for_msr(), 6.17+.
@@ -215,34 +210,12 @@ def seen_wishes(calls: Iterable[Call], pid: int | None = None) -> dict[tuple[int
             if call.access in (name, "read_write"):
                 wish = Wish.INTERCEPT if call.action == "enable" else Wish.PASS
                 found.setdefault((call.msr, direction), set()).add(wish)
-    return {access: wishes.pop() for access, wishes in found.items() if len(wishes) == 1}
+    return frozenset((*access, *wishes) for access, wishes in found.items() if len(wishes) == 1)  # type: ignore[misc]
 
 
-@dataclass(frozen=True)
-class Alike:
-    """vCPUs of which the same is said, by the positions of their VMs and their ids."""
-
-    vcpus: tuple[Vcpu, ...]
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """All that what is said of them follows from: other vCPUs with the same key are alike, too."""
-        return _key(self.vcpus[0])
-
-    @property
-    def ids(self) -> Sequence[int]:
-        """Their ids, sorted."""
-        return sorted(vcpu.id for vcpu in self.vcpus)
-
-
-def alike(vm: Vm) -> list[Alike]:
-    """The vCPUs of a VM, those together of which the same is said."""
-    found: dict[tuple[object, ...], list[Vcpu]] = {}
+def alike(vm: Vm) -> list[tuple[Vcpu, ...]]:
+    """The vCPUs of a VM, those together of which all but the id is the same."""
+    found: dict[Vcpu, list[Vcpu]] = {}
     for vcpu in vm.vcpus:
-        found.setdefault(_key(vcpu), []).append(vcpu)
-    return [Alike(tuple(vcpus)) for vcpus in found.values()]
-
-
-def _key(vcpu: Vcpu) -> tuple[object, ...]:
-    seen = id(vcpu.seen) if vcpu.seen else 0
-    return (vcpu.bitmap, vcpu.filter, vcpu.shadow, vcpu.settled, vcpu.ran, vcpu.unsteady, seen)
+        found.setdefault(vcpu.any_id, []).append(vcpu)
+    return [tuple(vcpus) for vcpus in found.values()]

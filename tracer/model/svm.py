@@ -6,7 +6,7 @@ from __future__ import annotations
 from tracer.model.bitmap import Geometry
 from tracer.model.cause import CPUID_UPDATE, FILTER_CHANGE, LBR, MSR_WRITE, RECALC, VCPU_CREATE, VCPU_RESET, X2APIC
 from tracer.model.msr_filter import READ, WRITE
-from tracer.model.vendor import Layout, Passable, Shadow, Vendor
+from tracer.model.vendor import NO_MSR, Layout, Passable, Shadow, Vendor
 
 _SET, _FILTER_SET = "svm_set_intercept_for_msr", "kvm_vm_ioctl_set_msr_filter"
 
@@ -31,9 +31,10 @@ _PASSABLE = (
     Passable(range(0xC0000080, 0xC0000081), READ | WRITE),
     Passable(range(0xC0000103, 0xC0000104), READ | WRITE),
     Passable(range(0xC0010130, 0xC0010131), READ | WRITE),
+    Passable(range(0xC0010134, 0xC0010135), READ),  # SEV-SNP: GUEST_TSC_FREQ (6.18)
     Passable(range(0xC0000300, 0xC0000304), READ | WRITE),  # PMU (7.0+): global registers, and counters
     Passable(range(0xC0010004, 0xC0010008), READ | WRITE),
-    Passable(range(0xC0010200, 0xC001020C), READ | WRITE),
+    Passable(range(0xC0010201, 0xC001020C, 2), READ | WRITE),
     Passable(range(0x800, 0x900), READ | WRITE),  # x2APIC
 )
 
@@ -73,7 +74,7 @@ SVM = Vendor(
     geometry={"msrpm": 1},
     bitmap_geometry=Geometry(0x1800, ((0, 0), (0xC0000000, 0x800), (0xC0010000, 0x1000)), stride=2, to_write=1),
     # svm.h, 5.10 to 6.16. The list has {u32 index; bool always}.
-    shadow=Shadow(("vcpu_svm", "shadow_msr_intercept"), "direct_access_msrs", 8, (0xFFFFFFFF,), passes=True),
+    shadow=Shadow(("vcpu_svm", "shadow_msr_intercept"), "direct_access_msrs", 8, NO_MSR, passes=True),
     passable=_PASSABLE,
     # 5.10 to 7.3. set_msr_interception() is inlined but for calls by sev.c, so its callers are seen, or theirs, where
     # it is a tail call: kvm_set_cpuid() for svm_vcpu_after_set_cpuid() in Debian's 6.1 and 6.12. A bitmap is

@@ -64,11 +64,19 @@ class Passable:
     """MSRs that KVM may let a guest access itself, in the directions `flags` (READ, WRITE of msr_filter.py).
 
     `always`: for every guest, on kernels that do not record it (6.17+), unless the filter denies it.
+    `unlisted`: kernels that record what KVM wants do so of other MSRs, and let guests access these, too.
     """
 
     msrs: range
     flags: int
     always: bool = False
+    unlisted: bool = False
+
+
+#: MSR_INVALID of KVM.
+NO_MSR = 0xFFFFFFFF
+#: MSRs of which a kernel records what KVM wants, at most: a word for each direction.
+SHADOWED = 64
 
 
 @dataclass(frozen=True)
@@ -76,14 +84,27 @@ class Shadow:
     """Where kernels before 6.17 record what KVM itself wants: a word for reads and one for writes.
 
     A bit is for the MSR at the same place in the array `list_` (a symbol), whose elements have `stride` bytes and begin
-    with the MSR; one of the numbers `ends` ends it. `passes`: what a set bit means; else that KVM intercepts.
+    with the MSR. `last` is the last of them in every kernel; it may be NO_MSR, which is none. `passes`: a set bit means
+    that KVM passes accesses through; else that it intercepts them.
     """
 
     member: tuple[str, str]
     list_: str
     stride: int
-    ends: tuple[int, ...]
+    last: int
     passes: bool
+
+    def msrs(self, content: bytes) -> tuple[int, ...] | None:
+        """The MSRs of the array, from the memory that begins with it; None unless that is such an array."""
+        found: list[int] = []
+        for at in range(0, min(len(content), SHADOWED * self.stride) - 3, self.stride):
+            msr = int.from_bytes(content[at : at + 4], "little")
+            if msr in found:
+                return None
+            found.append(msr)
+            if msr == self.last:
+                return tuple(one for one in found if one != NO_MSR)
+        return None
 
 
 @dataclass(frozen=True)

@@ -56,14 +56,18 @@ _PASSABLE = (
     Passable(range(0x1C5, 0x1C6), READ),  # XFD_ERR
     Passable(range(0x3FC, 0x3FF), READ),  # CORE_C3_, C6_, C7_RESIDENCY
     Passable(range(0x660, 0x661), READ),  # CORE_C1_RES
-    Passable(range(0x560, 0x562), READ | WRITE),  # Intel PT, as below
-    Passable(range(0x570, 0x573), READ | WRITE),
-    Passable(range(0x580, 0x58E), READ | WRITE),
-    # LBR: LBR_SELECT, LASTBRANCH_TOS; FROM, TO and INFO of up to 32 branches (vmx_update_intercept_for_lbr_msrs())
-    Passable(range(0x1C8, 0x1CA), READ | WRITE),
-    Passable(range(0x680, 0x6A0), READ | WRITE),
-    Passable(range(0x6C0, 0x6E0), READ | WRITE),
-    Passable(range(0xDC0, 0xDE0), READ | WRITE),
+    # Intel PT, as above: OUTPUT_BASE, OUTPUT_MASK, STATUS, CR3_MATCH, address ranges
+    Passable(range(0x560, 0x562), READ | WRITE, unlisted=True),
+    Passable(range(0x571, 0x573), READ | WRITE, unlisted=True),
+    Passable(range(0x580, 0x58E), READ | WRITE, unlisted=True),
+    # LBR: LBR_SELECT, LASTBRANCH_TOS; FROM, TO and INFO of up to 32 branches, FROM and TO of old CPUs
+    # (vmx_update_intercept_for_lbr_msrs() in vmx/pmu_intel.c, 5.12; vmx_get_passthrough_msr_slot() has the numbers)
+    Passable(range(0x1C8, 0x1CA), READ | WRITE, unlisted=True),
+    Passable(range(0x680, 0x6A0), READ | WRITE, unlisted=True),
+    Passable(range(0x6C0, 0x6E0), READ | WRITE, unlisted=True),
+    Passable(range(0xDC0, 0xDE0), READ | WRITE, unlisted=True),
+    Passable(range(0x40, 0x49), READ | WRITE, unlisted=True),
+    Passable(range(0x60, 0x69), READ | WRITE, unlisted=True),
     Passable(range(0x6A0, 0x6A1), READ | WRITE),  # CET: U_CET, S_CET, PL0_SSP to PL3_SSP
     Passable(range(0x6A2, 0x6A3), READ | WRITE),
     Passable(range(0x6A4, 0x6A8), READ | WRITE),
@@ -71,7 +75,7 @@ _PASSABLE = (
     Passable(range(0x309, 0x30D), READ | WRITE),
     Passable(range(0x38E, 0x391), READ | WRITE),
     Passable(range(0x4C1, 0x4C9), READ | WRITE),
-    Passable(range(0x800, 0x900), READ | WRITE),  # x2APIC
+    Passable(range(0x800, 0x900), READ | WRITE, unlisted=True),  # x2APIC
 )
 
 
@@ -107,8 +111,8 @@ VMX = Vendor(
     bitmap=(("vcpu_vmx", "vmcs01"), ("loaded_vmcs", "msr_bitmap")),
     geometry={},
     bitmap_geometry=Geometry(0x1000, ((0, 0), (0xC0000000, 0x400)), stride=1, to_write=0x800 * 8),
-    # vmx.h, 5.10 to 6.16; bits beyond the end of the list are set, too. Each list ends with CORE_C7_RESIDENCY.
-    shadow=Shadow(("vcpu_vmx", "shadow_msr_intercept"), "vmx_possible_passthrough_msrs", 4, (0,), passes=False),
+    # vmx.h, 5.10 to 6.16; bits beyond the end of the list are set, too. Every list ends with CORE_C7_RESIDENCY.
+    shadow=Shadow(("vcpu_vmx", "shadow_msr_intercept"), "vmx_possible_passthrough_msrs", 4, 0x3FE, passes=False),
     passable=_PASSABLE,
     # 5.13 to 7.3. Functions between these and the call are inlined in some builds and not in others, and a tail call
     # hides the function that makes it, so its caller is seen instead: __kvm_apic_set_base() for

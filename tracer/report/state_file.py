@@ -23,6 +23,7 @@ RUNS = 100_000
 Msr = Annotated[str, Meta(pattern="^0x[0-9a-f]{1,8}$")]
 #: `0x10`, or `0x174-0x176` with both ends in it.
 MsrRange = Annotated[str, Meta(pattern="^0x[0-9a-f]{1,8}(-0x[0-9a-f]{1,8})?$")]
+Access = Literal["read", "write", "read_write", "none"]
 Said = Annotated[str, Meta(pattern=f"^({'|'.join(SAID)})$")]
 _Runs = Annotated[list[MsrRange], Meta(max_length=RUNS)]
 
@@ -50,9 +51,9 @@ class Passed(Sanitized, frozen=True, kw_only=True):
 class VcpuGroup(Sanitized, frozen=True, kw_only=True):
     """vCPUs of a VM of which the same is said, by their `ids`; `ran`: in a guest, ever; null where that is not known.
 
-    `settled`: no recomputation of their bitmaps is asked for. `passed` is null where bitmaps cannot be read. `msrs` are
-    those that KVM of some kernel may pass through, that are passed through, or that a range of the filter denies: all
-    others exit.
+    `settled`: their bitmaps are what KVM computes of the filter. `passed` is null where bitmaps cannot be read. `msrs`
+    are those that KVM of some kernel may pass through, that are passed through, or that a range of the filter denies:
+    all others exit.
     """
 
     ids: Annotated[list[Count], Meta(max_length=ROWS)]
@@ -63,10 +64,13 @@ class VcpuGroup(Sanitized, frozen=True, kw_only=True):
 
 
 class FilterRangeRow(Sanitized, frozen=True, kw_only=True):
-    """A range of a filter: the accesses that it decides on, and the MSRs of it that it denies."""
+    """A range of a filter: the accesses that it decides on, and the MSRs of it that it denies.
+
+    Of one that goes on beyond the last MSR there is the first MSR alone, and `none`: KVM finds no access in it.
+    """
 
     msrs: MsrRange
-    access: Literal["read", "write", "read_write", "none"]
+    access: Access
     denied: _Runs
 
 

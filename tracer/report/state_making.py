@@ -6,12 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 
+import msgspec
+
 from tracer.model import msr
 from tracer.model.msr_filter import DIRECTIONS, READ, WRITE, MsrFilter, joined
-from tracer.model.state import Alike, State, Vm, alike
+from tracer.model.state import State, Vcpu, alike
 from tracer.report.making import HostInfo
 from tracer.report.report import Computer, parameters_field
 from tracer.report.state_file import (
+    Access,
     AccessRow,
     Filter,
     FilterRangeRow,
@@ -50,18 +53,17 @@ def make_state(state: State, host: HostInfo, *, taken: datetime, version: str, a
 def make_states(state: State, also: Iterable[int] = ()) -> States:
     """The VMs of a state, as a report has them. Where the same is said of vCPUs of many VMs, it is found once."""
     also = tuple(also)
-    known: dict[object, VcpuGroup] = {}
+    known: dict[Vcpu, VcpuGroup] = {}
     filters: dict[MsrFilter, Filter] = {}
     vms = []
     for vm in state.vms:
         groups = []
         for group in alike(vm):
-            if group.key not in known:
-                known[group.key] = _group(state, vm, group, also)
-            made = known[group.key]
-            groups.append(
-                VcpuGroup(ids=[*group.ids], ran=made.ran, settled=made.settled, passed=made.passed, msrs=made.msrs)
-            )
+            key = group[0].any_id
+            if key not in known:
+                known[key] = _group(state, key, also)
+            ids = sorted(vcpu.id for vcpu in group)
+            groups.append(msgspec.structs.replace(known[key], ids=ids))
         if vm.filter and vm.filter not in filters:
             filters[vm.filter] = _filter(vm.filter)
         shown = filters[vm.filter] if vm.filter else None
@@ -69,8 +71,7 @@ def make_states(state: State, also: Iterable[int] = ()) -> States:
     return States(vms=vms, notes=[*state.notes])
 
 
-def _group(state: State, vm: Vm, group: Alike, also: tuple[int, ...]) -> VcpuGroup:
-    vcpu = group.vcpus[0]
+def _group(state: State, vcpu: Vcpu, also: tuple[int, ...]) -> VcpuGroup:
     passed, rows = None, []
     if vcpu.bitmap is not None:
         read, write = ([range_text(run) for run in state.passed(vcpu, direction)] for direction in DIRECTIONS)
@@ -85,16 +86,19 @@ def _group(state: State, vm: Vm, group: Alike, also: tuple[int, ...]) -> VcpuGro
                 write=verdict.write,
                 in_filter=any(run.start < one.stop and one.start < run.stop for one in touched),
             )
-            for run, verdict in state.verdicts(vm, vcpu, also)
+            for run, verdict in state.verdicts(vcpu, also)
         ]
-    return VcpuGroup(ids=[*group.ids], ran=vcpu.ran, settled=vcpu.settled, passed=passed, msrs=rows)
+    return VcpuGroup(ids=[], ran=vcpu.ran, settled=vcpu.settled, passed=passed, msrs=rows)
+
+
+_ACCESS: dict[int, Access] = {0: "none", READ: "read", WRITE: "write", READ | WRITE: "read_write"}
 
 
 def _filter(one: MsrFilter) -> Filter:
     rows = [
         FilterRangeRow(
-            msrs=range_text(range(part.base, part.base + max(part.count, 1))),
-            access={0: "none", READ: "read", WRITE: "write"}.get(part.flags & (READ | WRITE), "read_write"),  # type: ignore[arg-type] # one of these
+            msrs=range_text(part.msrs or range(part.base, part.base + 1)),
+            access=_ACCESS[part.flags & (READ | WRITE) if part.msrs else 0],
             denied=[range_text(run) for run in part.denied()],
         )
         for part in one.ranges

@@ -8,18 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tracer.model import msr
-from tracer.model.state import (
-    BOTH,
-    FILTER,
-    KVM,
-    PASSED,
-    PENDING_ALLOWED,
-    PENDING_DENIED,
-    SAID,
-    UNKNOWN,
-    UNRECORDED,
-    UNSETTLED,
-)
+from tracer.model.state import BOTH, FILTER, KVM, PASSED, PENDING_ALLOWED, PENDING_DENIED, SAID, UNKNOWN, UNRECORDED
 from tracer.report.document import Document, Section, Table, document
 from tracer.report.state_file import AccessRow, Filter, StateFile, States, VcpuGroup, VmState, msr_range
 
@@ -32,17 +21,16 @@ WORDS = {
     PENDING_DENIED: "pending deny",
     PENDING_ALLOWED: "pending allow",
     UNRECORDED: "unrecorded",
-    UNSETTLED: "unsettled",
     UNKNOWN: "unknown",
 }
 #: What is said of MSRs that are not shown unless they are asked for: KVM never lets a guest have most.
-_USUAL = {KVM, BOTH, UNSETTLED}
+_USUAL = {KVM, BOTH}
 _NAMES = 6  # of VMs in a heading
 
 
 @dataclass(frozen=True)
 class Shown:
-    """Which MSRs: `only` these, if there are any; else, unless `everything`, those that not KVM alone intercepts."""
+    """Which MSRs: `only` these, if there are any; else, unless `everything`, those of note."""
 
     everything: bool = False
     only: frozenset[int] = frozenset()
@@ -147,7 +135,9 @@ def filter_lines(one: Filter) -> list[str]:
     for row in one.ranges:
         access = row.access.replace("_", " and ")
         denied = [msr_range(text) for text in row.denied]
-        if not denied:
+        if row.access == "none":
+            what = "decides nothing"
+        elif not denied:
             what = "allows all of it"
         elif len(denied) == 1 and denied[0] == msr_range(row.msrs):
             what = "denies all of it" if len(denied[0]) > 1 else "denies it"
@@ -167,7 +157,7 @@ def _group_lines(vm: VmState, group: VcpuGroup) -> list[str]:
     if group.ran is False:
         lines.append("has not run yet")
     if not group.settled and group.msrs:
-        lines.append("its bitmap is to be computed anew when it next enters the guest")
+        lines.append("its bitmap changes, or is to be computed anew when it next enters the guest")
     if group.passed is None and not vm.kind:
         lines.append("what it intercepts cannot be read")
     return lines

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +14,9 @@ from tracer.kernel.headers import header_settings
 from tracer.kernel.kallsyms import objects
 from tracer.kernel.symbols import KALLSYMS, Symbols
 from tracer.model.errors import MsrtraceError
-from tracer.model.msr_filter import READ, WRITE, FilterRange, MsrFilter, joined
+from tracer.model.msr_filter import FilterRange, MsrFilter
 from tracer.model.state import State, Vcpu, Vm
+from tracer.model.vendor import SHADOWED
 from tracer.program import syscalls
 from tracer.program.compiler import build, is_compiled
 from tracer.program.program import NotPermitted, Target, Variant
@@ -27,11 +28,11 @@ from tracer.trace.vm_names import VmNames
 SOURCE = "bpf/state.c"
 _RELEASE = "kvm_vcpu_release"  # of virt/kvm/kvm_main.c, in struct file_operations kvm_vcpu_fops
 _ITERATOR = "bpf_iter_task_file"
+_FAILED = "what vCPUs intercept cannot be read"
 _BITMAP_FAILED, _FILTER_FAILED = 1, 2
 #: KVM_REQ_MSR_FILTER_CHANGED, since 6.18 KVM_REQ_RECALC_INTERCEPTS: KVM_ARCH_REQ(29), arch/x86/include/asm/kvm_host.h
 _REQUEST = 1 << (8 + 29)
 _RCU_SEQ_STATE = 3  # a grace period is under way: RCU_SEQ_STATE_MASK, kernel/rcu/rcu.h
-_SHADOWED = 64  # MSRs at most: a word for each direction
 #: How often a vCPU that changes is read, and how long to wait in between.
 _READS, _PAUSE_SECONDS = 6, 0.02
 
@@ -78,9 +79,10 @@ class StateReader:
             found = objects(kallsyms, (_RELEASE, vendor.shadow.list_), [m for m in ("kvm", symbols.module) if m])
             kernel = Btf.of_kernel()
         except (OSError, BtfError) as error:
-            raise MsrtraceError(f"what vCPUs intercept cannot be read: {error}") from None
+            raise MsrtraceError(f"{_FAILED}: {error}") from None
         if _RELEASE not in found:
-            raise MsrtraceError(f"what vCPUs intercept cannot be read: {kallsyms} has no address of {_RELEASE}")
+            needs = "root or CAP_SYSLOG, and kernel.kptr_restrict below 2, show addresses"
+            raise MsrtraceError(f"{_FAILED}: {kallsyms} has no address of {_RELEASE}; {needs}")
         given = self._given = self._values(kernel, symbols) | {"vcpu_release": found[_RELEASE].start}
         targets = {
             "file_listed": Target("iterator", kernel.function_id(_ITERATOR)),
@@ -92,7 +94,7 @@ class StateReader:
         except NotPermitted:
             raise MsrtraceError(explain()) from None
         except OSError as error:
-            raise MsrtraceError(f"what vCPUs intercept cannot be read: {error.strerror}") from None
+            raise MsrtraceError(f"{_FAILED}: {error.strerror}") from None
         if not is_in_init_pid_namespace():
             self.notes.append("only the VMs of this pid namespace are seen, and by other ids than processes have here")
         self._record = Record(self._loaded.members["records"])
@@ -109,19 +111,12 @@ class StateReader:
         try:
             given = {name: btf.nested_offset(path) for name, path in _OFFSETS.items()}
         except BtfError as error:
-            raise MsrtraceError(f"what vCPUs intercept cannot be read: {error}") from None
+            raise MsrtraceError(f"{_FAILED}: {error}") from None
         for name, path in _MORE.items():
             with suppress(BtfError):
                 given[name] = btf.nested_offset(path)
         with suppress(BtfError):
-            srcu = btf.offset("kvm", "srcu")
-            try:
-                pointer, structure = btf.offset("srcu_struct", "srcu_sup"), "srcu_usage"
-                given |= {"kvm_srcu": srcu + pointer, "srcu_pointer": 1}
-            except BtfError:
-                structure = "srcu_struct"
-                given["kvm_srcu"] = srcu
-            given |= {name: btf.offset(structure, name) for name in _SRCU}
+            given |= _grace_periods(btf)
         try:
             given["vcpu_bitmap"] = btf.nested_offset(vendor.bitmap)
             given["bitmap_bytes"] = vendor.bitmap_geometry.size
@@ -142,39 +137,38 @@ class StateReader:
         if where is None:
             self.notes.append(f"{note}: /proc/kallsyms has no {shadow.list_}")
             return ()
-        size = min(len(where) or _SHADOWED * shadow.stride, _SHADOWED * shadow.stride)
+        size = min(len(where) or SHADOWED * shadow.stride, SHADOWED * shadow.stride)
         if syscalls.run_program(self._loaded.functions["copy_memory"], where.start, size):
             self.notes.append(f"{note}: {shadow.list_} cannot be read")
             return ()
-        content = self._loaded.arrays["copies"].raw(0, size)
-        found: list[int] = []
-        for at in range(0, size - 3, shadow.stride):
-            msr = int.from_bytes(content[at : at + 4], "little")
-            if msr in shadow.ends or msr in found:
-                break
-            found.append(msr)
-        return tuple(found)
+        found = shadow.msrs(self._loaded.arrays["copies"].raw(0, size))
+        if found is None:
+            self.notes.append(f"{note}: {shadow.list_} does not end as that of known kernels")
+        return found or ()
 
     def read(self, *, steady: bool = False) -> State:
         """What every vCPU intercepts, without names. Raises MsrtraceError.
 
-        :param steady: read again what changes meanwhile, for at most 0.1 s; what still does is `unsteady`
+        :param steady: read again while anything changes, for at most 0.1 s; what still does is not `settled`
         """
         found = self._read()
-        before = found
-        for _ in range(_READS if steady else 0):
+        if not steady:
+            return self._state(found, {key for key, one in found.items() if not one.moves})
+        sure: dict[int, _Reading] = {}
+        for _ in range(_READS):
             time.sleep(_PAUSE_SECONDS)
             before, found = found, self._read()
-            if all(one.moves is False and one.same_as(before.get(key)) for key, one in found.items()):
+            sure |= {key: one for key, one in found.items() if not one.moves and one.same_as(before.get(key))}
+            if found.keys() <= sure.keys():
                 break
-        return self._state(found, before if steady else found)
+        return self._state({key: sure.get(key, one) for key, one in found.items()}, sure.keys())
 
     def _read(self) -> dict[int, _Reading]:
         """What is read of each vCPU, by its address; of several descriptors, that of the process that made the VM."""
         try:
             content = self._iterator.read()
         except OSError as error:
-            raise MsrtraceError(f"what vCPUs intercept cannot be read: {error.strerror}") from None
+            raise MsrtraceError(f"{_FAILED}: {error.strerror}") from None
         found: dict[int, _Reading] = {}
         filters: dict[object, MsrFilter] = {}
         at = 0
@@ -191,28 +185,23 @@ class StateReader:
                 found[one.vcpu] = one
         return found
 
-    def _state(self, found: Mapping[int, _Reading], before: Mapping[int, _Reading]) -> State:
+    def _state(self, found: Mapping[int, _Reading], sure: Collection[int]) -> State:
+        """What was read, by the addresses of vCPUs; SURE are those of which it is known to fit together."""
         vms: dict[int, list[_Reading]] = {}
         for one in found.values():
             vms.setdefault(one.kvm, []).append(one)
-        state = State(self._vendor, self.recorded, notes=tuple(self.notes))
         made = []
         for kvm, readings in vms.items():
             readings.sort(key=lambda one: one.id)
             owner = next((one for one in readings if one.owned), readings[0])
-            vcpus = tuple(self._vcpu(state, one, before.get(one.vcpu, one)) for one in readings)
+            vcpus = tuple(self._vcpu(one, sure=one.vcpu in sure) for one in readings)
             no_bitmap = self._vendor.no_bitmap
             kind = no_bitmap[1] if no_bitmap and no_bitmap[0] == owner.vm_type else ""
             made.append(Vm(owner.tgid, kvm, vcpus, owned=owner.owned, kind=kind))
-        return replace(state, vms=tuple(sorted(made, key=lambda vm: (vm.pid, vm.key))))
+        vms_sorted = tuple(sorted(made, key=lambda vm: (vm.pid, vm.key)))
+        return State(self._vendor, self.recorded, vms_sorted, tuple(self.notes))
 
-    def _vcpu(self, state: State, one: _Reading, before: _Reading) -> Vcpu:
-        vcpu = self._plain(one)
-        if one is before or (not one.moves and one.same_as(before)):
-            return vcpu
-        return replace(vcpu, settled=False, unsteady=frozenset(_differences(state, self._plain(before), vcpu)))
-
-    def _plain(self, one: _Reading) -> Vcpu:
+    def _vcpu(self, one: _Reading, *, sure: bool) -> Vcpu:
         shadow, mask = None, (1 << len(self.recorded)) - 1
         if self.recorded:
             words = one.shadow
@@ -221,8 +210,7 @@ class StateReader:
         readable = "vcpu_bitmap" in self._given and one.vm_type != self._given.get("no_bitmap", -1)
         bitmap = one.bitmap if readable and not one.failed & _BITMAP_FAILED else None
         ran = bool(one.exits) if "vcpu_exits" in self._given else None
-        settled = not (one.requested or one.moves)
-        return Vcpu(one.id, bitmap, one.filter, shadow, settled=settled, ran=ran, key=one.vcpu)
+        return Vcpu(one.id, bitmap, one.filter, shadow, settled=sure and not one.requested, ran=ran, key=one.vcpu)
 
     def close(self) -> None:
         """Release everything in the kernel."""
@@ -242,10 +230,11 @@ class _Reading:
         self.bitmap, self.failed, self.shadow = bitmap, one("failed"), (one("shadow_read"), one("shadow_write"))
         self.requested = bool(one("requests") & _REQUEST)
         ahead = (one("gp_seq_needed") - one("gp_seq")) % (1 << 64)
-        #: Its filter is being replaced, or something else waits for a grace period, too.
-        self.moves = one("filter") != one("filter_after") or bool(one("gp_seq") & _RCU_SEQ_STATE) or 0 < ahead < 1 << 63
-        self.filter = None if self.failed & _FILTER_FAILED else filter_
-        self._address = one("filter")
+        waits = bool(one("gp_seq") & _RCU_SEQ_STATE) or 0 < ahead < 1 << 63
+        self._address, replaced = one("filter"), one("filter") != one("filter_after")
+        #: Its filter may be a new one without a request yet, which follows a grace period; others wait for those, too.
+        self.moves = replaced or waits
+        self.filter = None if replaced or self.failed & _FILTER_FAILED else filter_
 
     def same_as(self, other: _Reading | None) -> bool:
         """Whether another reading of this vCPU found all of it as it is."""
@@ -254,6 +243,15 @@ class _Reading:
     @property
     def _content(self) -> tuple[object, ...]:
         return self.bitmap, self.failed, self.shadow, self.requested, self.filter, self._address
+
+
+def _grace_periods(btf: Btf) -> dict[str, int]:
+    """The values on a VM's grace periods. Raises BtfError where there are no numbers of them (without CONFIG_SMP)."""
+    srcu, structure, pointer = btf.offset("kvm", "srcu"), "srcu_struct", {}
+    with suppress(BtfError):
+        srcu += btf.offset("srcu_struct", "srcu_sup")
+        structure, pointer = "srcu_usage", {"srcu_pointer": 1}
+    return {"kvm_srcu": srcu, **pointer} | {name: btf.offset(structure, name) for name in _SRCU}
 
 
 def _filter(
@@ -266,13 +264,3 @@ def _filter(
         ranges = tuple(FilterRange(flags, base, count, bits) for flags, base, count, bits in key[1])
         known[key] = MsrFilter(bool(key[0]), ranges)
     return known[key]
-
-
-def _differences(state: State, one: Vcpu, other: Vcpu) -> Iterator[tuple[int, int]]:
-    """The accesses of which two readings of a vCPU say something else."""
-    vms = Vm(0, 0, (one,)), Vm(0, 0, (other,))
-    ranges = [run for vm in vms for run, _ in state.verdicts(vm, vm.vcpus[0])]
-    for msr in (msr for run in joined(ranges) for msr in run):
-        for direction in (READ, WRITE):
-            if state.said(vms[0], one, msr, direction) != state.said(vms[1], other, msr, direction):
-                yield msr, direction
