@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from needs import tool
 
-from tracer.kernel.btf import Btf, BtfError
+from tracer.kernel.btf import Btf, BtfError, kernel_btf_kept
 from tracer.model.vmx import VMX
 
 INT, ARRAY, STRUCT, UNION, ENUM, FWD, FUNC, FUNC_PROTO, VAR, DATASEC = 1, 3, 4, 5, 6, 7, 12, 13, 14, 15
@@ -305,3 +305,11 @@ def test_offsets_in_kvm_intel_are_those_of_pahole(host: Host, tmp_path: Path) ->
     assert offset == expected["vcpu_vmx"]["vmcs01"] + expected["loaded_vmcs"]["msr_bitmap"]
     assert offset == KNOWN.get(release, offset)
     assert btf.offset("kvm_vcpu", "kvm") == expected["kvm_vcpu"]["kvm"]
+
+
+def test_the_kernels_is_read_once_where_it_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "vmlinux").write_bytes(bytes(Blob()))
+    with kernel_btf_kept():
+        first = Btf.of_kernel(tmp_path)
+        assert Btf.of_kernel(tmp_path) is first
+    assert Btf.of_kernel(tmp_path) is not first

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +30,19 @@ _WORD = 4  # bytes
 
 class BtfError(Exception):
     """There is no usable BTF, or it lacks a type or a member; the message says which."""
+
+
+_kept: list[dict[Path, Btf]] = []  # of each context that is open
+
+
+@contextmanager
+def kernel_btf_kept() -> Iterator[None]:
+    """In this context the kernel's BTF is read once; then it is let go, as it takes 10 MB."""
+    _kept.append({})
+    try:
+        yield
+    finally:
+        _kept.pop()
 
 
 class Btf:
@@ -52,10 +66,13 @@ class Btf:
     @classmethod
     def of_kernel(cls, sys_btf: Path = SYS_BTF) -> Btf:
         """The BTF of the kernel image, with the types of everything built into it. Raises BtfError."""
+        path = sys_btf / "vmlinux"
+        kept = _kept[-1] if _kept else {}
         try:
-            return cls((sys_btf / "vmlinux").read_bytes())
+            kept[path] = kept.get(path) or cls(path.read_bytes())
         except OSError as error:
-            raise BtfError(f"{sys_btf / 'vmlinux'}: {error.strerror}") from None
+            raise BtfError(f"{path}: {error.strerror}") from None
+        return kept[path]
 
     def offset(self, structure: str, member: str) -> int:
         """The offset of a member in a structure, in bytes. Raises BtfError if there is no such structure or member."""

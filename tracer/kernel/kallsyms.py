@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -97,14 +97,14 @@ def loaded_modules(modules: Path) -> dict[str, range]:
     return {name: range(at, at + size) for name, (at, size) in places.items() if at}
 
 
-def objects(kallsyms: Path, names: Sequence[str], modules: Sequence[str]) -> dict[str, range]:
-    """Where functions and data of those names are: in one of `modules`, or else in the kernel image. Raises OSError.
+def places_of(
+    named: Sequence[bytes], listed: list[bytes], names: Collection[str], modules: Collection[str]
+) -> dict[str, range]:
+    """Where functions and data of those names are, from what `scan` found: in one of `modules`, or else in the image.
 
     A range goes to the next symbol of the module, for data has no size here; in the image it is empty. What has no
     address, as they are hidden, is missing. A name without a suffix of a compiler goes before one that has some.
     """
-    with kallsyms.open("rb") as file:
-        named, listed = scan(file, [f" {name}".encode() for name in names])
     found: dict[str, tuple[tuple[bool, bool], int, str]] = {}
     for row in named:
         address, _, name, *module = row.decode(errors="replace").split()

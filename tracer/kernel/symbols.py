@@ -14,7 +14,7 @@ from itertools import accumulate, chain
 from pathlib import Path
 
 from tracer.kernel.cpu import Cpu
-from tracer.kernel.kallsyms import ADDRESS, bounds, lines_with, loaded_modules, module_of, rows_of, scan
+from tracer.kernel.kallsyms import ADDRESS, bounds, lines_with, loaded_modules, module_of, places_of, rows_of, scan
 from tracer.kernel.livepatch import IMAGE, LIVEPATCHES, Livepatch, read_livepatches
 from tracer.model.errors import MsrtraceError
 from tracer.model.symbol_name import plain_name
@@ -51,8 +51,13 @@ def _prefixes() -> Iterator[str]:
     yield from (name for vendor in VENDORS for name in vendor.probed if not name.startswith(prefixes))
 
 
-#: Beginnings of the names of probed functions, and the names of the trampolines.
+#: Where a vCPU's file is released, and what KVM wants is recorded: see Symbols.objects.
+VCPU_RELEASE = "kvm_vcpu_release"
+_OBJECTS = (VCPU_RELEASE, *(vendor.shadow.list_ for vendor in VENDORS))
+
+#: Beginnings of the names of probed functions and of _OBJECTS, and the names of the trampolines.
 _NAMED = (
+    *(f" {name}".encode() for name in _OBJECTS),
     *dict.fromkeys(f" {name}".encode() for name in _prefixes()),
     *(f" {name}\n".encode() for names in TRAMPOLINES.values() for name in names),
 )
@@ -129,6 +134,8 @@ class Symbols:
     vendor: Vendor = FIRST
     #: the addresses of the TRAMPOLINES that the kernel has
     trampolines: Mapping[str, int] = field(default_factory=dict)
+    #: where VCPU_RELEASE (of kvm) and Shadow.list_ are; an empty range has a start, but no known end
+    objects: Mapping[str, range] = field(default_factory=dict)
     #: functions of livepatches of KVM, and of other modules with names like those that are probed
     others: tuple[Symbol, ...] = ()
     #: livepatches that replace functions of KVM
@@ -171,7 +178,8 @@ class Symbols:
             ends=modules,
             image=image,
         )
-        return replace(symbols, trampolines=_trampolines(in_image), livepatches=patches)
+        trampolines, places = _trampolines(in_image), places_of(named, listed, _OBJECTS, (_KVM, vendor.module))
+        return replace(symbols, trampolines=trampolines, livepatches=patches, objects=places)
 
     @classmethod
     def of(

@@ -7,12 +7,10 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.headers import header_settings
-from tracer.kernel.kallsyms import objects
-from tracer.kernel.symbols import KALLSYMS, Symbols
+from tracer.kernel.symbols import VCPU_RELEASE, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.msr_filter import FilterRange, MsrFilter
 from tracer.model.state import State, Vcpu, Vm
@@ -26,7 +24,6 @@ from tracer.trace.reader import is_in_init_pid_namespace
 from tracer.trace.vm_names import VmNames
 
 SOURCE = "bpf/state.c"
-_RELEASE = "kvm_vcpu_release"  # of virt/kvm/kvm_main.c, in struct file_operations kvm_vcpu_fops
 _ITERATOR = "bpf_iter_task_file"
 _FAILED = "what vCPUs intercept cannot be read"
 _BITMAP_FAILED, _FILTER_FAILED = 1, 2
@@ -70,20 +67,19 @@ def named(state: State, names: VmNames) -> State:
 class StateReader:
     """Ready to read, which needs no rights; closing it, or the end of its process, removes it from the kernel."""
 
-    def __init__(self, symbols: Symbols, explain: Callable[[], str], kallsyms: Path = KALLSYMS) -> None:
+    def __init__(self, symbols: Symbols, explain: Callable[[], str]) -> None:
         """Compile and load. `explain` says why the kernel probably did not permit it. Raises MsrtraceError."""
         self._vendor = symbols.vendor
         self.notes: list[str] = []
-        vendor = symbols.vendor
         try:
-            found = objects(kallsyms, (_RELEASE, vendor.shadow.list_), [m for m in ("kvm", symbols.module) if m])
             kernel = Btf.of_kernel()
-        except (OSError, BtfError) as error:
+        except BtfError as error:
             raise MsrtraceError(f"{_FAILED}: {error}") from None
-        if _RELEASE not in found:
+        release = symbols.objects.get(VCPU_RELEASE)
+        if release is None:
             needs = "root or CAP_SYSLOG, and kernel.kptr_restrict below 2, show addresses"
-            raise MsrtraceError(f"{_FAILED}: {kallsyms} has no address of {_RELEASE}; {needs}")
-        given = self._given = self._values(kernel, symbols) | {"vcpu_release": found[_RELEASE].start}
+            raise MsrtraceError(f"{_FAILED}: /proc/kallsyms has no address of {VCPU_RELEASE}; {needs}")
+        given = self._given = self._values(kernel, symbols) | {"vcpu_release": release.start}
         targets = {
             "file_listed": Target("iterator", kernel.function_id(_ITERATOR)),
             "copy_memory": Target("raw_tracepoint"),
@@ -98,7 +94,9 @@ class StateReader:
         if not is_in_init_pid_namespace():
             self.notes.append("only the VMs of this pid namespace are seen, and by other ids than processes have here")
         self._record = Record(self._loaded.members["records"])
-        self.recorded = self._recorded(found.get(vendor.shadow.list_)) if given.get("vcpu_shadow") else ()
+        self.recorded = (
+            self._recorded(symbols.objects.get(symbols.vendor.shadow.list_)) if given.get("vcpu_shadow") else ()
+        )
 
     def _values(self, kernel: Btf, symbols: Symbols) -> dict[str, int]:
         vendor, btf = symbols.vendor, kernel

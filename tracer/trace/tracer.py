@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from tracer.kernel.btf import kernel_btf_kept
 from tracer.kernel.layout import layout_of
 from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
@@ -145,7 +146,7 @@ class Tracer:
 
     def attach(self, symbols: Symbols | None = None) -> None:
         """Attach to the loaded module; `symbols` are the kernel's, if already read. Raises MsrtraceError."""
-        with self._lock:
+        with self._lock, kernel_btf_kept():
             module = self._module()
             symbols = symbols or self._read_symbols()
             layout = layout_of(symbols)
