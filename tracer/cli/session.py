@@ -122,7 +122,7 @@ def tracing(machine: Machine, options: Options, *, keep_gone: bool = False, stat
     def reader(symbols: Symbols) -> StateReader:
         from tracer.trace.state_reader import StateReader
 
-        return StateReader(symbols, explain)
+        return StateReader(symbols, explain, options.pid)
 
     tracer = Tracer(
         lambda layout, symbols: Engine(layout, symbols, options, explain),

@@ -67,9 +67,12 @@ def named(state: State, names: VmNames) -> State:
 class StateReader:
     """Ready to read, which needs no rights; closing it, or the end of its process, removes it from the kernel."""
 
-    def __init__(self, symbols: Symbols, explain: Callable[[], str]) -> None:
-        """Compile and load. `explain` says why the kernel probably did not permit it. Raises MsrtraceError."""
-        self._vendor = symbols.vendor
+    def __init__(self, symbols: Symbols, explain: Callable[[], str], pid: int | None = None) -> None:
+        """Compile and load. `explain` says why the kernel probably did not permit it. Raises MsrtraceError.
+
+        :param pid: read the VMs of this process alone
+        """
+        self._vendor, self._pid = symbols.vendor, pid
         self.notes: list[str] = []
         try:
             kernel = Btf.of_kernel()
@@ -194,6 +197,8 @@ class StateReader:
             owner = next((one for one in readings if one.owned), readings[0])
             vcpus = tuple(self._vcpu(one, sure=one.vcpu in sure) for one in readings)
             no_bitmap = self._vendor.no_bitmap
+            if self._pid not in (None, owner.tgid):
+                continue
             kind = no_bitmap[1] if no_bitmap and no_bitmap[0] == owner.vm_type else ""
             made.append(Vm(owner.tgid, kvm, vcpus, owned=owner.owned, kind=kind))
         vms_sorted = tuple(sorted(made, key=lambda vm: (vm.pid, vm.key)))
