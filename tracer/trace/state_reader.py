@@ -78,16 +78,14 @@ class StateReader:
         try:
             found = objects(kallsyms, (_RELEASE, vendor.shadow.list_), [m for m in ("kvm", symbols.module) if m])
             kernel = Btf.of_kernel()
+            iterator = Target("iterator", kernel.function_id(_ITERATOR))
         except (OSError, BtfError) as error:
             raise MsrtraceError(f"{_FAILED}: {error}") from None
         if _RELEASE not in found:
             needs = "root or CAP_SYSLOG, and kernel.kptr_restrict below 2, show addresses"
             raise MsrtraceError(f"{_FAILED}: {kallsyms} has no address of {_RELEASE}; {needs}")
         given = self._given = self._values(kernel, symbols) | {"vcpu_release": found[_RELEASE].start}
-        targets = {
-            "file_listed": Target("iterator", kernel.function_id(_ITERATOR)),
-            "copy_memory": Target("raw_tracepoint"),
-        }
+        targets = {"file_listed": iterator, "copy_memory": Target("raw_tracepoint")}
         try:
             self._loaded = build(resource(SOURCE), [Variant("iterator", {}, targets, given)], header_settings).loaded
             self._iterator = syscalls.Iterator(self._loaded.functions["file_listed"])
