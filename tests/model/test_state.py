@@ -99,11 +99,11 @@ def test_what_is_recorded_is_what_kvm_wants(host: State, vendor: Vendor, listed:
 def test_intel_kernels_may_not_record_that_spec_ctrl_passes() -> None:
     """6.9 to 6.16 take it for an LBR; KVM of older ones has it, but nothing tells them apart."""
     denied = denying(SPEC_CTRL)
-    assert OLD.said(vcpu((), denied, wished=rw(SPEC_CTRL)), SPEC_CTRL, READ) == FILTER
-    assert OLD.said(vcpu((), denied, wished=()), SPEC_CTRL, READ) == UNRECORDED
-    assert OLD.said(vcpu((), wished=()), SPEC_CTRL, READ) == KVM
+    assert OLD.verdict(vcpu((), denied, wished=rw(SPEC_CTRL)), SPEC_CTRL).of(READ) == FILTER
+    assert OLD.verdict(vcpu((), denied, wished=()), SPEC_CTRL).of(READ) == UNRECORDED
+    assert OLD.verdict(vcpu((), wished=()), SPEC_CTRL).of(READ) == KVM
     amd = vcpu((), denied, vendor=SVM, wished=())
-    assert OLD_AMD.said(amd, SPEC_CTRL, READ) == BOTH
+    assert OLD_AMD.verdict(amd, SPEC_CTRL).of(READ) == BOTH
 
 
 def test_rows_of_a_host_that_records() -> None:
@@ -119,7 +119,7 @@ def test_rows_of_a_host_that_records() -> None:
 def test_directions_are_apart() -> None:
     one = vcpu({(TSC, READ)}, denying(TSC, flags=WRITE), wished={(TSC, READ)})
     assert OLD.verdict(one, TSC) == Verdict(PASSED, BOTH)
-    assert (OLD.said(one, TSC, READ), OLD.said(one, TSC, WRITE)) == (PASSED, BOTH)
+    assert (OLD.verdict(one, TSC).of(READ), OLD.verdict(one, TSC).of(WRITE)) == (PASSED, BOTH)
 
 
 @pytest.mark.parametrize("msr", [APERF, PERFCTR0, 0x6A0, PLATFORM_INFO])
@@ -176,9 +176,9 @@ def test_what_kvm_of_every_kernel_does(
         for access in accesses:
             one = vcpu(vendor=vendor)
             assert host.wish(one, *access) is wish
-            assert host.said(vcpu((), denying(access[0]), vendor=vendor), *access) == denied
-            assert host.said(one, *access) == allowed
-            assert host.said(vcpu(vendor=vendor, settled=False), *access) == unsettled
+            assert host.verdict(vcpu((), denying(access[0]), vendor=vendor), access[0]).of(access[1]) == denied
+            assert host.verdict(one, access[0]).of(access[1]) == allowed
+            assert host.verdict(vcpu(vendor=vendor, settled=False), access[0]).of(access[1]) == unsettled
 
 
 def test_a_vcpu_that_never_ran_on_6_18() -> None:
@@ -241,7 +241,8 @@ def test_verdicts_are_those_of_each_msr(one: MsrFilter, passed: set[tuple[int, i
     wanted = {*NEW.candidates} | {msr for way in (READ, WRITE) for run in NEW.passed(known, way) for msr in run}
     assert {*msrs} == wanted | {msr for way in (READ, WRITE) for run in one.denied(way) for msr in run}
     for (before, verdict), (after, other) in pairwise(found):
-        assert before.stop < after.start or verdict != other
+        allowed = [[one.allows(run.start, way) for way in (READ, WRITE)] for run in (before, after)]
+        assert before.stop < after.start or verdict != other or allowed[0] != allowed[1]
 
 
 def test_an_msr_that_is_asked_for_is_there() -> None:

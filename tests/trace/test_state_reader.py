@@ -141,9 +141,9 @@ def test_who_wants_it_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     content = record(bits=ones, vmm_filter=denying(FS_BASE), shadow_read=0b1001, shadow_write=0b1011)
     host = read(monkeypatch, content)
     [vcpu] = only(host).vcpus
-    assert (host.said(vcpu, TSC, READ), host.said(vcpu, TSC, WRITE)) == (PASSED, KVM)
-    assert host.said(vcpu, FS_BASE, READ) == FILTER
-    assert host.said(vcpu, SPEC_CTRL, READ) == KVM
+    assert (host.verdict(vcpu, TSC).of(READ), host.verdict(vcpu, TSC).of(WRITE)) == (PASSED, KVM)
+    assert host.verdict(vcpu, FS_BASE).of(READ) == FILTER
+    assert host.verdict(vcpu, SPEC_CTRL).of(READ) == KVM
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_grace_period_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     done = record(bits=bitmap(VMX, rw(FS_BASE)), gp_seq=44, gp_seq_needed=44)
     kernel, host = steadily(monkeypatch, swapped, swapped, swapped, asked, done, done)
     assert kernel.reads == 6
-    assert host.said(only(host).vcpus[0], FS_BASE, READ) == PASSED
+    assert host.verdict(only(host).vcpus[0], FS_BASE).of(READ) == PASSED
 
 
 def test_what_never_stops_to_change_is_not_settled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +296,7 @@ def test_a_vcpu_that_never_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     host = kernel.reader(monkeypatch).read(steady=True)
     [vcpu] = only(host).vcpus
     assert (kernel.reads, vcpu.settled, vcpu.ran) == (2, False, False)
-    assert host.said(vcpu, FS_BASE, READ) == PENDING_ALLOWED
+    assert host.verdict(vcpu, FS_BASE).of(READ) == PENDING_ALLOWED
 
 
 # --- what a kernel lacks ---
