@@ -148,8 +148,9 @@ def filter_lines(one: Filter) -> list[str]:
             what = "denies all of it" if len(denied[0]) > 1 else "denies it"
         else:
             what = f"denies {sum(map(len, denied))} of them"
-        name = msr.name(msr_range(row.msrs).start)
-        lines.append(f"{row.msrs}{'' if name == row.msrs else ' ' + name}, {access}: {what}")
+        first = msr_range(row.msrs).start
+        name = "" if msr.name(first) == msr.hexadecimal(first) else f" {msr.name(first)}"
+        lines.append(f"{row.msrs}{name}, {access}: {what}")
     return lines
 
 
