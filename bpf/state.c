@@ -137,7 +137,7 @@ static __always_inline void copy_filter(struct record *r, struct copies *to)
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < RANGES; i++) {
 		struct msr_range *range = &to->filter.ranges[i];
-		u32 size = (range->nmsrs + 63) / 64 * 8; /* whole words, as allocated */
+		u64 size = ((u64)range->nmsrs + 63) / 64 * 8; /* whole words, as allocated */
 
 		if (i >= to->filter.count)
 			break;

@@ -16,9 +16,9 @@ from tracer.model.svm import SVM
 from tracer.model.vendor import Vendor
 from tracer.model.vmx import VMX
 
-FS_BASE, TSC, SPEC_CTRL = 0xC0000100, 0x10, 0x48
+FS_BASE, TSC, PRED_CMD = 0xC0000100, 0x10, 0x49
 DENIES_FS_BASE = MsrFilter(ranges=(FilterRange(READ | WRITE, FS_BASE, 1, bytes(8)),))
-RECORDED = (SPEC_CTRL, TSC, FS_BASE)
+RECORDED = (PRED_CMD, TSC, FS_BASE)
 
 
 def bitmap(vendor: Vendor, *passed: tuple[int, int]) -> bytes:
@@ -48,10 +48,10 @@ def scraped(state: State, *, by_vm: bool = False) -> Mapping[str, float]:
 def a_host(vendor: Vendor = VMX) -> State:
     """Two VMs of two vCPUs: the filter of the first denies FS_BASE, which its second vCPU has not applied yet.
 
-    KVM lets both read the TSC and have FS_BASE, and wants SPEC_CTRL.
+    KVM lets both read the TSC and have FS_BASE, and intercepts PRED_CMD.
     """
     passes = ((TSC, READ), (FS_BASE, READ), (FS_BASE, WRITE))
-    shadow = (0b001, 0b011)  # reads and writes that KVM intercepts: SPEC_CTRL; also writes of the TSC
+    shadow = (0b001, 0b011)  # reads and writes that KVM intercepts: PRED_CMD; also writes of the TSC
     old = Vcpu(1, bitmap(vendor, *passes), DENIES_FS_BASE, shadow, settled=False, ran=True)
     new = Vcpu(0, bitmap(vendor, (TSC, READ)), DENIES_FS_BASE, shadow, ran=True)
     free = tuple(Vcpu(number, bitmap(vendor, *passes), shadow=shadow, ran=True) for number in (0, 1))
@@ -67,8 +67,8 @@ def test_each_access_by_who_wants_it_intercepted() -> None:
             "FS_BASE access=read,by=pending": 1,
             "FS_BASE access=write,by=filter": 1,
             "FS_BASE access=write,by=pending": 1,
-            "IA32_SPEC_CTRL access=read,by=kvm": 4,
-            "IA32_SPEC_CTRL access=write,by=kvm": 4,
+            "IA32_PRED_CMD access=read,by=kvm": 4,
+            "IA32_PRED_CMD access=write,by=kvm": 4,
             "IA32_TSC access=write,by=kvm": 4,
         }
         assert (found["msrtrace_vcpus"], found["msrtrace_unreadable_vcpus"]) == (4, 0)

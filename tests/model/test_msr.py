@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from known import kernel_of
 
-from tracer.model.msr import NAMES, generate, hexadecimal, name, table
+from tracer.model.msr import NAMES, generate, hexadecimal, name, number, table
 
 # Where MSRs are: SDM vol. 4 and AMD's APM vol. 2 (the two bitmap ranges and AMD's third),
 # Hyper-V's and KVM's synthetic ones, Transmeta's.
@@ -449,3 +449,32 @@ def test_the_table_against_the_headers_of_a_host() -> None:
     made_from = (Path(table.__file__)).read_text().partition("# Headers: Linux ")[2]
     if made_from.startswith(f"{generate.kernel_version(tree)}."):
         assert names == NAMES
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("0x48", 0x48),
+        ("0xC0000100", 0xC0000100),
+        ("72", 72),
+        ("0", 0),
+        ("0xffffffff", 0xFFFFFFFF),
+        ("IA32_SPEC_CTRL", 0x48),
+        ("MSR_IA32_SPEC_CTRL", 0x48),
+        ("spec_ctrl", 0x48),
+        ("fs_base", 0xC0000100),
+        ("0x100000000", None),
+        ("-1", None),
+        ("", None),
+        ("c0000100", None),
+        ("SPEC", None),
+        ("0x", None),
+        ("4\u0662", 42),  # what int() takes; it does no harm
+    ],
+)
+def test_an_msr_by_its_number_or_its_name(text: str, index: int | None) -> None:
+    assert number(text) == index
+
+
+def test_every_name_is_that_of_its_msr() -> None:
+    assert [index for index, known in NAMES.items() if number(known) != index] == []

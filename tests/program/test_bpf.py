@@ -18,7 +18,7 @@ from tracer.model.snapshot import DURATION_BOUNDS
 from tracer.model.vendors import VENDORS
 from tracer.program import syscalls
 from tracer.program.bpf_attr import Info
-from tracer.program.compiler import build, compiled
+from tracer.program.compiler import PROGRAMS, build, compiled
 from tracer.program.loading import load
 from tracer.program.program import Target, Variant
 from tracer.program.source import whole_text
@@ -66,7 +66,7 @@ KPROBE = {name: variant for name, variant in CONFIGURATIONS.items() if variant.b
 ELSEWHERE = {name for name, variant in CONFIGURATIONS.items() if variant.backend == "fentry" or variant.kfuncs}
 
 
-def test_two_programs_are_compiled() -> None:
+def test_it_is_compiled_twice() -> None:
     """All else that differs is put in at loading."""
     found = {variant.backend: {*variant.definitions} for variant in CONFIGURATIONS.values()}
     assert found == {"kprobe": set(), "fentry": {"FENTRY"}}
@@ -83,12 +83,15 @@ def test_the_verifier_takes_it(configuration: str) -> None:
         made.close()
 
 
-@pytest.mark.parametrize("definitions", [{}, {"FENTRY": 1}], ids=BACKENDS)
-def test_the_headers_make_no_difference(host: str, definitions: dict[str, int], headers: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "definitions"), PROGRAMS, ids=[*BACKENDS, "state"])
+def test_the_headers_make_no_difference(
+    host: str, name: str, definitions: dict[str, int], headers: None, tmp_path: Path
+) -> None:
     """So a program may be kept whatever the kernel's are."""
-    made = compiled(SOURCE, definitions)
+    source = SOURCE.with_name(name)
+    made = compiled(source, definitions)
     with headers_of(host, tmp_path):
-        assert compiled(SOURCE, definitions) == made
+        assert compiled(source, definitions) == made
 
 
 @pytest.mark.parametrize(("backend", "definitions"), [("kprobe", {}), ("fentry", {"FENTRY": 1})])
@@ -232,7 +235,7 @@ def test_what_an_update_is_for() -> None:
 
 @pytest.mark.usefixtures("headers")
 def test_members_are_all_that_there_is() -> None:
-    for one in compiled(SOURCE, {}).maps:
+    for one in (*compiled(SOURCE, {}).maps, *compiled(SOURCE.with_name("state.c"), {}).maps):
         if one.flags & MMAPABLE:
             ranges = (range(member.offset, member.offset + member.bytes) for member in one.members.values())
             assert {place for places in ranges for place in places} == {*range(one.value_size)}, one.name

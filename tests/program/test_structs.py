@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tracer.program.structs import Member, members
+from tracer.program.structs import Member, Record, members
 
 #: By BCC 0.26, of struct counter with fewer members, and of an array.
 COUNTER = """["counter", [["outcome",["outcome", [["changed","unsigned long long"], ["unknown","unsigned long long"] ],
@@ -39,3 +39,18 @@ def test_a_number_has_none() -> None:
 def test_what_is_not_foreseen_is_refused(member: str) -> None:
     with pytest.raises(ValueError, match="no plain number"):
         members(f'["s", [{member}], "struct"]')
+
+
+def test_a_record_is_read_by_the_names_of_its_members() -> None:
+    """Whatever their order; with gaps between them, and not from the start of the bytes."""
+    record = Record({"b": Member(8, 8), "a": Member(0, 4), "c": Member(18, 2, 3), "d": Member(24, 1)})
+    content = bytes.fromhex("ffff78563412 00000000 0100000000000080 0000 0100 0200 ffff 07")
+    assert record.size == 25
+    assert record.read(content, 2) == {"a": (0x12345678,), "b": (1 << 63 | 1,), "c": (1, 2, 0xFFFF), "d": (7,)}
+
+
+def test_a_record_that_is_not_whole_is_an_error() -> None:
+    record = Record({"a": Member(0, 4, 2)})
+    assert record.read(bytes(9), 1) == {"a": (0, 0)}
+    with pytest.raises(ValueError, match="buffer"):
+        record.read(bytes(8), 1)

@@ -9,6 +9,7 @@ import struct
 import pytest
 from needs import ROOT_ALONE
 
+from tracer.program import syscalls
 from tracer.program.structs import Member
 from tracer.program.syscalls import MMAPABLE, BpfMap, MappedArray, create_map
 
@@ -56,3 +57,27 @@ def test_an_array_is_read_and_written_without_the_kernel(monkeypatch: pytest.Mon
         array.close()
         other.close()
         os.close(fd)
+
+
+def test_an_iterator_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it wrote nothing for a million objects: EAGAIN, kernel/bpf/bpf_iter.c."""
+    parts: list[bytes | OSError] = [b"one", BlockingIOError(), b"other", b""]
+    closed: list[int] = []
+
+    def read(fd: int, _: int) -> bytes:
+        assert fd == 7
+        part = parts.pop(0)
+        if isinstance(part, OSError):
+            raise part
+        return part
+
+    monkeypatch.setattr(syscalls, "_bpf", lambda *_: 7)
+    iterator = syscalls.Iterator(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "read", read)
+        patch.setattr(os, "close", closed.append)
+        assert iterator.read() == b"oneother"
+        parts = [b"one", OSError(7, "Argument list too long")]
+        with pytest.raises(OSError, match="too long"):
+            iterator.read()
+    assert closed == [7, 7]

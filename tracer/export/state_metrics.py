@@ -72,11 +72,9 @@ def _parts(state: State, by_vm: bool) -> Iterable[tuple[tuple[str, ...], list[Vm
 
 def _said(state: State, vcpu: Vcpu) -> tuple[dict[_Access, str], set[_Access]]:
     """What is said of each access that KVM may let a guest have, or that this one has; and which KVM may not want."""
-    said: dict[_Access, str] = {}
-    for direction in DIRECTIONS:
-        passed = {index for run in state.passed(vcpu, direction) for index in run if index not in X2APIC}
-        for index in passed.union(state.candidates):
-            said[index, direction] = state.said(vcpu, index, direction)
+    passed = {index for direction in DIRECTIONS for run in state.passed(vcpu, direction) for index in run}
+    verdicts = {index: state.verdict(vcpu, index) for index in passed.difference(X2APIC).union(state.candidates)}
+    said = {(index, direction): one.of(direction) for index, one in verdicts.items() for direction in DIRECTIONS}
     allowed = vcpu.filter.allows if vcpu.filter else lambda *_: True
     usual = {
         access for access, what in said.items() if what in (KVM, BOTH) or (what == UNRECORDED and allowed(*access))

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 READ, WRITE = 1, 2  # KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE: as a range's flags have them
 #: Each direction of an access, and its name.
@@ -28,7 +29,7 @@ class FilterRange:
     count: int
     allowed: bytes
 
-    @property
+    @cached_property
     def msrs(self) -> range:
         """The MSRs that it decides on."""
         return range(self.base, (self.base + self.count) & _U32)
@@ -72,12 +73,12 @@ class MsrFilter:
     def denied(self, direction: int) -> list[range]:
         """What the ranges deny in a direction, sorted; what the default denies is not in it."""
         found: list[range] = []
-        for number, one in enumerate(self.ranges):
-            if one.flags & direction:
-                earlier = [other for other in self.ranges[:number] if other.flags & direction]
-                for run in one.denied():
-                    found += _without(run, [other.msrs for other in earlier])
-        return joined(part for run in found for part in _without(run, [X2APIC]))
+        decided = [X2APIC]
+        for msrs, one in ((one.msrs, one) for one in self.ranges if one.flags & direction):
+            before = [other for other in decided if other.start < msrs.stop and msrs.start < other.stop]
+            found += (part for run in one.denied() for part in _without(run, before))
+            decided.append(msrs)
+        return joined(found)
 
 
 #: Of a VM without a filter.
@@ -96,7 +97,7 @@ def runs(bits: int) -> Iterator[range]:
         bits >>= ones
 
 
-def joined(ranges: Iterator[range] | list[range]) -> list[range]:
+def joined(ranges: Iterable[range]) -> list[range]:
     """The same numbers as sorted ranges that neither overlap nor touch."""
     found: list[range] = []
     for one in sorted(ranges, key=lambda r: (r.start, r.stop)):

@@ -150,30 +150,34 @@ class State:
         """What KVM itself wants of an access."""
         if vcpu.bitmap == b"" or self.vendor.bitmap_geometry.place(msr, direction) is None:
             return Wish.INTERCEPT
-        at = self._place.get(msr)
-        if vcpu.shadow and at is not None:
-            return Wish.INTERCEPT if vcpu.shadow[direction == WRITE] >> at & 1 else Wish.PASS
+        at, passable = self._place.get(msr), self.passable.get((msr, direction))
+        if vcpu.shadow and at is not None and not vcpu.shadow[direction == WRITE] >> at & 1:
+            return Wish.PASS
         for wish in (Wish.PASS, Wish.INTERCEPT):
             if (msr, direction, wish) in vcpu.seen:
                 return wish
-        passable = self.passable.get((msr, direction))
         if passable is None or (vcpu.shadow and not passable.unlisted):
             return Wish.INTERCEPT
         return Wish.PRESUMED_PASS if passable.always else Wish.UNRECORDED
 
-    def said(self, vcpu: Vcpu, msr: int, direction: int) -> str:
-        """Who has an access intercepted: one of SAID."""
+    def verdict(self, vcpu: Vcpu, msr: int) -> Verdict:
+        """What is said of an MSR: each one of SAID."""
+        return self._reasoned(vcpu, msr)[0]
+
+    def _reasoned(self, vcpu: Vcpu, msr: int) -> tuple[Verdict, list[bool | None]]:
+        """What is said of an MSR, and whether the filter allows reading and writing it, if that is known."""
+        allowed = [vcpu.filter.allows(msr, direction) if vcpu.filter else None for direction in DIRECTIONS]
+        said_of = (self._said(vcpu, msr, *pair) for pair in zip(DIRECTIONS, allowed, strict=True))
+        return Verdict(*said_of), allowed
+
+    def _said(self, vcpu: Vcpu, msr: int, direction: int, allowed: bool | None) -> str:
         if vcpu.bitmap is None:
             return UNKNOWN
         intercepted = self.vendor.bitmap_geometry.intercepted(vcpu.bitmap, msr, direction)
-        if vcpu.filter is None:
+        if allowed is None:
             return UNKNOWN if intercepted else PASSED
-        wish, allowed = self.wish(vcpu, msr, direction), vcpu.filter.allows(msr, direction)
+        wish = self.wish(vcpu, msr, direction)
         return said(intercepted=intercepted, wish=wish, allowed=allowed, settled=vcpu.settled)
-
-    def verdict(self, vcpu: Vcpu, msr: int) -> Verdict:
-        """What is said of an MSR."""
-        return Verdict(self.said(vcpu, msr, READ), self.said(vcpu, msr, WRITE))
 
     def passed(self, vcpu: Vcpu, direction: int) -> list[range]:
         """The MSRs that the bitmap lets pass."""
@@ -183,19 +187,21 @@ class State:
     def verdicts(self, vcpu: Vcpu, also: Iterable[int] = ()) -> list[tuple[range, Verdict]]:
         """What is said of every MSR that may be passed through, is, or is denied by a range of the filter, and `also`.
 
-        MSRs that follow each other and of which the same is said are together.
+        MSRs that follow each other and of which the same is said, for the same reason, are together.
         """
         ranges = [range(msr, msr + 1) for msr in (*self.candidates, *also)]
         ranges += [run for direction in (READ, WRITE) for run in self.passed(vcpu, direction)]
         if vcpu.filter:
             ranges += [run for direction in (READ, WRITE) for run in vcpu.filter.denied(direction)]
         found: list[tuple[range, Verdict]] = []
+        before: object = None
         for msr in (msr for run in joined(ranges) for msr in run):
-            verdict = self.verdict(vcpu, msr)
-            if found and found[-1][0].stop == msr and found[-1][1] == verdict:
-                found[-1] = range(found[-1][0].start, msr + 1), verdict
+            reasoned = self._reasoned(vcpu, msr)
+            if found and found[-1][0].stop == msr and reasoned == before:
+                found[-1] = range(found[-1][0].start, msr + 1), reasoned[0]
             else:
-                found.append((range(msr, msr + 1), verdict))
+                found.append((range(msr, msr + 1), reasoned[0]))
+            before = reasoned
         return found
 
 

@@ -9,7 +9,7 @@ from datetime import datetime
 import msgspec
 
 from tracer.model import msr
-from tracer.model.msr_filter import DIRECTIONS, READ, WRITE, MsrFilter, joined
+from tracer.model.msr_filter import DIRECTIONS, READ, WRITE, MsrFilter
 from tracer.model.state import State, Vcpu, alike
 from tracer.report.making import HostInfo
 from tracer.report.report import Computer, parameters_field
@@ -77,14 +77,14 @@ def _group(state: State, vcpu: Vcpu, also: tuple[int, ...]) -> VcpuGroup:
         read, write = ([range_text(run) for run in state.passed(vcpu, direction)] for direction in DIRECTIONS)
         passed = Passed(read=read, write=write)
         denied = [run for direction in DIRECTIONS for run in (vcpu.filter.denied(direction) if vcpu.filter else ())]
-        touched = joined(denied)
+        touched = {one for run in denied for one in run}
         rows = [
             AccessRow(
                 msrs=range_text(run),
                 name=msr.name(run.start),
                 read=verdict.read,
                 write=verdict.write,
-                in_filter=any(run.start < one.stop and one.start < run.stop for one in touched),
+                in_filter=not touched.isdisjoint(run),
             )
             for run, verdict in state.verdicts(vcpu, also)
         ]

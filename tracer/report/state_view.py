@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from tracer.model import msr
 from tracer.model.state import BOTH, FILTER, KVM, PASSED, PENDING_ALLOWED, PENDING_DENIED, SAID, UNKNOWN, UNRECORDED
 from tracer.report.document import Document, Section, Table, document
@@ -23,9 +25,8 @@ WORDS = {
     UNRECORDED: "unrecorded",
     UNKNOWN: "unknown",
 }
-#: What is said of MSRs that are not shown unless they are asked for: KVM never lets a guest have most.
-_USUAL = {KVM, BOTH}
 _NAMES = 6  # of VMs in a heading
+_ROWS = 200  # of a table, unless all are asked for: a filter may deny every second MSR, and KVM intercept it anyway
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,17 @@ class Shown:
     everything: bool = False
     only: frozenset[int] = frozenset()
 
-    def __call__(self, row: AccessRow) -> bool:
-        """Whether a row is shown."""
+    def of(self, vm: VmState, group: VcpuGroup) -> list[AccessRow]:
+        """The rows that are shown of vCPUs; each of `only` has its own."""
         if self.only:
-            return any(one in self.only for one in msr_range(row.msrs))
-        return self.everything or row.in_filter or not {row.read, row.write} <= _USUAL
+            asked = [(one, row) for one in sorted(self.only) for row in group.msrs if one in msr_range(row.msrs)]
+            return [replace(row, msrs=msr.hexadecimal(one), name=msr.name(one)) for one, row in asked]
+        if self.everything:
+            return group.msrs
+        # Most MSRs no guest ever has; unrecorded is an allowed access of a bitmap that is about to be computed anew.
+        usual = {KVM, BOTH, UNRECORDED} if vm.filter and vm.filter.default == "allow" else {KVM, BOTH}
+        rows = [row for row in group.msrs if row.in_filter or not {row.read, row.write} <= usual]
+        return rows if len(rows) <= _ROWS else [row for row in rows if not {row.read, row.write} <= usual][:_ROWS]
 
 
 def state_document(state: StateFile, shown: Shown) -> Document:
@@ -51,13 +58,11 @@ def state_document(state: StateFile, shown: Shown) -> Document:
     sections, used = [], set[str]()
     for members in _alike(state):
         vm, group = members[0]
-        rows = [row for row in group.msrs if shown(row)]
+        rows = shown.of(vm, group)
         used |= {said for row in rows for said in (row.read, row.write)}
         lines = [*_filter_lines(vm), *_group_lines(vm, group)]
         if (hidden := len(group.msrs) - len(rows)) and not shown.only:
-            lines.append(
-                f"not shown: {_count(hidden, 'range')} of MSRs that KVM intercepts whatever the filter says (--all)"
-            )
+            lines.append(f"not shown: {_count(hidden, 'range')} of other MSRs (--all)")
         sections.append(Section(_heading(members), tuple(lines), _table(rows)))
     legend = [f"{WORDS[said]}: {meaning}" for said, meaning in SAID.items() if said in used]
     sections += [Section("Words", tuple(legend)), Section("Notes", tuple(state.notes))]
@@ -143,8 +148,9 @@ def filter_lines(one: Filter) -> list[str]:
             what = "denies all of it" if len(denied[0]) > 1 else "denies it"
         else:
             what = f"denies {sum(map(len, denied))} of them"
-        name = msr.name(msr_range(row.msrs).start)
-        lines.append(f"{row.msrs}{'' if name == row.msrs else ' ' + name}, {access}: {what}")
+        first = msr_range(row.msrs).start
+        name = "" if msr.name(first) == msr.hexadecimal(first) else f" {msr.name(first)}"
+        lines.append(f"{row.msrs}{name}, {access}: {what}")
     return lines
 
 

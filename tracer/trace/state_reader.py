@@ -76,6 +76,7 @@ class StateReader:
         self.notes: list[str] = []
         try:
             kernel = Btf.of_kernel()
+            iterator = Target("iterator", kernel.function_id(_ITERATOR))
         except BtfError as error:
             raise MsrtraceError(f"{_FAILED}: {error}") from None
         release = symbols.objects.get(VCPU_RELEASE)
@@ -83,10 +84,7 @@ class StateReader:
             needs = "root or CAP_SYSLOG, and kernel.kptr_restrict below 2, show addresses"
             raise MsrtraceError(f"{_FAILED}: /proc/kallsyms has no address of {VCPU_RELEASE}; {needs}")
         given = self._given = self._values(kernel, symbols) | {"vcpu_release": release.start}
-        targets = {
-            "file_listed": Target("iterator", kernel.function_id(_ITERATOR)),
-            "copy_memory": Target("raw_tracepoint"),
-        }
+        targets = {"file_listed": iterator, "copy_memory": Target("raw_tracepoint")}
         try:
             self._loaded = build(resource(SOURCE), [Variant("iterator", {}, targets, given)], header_settings).loaded
             self._iterator = syscalls.Iterator(self._loaded.functions["file_listed"])

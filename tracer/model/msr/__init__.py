@@ -33,6 +33,6 @@ def number(text: str) -> int | None:
         found = int(text, 0)
     except ValueError:
         wanted = text.upper().removeprefix("MSR_")
-        names = {name: index for index, name in NAMES.items()}
+        names = {name.upper(): index for index, name in NAMES.items()}
         return next((names[one] for one in (wanted, f"IA32_{wanted}") if one in names), None)
     return found if 0 <= found < 1 << 32 else None
