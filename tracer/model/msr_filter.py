@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 READ, WRITE = 1, 2  # KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE: as a range's flags have them
 #: Each direction of an access, and its name.
@@ -71,6 +72,19 @@ class MsrFilter:
 
     def denied(self, direction: int) -> list[range]:
         """What the ranges deny in a direction, sorted; what the default denies is not in it."""
+        return self._denied[direction]
+
+    @cached_property
+    def decided(self) -> list[range]:
+        """Ranges of MSRs in each of which the filter says the same of all, as long as they do not overlap others."""
+        found = [one.msrs for one in self.ranges]
+        return found + [run for one in self.ranges for run in one.denied()]
+
+    @cached_property
+    def _denied(self) -> dict[int, list[range]]:
+        return {direction: self._find_denied(direction) for direction in DIRECTIONS}
+
+    def _find_denied(self, direction: int) -> list[range]:
         found: list[range] = []
         for number, one in enumerate(self.ranges):
             if one.flags & direction:

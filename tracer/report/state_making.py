@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from datetime import datetime
 
@@ -84,7 +85,7 @@ def _group(state: State, vcpu: Vcpu, also: tuple[int, ...]) -> VcpuGroup:
                 name=msr.name(run.start),
                 read=verdict.read,
                 write=verdict.write,
-                in_filter=any(run.start < one.stop and one.start < run.stop for one in touched),
+                in_filter=_overlaps(run, touched),
             )
             for run, verdict in state.verdicts(vcpu, also)
         ]
@@ -92,6 +93,12 @@ def _group(state: State, vcpu: Vcpu, also: tuple[int, ...]) -> VcpuGroup:
 
 
 _ACCESS: dict[int, Access] = {0: "none", READ: "read", WRITE: "write", READ | WRITE: "read_write"}
+
+
+def _overlaps(run: range, ranges: list[range]) -> bool:
+    """Whether a range overlaps one of sorted ranges that do not overlap."""
+    at = bisect_right(ranges, run.start, key=lambda one: one.stop)
+    return at < len(ranges) and ranges[at].start < run.stop
 
 
 def _filter(one: MsrFilter) -> Filter:
