@@ -49,6 +49,8 @@ FIXTURES = {
     "both": PATCHABLE,
     "other": [host for host in LAYOUTS if host not in PATCHABLE],
     "observed": [host for host, layout in LAYOUTS.items() if layout != "filter-only"],  # calls can be
+    "with_bitmaps": [host for host in LAYOUTS if not host.startswith("filter-only")],  # that kernels describe
+    "without_bitmaps": [host for host in LAYOUTS if host.startswith("filter-only")],
     "timed": [host for host in PER_UPDATE if host not in RECALCULATING],
     "toggled": ["bookworm"],
     "superseded": ["sid"],
@@ -290,6 +292,8 @@ whole = pytest.fixture(_collected)
 both = pytest.fixture(_collected)
 other = pytest.fixture(_collected)
 observed = pytest.fixture(_collected)
+with_bitmaps = pytest.fixture(_collected)
+without_bitmaps = pytest.fixture(_collected)
 timed = pytest.fixture(_collected)
 toggled = pytest.fixture(_collected)
 stressed = pytest.fixture(_collected)
