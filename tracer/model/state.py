@@ -152,13 +152,12 @@ class State:
         """What KVM itself wants of an access."""
         if vcpu.bitmap == b"" or self.vendor.bitmap_geometry.place(msr, direction) is None:
             return Wish.INTERCEPT
-        at = self._place.get(msr)
-        if vcpu.shadow and at is not None:
-            return Wish.INTERCEPT if vcpu.shadow[direction == WRITE] >> at & 1 else Wish.PASS
+        at, passable = self._place.get(msr), self.passable.get((msr, direction))
+        if vcpu.shadow and at is not None and not vcpu.shadow[direction == WRITE] >> at & 1:
+            return Wish.PASS
         for wish in (Wish.PASS, Wish.INTERCEPT):
             if (msr, direction, wish) in vcpu.seen:
                 return wish
-        passable = self.passable.get((msr, direction))
         if passable is None or (vcpu.shadow and not passable.unlisted):
             return Wish.INTERCEPT
         return Wish.PRESUMED_PASS if passable.always else Wish.UNRECORDED

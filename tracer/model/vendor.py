@@ -64,7 +64,7 @@ class Passable:
     """MSRs that KVM may let a guest access itself, in the directions `flags` (READ, WRITE of msr_filter.py).
 
     `always`: for every guest, on kernels that do not record it (6.17+), unless the filter denies it.
-    `unlisted`: kernels that record what KVM wants do so of other MSRs, and let guests access these, too.
+    `unlisted`: kernels that record what KVM wants may pass these through without a record of it.
     """
 
     msrs: range

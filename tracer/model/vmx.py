@@ -48,7 +48,9 @@ _PASSABLE = (
     Passable(range(0x10, 0x11), READ, always=True),  # TSC
     Passable(range(0x174, 0x177), READ | WRITE, always=True),  # SYSENTER_CS, _ESP, _EIP
     Passable(range(0xC0000100, 0xC0000103), READ | WRITE, always=True),  # FS_BASE, GS_BASE, KERNEL_GS_BASE
-    Passable(range(0x48, 0x49), READ | WRITE),  # SPEC_CTRL
+    # SPEC_CTRL: vmx_get_passthrough_msr_slot() of 6.9 to 6.16 takes it for an LBR (MSR_LBR_CORE_FROM + 8), so it is
+    # recorded as intercepted for ever. Where it is recorded as passed through, it is.
+    Passable(range(0x48, 0x49), READ | WRITE, unlisted=True),
     Passable(range(0x49, 0x4A), WRITE),  # PRED_CMD
     Passable(range(0x10B, 0x10C), WRITE),  # FLUSH_CMD
     Passable(range(0xE7, 0xE9), READ),  # MPERF, APERF
@@ -66,8 +68,8 @@ _PASSABLE = (
     Passable(range(0x680, 0x6A0), READ | WRITE, unlisted=True),
     Passable(range(0x6C0, 0x6E0), READ | WRITE, unlisted=True),
     Passable(range(0xDC0, 0xDE0), READ | WRITE, unlisted=True),
-    Passable(range(0x40, 0x49), READ | WRITE, unlisted=True),
-    Passable(range(0x60, 0x69), READ | WRITE, unlisted=True),
+    Passable(range(0x40, 0x48), READ | WRITE, unlisted=True),
+    Passable(range(0x60, 0x68), READ | WRITE, unlisted=True),
     Passable(range(0x6A0, 0x6A1), READ | WRITE),  # CET: U_CET, S_CET, PL0_SSP to PL3_SSP
     Passable(range(0x6A2, 0x6A3), READ | WRITE),
     Passable(range(0x6A4, 0x6A8), READ | WRITE),
