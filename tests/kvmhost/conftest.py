@@ -43,6 +43,7 @@ PATCHABLE = ["bookworm", "trixie"]
 FIXTURES = {
     "several_cpus": ON_SEVERAL_CPUS,
     "stressed": [host for host in LAYOUTS if host not in AMD],
+    "swapping_on": [host for host in ON_SEVERAL_CPUS if not host.startswith("filter-only")],
     "with_ibpb": AMD,  # those of several CPUs
     "of_amd": AMD,
     "whole": WHOLE,
@@ -264,7 +265,7 @@ def _looks_at(item: pytest.Item) -> list[Boot]:
 
 
 def _boot_of(fixture: str, host: str) -> Boot:
-    return Boot(host, CPUS if fixture in ("several_cpus", "with_ibpb") else 1)
+    return Boot(host, CPUS if fixture in ("several_cpus", "swapping_on", "with_ibpb") else 1)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -297,6 +298,7 @@ without_bitmaps = pytest.fixture(_collected)
 timed = pytest.fixture(_collected)
 toggled = pytest.fixture(_collected)
 stressed = pytest.fixture(_collected)
+swapping_on = pytest.fixture(_collected)
 with_ibpb = pytest.fixture(_collected)
 of_amd = pytest.fixture(_collected)
 superseded = pytest.fixture(_collected)
