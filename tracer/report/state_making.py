@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from datetime import datetime
 
 import msgspec
 
 from tracer.model import msr
-from tracer.model.msr_filter import DIRECTIONS, READ, WRITE, MsrFilter
+from tracer.model.msr_filter import DIRECTIONS, READ, WRITE, MsrFilter, joined
 from tracer.model.state import State, Vcpu, alike
 from tracer.report.making import HostInfo
 from tracer.report.report import Computer, parameters_field
@@ -77,14 +78,14 @@ def _group(state: State, vcpu: Vcpu, also: tuple[int, ...]) -> VcpuGroup:
         read, write = ([range_text(run) for run in state.passed(vcpu, direction)] for direction in DIRECTIONS)
         passed = Passed(read=read, write=write)
         denied = [run for direction in DIRECTIONS for run in (vcpu.filter.denied(direction) if vcpu.filter else ())]
-        touched = {one for run in denied for one in run}
+        touched = joined(denied)
         rows = [
             AccessRow(
                 msrs=range_text(run),
                 name=msr.name(run.start),
                 read=verdict.read,
                 write=verdict.write,
-                in_filter=not touched.isdisjoint(run),
+                in_filter=_overlaps(run, touched),
             )
             for run, verdict in state.verdicts(vcpu, also)
         ]
@@ -92,6 +93,12 @@ def _group(state: State, vcpu: Vcpu, also: tuple[int, ...]) -> VcpuGroup:
 
 
 _ACCESS: dict[int, Access] = {0: "none", READ: "read", WRITE: "write", READ | WRITE: "read_write"}
+
+
+def _overlaps(run: range, ranges: list[range]) -> bool:
+    """Whether a range overlaps one of sorted ranges that do not overlap."""
+    at = bisect_right(ranges, run.start, key=lambda one: one.stop)
+    return at < len(ranges) and ranges[at].start < run.stop
 
 
 def _filter(one: MsrFilter) -> Filter:

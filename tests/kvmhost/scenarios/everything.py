@@ -40,6 +40,7 @@ from guest import (
 )
 from kerneltracer import KernelTracer
 from reporting import make_reports, report_command
+from states import closing, states
 from stress import stressed
 
 import tracer
@@ -52,7 +53,7 @@ ARGUMENTS.add_argument("variants", nargs="+")
 ARGS = ARGUMENTS.parse_args()
 VARIANTS: list[str] = ARGS.variants
 STOCK = VARIANTS[0]
-HUNDRED = 100
+HUNDRED, FEW = 100, 3
 
 
 @contextmanager
@@ -183,6 +184,12 @@ def reports() -> Any:
     return make_reports(VARIANTS)
 
 
+def state() -> Any:
+    """What `msrtrace state` says of VMs under all kinds of filters (see there)."""
+    load(STOCK)
+    return states(FEW if ARGS.vendor else HUNDRED)
+
+
 def unknown_redundancy() -> Any:
     """A module without BTF: calls are counted; what they changed is known only where they name the bitmap."""
     load("nobtf")
@@ -304,9 +311,9 @@ def not_root() -> Any:
 
 def main() -> None:
     """Run every scenario; what they return goes to /out/NAME.json. Ends with a status that pytest looks for."""
-    scenarios: list[Callable[[], Any]] = [host, counts, fentry, stress, reports, unknown_redundancy, killed]
+    scenarios: list[Callable[[], Any]] = [host, counts, fentry, stress, reports, state, unknown_redundancy, killed]
     if not ARGS.vendor:
-        scenarios.append(attaching)
+        scenarios += [attaching, closing]
     if not (ARGS.vendor or ARGS.kernel):
         scenarios += [by_vm, one_pid, waits, not_root, report_command, compiles]
     only = os.environ.get("ONLY", "").split()

@@ -26,6 +26,10 @@ KEPT = "args"
 SAVED = ("bx", "bp", "r12", "r13", "r14", "r15")
 NAMED = "map"  # follows the register
 FILTER_SET = "kvm_vm_ioctl_set_msr_filter"
+#: Ends every ioctl on a vCPU's descriptor, and its creation (vcpu_put(), virt/kvm/kvm_main.c).
+PUT = "kvm_arch_vcpu_put"
+#: Bytes of a bitmap in an event, and in an array of it, of which 64 elements are the most (MAX_ARRAY_LEN).
+PART, ARRAY = 2048, 512
 #: How far a structure that is not described is searched for a bitmap, and how many words an event has room for.
 SEARCHED_BYTES, WORDS_A_SEARCH = 0x3000, 96
 
@@ -60,6 +64,12 @@ class Vendor:
                 read = bit + self.stride * (msr - first)
                 return read, read + self.write
         return None
+
+    @property
+    def bitmap_bytes(self) -> int:
+        """How long the bitmap is: the last range's read bits, or write bits."""
+        _, last = self.ranges[-1]
+        return (last + self.stride * 0x2000 + (self.write if self.stride == 1 else 0)) // 8
 
     @property
     def words(self) -> list[int]:
@@ -229,6 +239,12 @@ class KernelTracer:
         functions = {line.split()[2] for line in self.symbols}
         [vendor] = [one for one in VENDORS if any(line.endswith(f"[{one.module}]") for line in self.symbols)]
         (TRACING / "buffer_size_kb").write_text(BUFFER_KB)
+        self._define(vendor, functions)
+        (TRACING / "trace").write_text("")
+        (TRACING / f"events/{GROUP}/enable").write_text("1")
+        return self
+
+    def _define(self, vendor: Vendor, functions: set[str]) -> None:
         define(other_events(vendor, functions))
         for function in vendor.calls:
             if function in functions and self.offset is not None:
@@ -237,9 +253,6 @@ class KernelTracer:
                     define(new)
                 except OSError:
                     define(old)
-        (TRACING / "trace").write_text("")
-        (TRACING / f"events/{GROUP}/enable").write_text("1")
-        return self
 
     def __exit__(self, *_: object) -> None:
         (TRACING / f"events/{GROUP}/enable").write_text("0")
@@ -255,3 +268,27 @@ class KernelTracer:
         (TRACING / "trace").write_text("")
         (TRACING / "kprobe_events").write_text("")
         (TRACING / "buffer_size_kb").write_text("1024")
+
+
+class BitmapTracer(KernelTracer):
+    """Records, whenever KVM has done what it was asked to with a vCPU, the vCPU's whole bitmap.
+
+    An event has less room than a page: there is one for each part of PART bytes.
+
+    :param id_offset: where a vCPU has its id
+    """
+
+    def __init__(self, offset: int | None, id_offset: int, out: Path) -> None:
+        super().__init__(offset, out)
+        self._id_offset = id_offset
+
+    def _define(self, vendor: Vendor, functions: set[str]) -> None:
+        assert PUT in functions
+        start = f"vcpu=%di:x64 id=+{self._id_offset}(%di):s32"
+        if self.offset is None:
+            define([f"p:{GROUP}/part_0 {PUT} {start}"])
+            return
+        for part in range(0, vendor.bitmap_bytes, PART):
+            arrays = range(part, part + PART, ARRAY)
+            words = [f"at{at}=+{at}(+{self.offset}(%di)):x64[{ARRAY // 8}]" for at in arrays]
+            define([f"p:{GROUP}/part_{part} {PUT} {start} {' '.join(words)}"])
