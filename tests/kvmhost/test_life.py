@@ -197,7 +197,7 @@ def test_all_of_it_runs_with_bccs_library_alone(collected: Collected) -> None:
     checks = {check["name"]: check for check in json.loads(host["doctor"]["stdout"])["checks"]}
     for name in ("headers", "bcc"):
         assert (checks[name]["state"], checks[name]["fix"]) == ("ok", None)
-        assert checks[name]["detail"] == "not needed: the BPF program is already compiled"
+        assert checks[name]["detail"] == "not needed: the BPF program is already compiled, for fentry and kprobe"
     assert checks["library"]["detail"] == "libbcc_bpf.so.0"
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 from tracer.doctor.check import Found, State
-from tracer.doctor.packages import distribution
+from tracer.doctor.kernels import restricts_perf_events
 from tracer.kernel.machine import SYS_ADMIN, Machine, search
 
 LOCKDOWN = "/sys/kernel/security/lockdown"
@@ -66,13 +66,23 @@ def check_capabilities(machine: Machine) -> Found:
 
 
 def check_perf_event_paranoid(machine: Machine) -> Found:
-    """Upstream requires only CAP_PERFMON; Debian and Ubuntu patch kernel/events/core.c (perf_paranoid_any)."""
+    """Upstream requires only CAP_PERFMON; Debian and others patch kernel/events/core.c (perf_paranoid_any).
+
+    That is of kprobes: programs at fentry are attached without perf events.
+    """
     level = int(machine.text("/proc/sys/kernel/perf_event_paranoid"))
     if level <= 2 or machine.missing or machine.capable(SYS_ADMIN):
         return State.OK, f"{level}, which does not affect root", None
-    state = State.FAILED if distribution(machine) == "debian" else State.WARNING
-    detail = f"perf_event_paranoid is {level}: above 2, Debian's and Ubuntu's kernels require CAP_SYS_ADMIN, too"
-    return state, detail, "sudo sysctl -w kernel.perf_event_paranoid=2"
+    restricts = restricts_perf_events(machine.release)
+    if restricts is False:
+        return State.OK, f"{level}, which is as 2 for kernel {machine.release}", None
+    if machine.backends[:1] == ("fentry",):
+        return State.OK, f"{level}, which does not affect the backend fentry", None
+    detail = f"perf_event_paranoid is {level}: above 2, "
+    detail += "Debian's kernels require" if restricts else f"kernel {machine.release} may require"
+    detail += " CAP_SYS_ADMIN for kprobes, too"
+    fix = "sudo sysctl -w kernel.perf_event_paranoid=2, or try --backend fentry, which needs no kprobes"
+    return State.FAILED if restricts and machine.backends else State.WARNING, detail, fix
 
 
 def check_bpf(machine: Machine) -> Found:
