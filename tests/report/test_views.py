@@ -278,7 +278,7 @@ def test_a_comparison_says_where_and_when_each_side_was_made_in_every_format() -
 def test_the_hosts_of_a_large_side_are_not_all_named() -> None:
     many = [replaced(patched(), name=f"host{n}") for n in range(9)]
     assert compare(many, many).base.origin == (
-        "host0, host1, host2, host3, host4 and 4 more, Linux 6.1.0-53-amd64, 2026-11-22"
+        "host0, host1, host2, host3, host4 and 4 more (all: --format json), Linux 6.1.0-53-amd64, 2026-11-22"
     )
 
 

@@ -98,11 +98,25 @@ class Machine:
 
     @cached_property
     def backends(self) -> tuple[str, ...]:
-        """The backends that a trace would try, in this order; () where that cannot be known yet."""
+        """The backends that a trace would try, in this order; () where that cannot be known yet.
+
+        Without CAP_SYS_ADMIN, fentry is none of them where it takes that, unless it was chosen.
+        """
         try:
-            return self.expected(self)
+            found = self.expected(self)
+            if "fentry" in found and self.fentry_takes_sys_admin and not self.capable(SYS_ADMIN):
+                return tuple(backend for backend in found if backend != "fentry") or found
         except (MsrtraceError, OSError, ValueError):
             return ()
+        return found
+
+    @property
+    def fentry_takes_sys_admin(self) -> bool:
+        """Whether the functions are a module's: its BTF, which fentry needs, is given only to those with CAP_SYS_ADMIN.
+
+        bpf_btf_get_fd_by_id() in kernel/bpf/syscall.c; what is built in needs no descriptor. Raises MsrtraceError.
+        """
+        return bool(self.symbols.module)
 
     def capable(self, capability: int) -> bool:
         """Whether this process has the capability of that number (CapEff in proc(5)). Raises OSError."""
