@@ -80,7 +80,9 @@ UUID = "6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f0001"
         (["containerd-shim-kata-v2", "-namespace", "k8s.io", "-address", "/run/c.sock", "-id", "6fa1"], "6fa1"),
         (["/opt/kata/bin/containerd-shim-kata-v2", "-id=6fa1", "-debug"], "6fa1"),
         (["containerd-shim-kata-v2", "-namespace", "k8s.io"], None),
+        (["/usr/local/bin/containerd-shim-rund-v2", "-id", "6fa1"], "6fa1"),
         # gVisor
+        (["/proc/self/exe", "--platform=kvm", "boot", "--apply-caps=true", "--bundle=/run/b", "--", "6fa1"], "6fa1"),
         (["runsc-sandbox", "--root=/run/r", "--platform=kvm", "boot", "--bundle=/run/b", "6fa1"], "6fa1"),
         (["runsc-sandbox", "boot", "--bundle", "/run/b", "--start-sync-fd=3", "6fa1"], "6fa1"),
         (["runsc-sandbox", "boot", "--bundle", "/run/b"], None),
@@ -101,6 +103,22 @@ UUID = "6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f0001"
         (["crosvm", "run", "--socket=/home/ada/cuttlefish/instances/cvd-1/internal/crosvm_control.sock"], "cvd-1"),
         (["crosvm", "run", "-s", "/run/crosvm.sock"], None),
         (["qemu-system-x86_64", "-s", "-S"], None),
+        (["crosvm", "run", "--name", "web", "--socket", "/run/x.sock"], "web"),
+        # podman machine, krunvm, Firecracker without an API
+        (["qemu-system-x86_64", "-qmp", "unix:/run/user/1000/podman/qmp_web.sock,server=on,wait=off"], "web"),
+        (["krunvm", "start", "web", "/bin/sh"], "web"),
+        (["krunvm", "list"], None),
+        (["krunvm", "start"], None),
+        (["firecracker", "--no-api", "--config-file", "/srv/vms/web.json"], "web"),
+        (["firecracker", "--no-api", "--config-file=/srv/web/vm_config.json"], "web"),
+        (["firecracker", "--no-api", "--config-file", "vm_config.json"], None),
+        # others who start QEMU
+        (["/usr/bin/kvm", "-id", "100", "-name", "web,debug-threads=on", "-no-shutdown"], "web"),
+        (
+            ["/usr/bin/qemu-system-x86_64", "-drive", "file=/home/ada/.lima/web/diffdisk", "-name", "lima-web"],
+            "lima-web",
+        ),
+        (["microvm@web", "-name", "web", "-M", "microvm"], "web"),
         # VirtualBox on KVM
         (["/usr/lib/virtualbox/VBoxHeadless", "--comment", "web", "--startvm", UUID], "web"),
     ],

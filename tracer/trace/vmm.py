@@ -19,6 +19,7 @@ _VMMS = {
     "gvisor": re.compile(r"runsc"),
     "kata": re.compile(r"containerd-shim-kata"),  # Dragonball, inside Kata's shim
     "kvmtool": re.compile(r"lkvm|kvmtool"),
+    "krunvm": re.compile(r"krunvm"),
     "stratovirt": re.compile(r"stratovirt"),
     "virtualbox": re.compile(r"VBoxHeadless|VirtualBoxVM"),
 }
@@ -29,12 +30,13 @@ _COMMON = {"", "api", "ch", "ch-api", "clh", "clh-api", "cloud-hypervisor", "fir
 # crosvm's are /run/vm/<vm>/crosvm.sock (ChromeOS) and instances/<vm>/internal/crosvm_control.sock (Cuttlefish).
 _COMMON |= {"crosvm", "crosvm_control", "control", "internal", "instances", "fc", "sock", "socket"}
 _COMMON |= {"vm", "vms", "vmm", "root", "run", "tmp", "var", "dev", "shm", "lib", "opt", "srv", "mnt", "lock", "home"}
+_COMMON |= {"config", "fc_config", "firecracker-config", "vm-config", "vm_config", "vmconfig"}
 _COMMON |= {"usr", "etc", "local", "share", "state", "cache", "data", ".local", ".cache", ".config"}
 #: A user's own directory, whose name says nothing about the VM.
 _OF_USER = re.compile(r"(/var)?/run/user/[^/]*|/home/[^/]*")
-#: Of a VM's disks and images, with Multipass.
-_MULTIPASS = re.compile(r"/vault/instances/([^/,]+)/")
-_SOCKET_SUFFIX = re.compile(r"(\.sock(et)?|-socket|-event-monitor-fifo)$")
+#: Of a VM's disks and images, with Multipass; of its monitor's socket, with `podman machine`.
+_IN_PATHS = re.compile(r"/vault/instances/([^/,]+)/|/podman/qmp_([^/,]+)\.sock")
+_SUFFIX = re.compile(r"(\.sock(et)?|-socket|-event-monitor-fifo|\.json)$")
 
 #: As QEMU takes it, and the other forms that Rust's Uuid::parse_str() does (Cloud Hypervisor, crosvm).
 _UUID = re.compile(
@@ -65,9 +67,10 @@ def given_name(command_line: Sequence[str]) -> Iterator[str]:
       extension, or the directory's if the file has the same name for every VM;
     - what a program that is known by its name was given: ``-id web`` (Kata's containerd-shim, which is the VMM itself
       with Dragonball), ``-s .../web.sock`` or ``--socket`` (crosvm), ``-avd web`` or ``@web`` (Android's emulator),
-      ``--comment web`` (VirtualBox);
+      ``--comment web`` (VirtualBox), ``start web`` (krunvm), ``--config-file .../web.json`` (Firecracker);
     - the last argument of ``boot --bundle=... web`` (gVisor's sandbox);
-    - the directory of its disks, ``.../vault/instances/web/`` (Multipass).
+    - the directory of its disks, ``.../vault/instances/web/`` (Multipass), or the file name of its monitor,
+      ``.../podman/qmp_web.sock`` (podman machine).
     """
     program, *arguments = command_line
     found = [
@@ -77,7 +80,7 @@ def given_name(command_line: Sequence[str]) -> Iterator[str]:
         *(_file_name(value) for value in _values(arguments, "--event-monitor")),
         *_name_of_program(program, arguments),
         _gvisor_sandbox(arguments),
-        *(match[1] for match in map(_MULTIPASS.search, arguments) if match),
+        *(match[1] or match[2] for match in map(_IN_PATHS.search, arguments) if match),
     ]
     return (name for name in found if name)
 
@@ -119,6 +122,10 @@ def _name_of_program(program: str, arguments: list[str]) -> Iterator[str | None]
         yield from (argument[1:] for argument in arguments if argument.startswith("@"))
     elif vmm == "virtualbox":
         yield from _values(arguments, "--comment", "-comment")
+    elif vmm == "firecracker":
+        yield from (_file_name(value) for value in _values(arguments, "--config-file"))
+    elif vmm == "krunvm" and "start" in arguments:
+        yield next((a for a in arguments[arguments.index("start") + 1 :] if not a.startswith("-")), None)
 
 
 def _gvisor_sandbox(arguments: Sequence[str]) -> str | None:
@@ -188,7 +195,7 @@ def _file_name(value: str) -> str | None:
         return None
     path = _OF_USER.sub("", value.removeprefix("path=").partition(",")[0], count=1)
     for part in reversed(path.split("/")):
-        name = _SOCKET_SUFFIX.sub("", part)
+        name = _SUFFIX.sub("", part)
         if name not in _COMMON:
             return name
     return None
