@@ -92,6 +92,7 @@ def test_wrong_usage_is_explained(main: Main, arguments: list[str], message: str
     ("arguments", "instead"),
     [
         (["u.json"], "msrtrace show u.json"),
+        (["u.json", "p.json"], "msrtrace compare u.json p.json"),
         (["--label", "x", "--", "./p.json", "--format", "html"], "msrtrace show ./p.json --format html"),
     ],
 )
