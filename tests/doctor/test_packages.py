@@ -102,6 +102,11 @@ NAMED = [
         "sudo dnf install kernel-devel-6.1.112-122.189.amzn2023.x86_64",
     ),
     (
+        'ID="amzn" ID_LIKE="centos rhel fedora" VERSION_ID=2',
+        "5.10.227-219.884.amzn2.x86_64",
+        "sudo yum install kernel-devel-5.10.227-219.884.amzn2.x86_64",
+    ),
+    (
         f"{SILVERBLUE} VERSION_ID=41",
         "6.11.4-301.fc41.x86_64",
         "sudo rpm-ostree install kernel-devel-6.11.4-301.fc41.x86_64, and reboot",
@@ -163,6 +168,17 @@ UNNAMED = [
     (f"{ROCKY} VERSION_ID=9.4", "5.15.0-206.153.7.el9uek.x86_64"),
     (f"{ROCKY} VERSION_ID=9.5", "6.6.60-1.el9.elrepo.x86_64"),
     ('ID="amzn" ID_LIKE="fedora" VERSION_ID=2023', "6.12.40-63.114.amzn2023.x86_64"),
+    ('ID="amzn" ID_LIKE="fedora" VERSION_ID=2023', "5.10.227-219.884.amzn2.x86_64"),
+    (f"{DEBIAN} VERSION_ID=12", "5.10.227-219.884.amzn2.x86_64"),
+    (f"{DEBIAN} VERSION_ID=12", "6.12.8-1-liquorix-amd64"),
+    (f"{DEBIAN} VERSION_ID=13", "6.14.8-2-bpo12-pve"),
+    (f"{UBUNTU} VERSION_ID=24.04", "6.13.0-061300rc3-generic"),
+    ("ID=endless ID_LIKE=debian VERSION_ID=6", "6.5.0-10-generic"),
+    ('ID="almalinux" ID_LIKE="rhel centos fedora" VERSION_ID=10.0', "6.12.0-55.9.1.el10_0.x86_64_v2"),
+    ('ID=nobara ID_LIKE="rhel centos fedora" VERSION_ID=41', "6.12.9-204.nobara.fc41.x86_64"),
+    ("ID=arch", "6.6.52.arch1-rt43-1-rt"),
+    ("ID=artix ID_LIKE=arch", "6.11.5-artix1-1"),
+    ("ID=cos", "6.6.97+"),
     (RHCOS, "6.11.4-301.fc41.x86_64"),
     ("ID=arch", "6.18.40-1-cachyos-lts"),
     ("ID=arch", "6.12.4-1-MANJARO"),
@@ -294,6 +310,7 @@ def test_os_release_may_be_in_usr_lib_alone(host: Host) -> None:
             "sudo transactional-update pkg install libbcc0, and reboot",
         ),
         ("ID=nixos", "", ""),
+        ("ID=steamos ID_LIKE=arch", "", ""),
     ],
 )
 def test_packages_of_bcc(host: Host, os_release: str, bcc: str, library: str) -> None:

@@ -56,6 +56,10 @@ def _same_major(kernel: re.Match[str], version_id: str) -> bool:
     return not re.match(r"\d\d|[789]\.", version_id) or kernel["of"] == version_id.partition(".")[0]
 
 
+def _of_amazon_2(kernel: re.Match[str], version_id: str) -> bool:
+    return version_id == "2"
+
+
 def _of_debian(kernel: re.Match[str], version_id: str) -> bool:
     """Debian 12 and older name no release in their kernels, but each has one series (`6.1.0-N`); sid has no VERSION_ID.
 
@@ -163,7 +167,10 @@ _ELREPO = (
     Kernels(rf"(?P<series>6\.(?:6|12|18))\.\d{_OF_ELREPO}", "kernel-ml-devel-{release}" + _ELREPO_OPTION, _same_major),
 )
 #: Of Amazon Linux 2023, kernels newer than 6.1 have packages of other names.
-_AMAZON = Kernels(rf"(?P<series>6\.1)\.\d+-{_NUMBER}\.amzn(?P<of>2023)\.x86_64", "kernel-devel-{release}", _same_major)
+_AMAZON = (
+    Kernels(rf"(?P<series>6\.1)\.\d+-{_NUMBER}\.amzn(?P<of>2023)\.x86_64", "kernel-devel-{release}", _same_major),
+    Kernels(rf"(?P<series>5\.1[05])\.\d+-{_NUMBER}\.amzn(?P<of>2)\.x86_64", "kernel-devel-{release}", _of_amazon_2),
+)
 
 _PACKAGE_RELEASE = r"\d+(?:\.\d+)?"
 _ARCH = (
@@ -205,7 +212,7 @@ KERNELS: dict[str, Sequence[Kernels]] = {
     "rhel": (_RHEL, _RHEL_RT, *_ELREPO),
     "ol": (_RHEL, _UEK, *_ELREPO),
     "rhcos": (Kernels(_RHEL.pattern, _RHEL.package),),
-    "amzn": (_AMAZON,),
+    "amzn": _AMAZON,
     "arch": _ARCH,
     "cachyos": (_CACHYOS, *_ARCH),
     "manjaro": _MANJARO,
