@@ -101,6 +101,7 @@ def _titled(info: str) -> str:
 
 
 BUILD = metric("build_info")
+VMS = metric("vm_info")
 TITLED = _titled(BUILD)
 UPDATES = rate("filter_updates_total")
 

@@ -16,7 +16,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from tracer.export.metrics import SnapshotCollector
-from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
 
 END = 1791201585  # an hour before this lies in one of Prometheus' blocks, which hold two
 SECONDS = 3600
@@ -183,7 +183,7 @@ def _by_vm(t: float) -> Snapshot:
             calls.update(made.calls)
             updates[pid] = durations(count(age), 14e-6)
         if t >= begin and now == t:
-            names[pid] = name
+            names[pid] = VmInfo(name, f"6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f{pid}", "qemu")
     snapshot = Snapshot("toggle", calls=calls, updates=updates, by_vm=True, vms=names, probes=_probes(*TOGGLE))
     return replace(snapshot, maps=_maps(snapshot))
 

@@ -39,7 +39,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.dashboard.answers import substituted
 from tracer.export.metrics import SnapshotCollector
-from tracer.model.snapshot import Call, Map, Outcome, Probe, Snapshot
+from tracer.model.snapshot import Call, Map, Outcome, Probe, Snapshot, VmInfo
 from tracer.model.verdict import Verdict
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
@@ -154,7 +154,7 @@ def hosts() -> dict[str, Host]:
     for changed in (0, 101):
         found |= both(f"x2APIC {changed}", x2apic(patched, changed), x2apic(unpatched, changed))
     found |= both("by VM", *vms)
-    found |= both("by VM, one ended", *(replace(counted, vms={200: "b"}) for counted in vms))
+    found |= both("by VM, one ended", *(replace(counted, vms={200: VmInfo("b")}) for counted in vms))
     found |= both("by VM, all ended", *(replace(counted, vms={}) for counted in vms))
     found |= both("open calls", replace(patched, open_calls=1), replace(unpatched, open_calls=1))
     found |= both("birth not probed", probed(patched, "vmx_vcpu_create"), probed(unpatched, "vmx_vcpu_create"))
@@ -312,7 +312,7 @@ def any_host(random: Random) -> Host:
         open_calls=random.randrange(2),
         module_unloads=int(random.random() < 0.1),
         by_vm=by_vm,
-        vms={pid: "" for pid in pids if random.random() < 0.5} if by_vm else {},
+        vms={pid: VmInfo("") for pid in pids if random.random() < 0.5} if by_vm else {},
     )
     return Host(counted, said(report(counted).verdict), vendorless=not amd and random.random() < 0.3)
 

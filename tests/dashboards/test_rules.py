@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tracer.export.metrics import SnapshotCollector
 from tracer.export.server import Server
-from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 RULES, EXAMPLE = DASHBOARDS / "rules.yml", DASHBOARDS / "prometheus.yml"
@@ -128,14 +128,14 @@ class Host:
             probes=(*(Probe(f, f, True, f) for f in functions), Probe("vmx_vcpu_create", None, False, "none")),
             maps=(Map("calls", len(calls), 8192), Map("threads", 0, 16384)),
             by_vm=self._by_vm,
-            vms=pids if self._by_vm else {},
+            vms={pid: VmInfo(name) for pid, name in pids.items()} if self._by_vm else {},
         )
 
     def series(self) -> set[Labels]:
-        """The exported series by their labels."""
+        """The exported series by their labels, without those that are empty: Prometheus does not store them."""
         families = text_string_to_metric_families(generate_latest(self.registry).decode())
         samples = (sample for family in families for sample in family.samples)
-        return {frozenset({"__name__": s.name, **s.labels}.items()) for s in samples}
+        return {frozenset([("__name__", s.name), *((n, v) for n, v in s.labels.items() if v)]) for s in samples}
 
 
 @dataclass

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tracer.export.metrics import SnapshotCollector, UnattachedCollector
-from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
 
 Samples = dict[str, float]
 
@@ -210,7 +210,7 @@ BY_VM = replace(
         100: Durations(2, 0.25, (2, *[0] * 24)),
         300: Durations(1, 0.5, (1, *[0] * 24)),
     },
-    vms={100: 'we"b\\,\n', 200: "db"},
+    vms={100: VmInfo('we"b\\,\n', "6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f0001", "qemu"), 200: VmInfo("db")},
 )
 
 
@@ -223,6 +223,15 @@ def test_by_vm_adds_labels_and_sums() -> None:
     assert of(samples, f"{DURATION}_count") == {f"{{{web}}}": 2}
     assert of(samples, f"{DURATION}_sum") == {f"{{{web}}}": 0.25}
     assert of(samples, f"{DURATION}_bucket") == {f"{{le={bound},{web}}}": 2 for bound in BOUNDS}
+
+
+def test_what_vms_are_called_is_a_series_for_each_that_lives() -> None:
+    uuid = "6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f0001"
+    web, db = f'{{pid=100,uuid={uuid},vm=we"b\\,\n,vmm=qemu}}', "{pid=200,uuid=,vm=db,vmm=}"
+    assert of(samples_of(BY_VM), "msrtrace_vm_info") == {web: 1, db: 1}
+    assert of(samples_of(BY_VM.without_vms({100})), "msrtrace_vm_info") == {db: 1}
+    assert families(BY_VM)["msrtrace_vm_info"] == "gauge"
+    assert "msrtrace_vm_info" not in families(SNAPSHOT)
 
 
 def test_by_vm_without_a_vm() -> None:

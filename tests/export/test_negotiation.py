@@ -39,6 +39,13 @@ PROMETHEUS = (
         ('text/plain;x="a,application/openmetrics-text;q=1"', TEXT),
         ("text/plain;version=1.", TEXT),
         (";;,=,/,;q=,text", TEXT),
+        # Versions that are not made are not claimed
+        ("application/openmetrics-text;version=2.0.0", TEXT),
+        ("application/openmetrics-text;version=1.1.0, application/openmetrics-text;version=1.0.0;q=0.5", OM),
+        ("text/plain;version=2.0.0", TEXT),
+        ("text/plain;version=2.0.0, text/plain;version=1.0.0;q=0.5", TEXT),
+        ("application/openmetrics-text;version=1.0", OM),
+        ("text/plain;version=1", TEXT1),
         # Weights
         ("text/plain;q=0.9, application/openmetrics-text;q=0.1", TEXT),
         ("text/plain;q=0.1, application/openmetrics-text;q=0.9", OM),

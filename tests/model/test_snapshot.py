@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
 
 TSC = Call(0x10, "read", "disable", "vcpu_create", "vmx_vcpu_create")
 FS_BASE = Call(0xC0000100, "read_write", "enable", "filter_change", "vmx_msr_filter_changed")
@@ -147,7 +147,7 @@ def test_a_snapshot_since_itself_is_empty(snapshot: Snapshot) -> None:
 @quick
 @given(one, st.sets(pids))
 def test_vms_that_are_gone_stay_in_the_totals(snapshot: Snapshot, gone: set[int]) -> None:
-    snapshot = replace(snapshot, by_vm=True, vms={100: "web", 200: "db"})
+    snapshot = replace(snapshot, by_vm=True, vms={100: VmInfo("web"), 200: VmInfo("db")})
     folded = snapshot.without_vms(gone)
     assert totals(folded) == totals(snapshot)
     left = {call.pid for call in folded.calls} | folded.updates.keys() | folded.recalcs.keys()
@@ -166,12 +166,12 @@ def test_a_vm_that_is_gone_is_counted_under_pid_0() -> None:
         calls={web: Outcome(7, 0, 7, 0, 0), db: Outcome(3, 1, 2, 0, 0), replace(TSC, pid=0): Outcome(2, 0, 2, 0, 0)},
         updates={100: Durations(5, 0.5), 200: Durations(1, 0.25)},
         recalcs={100: Durations(2, 0.125)},
-        vms={100: "web", 200: "db"},
+        vms={100: VmInfo("web"), 200: VmInfo("db")},
     )
     folded = snapshot.without_vms({100})
     assert folded.calls == {replace(TSC, pid=0): Outcome(9, 0, 9, 0, 0), db: Outcome(3, 1, 2, 0, 0)}
     assert folded.updates == {0: Durations(5, 0.5), 200: Durations(1, 0.25)}
-    assert (folded.recalcs, folded.vms) == ({0: Durations(2, 0.125)}, {200: "db"})
+    assert (folded.recalcs, folded.vms) == ({0: Durations(2, 0.125)}, {200: VmInfo("db")})
 
 
 def test_since_subtracts_every_count() -> None:

@@ -135,6 +135,16 @@ def with_schema(schema: Any) -> bytes:
                 "utf-32": "UTF-32",
             }.items()
         ),
+        (b"\x1f\x8b\x08\0", "is compressed (gzip): use gunzip first"),
+        (b"\x28\xb5\x2f\xfd\0", "is compressed (zstd): use unzstd first"),
+        (b"\xfd7zXZ\0\0", "is compressed (xz): use unxz first"),
+        (b"BZh91AY", "is compressed (bzip2): use bunzip2 first"),
+        (b"\n<!DOCTYPE html>\n<html>", "is an HTML page: reports are read in JSON (-o NAME.json)"),
+        (
+            b"patch missing: 1,717 calls",
+            "is not JSON: JSON is malformed: invalid character (byte 0); reports are read in",
+        ),
+        (b'{"schema": "msrtrace-report/1", "label": "\xe4"}', "is a damaged report: it is not UTF-8"),
         (b'{"schema": NaN}', "is not JSON: "),
         (b"{}", "is not an msrtrace report: Object missing required field `schema`"),
         (b"[]", "is not an msrtrace report: Expected `object`, got `array`"),

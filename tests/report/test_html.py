@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from made import any_reports, patched, report, toggle, unpatched
 from pages import COMPARISONS, EITHER, REPORTS, Element, Page, bars, chart, many, page, shape
 
+from tracer.model.snapshot import VmInfo
 from tracer.model.text import printable
 from tracer.report import html
 from tracer.report.compare import Comparison, compare
@@ -120,7 +121,7 @@ def test_no_name_becomes_part_of_the_page(hostile: str) -> None:
         mine = unpatched()
         call = msgspec.structs.replace(mine.calls[0], cause=name, caller=name, name=name)
         host = msgspec.structs.replace(mine.host, kernel=name, cpu=name, version=name, kvm_intel={name: name})
-        vm = report(toggle(pid=7, vms={7: name}), label="by VM").vms
+        vm = report(toggle(pid=7, vms={7: VmInfo(name)}), label="by VM").vms
         mine = msgspec.structs.replace(
             mine, label=name, calls=[call, *mine.calls], host=host, command=[name], notes=[name], vms=vm
         )

@@ -33,7 +33,7 @@ from made import (
     toggle,
 )
 
-from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
 from tracer.report.file import decode, encode
 from tracer.report.making import HostInfo, call_rows
 from tracer.report.report import Bit, BitCounts, CallRow, PerUpdate, Vm, by_bit, redundant_sum, whole
@@ -226,13 +226,36 @@ def test_host_info_of_a_machine(tmp_path: Path) -> None:
 
 # --- VMs ---
 
+UUID = "6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f0001"
+
 
 def test_a_report_by_vm_has_a_row_for_each() -> None:
-    both = replace(toggle(5, pid=100).after(toggle(7, pid=200, patched=False)), by_vm=True, vms={100: "web", 200: ""})
+    both = replace(
+        toggle(5, pid=100).after(toggle(7, pid=200, patched=False)),
+        by_vm=True,
+        vms={100: VmInfo("web", UUID, "qemu"), 200: VmInfo("")},
+    )
     web, db = report(both).vms or []
-    expected = Vm(pid=100, name="web", calls=72, redundant=55, filter_updates=5, filter_update_seconds_sum=5 * 6e-6)
+    expected = Vm(
+        pid=100,
+        name="web",
+        uuid=UUID,
+        vmm="qemu",
+        calls=72,
+        redundant=55,
+        filter_updates=5,
+        filter_update_seconds_sum=5 * 6e-6,
+    )
     assert web == expected
-    assert (db.pid, db.name, db.calls, db.redundant, db.filter_updates) == (200, "", 217, 196, 7)
+    assert (db.pid, db.name, db.uuid, db.vmm, db.calls, db.redundant, db.filter_updates) == (
+        200,
+        "",
+        "",
+        "",
+        217,
+        196,
+        7,
+    )
 
 
 def test_rows_of_vms_have_recalculations() -> None:
@@ -252,8 +275,8 @@ def test_unknown_counts_of_vms_are_null() -> None:
 
 def test_idle_vms_are_left_out() -> None:
     """They are in the snapshot if they were active before."""
-    assert report(Snapshot("toggle", by_vm=True, vms={300: "idle"})).vms == []
-    assert report(Snapshot("toggle", vms={300: "idle"})).vms is None
+    assert report(Snapshot("toggle", by_vm=True, vms={300: VmInfo("idle")})).vms == []
+    assert report(Snapshot("toggle", vms={300: VmInfo("idle")})).vms is None
 
 
 # --- losses ---

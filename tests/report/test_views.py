@@ -32,7 +32,7 @@ from made import (
 from tabulate import tabulate
 
 from tracer.model.quantity import duration, listed, number, rate, share
-from tracer.model.snapshot import Map, Snapshot
+from tracer.model.snapshot import Map, Snapshot, VmInfo
 from tracer.model.text import LIMIT, printable
 from tracer.report.changelog import changelog
 from tracer.report.compare import Comparison, compare
@@ -186,7 +186,9 @@ def test_recalculations_that_cannot_be_observed_are_not_mentioned() -> None:
 
 
 def test_the_table_of_vms_has_recalculations() -> None:
-    counted = recalculated(updates={100: times(3)}, recalcs={0: times(1), 100: times(2)}, by_vm=True, vms={100: "web"})
+    counted = recalculated(
+        updates={100: times(3)}, recalcs={0: times(1), 100: times(2)}, by_vm=True, vms={100: VmInfo("web")}
+    )
     cells = [re.split(r"  +", line.strip()) for line in report_document(report(counted)).text().splitlines()]
     assert ["VM", "pid", "filter updates", "mean", "recalculations", "calls", "redundant"] in cells
     assert ["web", "100", "3", "6 µs", "2", "0", "0"] in cells
@@ -194,7 +196,7 @@ def test_the_table_of_vms_has_recalculations() -> None:
 
 def test_the_table_of_vms() -> None:
     both = toggle(5, pid=100).after(toggle(7, pid=200)).after(toggle(3))
-    made = report_document(report(replace(both, by_vm=True, vms={100: "web", 200: ""}))).text()
+    made = report_document(report(replace(both, by_vm=True, vms={100: VmInfo("web"), 200: VmInfo("")}))).text()
     cells = [re.split(r"  +", line.strip()) for line in made.splitlines()]
     assert ["web", "100", "5", "6 µs", "72", "55"] in cells
     assert ["(ended before it could be named)", "200", "7", "6 µs", "98", "77"] in cells
@@ -276,7 +278,7 @@ def test_a_comparison_says_where_and_when_each_side_was_made_in_every_format() -
 def test_the_hosts_of_a_large_side_are_not_all_named() -> None:
     many = [replaced(patched(), name=f"host{n}") for n in range(9)]
     assert compare(many, many).base.origin == (
-        "host0, host1, host2, host3, host4 and 4 more, Linux 6.1.0-53-amd64, 2026-11-22"
+        "host0, host1, host2, host3, host4 and 4 more (all: --format json), Linux 6.1.0-53-amd64, 2026-11-22"
     )
 
 
@@ -354,7 +356,7 @@ def test_any_text_becomes_printable(text: str, limit: int) -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_escaped_everywhere(text: str) -> None:
     host = replace(HOST, kernel=text, version=text, cpu=text, module_parameters={text: text})
-    counted = toggle(pid=100, vms={100: text}, maps=(Map(text, 9, 9, 3),), layout="toggle", backend=text)
+    counted = toggle(pid=100, vms={100: VmInfo(text)}, maps=(Map(text, 9, 9, 3),), layout="toggle", backend=text)
     harmless(views(report(counted, host, label=text, command=[text, text], notes=[text], version=text), patched()))
 
 
@@ -393,7 +395,7 @@ def tables_are_tables(markdown: str) -> None:
     [
         unpatched(),
         amd(),
-        report(recalculated(7, by_vm=True, vms={0: "v" * 128})),
+        report(recalculated(7, by_vm=True, vms={0: VmInfo("v" * 128)})),
         report(toggle(), replace(HOST, cpu="c" * 300, version="#1 " * 20 + "x"), label="l" * 90, command=["x" * 300]),
     ],
 )

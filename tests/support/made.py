@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec import UNSET
 
 from tracer.model.loss import Loss
-from tracer.model.snapshot import Call, Durations, Outcome, Snapshot
+from tracer.model.snapshot import Call, Durations, Outcome, Snapshot, VmInfo
 from tracer.model.verdict import Verdict
 from tracer.report.compare import compare
 from tracer.report.formats import OF_COMPARISONS, OF_REPORTS, write_comparison, write_report
@@ -84,7 +84,7 @@ def toggle(
             elif not patched:
                 calls[Call(index, access, "enable", "filter_change", HOOK, pid)] = outcome(updates, 0, access, exact)
     made = Snapshot("toggle", "exact" if exact else "unknown", calls=calls, updates={pid: times(updates)})
-    made = replace(made, vcpus_seen=vcpus, vmms_seen=1, by_vm=bool(pid), vms={pid: f"vm{pid}"} if pid else {})
+    made = replace(made, vcpus_seen=vcpus, vmms_seen=1, by_vm=bool(pid), vms={pid: VmInfo(f"vm{pid}")} if pid else {})
     return replace(made, **changes)
 
 
@@ -123,7 +123,7 @@ def svm_pass(
         call = Call(index, "read_write", action, "filter_change", SVM_HOOK, pid)
         calls[call] = outcome(updates, changed, "read_write", exact, refused)
     made = Snapshot("pass", "exact" if exact else "unknown", vendor="svm", calls=calls, updates={pid: times(updates)})
-    made = replace(made, vcpus_seen=vcpus, vmms_seen=1, by_vm=bool(pid), vms={pid: f"vm{pid}"} if pid else {})
+    made = replace(made, vcpus_seen=vcpus, vmms_seen=1, by_vm=bool(pid), vms={pid: VmInfo(f"vm{pid}")} if pid else {})
     return replace(made, **changes)
 
 
@@ -278,6 +278,8 @@ vms = st.builds(
     Vm,
     pid=counts,
     name=names,
+    uuid=names,
+    vmm=names,
     calls=maybe_counts,
     redundant=maybe_counts,
     filter_updates=maybe_counts,
@@ -314,11 +316,11 @@ any_reports = st.builds(
 
 
 def crowd(vms: int, updates: int = 1009) -> Snapshot:
-    """The counts by VM of a host with so many VMs, each of which has 68 series."""
+    """The counts by VM of a host with so many VMs, each of which has 69 series."""
     counted = [toggle(updates + pid, pid=pid) for pid in range(1000, 1000 + vms)]
     return replace(
         counted[0],
         calls={call: outcome for one in counted for call, outcome in one.calls.items()},
         updates={pid: seen for one in counted for pid, seen in one.updates.items()},
-        vms={pid: f"debian-{pid}" for one in counted for pid in one.vms},
+        vms={pid: VmInfo(f"debian-{pid}") for one in counted for pid in one.vms},
     )

@@ -21,7 +21,7 @@ from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
 from tracer.model.snapshot import Call, Durations, Map, Outcome
-from tracer.trace.engine import Engine
+from tracer.trace.engine import Engine, expected_backends
 from tracer.trace.plan import preemptible, values, variants
 from tracer.trace.reader import Reader
 
@@ -317,3 +317,17 @@ def test_fentry_has_a_program_for_each_function_that_writes_without_a_call() -> 
     options = Options(backend="fentry")
     found = variants(TOGGLE, inlined, values(TOGGLE, KnownBtf(), inlined, options), options, KnownBtf())
     assert {"writer_entered", "other_writer_entered"} <= found[0].functions.keys()
+
+
+def test_the_backends_of_a_trace_are_known_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backends(backend: str) -> tuple[str, ...]:
+        return expected_backends(symbols(TOGGLE), Options(backend=backend))
+
+    monkeypatch.setattr(Btf, "of_module", _no_btf)
+    assert (backends("auto"), backends("kprobe")) == (("kprobe",), ("kprobe",))
+    with pytest.raises(MsrtraceError, match="the backend fentry cannot be used here"):
+        backends("fentry")
+
+
+def _no_btf(*_: object) -> Btf:
+    raise BtfError("there is none")

@@ -133,7 +133,11 @@ def _of_stored(
         if titles[0] == titles[1]:
             titles = (f"before ({titles[0]})", f"after ({titles[1]})")
     comparison = compare_reports(
-        *fleet.sides, force=force, titles=titles, windows=(_window(base_end, window), _window(new_end, window))
+        *fleet.sides,
+        force=force,
+        titles=titles,
+        windows=(_window(base_end, window), _window(new_end, window)),
+        apart=fleet.apart,
     )
     return replace(comparison, warnings=(*fleet.warnings, *comparison.warnings))
 

@@ -19,17 +19,20 @@ from tracer.model.options import Options
 if TYPE_CHECKING:
     from tracer.trace.tracer import Tracer
 
+#: Those of a trace for which none are given.
+OPTIONS = Options()
 
-def this_machine() -> Machine:
-    """This machine, and whether the BPF program is already compiled."""
-    from tracer.trace.engine import program_is_compiled
 
-    return Machine.here(compiled=program_is_compiled())
+def this_machine(options: Options = OPTIONS) -> Machine:
+    """This machine, what is already compiled, and how a trace with these options would go about it."""
+    from tracer.trace.engine import compiled_backends, expected_backends
+
+    return Machine.here(compiled_backends(), lambda machine: expected_backends(machine.symbols, options))
 
 
 def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> Machine:
     """This machine. Raises MsrtraceError, which says what to do, if it cannot be traced with these options."""
-    machine = this_machine()
+    machine = this_machine(options)
     check_pid(options.pid)
     problem = obstacle(machine, ignore=(MODULE, SYMBOLS) if module_may_be_missing else ())
     if problem:

@@ -59,6 +59,7 @@ class SnapshotCollector(Collector):
         if snapshot:
             sets = LabelSets(self._known)
             yield from self._info(snapshot)
+            yield from _vm_info(snapshot)
             for all_vms in (False, True) if snapshot.by_vm else (False,):
                 yield from _calls(snapshot, sets, all_vms)
                 yield from _updates(snapshot, sets, all_vms)
@@ -106,10 +107,19 @@ class UnattachedCollector(Collector):
         yield _attached((function, False) for function in self._functions)
 
 
+def _vm_info(snapshot: Snapshot) -> Iterator[Metric]:
+    """With --by-vm, what VMs are called, to join with what others know of them."""
+    if snapshot.by_vm:
+        info = InfoMetricFamily("msrtrace_vm", "A VM that runs: its name, its UUID if its VMM was given one, its VMM.")
+        for pid, vm in sorted(snapshot.vms.items()):
+            info.add_metric([], {"vm": vm.name, "pid": str(pid), "uuid": vm.uuid, "vmm": vm.vmm})
+        yield info
+
+
 def _vms(snapshot: Snapshot, all_vms: bool) -> Mapping[int, tuple[str, ...]]:
     """The values of the VM labels, if any, by pid; VMs that are gone have no series."""
     if snapshot.by_vm and not all_vms:
-        return {pid: (name, str(pid)) for pid, name in snapshot.vms.items()}
+        return {pid: (vm.name, str(pid)) for pid, vm in snapshot.vms.items()}
     return dict.fromkeys(snapshot.pids, ())
 
 

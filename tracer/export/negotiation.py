@@ -16,8 +16,10 @@ _TYPE = re.compile(rf"\s*({_TOKEN})/({_TOKEN})\s*(?=;|$)")
 _CODING = re.compile(rf"\s*({_TOKEN})\s*(?=;|$)")
 _PARAMETER = re.compile(rf";\s*({_TOKEN})\s*=\s*({_TOKEN}|{_QUOTED})\s*(?=;|$)")
 _WEIGHT = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
-_VERSION = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){0,3}")
+_VERSION = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){0,2}")
 
+#: The version, of either format, that is made besides 0.0.4 of the text format.
+_MADE = (1, 0, 0)
 _TEXT, _OPENMETRICS = ("text", "plain"), ("application", "openmetrics-text")
 _ESCAPINGS = ("allow-utf-8", "underscores", "dots", "values")
 _LONGEST = 4096  # characters of a header that are read
@@ -33,16 +35,18 @@ class _Element:
 
     @property
     def version(self) -> tuple[int, ...] | None:
-        """The version of the format; None if there is none that can be read."""
+        """The version of the format, of three numbers; None if there is none that can be read."""
         text = self.parameters.get("version", "")
-        return tuple(int(part) for part in text.split(".")) if _VERSION.fullmatch(text) else None
+        if not _VERSION.fullmatch(text):
+            return None
+        numbers = [int(part) for part in text.split(".")]
+        return tuple(numbers + [0] * (3 - len(numbers)))
 
     @property
     def offer(self) -> str | None:
         """The media type, with its parameters, that it names; None if that is no other than the default."""
-        version = self.version
-        if version is not None and version >= (1, 0, 0):
-            text = ".".join(map(str, version))
+        if self.version == _MADE:
+            text = ".".join(map(str, _MADE))
         elif self.name == _OPENMETRICS and "version" not in self.parameters:
             text = ""  # a version of our choice, and no escaping
         else:

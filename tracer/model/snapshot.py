@@ -133,11 +133,23 @@ class Map:
 
 
 @dataclass(frozen=True)
+class VmInfo:
+    """What a VM is called, by its VMM's command line: all are safe to print, and "" where unknown.
+
+    `uuid` is in lower case, with hyphens; `vmm` is the program that runs the VM, such as qemu.
+    """
+
+    name: str
+    uuid: str = ""
+    vmm: str = ""
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """Counts since the tracer was attached, and what limits their accuracy.
 
     `updates` are filter changes applied by a vCPU, `recalcs` recomputations of a bitmap for any other reason; both are
-    keyed by the pid of the VMM, 0 where counts are not broken down by VM. `vms` names the pids that still run.
+    keyed by the pid of the VMM, 0 where counts are not broken down by VM. `vms` has the pids that still run.
     """
 
     layout: str
@@ -159,7 +171,7 @@ class Snapshot:
     calls_observable: bool = True  # False: that no call was seen does not mean that none was made
     updates_observable: bool = True
     by_vm: bool = False
-    vms: Mapping[int, str] = field(default_factory=dict)
+    vms: Mapping[int, VmInfo] = field(default_factory=dict)
     commands: Mapping[int, str] = field(default_factory=dict)  # by pid: of VMMs, at the creation of their first vCPU
 
     @property
@@ -228,5 +240,5 @@ class Snapshot:
             return _sums((0 if pid in pids else pid, value) for pid, value in durations.items())
 
         calls = _sums((replace(c, pid=0) if c.pid in pids else c, outcome) for c, outcome in self.calls.items())
-        vms = {pid: name for pid, name in self.vms.items() if pid not in pids}
+        vms = {pid: vm for pid, vm in self.vms.items() if pid not in pids}
         return replace(self, calls=calls, updates=folded(self.updates), recalcs=folded(self.recalcs), vms=vms)

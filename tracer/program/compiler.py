@@ -91,11 +91,9 @@ def compiled(source: Path, definitions: Mapping[str, int], headers: HeaderSettin
     return found
 
 
-def is_compiled(source: Path) -> bool:
-    """Whether a program of a source can be had without a compiler: each does all, where the kernel takes it."""
-    return any(
-        _shipped_content(source, definitions) or cache_get(_key(source, definitions)) for definitions in PROGRAMS
-    )
+def is_compiled(source: Path, definitions: Mapping[str, int]) -> bool:
+    """Whether a source compiled with these -D can be had without a compiler."""
+    return bool(_shipped_content(source, definitions) or cache_get(_key(source, definitions)))
 
 
 def _find_compiled(source: Path, definitions: Mapping[str, int]) -> Program | None:

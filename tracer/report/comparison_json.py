@@ -30,6 +30,7 @@ def comparison_json(comparison: Comparison) -> bytes:
             "window": which.window,
             "reports": len(which.reports),
             "host": which.report.host,
+            "hosts": which.hosts,
             "started": which.report.started,
             "origin": which.origin,
             "command": which.report.command,

@@ -23,6 +23,14 @@ SIZE_LIMIT = 32 << 20
 _FORMAT, _MAJOR = SCHEMA.split("/")
 #: What some editors and shells of Windows put in front of UTF-8.
 BOM = b"\xef\xbb\xbf"
+#: How compressed files begin, and what undoes it.
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"\xfd7zXZ\0": ("xz", "unxz"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"PK\x03\x04": ("zip", "unzip"),
+}
 
 
 class _Head(msgspec.Struct):
@@ -127,12 +135,15 @@ def decode(data: bytes) -> Report:
         raise MsrtraceError("is empty")
     if encoding := _other_encoding(data):
         raise MsrtraceError(f"is {encoding} text, and reports are UTF-8: convert it with iconv -f {encoding} -t UTF-8")
+    if other := _other_kind(data):
+        raise MsrtraceError(other)
     try:
         schema = msgspec.json.decode(data, type=_Head).schema
     except msgspec.ValidationError as error:
         raise MsrtraceError(f"is not an msrtrace report: {_plain(error)}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MsrtraceError(f"is not JSON: {_plain(error)}") from None
+        hint = "" if data.lstrip().startswith((b"{", b"[")) else "; reports are read in JSON (-o NAME.json)"
+        raise MsrtraceError(f"is not JSON: {_plain(error)}{hint}") from None
     kind, _, major = schema.partition("/")
     if kind != _FORMAT:
         raise MsrtraceError(f"is not an msrtrace report: its schema is {_short(schema)}")
@@ -156,9 +167,22 @@ def _other_encoding(data: bytes) -> str | None:
     return encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
 
 
+def _other_kind(data: bytes) -> str:
+    """What a file is that is recognisably no JSON, as the end of a sentence; else ""."""
+    for start, (name, undo) in _COMPRESSED.items():
+        if data.startswith(start):
+            return f"is compressed ({name}): use {undo} first"
+    if data[: 1 << 10].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "is an HTML page: reports are read in JSON (-o NAME.json)"
+    return ""
+
+
 def _plain(error: Exception) -> str:
-    text = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-    return _short(text, 300)
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    return _short(" ".join(str(error).split()), 300)
 
 
 def _short(text: str, limit: int = 60) -> str:

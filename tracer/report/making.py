@@ -13,7 +13,7 @@ from pathlib import Path
 from tracer.model import msr
 from tracer.model.cause import FILTER_CHANGE
 from tracer.model.loss import loss_of
-from tracer.model.snapshot import Call, Durations, Outcome, Snapshot
+from tracer.model.snapshot import Call, Durations, Outcome, Snapshot, VmInfo
 from tracer.model.vendors import vendor_named
 from tracer.model.verdict import judge
 from tracer.report.report import (
@@ -212,9 +212,12 @@ def _vms(counted: Snapshot) -> list[Vm]:
         outcomes = [outcome for call, outcome in counted.calls.items() if call.pid == pid]
         exact = counted.calls_observable and counted.redundancy == "exact"
         updates = counted.updates.get(pid, Durations())
+        vm = counted.vms.get(pid, VmInfo(""))
         return Vm(
             pid=pid,
-            name=counted.vms.get(pid, ""),
+            name=vm.name,
+            uuid=vm.uuid,
+            vmm=vm.vmm,
             calls=sum(outcome.calls for outcome in outcomes) if counted.calls_observable else None,
             redundant=sum(outcome.redundant or 0 for outcome in outcomes) if exact else None,
             filter_updates=updates.count if counted.updates_observable else None,

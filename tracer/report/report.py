@@ -174,10 +174,15 @@ class UpdateSeconds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Vm(Sanitized, frozen=True, kw_only=True):
-    """The counts of one VM, with `--by-vm`: `pid` is its VMM's, 0 for counts that belong to no known VM."""
+    """The counts of one VM, with `--by-vm`: `pid` is its VMM's, 0 for counts that belong to no known VM.
+
+    `uuid` and `vmm` (the program that runs it, such as qemu) are "" where unknown, and in older reports.
+    """
 
     pid: Count
     name: Text
+    uuid: Text = ""
+    vmm: Text = ""
     calls: Count | None
     redundant: Count | None
     filter_updates: Count | None

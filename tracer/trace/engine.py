@@ -11,7 +11,7 @@ from dataclasses import replace
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.copies import holders
 from tracer.kernel.headers import header_settings
-from tracer.kernel.layout import places
+from tracer.kernel.layout import layout_of, places
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
@@ -19,7 +19,7 @@ from tracer.model.snapshot import Probe, Snapshot
 from tracer.model.vendor import Layout
 from tracer.program import syscalls
 from tracer.program.bcc_library import attach_tracing
-from tracer.program.compiler import Built, build, is_compiled
+from tracer.program.compiler import PROGRAMS, Built, build, is_compiled
 from tracer.program.program import NotPermitted, not_permitted
 from tracer.program.resources import resource
 from tracer.trace.capabilities import raised
@@ -30,9 +30,17 @@ from tracer.trace.reader import Reader
 SOURCE = "bpf/msrtrace.c"
 
 
-def program_is_compiled() -> bool:
-    """Whether the BPF program is already compiled, for this msrtrace on this machine."""
-    return is_compiled(resource(SOURCE))
+def compiled_backends() -> frozenset[str]:
+    """The backends whose BPF program is already compiled, for this msrtrace on this machine."""
+    source = resource(SOURCE)
+    return frozenset("fentry" if "FENTRY" in one else "kprobe" for one in PROGRAMS if is_compiled(source, one))
+
+
+def expected_backends(symbols: Symbols, options: Options) -> tuple[str, ...]:
+    """The backends that a trace with these options would try, in this order. Raises MsrtraceError if it would."""
+    layout = layout_of(symbols)
+    given, _, btf = _planned(layout, symbols, options)
+    return tuple(dict.fromkeys(variant.backend for variant in variants(layout, symbols, given, options, btf)))
 
 
 class Engine:
@@ -46,7 +54,7 @@ class Engine:
         Raises MsrtraceError when nothing can be counted.
         """
         self._layout, self._symbols, self._options, self._explain = layout, symbols, options, explain
-        self._values, self._btf_problem, btf = self._plan(layout, symbols)
+        self._values, self._btf_problem, btf = _planned(layout, symbols, options)
         wanted = variants(layout, symbols, self._values, options, btf)
         try:
             self._built: Built = build(resource(SOURCE), wanted, header_settings)
@@ -65,27 +73,12 @@ class Engine:
             self.close()
             raise
 
-    def _plan(self, layout: Layout, symbols: Symbols) -> tuple[dict[str, int], str, Btf | None]:
-        """What the program must be given for a kernel; why it cannot see outcomes there, if so; the BTF, if any."""
-        if not layout.calls:
-            return values(layout, None, symbols, self._options), "", None
-        try:
-            btf = Btf.of_module(symbols.module) if symbols.module else Btf.of_kernel()
-            return values(layout, btf, symbols, self._options), "", btf
-        except BtfError as error:
-            problem, kernel = str(error), None
-        if layout.pass_:  # whose calls say where the bitmap is
-            problem = ""
-            with suppress(BtfError):
-                kernel = Btf.of_kernel()
-        return values(layout, kernel, symbols, self._options), problem, kernel
-
     def reattach(self, layout: Layout, symbols: Symbols) -> bool:
         """Attach to a module that was loaded again; False if the program does not fit it.
 
         Raises MsrtraceError when nothing can be counted. `detach` went before, so counts start from 0.
         """
-        given, problem, _ = self._plan(layout, symbols)
+        given, problem, _ = _planned(layout, symbols, self._options)
         if self._built.backend != "kprobe" or (layout, given) != (self._layout, self._values):
             return False
         self._symbols, self._btf_problem = symbols, problem
@@ -237,3 +230,19 @@ class Engine:
         """Detach everything."""
         self._remove_probes()
         self._built.loaded.close()
+
+
+def _planned(layout: Layout, symbols: Symbols, options: Options) -> tuple[dict[str, int], str, Btf | None]:
+    """What the program must be given for a kernel; why it cannot see outcomes there, if so; the BTF, if any."""
+    if not layout.calls:
+        return values(layout, None, symbols, options), "", None
+    try:
+        btf = Btf.of_module(symbols.module) if symbols.module else Btf.of_kernel()
+        return values(layout, btf, symbols, options), "", btf
+    except BtfError as error:
+        problem, kernel = str(error), None
+    if layout.pass_:  # whose calls say where the bitmap is
+        problem = ""
+        with suppress(BtfError):
+            kernel = Btf.of_kernel()
+    return values(layout, kernel, symbols, options), problem, kernel
