@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import tempfile
 from contextlib import suppress
@@ -169,7 +170,22 @@ def _short(text: str, limit: int = 60) -> str:
 def schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a report, made from its types."""
     title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA}
-    return title | msgspec.json.schema(Report)
+    made: dict[str, Any] = title | _normalized(msgspec.json.schema(Report))
+    return made
+
+
+def _normalized(part: Any) -> Any:
+    """A part of a schema as every msgspec and every Python makes it: alternatives sorted, docstrings not indented."""
+    if isinstance(part, list):
+        return [_normalized(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    made = {name: _normalized(value) for name, value in part.items()}
+    if "anyOf" in made:
+        made["anyOf"].sort(key=json.dumps)
+    if isinstance(made.get("description"), str):
+        made["description"] = re.sub(r"\n +", "\n", made["description"])
+    return made
 
 
 if __name__ == "__main__":
