@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 
 import msgspec
 
@@ -97,7 +97,7 @@ def compared(
     :param past: whether `end` is not now, so that errors name it
     """
     when = f"in the last {window} s" + (
-        f" before {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M:%S} UTC" if past else ""
+        f" before {datetime.fromtimestamp(end, timezone.utc):%Y-%m-%d %H:%M:%S} UTC" if past else ""
     )
     matched = [_matched(prometheus, selectors, window, end, when) for selectors in sides]
     stored: dict[Target, Stream] = {}
@@ -266,7 +266,7 @@ def _report(title: str, host: _Host, missing: Sequence[str]) -> Report:
     made = make(
         replace(snapshot(info, host.grown), uncounted=tuple(missing)),
         HostInfo(kernel=info.get("kernel", "?"), version="", cpu="", module_parameters={}),
-        started=datetime.fromtimestamp(first, UTC),
+        started=datetime.fromtimestamp(first, timezone.utc),
         duration=last - first,
         version=info.get("version", ""),
         label=title,
