@@ -45,7 +45,7 @@ def write(path: Path, text: bytes) -> None:
             with path.open("ab") as stream:  # standard output may be a file with something in it
                 stream.write(text)
             return
-        target = path.resolve()  # a link stays one
+        target = _resolved(path)  # a link stays one
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name[:50]}.", dir=target.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -64,7 +64,7 @@ def write(path: Path, text: bytes) -> None:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+    except OSError as error:
         raise _unwritable(path, error) from None
 
 
@@ -74,12 +74,20 @@ def check_writable(path: Path) -> None:
         if _is_stream(path):
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        elif not (directory := path.resolve().parent).is_dir():
+        elif not (directory := _resolved(path).parent).is_dir():
             raise MsrtraceError(f"cannot write {path}: there is no directory {directory}")
         else:
             tempfile.TemporaryFile(dir=directory).close()
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise _unwritable(path, error) from None
+
+
+def _resolved(path: Path) -> Path:
+    """The path without links. Raises OSError for a loop of them, as Path.resolve() does not since Python 3.13."""
+    found = Path(os.path.realpath(path))
+    if found.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return found
 
 
 def _is_stream(path: Path) -> bool:
@@ -90,8 +98,8 @@ def _is_stream(path: Path) -> bool:
     return not path.is_file() or directory == Path("/dev") or Path("/proc") in directory.parents
 
 
-def _unwritable(path: Path, error: OSError | RuntimeError) -> MsrtraceError:
-    return MsrtraceError(f"cannot write {path}: {(isinstance(error, OSError) and error.strerror) or error}")
+def _unwritable(path: Path, error: OSError) -> MsrtraceError:
+    return MsrtraceError(f"cannot write {path}: {error.strerror or error}")
 
 
 def _umask() -> int:
