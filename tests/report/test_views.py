@@ -9,7 +9,6 @@ from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from made import (
     HOSTILE,
     amd,
     any_reports,
+    changed,
     patched,
     recalc,
     recalculated,
@@ -284,8 +284,8 @@ def test_the_hosts_of_a_large_side_are_not_all_named() -> None:
 
 def replaced(made: Report, *, started: str | None = None, name: str | None = None) -> Report:
     """The report with another start, or another name of its host."""
-    host = made.host if name is None else msgspec.structs.replace(made.host, name=name)
-    return msgspec.structs.replace(made, host=host, started=started or made.started)
+    host = made.host if name is None else changed(made.host, name=name)
+    return changed(made, host=host, started=started or made.started)
 
 
 def test_a_changelog_names_both_kernels() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Any
+from datetime import datetime, timezone
+from typing import Any, TypeVar
 
+import msgspec
 from hypothesis import strategies as st
 from msgspec import UNSET
 
@@ -36,7 +37,7 @@ X2APIC = tuple(
 SVM_HOOK = "svm_msr_filter_changed"
 HOST = HostInfo("6.1.0-53-amd64", "#1 SMP Debian 6.1.192-1", "Intel(R) Core(TM) i7", {"ept": "Y", "nested": "Y"}, "ada")
 AMD_HOST = HostInfo("6.12.117+deb13-amd64", "#1 SMP Debian 6.12.117-1", "AMD EPYC", {"avic": "N", "nested": "1"}, "bob")
-STARTED = datetime(2026, 11, 22, 15, 0, 0, 987654, tzinfo=UTC)
+STARTED = datetime(2026, 11, 22, 15, 0, 0, 987654, tzinfo=timezone.utc)
 
 
 def outcome(calls: int, changed: int, access: str, exact: bool = True, refused: int = 0) -> Outcome:
@@ -179,6 +180,14 @@ def unpatched(**details: Any) -> Report:
 def amd(counted: Snapshot | None = None, **details: Any) -> Report:
     """The report on an AMD host."""
     return report(counted or svm_pass(), AMD_HOST, **details)
+
+
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
+
+
+def changed(made: _Struct, **fields: Any) -> _Struct:
+    """A struct with other values, which are sanitized, as msgspec.structs.replace did not before 0.21."""
+    return type(made)(**{**msgspec.structs.asdict(made), **fields})
 
 
 def views(one: Report, other: Report | None = None) -> dict[str, str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def make(
     return Report(
         msrtrace=version,
         label=label,
-        started=started.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        started=started.astimezone(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
         duration_seconds=round(duration, 6),
         host=Host(
             **parameters_field(counted.vendor, host.module_parameters),

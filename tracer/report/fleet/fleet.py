@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 
 import msgspec
 
@@ -143,7 +143,7 @@ def compared(
 def _window(prometheus: Prometheus, sides: Sequence[Iterable[str]], window: int, end: float, *, past: bool) -> _Window:
     """What `compared` makes reports of."""
     when = f"in the last {window} s" + (
-        f" before {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M:%S} UTC" if past else ""
+        f" before {datetime.fromtimestamp(end, timezone.utc):%Y-%m-%d %H:%M:%S} UTC" if past else ""
     )
     matched = [_matched(prometheus, selectors, window, end, when) for selectors in sides]
     stored: dict[Target, Stream] = {}
@@ -308,7 +308,7 @@ def _report(title: str, host: _Host, missing: Sequence[str]) -> Report:
     made = make(
         replace(snapshot(info, host.grown), uncounted=tuple(missing)),
         HostInfo(kernel=info.get("kernel", "?"), version="", cpu="", module_parameters={}, name=title),
-        started=datetime.fromtimestamp(first, UTC),
+        started=datetime.fromtimestamp(first, timezone.utc),
         duration=last - first,
         version=info.get("version", ""),
         label=title,
