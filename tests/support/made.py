@@ -18,7 +18,7 @@ from tracer.model.verdict import Verdict
 from tracer.report.compare import compare
 from tracer.report.formats import OF_COMPARISONS, OF_REPORTS, write_comparison, write_report
 from tracer.report.making import HostInfo, make
-from tracer.report.report import Bucket, CallRow, Host, PerUpdate, Report, Totals, UpdateSeconds, Vm
+from tracer.report.report import Bucket, CallRow, Host, PerCreation, PerUpdate, Report, Totals, UpdateSeconds, Vm
 
 TSC, SPEC_CTRL, XFD_ERR, FS_BASE, RTIT_STATUS = 0x10, 0x48, 0x1C5, 0xC0000100, 0x571
 #: vmx_possible_passthrough_msrs[] of 6.1, and which halves KVM passes through on the emulated host.
@@ -86,7 +86,7 @@ def toggle(
                 calls[Call(index, access, "enable", "filter_change", HOOK, pid)] = outcome(updates, 0, access, exact)
     made = Snapshot("toggle", "exact" if exact else "unknown", calls=calls, updates={pid: times(updates)})
     made = replace(made, vcpus_seen=vcpus, vmms_seen=1, by_vm=bool(pid), vms={pid: VmInfo(f"vm{pid}")} if pid else {})
-    return replace(made, **changes)
+    return replace(replace(made, vcpus_created=vcpus), **changes)
 
 
 def recalc(updates: int = 101, **changes: Any) -> Snapshot:
@@ -125,7 +125,7 @@ def svm_pass(
         calls[call] = outcome(updates, changed, "read_write", exact, refused)
     made = Snapshot("pass", "exact" if exact else "unknown", vendor="svm", calls=calls, updates={pid: times(updates)})
     made = replace(made, vcpus_seen=vcpus, vmms_seen=1, by_vm=bool(pid), vms={pid: VmInfo(f"vm{pid}")} if pid else {})
-    return replace(made, **changes)
+    return replace(replace(made, vcpus_created=vcpus), **changes)
 
 
 def svm_recalc(updates: int = 101, **changes: Any) -> Snapshot:
@@ -155,6 +155,18 @@ def recalculated(recalculations: int = 7, *, exact: bool = True, **changes: Any)
     recalcs = {0: Durations(recalculations, recalculations * 9e-6, (*[0] * 7, recalculations, *[0] * 17))}
     redundancy = "exact" if exact else "unknown"
     return replace(replace(made, calls=calls, recalcs=recalcs, redundancy=redundancy), **changes)
+
+
+def created(vcpus: int = 3, *, recalculations: int = 2, **changes: Any) -> Snapshot:
+    """As `recalc`, plus the creation of vCPUs, each in so many recalculations of eight calls; and one more."""
+    made, creations = recalculated(1), recalculated(vcpus * recalculations)
+    calls = dict(made.calls)
+    for call, found in creations.calls.items():
+        if call.cause == "recalc":
+            changed = vcpus if call.action == "disable" else 0
+            calls[replace(call, cause="vcpu_create")] = outcome(found.calls, changed, call.access)
+    made = replace(made, calls=calls, recalcs=made.after(creations).recalcs, vcpus_seen=vcpus)
+    return replace(replace(made, vcpus_created=vcpus, creation_recalcs=vcpus * recalculations), **changes)
 
 
 def report(counted: Snapshot | None = None, host: HostInfo = HOST, **details: Any) -> Report:
@@ -236,7 +248,7 @@ def rows(draw: st.DrawFn) -> CallRow:
         name=draw(names),
         access=draw(st.sampled_from(["read", "write", "read_write"])),
         action=draw(st.sampled_from(["enable", "disable", "disable_read", "disable_write"])),
-        cause=draw(st.one_of(st.sampled_from(["filter_change", "recalc"]), names)),
+        cause=draw(st.one_of(st.sampled_from(["filter_change", "recalc", "vcpu_create"]), names)),
         caller=draw(names),
         calls=calls,
         redundant=draw(parts),
@@ -310,9 +322,17 @@ any_reports = st.builds(
         redundant=maybe_counts,
         filter_updates=maybe_counts,
         recalculations=maybe_counts,
+        creation_recalculations=maybe_counts,
         vcpus_seen=counts,
+        vcpus_created=maybe_counts,
     ),
     per_filter_update=st.one_of(st.none(), per_update),
+    per_vcpu_creation=st.one_of(
+        st.none(),
+        st.builds(
+            PerCreation, calls=rates, redundant=st.one_of(st.none(), rates), recalculations=st.one_of(st.none(), rates)
+        ),
+    ),
     calls=st.lists(rows(), max_size=4),
     filter_update_seconds=st.one_of(st.none(), update_seconds),
     recalculation_seconds=st.one_of(st.none(), update_seconds),

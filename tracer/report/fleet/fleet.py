@@ -16,7 +16,7 @@ import msgspec
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.quantity import some
-from tracer.report.fleet.counts import Grown, check_complete, snapshot, vendor_of
+from tracer.report.fleet.counts import Grown, check_complete, recalculations_known, snapshot, vendor_of
 from tracer.report.fleet.lineage import Process, processes
 from tracer.report.fleet.pairing import Targets, unpaired
 from tracer.report.fleet.prometheus_api import Prometheus, Series, point_in_time, seconds
@@ -314,9 +314,15 @@ def _report(title: str, host: _Host, missing: Sequence[str]) -> Report:
         label=title,
         notes=notes,
     )
-    # Recalculations are not queried, so they are unknown rather than 0.
-    totals = msgspec.structs.replace(made.totals, recalculations=None)
-    return msgspec.structs.replace(made, totals=totals, recalculation_seconds=None)
+    made = msgspec.structs.replace(made, recalculation_seconds=None)  # their times are not queried
+    return made if recalculations_known(host.grown) else _without_recalculations(made)
+
+
+def _without_recalculations(made: Report) -> Report:
+    """The report with its recalculations unknown rather than 0."""
+    totals = msgspec.structs.replace(made.totals, recalculations=None, creation_recalculations=None)
+    each = made.per_vcpu_creation and msgspec.structs.replace(made.per_vcpu_creation, recalculations=None)
+    return msgspec.structs.replace(made, totals=totals, per_vcpu_creation=each)
 
 
 def _copies(title: str, process: Process) -> list[str]:
