@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from dashboards.grafana import SHARE, Json, Query, graph, stat, text
 from dashboards.queries import (
     CALLS,
     GROUP,
     HOST,
     REDUNDANT,
+    TEN_HIGHEST,
     TITLED,
-    by,
     comparable,
+    highest,
     mean_update,
     per_update,
     per_update_by,
     quantile,
-    rate,
+    selected,
+    total,
 )
 
 HOST_LEGEND = "{{instance}}"
@@ -49,34 +53,35 @@ def filter_updates() -> list[Json]:
         ),
         graph(
             "99 % of filter updates, by host",
-            "99 % of a host's filter updates took at most this long, accurate to a factor of two. Gaps: no updates.",
-            Query(quantile(0.99, HOST), HOST_LEGEND),
+            "99 % of a host's filter updates took at most this long, accurate to a factor of two. Gaps: no updates."
+            + TEN_HIGHEST,
+            Query(highest(partial(quantile, 0.99, HOST)), HOST_LEGEND),
             unit="s",
         ),
         graph(
             "Mean filter update, by host",
-            "The mean duration of filter updates; unlike the quantiles it is exact. Gaps: no updates.",
-            Query(mean_update(HOST), HOST_LEGEND),
+            "The mean duration of filter updates; unlike the quantiles it is exact. Gaps: no updates." + TEN_HIGHEST,
+            Query(highest(partial(mean_update, HOST)), HOST_LEGEND),
             unit="s",
         ),
         graph(
             "Calls per filter update, by host",
             "Calls with the cause filter_change, per filter update. On Intel, kernels 5.13 to 6.16 with the patch make "
             "13 where those without make 30 or more, depending on the CPU's features. On AMD, kernels before 6.17 make "
-            "one for every MSR that KVM may pass through: 14 (5.10) to 47.",
-            Query(per_update(CALLS, HOST), HOST_LEGEND),
+            "one for every MSR that KVM may pass through: 14 (5.10) to 47." + TEN_HIGHEST,
+            Query(highest(partial(per_update, CALLS, HOST)), HOST_LEGEND),
             unit="none",
         ),
         graph(
             "Redundant calls per filter update, by host",
-            "Of these calls, those that changed nothing. Hosts where that is unknown are absent.",
-            Query(per_update(REDUNDANT, HOST), HOST_LEGEND),
+            "Of these calls, those that changed nothing. Hosts where that is unknown are absent." + TEN_HIGHEST,
+            Query(highest(partial(per_update, REDUNDANT, HOST)), HOST_LEGEND),
             unit="none",
         ),
         graph(
             "CPU time in filter updates, by host",
-            "Seconds per second that vCPUs spent in filter updates: 100 % is one full CPU.",
-            Query(by(HOST, rate("filter_update_duration_seconds_sum")), HOST_LEGEND),
+            "Seconds per second that vCPUs spent in filter updates: 100 % is one full CPU." + TEN_HIGHEST,
+            Query(highest(partial(total, HOST, "filter_update_duration_seconds_sum")), HOST_LEGEND),
             unit=SHARE,
         ),
     ]
@@ -89,7 +94,7 @@ def by_vendor() -> list[Json]:
         graph(
             "Hosts by vendor",
             "Hosts whose msrtrace can be scraped, by the kind of hardware, stacked.",
-            Query(f"count by (vendor) (group by ({HOST}, vendor) ({TITLED}))", "{{vendor}}"),
+            Query(f"count by (vendor) {selected(f'group by ({HOST}, vendor) ({TITLED})')}", "{{vendor}}"),
             unit="none",
             stacked=True,
         ),
@@ -120,21 +125,21 @@ def comparison() -> list[Json]:
         graph(
             "Calls per filter update",
             "Calls that KVM makes in one vCPU's filter update, with the patch and without." + labelled,
-            Query(per_update(CALLS, GROUP, groups), legend),
+            Query(per_update(CALLS, GROUP, only=groups), legend),
             unit="none",
             absent="no labels",
         ),
         graph(
             "Redundant calls per filter update",
             "Of these calls, those that changed nothing." + labelled,
-            Query(per_update(REDUNDANT, GROUP, groups), legend),
+            Query(per_update(REDUNDANT, GROUP, only=groups), legend),
             unit="none",
             absent="no labels",
         ),
         stat(
             "Calls saved by the patch",
             "How many fewer calls each filter update makes." + both,
-            f"{per_update(CALLS, '', unpatched)} - {per_update(CALLS, '', patched)}",
+            f"{per_update(CALLS, '', only=unpatched)} - {per_update(CALLS, '', only=patched)}",
             unit="none",
             decimals=1,
             absent="no labels",
@@ -144,7 +149,7 @@ def comparison() -> list[Json]:
             "Time saved by the patch",
             "How much less time each filter update takes on average, including the probes; below 0 the patched hosts "
             "are slower, for other reasons." + both,
-            f"{mean_update('', unpatched)} - {mean_update('', patched)}",
+            f"{mean_update('', only=unpatched)} - {mean_update('', only=patched)}",
             unit="s",
             absent="no labels",
             size=(4, 8),
@@ -152,7 +157,7 @@ def comparison() -> list[Json]:
         graph(
             "Mean filter update",
             "Time that a vCPU took to apply a changed filter, on average." + labelled,
-            Query(mean_update(GROUP, groups), legend),
+            Query(mean_update(GROUP, only=groups), legend),
             unit="s",
             absent="no labels",
         ),
