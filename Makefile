@@ -3,7 +3,7 @@
 # make test       everything that must hold, on the emulated bookworm and trixie hosts of both vendors
 # make test-all   that, and the hosts of suites that move (sid, backports) or are about to leave the archive (filter-only)
 # make test-dashboard  the dashboard by what Grafana itself uses (npm, Chromium); pictures of made-up hosts go to
-#                 build/dashboard/, of emulated ones (the whole chain: probes, exporter, Prometheus, panels) to build/chain/
+#                 build/dashboard/ and build/dashboard-500/, of emulated ones (the whole chain: probes, exporter, Prometheus, panels) to build/chain/
 # make check      linter, formatter, types and unit tests: no root, no emulator, no network once installed; it says
 #                 what was left out
 # make check-versions  the unit tests alone, with the lowest versions of Python and libraries that pyproject.toml
@@ -119,6 +119,7 @@ build/npm: Makefile build/packages
 
 test-dashboard: $(VENV)/ready build/test-packages build/npm
 	tests/dashboard/check
+	tests/dashboard/check --hosts 500 --out build/dashboard-500
 	$(SUDO) $(VENV)/bin/python tests/kvmhost/chain_pictures.py build/chain
 
 clean:

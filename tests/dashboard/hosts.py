@@ -219,6 +219,9 @@ FLEET = (
 )
 
 
+_NAME = "@instance@"  # in text of which each host has a copy
+
+
 def _escaped(value: str) -> str:
     return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
@@ -228,23 +231,47 @@ def _line(name: str, labels: dict[str, str], value: float, when: int) -> str:
     return f"{name}{{{pairs}}} {value!r} {when}\n"
 
 
-def write(file: Path, hosts: Iterable[Host] = FLEET) -> None:
-    """The hour before `end` as OpenMetrics text, family by family, as `promtool tsdb create-blocks-from` reads it."""
+def _at(speed: float, host: Host) -> Host:
+    """The host, where everything takes longer: the speed is 1 or less."""
+    return replace(host, snapshot=lambda t: host.snapshot(t * speed))
+
+
+#: Hosts, each with the names of the instances that are exactly like it.
+Instances = Iterable[tuple[Host, list[str]]]
+
+
+def many(count: int, variants: int = 4) -> Instances:
+    """So many hosts: those of FLEET, each at several speeds."""
+    speeds = (1 - number / (variants + 1) for number in range(variants))
+    kinds = [_at(speed, host) for speed in speeds for host in FLEET]
+    names = [f"kvm{number}:9753" for number in range(1, count + 1)]
+    return ((kind, names[index :: len(kinds)]) for index, kind in enumerate(kinds))
+
+
+def write(file: Path, hosts: Instances | None = None, step: int = STEP) -> None:
+    """The hour before END as OpenMetrics text, family by family, as `promtool tsdb create-blocks-from` reads it.
+
+    `hosts` are scraped every `step` seconds, each under every one of its names; by default FLEET.
+    """
     types: dict[str, str] = {"up": "gauge"}
-    lines: dict[str, list[str]] = defaultdict(list)
-    for host in hosts:
-        target = {"job": JOB, "instance": host.instance, **host.labels}
-        for t in range(0, SECONDS + 1, STEP):
+    lines: dict[str, list[tuple[list[str], list[str]]]] = defaultdict(list)
+    for host, instances in hosts or ((host, [host.instance]) for host in FLEET):
+        target = {"job": JOB, "instance": _NAME, **host.labels}
+        found: dict[str, list[str]] = defaultdict(list)
+        for t in range(0, SECONDS + 1, step):
             when = END - SECONDS + t
-            lines["up"].append(_line("up", target, float(t <= host.until), when))
+            found["up"].append(_line("up", target, float(t <= host.until), when))
             for family in host.metrics(t) if t <= host.until else ():
                 types[family.name] = family.type
                 for sample in family.samples:
-                    lines[family.name].append(
-                        _line(sample.name, {**sample.labels, **target}, float(sample.value), when)
-                    )
+                    labels = {**sample.labels, **target}
+                    found[family.name].append(_line(sample.name, labels, float(sample.value), when))
+        for name, of_host in found.items():
+            lines[name].append((of_host, instances))
     with file.open("w") as output:
         for name, type_ in types.items():
             output.write(f"# TYPE {name} {type_}\n")
-            output.writelines(lines[name])
+            for of_host, instances in lines[name]:
+                text = "".join(of_host)
+                output.writelines(text.replace(_NAME, instance) for instance in instances)
         output.write("# EOF\n")
