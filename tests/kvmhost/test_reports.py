@@ -178,7 +178,10 @@ def test_kernels_of_different_layouts_are_compared_per_bit(superseded: Collected
     assert sentence(comparison).endswith(
         "13 bits a filter update, 11 of them redundant; new 15, 13 redundant: 2 more bits, +15.4%"
     )
-    assert "Compared per bit" in comparison_document(comparison).text()
+    text = comparison_document(comparison).text()
+    assert "Compared per bit" in text
+    # A creation, too: 13 bits, and SPEC_CTRL's two, which were set already.
+    assert re.search(r"^  bits +13 \(0\) +15 \(2\) +\+2 \(\+2\)\n  recalculations +none +1$", text, re.MULTILINE)
 
 
 def test_the_command_keeps_its_status_and_an_interrupted_trace_reports(whole: Collected) -> None:
