@@ -87,7 +87,7 @@ def install(directory: Path, python: Path, constraints: Mapping[str, str]) -> No
     Whether there is anything newer is asked once a day; without an answer the venv is as good as it was.
     """
     pins = "".join(f"{name}=={version}\n" for name, version in constraints.items())
-    made_from = "\n".join([str(python.resolve()), pins, (REPO / "pyproject.toml").read_text()])
+    made_from = "\n".join([str(REPO), str(python.resolve()), pins, (REPO / "pyproject.toml").read_text()])
     marker, today = directory / "made-from", datetime.date.today().isoformat()
     before, _, day = marker.read_text().rpartition("\n") if marker.exists() else ("", "", "")
     fits = before == made_from
@@ -106,7 +106,8 @@ def install(directory: Path, python: Path, constraints: Mapping[str, str]) -> No
     settings = {**os.environ, "PIP_CONSTRAINT": str(file), "PIP_BUILD_CONSTRAINT": str(file)}
     for pause in (0,) if fits else (0, 10, 20, 30):
         time.sleep(pause)
-        if not subprocess.run(command, env=settings, check=False).returncode:
+        errors = subprocess.DEVNULL if fits else None
+        if not subprocess.run(command, env=settings, stderr=errors, check=False).returncode:
             marker.write_text(f"{made_from}\n{today}")
             return
     if not fits:
