@@ -54,7 +54,7 @@ def test_a_comparison_says_all_that_its_text_says(name: str) -> None:
 
 
 @given(any_reports)
-@settings(max_examples=40)
+@settings(max_examples=min(40, settings().max_examples))
 def test_any_report_becomes_a_page(made: Report) -> None:
     source = report_html(made)
     assert not [character for character in UNSEEN if character in source]

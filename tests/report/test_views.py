@@ -377,7 +377,7 @@ def test_hostile_text_is_escaped_everywhere(text: str) -> None:
     harmless(views(report(counted, host, label=text, command=[text, text], notes=[text], version=text), patched()))
 
 
-@settings(max_examples=60)
+@settings(max_examples=min(60, settings().max_examples))
 @given(any_reports, any_reports)
 def test_hostile_reports_cannot_control_a_terminal(one: Report, other: Report) -> None:
     harmless(views(one, other))
