@@ -99,6 +99,8 @@ static __always_inline struct vcpu *slot_of(u64 vcpu, u32 *index)
 		if (v && !v->vcpu && take(VCPUS, *index)) {
 			v->inside = INSIDE(NONE);
 			v->filter = 0;
+			v->creating = 0;
+			v->uncomputed = 0;
 			barrier();
 			v->vcpu = vcpu;
 			vcpu_seen();

@@ -16,7 +16,7 @@ from dashboards.activity import overview, per_cause, per_msr, per_vm
 from dashboards.grafana import Json, dashboard, laid_out
 from dashboards.health import health
 from dashboards.patterns import label
-from dashboards.updates import by_vendor, comparison, filter_updates
+from dashboards.updates import by_vendor, comparison, filter_updates, recalculations
 from dashboards.verdict import JUDGED_HOSTS, missing_by_kernel
 from tracer.model.vendors import VENDORS, layouts
 
@@ -32,6 +32,7 @@ def made() -> Json:
         "By MSR": per_msr(),
         "By cause": per_cause(),
         "Filter updates": filter_updates(),
+        "Recalculations, and vCPUs created": recalculations(),
         "By vendor": by_vendor(),
         "Patched against unpatched": comparison(),
         "By VM": per_vm(),

@@ -86,9 +86,9 @@ def most_vms(name: str, labels: str) -> str:
     return f"{by(labels, of_vms(name))} and topk(10, {by(labels, grown)})"
 
 
-def quantile(part: float, labels: str = "") -> str:
-    """A quantile of the duration of filter updates; nothing if there were none."""
-    buckets = by(f"{labels}, le" if labels else "le", rate("filter_update_duration_seconds_bucket"))
+def quantile(part: float, labels: str = "", of: str = "filter_update") -> str:
+    """A quantile of the duration of filter updates, or of recalculations; nothing if there were none."""
+    buckets = by(f"{labels}, le" if labels else "le", rate(f"{of}_duration_seconds_bucket"))
     return f"histogram_quantile({part}, {buckets}) > 0"
 
 
@@ -126,10 +126,10 @@ def per_update_by(labels: str, name: str = CALLS) -> str:
     return ratio(by(labels, f"{calls} {join}"), by(labels, f"({UPDATES} and on ({HOST}) {calls}) {join}"))
 
 
-def mean_update(labels: str, only: str = "") -> str:
-    """The mean duration of a filter update, in seconds."""
-    seconds = rate("filter_update_duration_seconds_sum") + only
-    return ratio(by(labels, seconds), by(labels, rate("filter_update_duration_seconds_count") + only))
+def mean_update(labels: str, only: str = "", of: str = "filter_update") -> str:
+    """The mean duration of a filter update, or of a recalculation, in seconds."""
+    seconds = rate(f"{of}_duration_seconds_sum") + only
+    return ratio(by(labels, seconds), by(labels, rate(f"{of}_duration_seconds_count") + only))
 
 
 #: The counters of losses, and their names in the legend.

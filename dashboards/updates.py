@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from dashboards.grafana import SHARE, Json, Query, graph, stat, text
+from dashboards.grafana import PER_SECOND, SHARE, Json, Query, graph, stat, text
 from dashboards.queries import (
     CALLS,
     GROUP,
     HOST,
     REDUNDANT,
     TITLED,
+    UPDATES,
     by,
     comparable,
     mean_update,
@@ -17,9 +18,11 @@ from dashboards.queries import (
     per_update_by,
     quantile,
     rate,
+    ratio,
 )
 
 HOST_LEGEND = "{{instance}}"
+QUANTILES = {0.5: "median", 0.9: "90 %", 0.99: "99 %"}
 
 LABELLING = f"""\
 In the scrape configuration, label each host with what you believe (see `prometheus.yml` next to this dashboard):
@@ -42,9 +45,7 @@ def filter_updates() -> list[Json]:
             "How long a vCPU took to apply a changed MSR filter, including the probes: half of the updates, 90 % and "
             "99 % took at most this long. The buckets are powers of two, so a quantile is accurate to a factor of "
             "two. All hosts. Gaps: no updates.",
-            Query(quantile(0.5), "median"),
-            Query(quantile(0.9), "90 %"),
-            Query(quantile(0.99), "99 %"),
+            *(Query(quantile(part), name) for part, name in QUANTILES.items()),
             unit="s",
         ),
         graph(
@@ -78,6 +79,64 @@ def filter_updates() -> list[Json]:
             "Seconds per second that vCPUs spent in filter updates: 100 % is one full CPU.",
             Query(by(HOST, rate("filter_update_duration_seconds_sum")), HOST_LEGEND),
             unit=SHARE,
+        ),
+    ]
+
+
+def recalculations() -> list[Json]:
+    """The row on recalculations, and on what the creation of a vCPU takes."""
+    all_, created = "recalculations_total", rate("vcpus_created_total")
+    of_creations, since_6_17 = 'cause="vcpu_create"', " Empty unless a host has Linux 6.17 or newer."
+
+    def per_creation(name: str) -> str:
+        made = rate(name, of_creations)
+        return ratio(by(HOST, made), by(HOST, f"{created} and on ({HOST}) {made}"))
+
+    return [
+        graph(
+            "Filter updates and recalculations",
+            "How often vCPUs recompute their bitmaps: for a changed filter; because a vCPU was created, by that or in "
+            "its first KVM_RUN; and for other reasons, such as a new CPUID. All hosts, stacked. Before 6.17 there are "
+            "no recalculations.",
+            Query(by("", UPDATES), "filter updates"),
+            Query(by("", rate(all_, of_creations)), "creations of vCPUs"),
+            Query(by("", rate(all_, 'cause="recalc"')), "other recalculations"),
+            unit=PER_SECOND,
+            stacked=True,
+        ),
+        graph(
+            "Calls per vCPU created, by host",
+            "Calls with the cause vcpu_create, per vCPU created. Gaps: none was created.",
+            Query(per_creation(CALLS), HOST_LEGEND),
+            unit="none",
+        ),
+        graph(
+            "Recalculations per vCPU created, by host",
+            "Below 1 where vCPUs were created that have not run yet, or got a filter first." + since_6_17,
+            Query(per_creation(all_), HOST_LEGEND),
+            unit="none",
+            absent="none",
+        ),
+        graph(
+            "vCPUs created, by host",
+            "The vCPUs that were created, also those of VMs that have ended.",
+            Query(by(HOST, created), HOST_LEGEND),
+            unit=PER_SECOND,
+        ),
+        graph(
+            "Recalculation duration",
+            "How long recalculations took, including the probes: half of them, 90 % and 99 % took at most this long, "
+            "accurate to a factor of two. All hosts." + since_6_17,
+            *(Query(quantile(part, of="recalculation"), name) for part, name in QUANTILES.items()),
+            unit="s",
+            absent="none",
+        ),
+        graph(
+            "Mean recalculation, by host",
+            "The mean duration of recalculations; unlike the quantiles it is exact." + since_6_17,
+            Query(mean_update(HOST, of="recalculation"), HOST_LEGEND),
+            unit="s",
+            absent="none",
         ),
     ]
 

@@ -37,6 +37,8 @@ GRAPHS = {
         **{"kvm1": 11, "kvm2": 28, "kvm3": 7, "kvm4": 11, "kvm9": 12},
         **{"kvm10": 46, "kvm11": 10},
     },
+    "Calls per vCPU created, by host": {"kvm1": 7, "kvm2": 7, "kvm3": 8},
+    "Recalculations per vCPU created, by host": {"kvm3": 1},
     "Hosts by vendor": {"Intel VMX": 8, "AMD SVM": 2},
     "Calls per filter update": {"patched": 13, "unpatched": 30},
     "Redundant calls per filter update": {"patched": 11, "unpatched": 28},
@@ -54,6 +56,8 @@ OF_BLIND = {
     "Mean filter update, by host",
     "Hosts by vendor",
     "CPU time in filter updates, by host",
+    "Filter updates and recalculations",
+    "vCPUs created, by host",
 }
 #: Panels that must be silent on a host without redundancy.
 VAGUE = "kvm6:9753"

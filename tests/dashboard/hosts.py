@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from made import SVM_HOOK, outcome, recalc, svm_pass, svm_recalc, toggle
+from made import SVM_HOOK, created, outcome, recalc, svm_pass, svm_recalc, toggle
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
@@ -140,9 +140,17 @@ def _one(
     return take
 
 
+def _creating(snapshot: Snapshot, vcpus: int, recalcs: int) -> Snapshot:
+    """The same host with vCPUs that are created, in a recalculation each, and so many other recalculations."""
+    made = created(vcpus, recalculations=1)
+    calls = {call: found for call, found in made.calls.items() if call.cause == "vcpu_create"}
+    snapshot = replace(snapshot, calls={**snapshot.calls, **calls}, recalcs={0: durations(vcpus + recalcs, 9e-6)})
+    return replace(snapshot, vcpus_created=vcpus, creation_recalcs=vcpus)
+
+
 def _recalc(t: float) -> Snapshot:
     count = calm(14)(t)
-    snapshot = _besides(recalc(count), t, 3)
+    snapshot = _creating(_besides(recalc(count), t, 3), calm(0.2)(t), calm(0.5)(t))
     return replace(snapshot, updates={0: durations(count, 11e-6)}, probes=_probes(*RECALC), maps=_maps(snapshot))
 
 

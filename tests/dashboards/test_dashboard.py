@@ -117,8 +117,7 @@ def _exported() -> dict[str, set[str]]:
     registry.register(SnapshotCollector(lambda: hosts.FLEET[0].snapshot(60), "0.1.0"))
     target = {"job", "instance", "patch"}
     found: dict[str, set[str]] = {"up": target}
-    by_vm = next(host for host in hosts.FLEET if host.snapshot(60).by_vm)
-    families = [*registry.collect(), *by_vm.metrics(60)]
+    families = [*registry.collect(), *(family for host in hosts.FLEET for family in host.metrics(60))]
     for sample in (sample for family in families for sample in family.samples):
         found[sample.name] = found.get(sample.name, target) | sample.labels.keys()
     return found

@@ -15,7 +15,7 @@ from conftest import NO_FENTRY, PREEMPTIBLE, WHOLE, Collected
 from metrics_text import Metrics
 
 #: On the tracer itself, beside those of calls and updates.
-SERIES_OF_THE_TRACER = 34
+SERIES_OF_THE_TRACER = 37
 
 
 @pytest.mark.parametrize(("scenario", "status"), [("counts", 0), ("killed", -9)])

@@ -59,6 +59,8 @@ def snapshots(known: bool) -> st.SearchStrategy[Snapshot]:
         read_failures=counts,
         vcpus_seen=counts,
         vmms_seen=counts,
+        vcpus_created=counts,
+        creation_recalcs=counts,
     )
 
 
@@ -130,7 +132,7 @@ def test_the_order_of_a_sum_does_not_matter(pair: tuple[Snapshot, Snapshot]) -> 
     assert (whole.calls, whole.updates, whole.recalcs) == (turned.calls, turned.updates, turned.recalcs)
     assert [p.missed for p in whole.probes] == [p.missed for p in turned.probes]
     assert [m.dropped for m in whole.maps] == [m.dropped for m in turned.maps]
-    for name in ("unpaired_returns", "read_failures", "vcpus_seen", "vmms_seen"):
+    for name in ("unpaired_returns", "read_failures", "vcpus_seen", "vmms_seen", "vcpus_created", "creation_recalcs"):
         assert getattr(whole, name) == getattr(one, name) + getattr(other, name)
 
 
@@ -182,6 +184,8 @@ def test_since_subtracts_every_count() -> None:
         maps=(Map("calls", 1, 8192, 3),),
         vcpus_seen=1,
         vmms_seen=1,
+        vcpus_created=5,
+        creation_recalcs=7,
         module_unloads=1,
     )
     later = replace(
@@ -191,6 +195,8 @@ def test_since_subtracts_every_count() -> None:
         maps=(Map("calls", 2, 8192, 7),),
         vcpus_seen=3,
         vmms_seen=2,
+        vcpus_created=16,
+        creation_recalcs=20,
         module_unloads=3,
     )
     between = later.since(first)
@@ -198,6 +204,14 @@ def test_since_subtracts_every_count() -> None:
     assert between.probes == (Probe("f", "f", True, "", 3),)
     assert between.maps == (Map("calls", 2, 8192, 4),)
     assert (between.vcpus_seen, between.vmms_seen, between.module_unloads) == (2, 1, 2)
+    assert (between.vcpus_created, between.creation_recalcs) == (11, 13)
+
+
+def test_creations_that_were_not_followed_once_are_unknown_in_the_sum() -> None:
+    followed, blind = Snapshot("set", vcpus_created=3), Snapshot("set", creations_observable=False)
+    assert followed.after(followed).creations_observable
+    assert not followed.after(blind).creations_observable
+    assert not blind.after(followed).creations_observable
 
 
 def test_losses_outlive_the_probe_that_had_them() -> None:

@@ -202,8 +202,10 @@ def test_files_older_than_recalculations_can_be_read() -> None:
     made = EXAMPLES["recalculated, by vm"]
     content = json.loads(encode(made))
     del content["totals"]["recalculations"], content["recalculation_seconds"], content["vms"][0]["recalculations"]
+    del content["totals"]["creation_recalculations"], content["totals"]["vcpus_created"], content["per_vcpu_creation"]
     old = decode(json.dumps(content).encode())
     assert (old.totals.recalculations, old.recalculation_seconds) == (None, None)
+    assert (old.totals.vcpus_created, old.totals.creation_recalculations, old.per_vcpu_creation) == (None, None, None)
     assert "recalculation" not in report_document(old).text()
     assert (old.totals.calls, old.filter_update_seconds) == (made.totals.calls, made.filter_update_seconds)
 

@@ -9,7 +9,6 @@ from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,8 @@ from made import (
     HOSTILE,
     amd,
     any_reports,
+    changed,
+    created,
     patched,
     recalc,
     recalculated,
@@ -163,21 +164,37 @@ def test_what_cannot_be_observed_is_not_shown_as_0() -> None:
     assert "Calls per MSR\n  none were made\n" in text
 
 
+OTHERWISE = "for other reasons than a new filter or the creation of a vCPU"
+
+
 def test_the_text_of_recalculations() -> None:
     text = report_document(report(recalculated())).text()
-    assert text.splitlines()[3] == (
-        "7 recalculations for other reasons than a new filter, 8 calls each, 1 of them redundant"
-    )
+    assert text.splitlines()[3] == f"7 recalculations {OTHERWISE}, 8 calls each, 1 of them redundant"
     assert "Recalculation times\n  9 µs on average; half took at most 16.4 µs, 99% at most 16.4 µs, " in text
     text = report_document(report(recalculated(1, exact=False))).text()
-    assert "\n1 recalculation for other reasons than a new filter, 8 calls each, ? of them redundant\n" in text
+    assert f"\n1 recalculation {OTHERWISE}, 8 calls each, ? of them redundant\n" in text
     text = report_document(report(recalculated(7, calls={}, calls_observable=False))).text()
-    assert "\n7 recalculations for other reasons than a new filter\n" in text
-    assert "\n0 recalculations for other reasons than a new filter\n" in report_document(report(recalc())).text()
+    assert f"\n7 recalculations {OTHERWISE}\n" in text
+    assert f"\n0 recalculations {OTHERWISE}\n" in report_document(report(recalc())).text()
     assert "Recalculation times" not in report_document(report(recalc())).text()
+    text = report_document(report(recalculated(creations_observable=False))).text()
+    assert "\n7 recalculations for other reasons than a new filter, 8 calls each, 1 of them redundant\n" in text
     markdown = report_document(report(recalculated())).markdown()
-    assert "\n7 recalculations for other reasons than a new filter, 8 calls each, 1 of them redundant\n" in markdown
+    assert f"\n7 recalculations {OTHERWISE}, 8 calls each, 1 of them redundant\n" in markdown
     assert "### Recalculation times\n" in markdown
+
+
+def test_the_text_of_creations() -> None:
+    text = report_document(report(created(3))).text()
+    assert text.splitlines()[3:5] == [
+        f"1 recalculation {OTHERWISE}, 8 calls each, 1 of them redundant",
+        "3 vCPUs created, 16 calls each, 9 of them redundant, in 2 recalculations",
+    ]
+    text = report_document(report(created(1, recalculations=1))).text()
+    assert "\n1 vCPU created, 8 calls each, 1 of them redundant, in 1 recalculation\n" in text
+    assert "\n2 vCPUs created, 7 calls each, 0 of them redundant\n" in report_document(report(toggle(vcpus=2))).text()
+    assert "\n2 vCPUs created\n" in report_document(report(toggle(calls={}, calls_observable=False, vcpus=2))).text()
+    assert "vCPU created" not in report_document(report(toggle(creations_observable=False))).text()
 
 
 def test_recalculations_that_cannot_be_observed_are_not_mentioned() -> None:
@@ -284,8 +301,8 @@ def test_the_hosts_of_a_large_side_are_not_all_named() -> None:
 
 def replaced(made: Report, *, started: str | None = None, name: str | None = None) -> Report:
     """The report with another start, or another name of its host."""
-    host = made.host if name is None else msgspec.structs.replace(made.host, name=name)
-    return msgspec.structs.replace(made, host=host, started=started or made.started)
+    host = made.host if name is None else changed(made.host, name=name)
+    return changed(made, host=host, started=started or made.started)
 
 
 def test_a_changelog_names_both_kernels() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -172,8 +172,8 @@ def _checked_ends(times: Sequence[float | None], now: float, window: int) -> tup
 
 
 def _utc(time: float) -> str:
-    return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return f"{datetime.fromtimestamp(time, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _window(end: float, seconds: int) -> Window:
-    return Window(datetime.fromtimestamp(end - seconds, UTC), datetime.fromtimestamp(end, UTC))
+    return Window(datetime.fromtimestamp(end - seconds, timezone.utc), datetime.fromtimestamp(end, timezone.utc))

@@ -27,7 +27,7 @@ _LIBRARIES = ("libbcc_bpf.so.0", "libbcc.so.0")
 _MOUNTS = "-v /lib/modules:/lib/modules:ro -v /usr/src:/usr/src:ro"
 
 #: The oldest Python that msrtrace runs in (pyproject.toml).
-_PYTHON = (3, 11)
+OLDEST_PYTHON = (3, 10)
 _SHIPPED = "install a wheel of msrtrace that has the compiled BPF program (make wheel): it needs BCC's library alone"
 
 
@@ -127,9 +127,8 @@ def _no_bcc(machine: Machine, install: str) -> Found:
     """Why the running Python does not find BCC: for the system's Python it may be installed."""
     found = _bcc_of_the_system(machine)
     if old := _too_old(machine, found):
-        detail = (
-            f"BCC's package is for Python {old}, and msrtrace needs {'.'.join(map(str, _PYTHON))} ({_why(machine)})"
-        )
+        needed = ".".join(map(str, OLDEST_PYTHON))
+        detail = f"BCC's package is for Python {old}, and msrtrace needs {needed} ({_why(machine)})"
         return State.FAILED, detail, _SHIPPED
     if found is None:
         return State.FAILED, f"BCC is not installed ({_why(machine)}; PyPI's bcc is an unrelated package)", install
@@ -155,4 +154,4 @@ def _too_old(machine: Machine, bcc: Path | None) -> str:
         except OSError:  # no link
             return ""
     version = search(r"^(?:platform-)?python(3\.\d+)$", name)
-    return version if version and tuple(map(int, version.split("."))) < _PYTHON else ""
+    return version if version and tuple(map(int, version.split("."))) < OLDEST_PYTHON else ""

@@ -23,6 +23,7 @@ from prometheus_client.samples import Sample
 
 from tracer.export.exposition import Known, LabelSets
 from tracer.model import msr
+from tracer.model.cause import RECALC, VCPU_CREATE
 from tracer.model.snapshot import DURATION_BOUNDS, Durations, Snapshot
 
 _CALL_LABELS = ("msr", "name", "access", "action", "cause")
@@ -64,6 +65,7 @@ class SnapshotCollector(Collector):
                 yield from _calls(snapshot, sets, all_vms)
                 yield from _updates(snapshot, sets, all_vms)
             yield from _recalculations(snapshot, sets)
+            yield from _creations(snapshot)
             self._known = sets.now
             yield from _health(snapshot)
         yield CounterMetricFamily(
@@ -178,42 +180,60 @@ def _updates(snapshot: Snapshot, sets: LabelSets, all_vms: bool) -> Iterator[Met
         updates = {vms[pid]: durations for pid, durations in sorted(snapshot.updates.items()) if pid in vms}
     else:
         updates = {(): sum(snapshot.updates.values(), Durations())}
-    yield from _timed(total, duration, updates, sets)
+    _add_times(duration, updates, sets, total)
+    yield total
+    yield duration
 
 
 def _recalculations(snapshot: Snapshot, sets: LabelSets) -> Iterator[Metric]:
-    """Recalculations for other reasons than a filter, and their durations, of the host; none where not observable."""
+    """Recalculations for other reasons than a filter, and their durations, of the host; none where not observable.
+
+    Where creations of vCPUs cannot be followed, theirs have the same cause as all others.
+    """
     if not snapshot.recalcs_observable:
         return
     total = CounterMetricFamily(
         "msrtrace_recalculations",
         "Recalculations of a vCPU's bitmap for another reason than a changed MSR filter.",
-        labels=(),
+        labels=["cause"],
     )
+    whole = sum(snapshot.recalcs.values(), Durations())
+    of_creations = snapshot.creation_recalcs if snapshot.creations_observable else 0
+    if snapshot.creations_observable:
+        total.add_metric([VCPU_CREATE], of_creations)
+    total.add_metric([RECALC], whole.count - of_creations)
+    yield total
     duration = HistogramMetricFamily(
         "msrtrace_recalculation_duration_seconds",
         "Time that a vCPU took to recalculate its bitmap for another reason than a changed MSR filter, including the "
         "probes.",
         labels=(),
     )
-    yield from _timed(total, duration, {(): sum(snapshot.recalcs.values(), Durations())}, sets)
+    _add_times(duration, {(): whole}, sets)
+    yield duration
 
 
-def _timed(
-    total: Metric, duration: Metric, updates: Mapping[tuple[str, ...], Durations], sets: LabelSets
-) -> tuple[Metric, Metric]:
-    """Add samples to a counter and a histogram: the durations of updates by the values of their VM labels."""
+def _creations(snapshot: Snapshot) -> Iterator[Metric]:
+    """vCPUs created on the host; none where that cannot be followed."""
+    if snapshot.creations_observable:
+        yield CounterMetricFamily("msrtrace_vcpus_created", "vCPUs created.", value=snapshot.vcpus_created)
+
+
+def _add_times(
+    duration: Metric, updates: Mapping[tuple[str, ...], Durations], sets: LabelSets, total: Metric | None = None
+) -> None:
+    """Add samples to a histogram, and maybe a counter: the durations of updates by the values of their VM labels."""
     bucket_name = f"{duration.name}_bucket"
     for vm, durations in updates.items():
         names = _VM_LABELS[: len(vm)]
         labels, bucket_names = sets.of(names, vm), (*names, "le")
-        total.samples.append(Sample(f"{total.name}_total", labels, durations.count))
+        if total:
+            total.samples.append(Sample(f"{total.name}_total", labels, durations.count))
         counts = list(accumulate(durations.buckets))
         for bound, count in zip(_BOUNDS, counts, strict=True):
             duration.samples.append(Sample(bucket_name, sets.of(bucket_names, (*vm, bound)), count))
         duration.samples.append(Sample(f"{duration.name}_count", labels, counts[-1]))
         duration.samples.append(Sample(f"{duration.name}_sum", labels, durations.seconds))
-    return total, duration
 
 
 def _attached(probes: Iterable[tuple[str, bool]]) -> Metric:

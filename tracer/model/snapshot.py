@@ -167,9 +167,12 @@ class Snapshot:
     vendor: str = FIRST.name
     vcpus_seen: int = 0
     vmms_seen: int = 0
+    vcpus_created: int = 0  # followed from beginning to end
+    creation_recalcs: int = 0  # those of `recalcs` that the creation of a vCPU asked for
     module_unloads: int = 0
     calls_observable: bool = True  # False: that no call was seen does not mean that none was made
     updates_observable: bool = True
+    creations_observable: bool = True
     by_vm: bool = False
     vms: Mapping[int, VmInfo] = field(default_factory=dict)
     commands: Mapping[int, str] = field(default_factory=dict)  # by pid: of VMMs, at the creation of their first vCPU
@@ -211,6 +214,9 @@ class Snapshot:
             uncounted=tuple(dict.fromkeys((*earlier.uncounted, *self.uncounted))),
             vcpus_seen=self.vcpus_seen + earlier.vcpus_seen,
             vmms_seen=self.vmms_seen + earlier.vmms_seen,
+            vcpus_created=self.vcpus_created + earlier.vcpus_created,
+            creation_recalcs=self.creation_recalcs + earlier.creation_recalcs,
+            creations_observable=self.creations_observable and earlier.creations_observable,
             commands={**earlier.commands, **self.commands},
             module_unloads=self.module_unloads + earlier.module_unloads,
         )
@@ -230,6 +236,8 @@ class Snapshot:
             read_failures=self.read_failures - earlier.read_failures,
             vcpus_seen=self.vcpus_seen - earlier.vcpus_seen,
             vmms_seen=self.vmms_seen - earlier.vmms_seen,
+            vcpus_created=self.vcpus_created - earlier.vcpus_created,
+            creation_recalcs=self.creation_recalcs - earlier.creation_recalcs,
             module_unloads=self.module_unloads - earlier.module_unloads,
         )
 

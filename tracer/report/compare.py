@@ -19,6 +19,7 @@ from tracer.model.errors import MsrtraceError
 from tracer.model.quantity import TITLES_SHOWN, some
 from tracer.model.text import printable
 from tracer.model.verdict import PATCH, Verdict, headline
+from tracer.report.creation import PerCreation, per_creation, spreads
 from tracer.report.interval import Time, timed
 from tracer.report.report import Bit, BitCounts, CallRow, Host, Report, by_bit
 
@@ -195,6 +196,10 @@ class Comparison:
         """The sum of one side, in the unit of the comparison."""
         return side.bits() if self.unit == "bit" else side.calls()
 
+    def per_creation(self, side: Side) -> PerCreation:
+        """The same of a vCPU's creation."""
+        return per_creation(side.reports, self.unit)
+
 
 def compare(
     base: Sequence[Report],
@@ -301,24 +306,30 @@ def lost(report: Report) -> str:
 def _spread(side: Side) -> list[str]:
     """Warnings about repeats whose counts per update differ, and about counts per update that are not integers."""
     found = []
-    values = [Side(side.title, (report,)).calls() for report in side.reports]
+    each = [Side(side.title, (report,)) for report in side.reports]
+    values = [one.calls() for one in each]
     for what in ("calls", "redundant"):
         numbers = {getattr(value, what) for value in values} - {None}
         if len(numbers) > 1:
-            found.append(
-                f"{side.title}: {what} per filter update differ between its reports, "
-                f"{float(min(numbers)):g} to {float(max(numbers)):g}; the table has their mean"
-            )
+            found.append(f"{side.title}: {what} per filter update {_between_them(numbers)}")
         elif any(number.denominator != 1 for number in numbers):
             found.append(
                 f"{side.title}: {what} per filter update is not an integer: VMs differ, or updates were in "
                 "progress when the trace began or ended"
             )
-    if not found and len({_profile(Side(side.title, (report,))) for report in side.reports}) > 1:
+    if not found and len({_profile(one) for one in each}) > 1:
         found.append(
             f"{side.title}: its reports differ in which MSRs a filter update touches; the table has their mean"
         )
+    for what, numbers in spreads(side.reports).items():
+        found.append(f"{side.title}: {what} per vCPU created {_between_them(numbers)}")
     return found
+
+
+def _between_them(numbers: set[Fraction]) -> str:
+    """Different figures of the reports of a side, in words."""
+    spread = f"{float(min(numbers)):g} to {float(max(numbers)):g}"
+    return f"differ between its reports, {spread}; the table has their mean"
 
 
 def _profile(side: Side) -> frozenset[tuple[Bit, PerUpdate]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import tempfile
 from contextlib import suppress
@@ -52,7 +53,7 @@ def write(path: Path, text: bytes) -> None:
             with path.open("ab") as stream:  # standard output may be a file with something in it
                 stream.write(text)
             return
-        target = path.resolve()  # a link stays one
+        target = _resolved(path)  # a link stays one
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name[:50]}.", dir=target.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -71,7 +72,7 @@ def write(path: Path, text: bytes) -> None:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+    except OSError as error:
         raise _unwritable(path, error) from None
 
 
@@ -81,12 +82,20 @@ def check_writable(path: Path) -> None:
         if _is_stream(path):
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        elif not (directory := path.resolve().parent).is_dir():
+        elif not (directory := _resolved(path).parent).is_dir():
             raise MsrtraceError(f"cannot write {path}: there is no directory {directory}")
         else:
             tempfile.TemporaryFile(dir=directory).close()
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise _unwritable(path, error) from None
+
+
+def _resolved(path: Path) -> Path:
+    """The path without links. Raises OSError for a loop of them, as Path.resolve() does not since Python 3.13."""
+    found = Path(os.path.realpath(path))
+    if found.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return found
 
 
 def _is_stream(path: Path) -> bool:
@@ -97,8 +106,8 @@ def _is_stream(path: Path) -> bool:
     return not path.is_file() or directory == Path("/dev") or Path("/proc") in directory.parents
 
 
-def _unwritable(path: Path, error: OSError | RuntimeError) -> MsrtraceError:
-    return MsrtraceError(f"cannot write {path}: {(isinstance(error, OSError) and error.strerror) or error}")
+def _unwritable(path: Path, error: OSError) -> MsrtraceError:
+    return MsrtraceError(f"cannot write {path}: {error.strerror or error}")
 
 
 def _umask() -> int:
@@ -193,7 +202,22 @@ def _short(text: str, limit: int = 60) -> str:
 def schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a report, made from its types."""
     title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA}
-    return title | msgspec.json.schema(Report)
+    made: dict[str, Any] = title | _normalized(msgspec.json.schema(Report))
+    return made
+
+
+def _normalized(part: Any) -> Any:
+    """A part of a schema as every msgspec and every Python makes it: alternatives sorted, docstrings not indented."""
+    if isinstance(part, list):
+        return [_normalized(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    made = {name: _normalized(value) for name, value in part.items()}
+    if "anyOf" in made:
+        made["anyOf"].sort(key=json.dumps)
+    if isinstance(made.get("description"), str):
+        made["description"] = re.sub(r"\n +", "\n", made["description"])
+    return made
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
 from tracer.model.snapshot import Probe, Snapshot
-from tracer.model.vendor import Layout
+from tracer.model.vendor import VCPU_CREATED, Layout
 from tracer.program import syscalls
 from tracer.program.bcc_library import attach_tracing
 from tracer.program.compiler import PROGRAMS, Built, build, is_compiled
@@ -95,6 +95,8 @@ class Engine:
             reasons = "; ".join(f"{p.function}: {p.detail}" for p in self.probes if p.function in counted)
             self._remove_probes()
             raise MsrtraceError(f"no probe could be attached ({reasons})")
+        if self._creations_observable:
+            self._reader.follow_creations()
         self._uncounted = tuple(holder.loss for holder in holders(self._symbols) if holder.loss)
         self._reader.reset("unpaired_return")  # functions that were being run while their probes were attached
 
@@ -139,6 +141,8 @@ class Engine:
                 "this kernel may preempt what runs at fentry; what is missed by that is counted as missed "
                 "(--backend kprobe misses nothing)"
             )
+        if not self._creations_observable:
+            lines.append("creations of vCPUs cannot be followed, so they are not counted")
         lines += self._uncounted
         if not self._layout.calls:
             lines.append(
@@ -179,6 +183,13 @@ class Engine:
         needed = [f for f in (self._layout.update, self._layout.filter_set) if f]
         return self._filter_known and all(map(self._attached, needed))
 
+    @property
+    def _creations_observable(self) -> bool:
+        begin_and_end = [
+            p.attached for p in self.probes if p.function in (VCPU_CREATED, *self._symbols.vendor.vcpu_create)
+        ]
+        return self._updates_observable and all(begin_and_end)
+
     def _attached(self, *functions: str) -> bool:
         return any(p.attached for p in self.probes if p.function in functions)
 
@@ -207,9 +218,12 @@ class Engine:
             uncounted=self._uncounted,
             vcpus_seen=counted.counts["vcpus_seen"],
             vmms_seen=counted.counts["vmms_seen"],
+            vcpus_created=counted.counts["vcpus_created"],
+            creation_recalcs=counted.creation_recalcs,
             commands=counted.commands,
             calls_observable=self._attached(*self._layout.calls),
             updates_observable=self._updates_observable,
+            creations_observable=self._creations_observable,
             by_vm=self._options.by_vm,
         )
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 
 import msgspec
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.quantity import some
-from tracer.report.fleet.counts import Grown, check_complete, snapshot, vendor_of
+from tracer.report.fleet.counts import Grown, check_complete, recalculations_known, snapshot, vendor_of
 from tracer.report.fleet.lineage import Process, processes
 from tracer.report.fleet.pairing import Targets, unpaired
 from tracer.report.fleet.prometheus_api import Prometheus, Series, point_in_time, seconds
@@ -143,7 +143,7 @@ def compared(
 def _window(prometheus: Prometheus, sides: Sequence[Iterable[str]], window: int, end: float, *, past: bool) -> _Window:
     """What `compared` makes reports of."""
     when = f"in the last {window} s" + (
-        f" before {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M:%S} UTC" if past else ""
+        f" before {datetime.fromtimestamp(end, timezone.utc):%Y-%m-%d %H:%M:%S} UTC" if past else ""
     )
     matched = [_matched(prometheus, selectors, window, end, when) for selectors in sides]
     stored: dict[Target, Stream] = {}
@@ -308,15 +308,21 @@ def _report(title: str, host: _Host, missing: Sequence[str]) -> Report:
     made = make(
         replace(snapshot(info, host.grown), uncounted=tuple(missing)),
         HostInfo(kernel=info.get("kernel", "?"), version="", cpu="", module_parameters={}, name=title),
-        started=datetime.fromtimestamp(first, UTC),
+        started=datetime.fromtimestamp(first, timezone.utc),
         duration=last - first,
         version=info.get("version", ""),
         label=title,
         notes=notes,
     )
-    # Recalculations are not queried, so they are unknown rather than 0.
-    totals = msgspec.structs.replace(made.totals, recalculations=None)
-    return msgspec.structs.replace(made, totals=totals, recalculation_seconds=None)
+    made = msgspec.structs.replace(made, recalculation_seconds=None)  # their times are not queried
+    return made if recalculations_known(host.grown) else _without_recalculations(made)
+
+
+def _without_recalculations(made: Report) -> Report:
+    """The report with its recalculations unknown rather than 0."""
+    totals = msgspec.structs.replace(made.totals, recalculations=None, creation_recalculations=None)
+    each = made.per_vcpu_creation and msgspec.structs.replace(made.per_vcpu_creation, recalculations=None)
+    return msgspec.structs.replace(made, totals=totals, per_vcpu_creation=each)
 
 
 def _copies(title: str, process: Process) -> list[str]:
