@@ -141,7 +141,7 @@ def health() -> list[Json]:
             ],
             sort="State",
             descending=False,
-            size=(12, 8),
+            size=(20, 8),
         ),
         table(
             "Probes",
@@ -166,7 +166,7 @@ def health() -> list[Json]:
             "BPF map that was full, returns without an entry, bitmaps that could not be read. Normally 0.",
             *(Query(total("", kind, STEP), what) for kind, what in LOSSES.items()),
             unit="none",
-            size=(8, 8),
+            size=(12, 8),
         ),
         graph(
             "Counts lost, by host",

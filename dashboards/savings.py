@@ -77,9 +77,9 @@ def _figures(kind: Kind) -> str:
 READING = f"""\
 **An estimate**, and only of the time that the calls themselves take.
 
-- **Calls a day** are counted: calls of filter updates that a patched kernel does not make, in the time shown, \
-multiplied to a day.
-- **CPU time a day** is calls a day, times instructions per call, divided by *Instructions/s* (above).
+- **Avoidable calls a day** are counted: calls of filter updates that a patched kernel does not make, in the time \
+shown, multiplied to a day.
+- **Avoidable CPU time a day** is these calls, times instructions per call, divided by *Instructions/s* (above).
 - Instructions per call were measured on emulated hosts without a tracer (`make saving`, docs/cost.md). Intel: \
 {_figures(PATCHABLE)}. AMD: {_figures(UNPATCHABLE)}. The panels show both, as kernels and CPUs differ.
 - *Instructions/s* is **assumed**. 3 billion is a CPU of 3 GHz that executes one instruction in each cycle.
@@ -96,7 +96,7 @@ def savings() -> list[Json]:
     return [
         text("How this is estimated", "Where each number comes from.", READING, size=(WIDTH, 7)),
         stat(
-            "Calls saved a day, Intel",
+            "Avoidable calls a day, Intel",
             "Enables of MSRs that are intercepted already, in filter updates of the hosts known to lack the patch by "
             "what they did since msrtrace started: counted in the time shown, multiplied to a day.",
             f"{by('', PATCHABLE.saved(), RANGE)} {_A_DAY}",
@@ -106,7 +106,7 @@ def savings() -> list[Json]:
             size=(6, 5),
         ),
         stat(
-            "CPU time saved a day, Intel",
+            "Avoidable CPU time a day, Intel",
             "CPU time of the calls on the left, of hosts that lack the patch by what they did since msrtrace started."
             + source,
             _cpu_time(PATCHABLE),
@@ -115,7 +115,7 @@ def savings() -> list[Json]:
             size=(6, 5),
         ),
         stat(
-            "Calls saved a day, AMD",
+            "Avoidable calls a day, AMD",
             "Calls of filter updates, before 6.17, for MSRs that KVM intercepts for reads and writes anyway: counted "
             "in the time shown, multiplied to a day." + amd,
             f"{by('', UNPATCHABLE.saved(), RANGE)} {_A_DAY}",
@@ -125,7 +125,7 @@ def savings() -> list[Json]:
             size=(6, 5),
         ),
         stat(
-            "CPU time saved a day, AMD",
+            "Avoidable CPU time a day, AMD",
             "CPU time of the calls on the left." + source + amd,
             _cpu_time(UNPATCHABLE),
             unit="s",
@@ -145,11 +145,11 @@ def savings() -> list[Json]:
                 Column("vendor", "Vendor", width=140),
                 Column("Value #A", "Hosts", unit="none", width=100),
                 Column("Value #B", "Filter updates a day", unit="short", decimals=1, width=190),
-                Column("Value #C", "Calls saved a day", unit="short", decimals=1, width=190),
-                Column("Value #D", "CPU time saved a day, least", unit="s", width=230),
-                Column("Value #E", "most", unit="s", width=190),
+                Column("Value #C", "Avoidable calls a day", unit="short", decimals=1, width=190),
+                Column("Value #D", "CPU time a day, least", unit="s", width=190),
+                Column("Value #E", "CPU time a day, most", unit="s", width=190),
             ],
-            sort="Calls saved a day",
+            sort="Avoidable calls a day",
             absent="no such host",
             size=(WIDTH, 7),
         ),

@@ -71,6 +71,12 @@ NOT_OF_VAGUE = {
     "Redundant calls per filter update",
     "Redundant calls per filter update, by vendor",
 }
+#: By kernel: the calls of a filter update that patching would save, and CPU seconds of a billion of them (least, most).
+AVOIDABLE = {
+    "5.15.0-25-generic": (17, 1872 / 19 / 3, 2391 / 17 / 3),
+    "5.19.0-2-amd64": (17, 1872 / 19 / 3, 2391 / 17 / 3),
+    "6.12.117+deb13-amd64": (37, 7467 / 33 / 3, 8421 / 36 / 3),
+}
 #: The last values of graphs by vendor and layout, of those whose hosts all make equally many calls.
 BY_VENDOR = {
     "Calls per filter update, by vendor": {"AMD SVM pass": 47, "AMD SVM recalc": 11, "Intel VMX recalc": 8},
@@ -97,6 +103,15 @@ def wrong(prometheus: Prometheus, dashboard: Json, time: Range, answers: Answers
         last = {f"{s['metric']['vendor']} {s['metric']['layout']}": round(_value(s), 6) for s in found[title]["A"]}
         if last.pop("Intel VMX toggle", None) is None or last != expected:
             differences.append(f"{title} are {last}, not {expected}")
+    updates, calls, *cpu = (_by_kernel(found["What patching would save, by kernel"][ref]) for ref in "BCDE")
+    avoidable = {
+        kernel: [calls[kernel] / updates[kernel], *(seconds[kernel] / calls[kernel] * 1e9 for seconds in cpu)]
+        for kernel in calls
+    }
+    if {kernel: tuple(round(one, 2) for one in numbers) for kernel, numbers in avoidable.items()} != {
+        kernel: tuple(round(one, 2) for one in numbers) for kernel, numbers in AVOIDABLE.items()
+    }:
+        differences.append(f"what patching would save is {avoidable}")
     blind = _speaking(prometheus, dashboard, time, BLIND)
     differences += [f"{title!r} must say nothing of a host without calls" for title in sorted(blind - OF_BLIND)]
     vague = _speaking(prometheus, dashboard, time, VAGUE)
@@ -169,6 +184,10 @@ def _speaking(prometheus: Prometheus, dashboard: Json, time: Range, instance: st
 
 def _by_title(dashboard: Json, answers: Answers) -> dict[str, dict[str, list[Json]]]:
     return {panel["title"]: answers[str(panel["id"])] for panel in panels(dashboard)}
+
+
+def _by_kernel(answer: list[Json]) -> dict[str, float]:
+    return {series["metric"]["kernel"]: _value(series) for series in answer}
 
 
 def _value(series: dict[str, Any]) -> float:

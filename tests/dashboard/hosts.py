@@ -240,7 +240,7 @@ def _at(speed: float, host: Host) -> Host:
 Instances = Iterable[tuple[Host, list[str]]]
 
 
-def many(count: int, variants: int = 4) -> Instances:
+def many(count: int, variants: int = 16) -> Instances:
     """So many hosts: those of FLEET, each at several speeds."""
     speeds = (1 - number / (variants + 1) for number in range(variants))
     kinds = [_at(speed, host) for speed in speeds for host in FLEET]

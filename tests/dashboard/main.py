@@ -27,7 +27,7 @@ from tests.dashboard.prometheus import Prometheus, backfilled
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
 NPM_TRIES = 4
-#: With many hosts: how often they are scraped, in seconds; the most CPU time of a query, and lines of a graph.
+#: With many hosts: how often they are scraped; the most CPU time that a query may take, in seconds; the most lines.
 MINUTE, SLOW, LINES = 60, 6.0, 20
 
 
