@@ -182,7 +182,7 @@ def main() -> None:
     def obstacle(*_: object, **__: object) -> str | None:
         return (directory / OBSTACLE).read_text() if (directory / OBSTACLE).exists() else None
 
-    def machine() -> Machine:
+    def machine(_: Options) -> Machine:
         return Machine(directory / "machine" if (directory / "machine").exists() else Path("/"))
 
     places: tuple[tuple[Any, str, Any], ...] = (

@@ -12,13 +12,14 @@ from vcpus import FS_BASE, SPEC_CTRL, TSC, VMX_LIST, bitmap, rw
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.msr_filter import NO_FILTER, READ, WRITE, MsrFilter
+from tracer.model.snapshot import VmInfo
 from tracer.model.state import FILTER, KVM, PASSED, PENDING_ALLOWED, State, Vm
 from tracer.model.svm import SVM
 from tracer.model.vmx import VMX
 from tracer.program.program import NotPermitted
 from tracer.trace import state_reader
 from tracer.trace.state_reader import named
-from tracer.trace.vm_names import VmNames
+from tracer.trace.vm_info import VmInfos
 
 MANY = MsrFilter(
     False, (allowing(0x10, 1), allowing(0x174, 70, [0x175], WRITE), allowing(0xC0000080, 12288, flags=READ))
@@ -352,9 +353,9 @@ def test_everything_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Names(VmNames):
-        def name(self, pid: int) -> str | None:
-            return {100: "web"}.get(pid)
+    class Names(VmInfos):
+        def info(self, pid: int) -> VmInfo | None:
+            return {100: VmInfo("web")}.get(pid)
 
     host = read(monkeypatch, record(0x1000), record(0x2000, kvm=0x8000, tgid=7))
     assert [(vm.pid, vm.name) for vm in named(host, Names()).vms] == [(7, ""), (100, "web")]

@@ -51,7 +51,8 @@ def report(  # noqa: PLR0917 (click passes them by name)
     if duration is not None and not duration <= _LONGEST_SECONDS:  # also if it is NaN
         raise click.UsageError(f"-d {duration:g}: at most {_LONGEST_SECONDS:g} seconds")
     if command and _is_report(Path(command[0])):
-        instead = shlex.join(("msrtrace", "show", *command))
+        what = "compare" if len(command) == 2 and _is_report(Path(command[1])) else "show"
+        instead = shlex.join(("msrtrace", what, *command))
         raise click.UsageError(f"{command[0]} is a report, not a command; did you mean `{instead}`?")
     with _own_failures(_TRACER_FAILED if command else MsrtraceError.status):
         check_outputs(outputs, fmt)

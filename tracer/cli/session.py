@@ -14,7 +14,7 @@ from tracer.doctor.examination import MODULE, SYMBOLS, explain_eperm, obstacle
 from tracer.kernel.machine import Machine
 from tracer.model.errors import MsrtraceError
 from tracer.model.module_change import FOLLOW_SECONDS
-from tracer.model.options import Options
+from tracer.model.options import BACKENDS, Options
 
 if TYPE_CHECKING:
     from tracer.kernel.symbols import Symbols
@@ -23,18 +23,20 @@ if TYPE_CHECKING:
 
 #: Checks of doctor on what only probes need.
 _NOT_FOR_STATES = (SYMBOLS, "livepatch", "library", "perf-event-paranoid", "tracefs")
+#: Those of a trace for which none are given.
+OPTIONS = Options()
 
 
-def this_machine() -> Machine:
-    """This machine, and whether the BPF program is already compiled."""
-    from tracer.trace.engine import program_is_compiled
+def this_machine(options: Options = OPTIONS) -> Machine:
+    """This machine, what is already compiled, and how a trace with these options would go about it."""
+    from tracer.trace.engine import compiled_backends, expected_backends
 
-    return Machine.here(compiled=program_is_compiled())
+    return Machine.here(compiled_backends(), lambda machine: expected_backends(machine.symbols, options))
 
 
 def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> Machine:
     """This machine. Raises MsrtraceError, which says what to do, if it cannot be traced with these options."""
-    machine = this_machine()
+    machine = this_machine(options)
     check_pid(options.pid)
     problem = obstacle(machine, ignore=(MODULE, SYMBOLS) if module_may_be_missing else ())
     if problem:
@@ -47,7 +49,7 @@ def state_reader() -> Iterator[StateReader]:
     """A context with what reads the states of vCPUs. Raises MsrtraceError, which says what to do, if that cannot be."""
     from tracer.trace.state_reader import StateReader, state_program_is_compiled
 
-    machine = Machine.here(compiled=state_program_is_compiled())
+    machine = Machine.here(frozenset(BACKENDS) if state_program_is_compiled() else frozenset())
     if problem := obstacle(machine, ignore=_NOT_FOR_STATES):
         raise MsrtraceError(problem)
     reader = StateReader(machine.symbols, lambda: explain_eperm(machine))

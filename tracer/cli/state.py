@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -50,11 +50,11 @@ def state(  # noqa: PLR0917 (click passes them by name)
     from tracer.report.making import HostInfo
     from tracer.report.state_making import make_state
     from tracer.trace.state_reader import named
-    from tracer.trace.vm_names import VmNames
+    from tracer.trace.vm_info import VmInfos
 
     with state_reader() as reader:
-        found = named(reader.read(steady=True), VmNames())
-    taken = datetime.now(UTC)
+        found = named(reader.read(steady=True), VmInfos())
+    taken = datetime.now(timezone.utc)
     wanted = _chosen(found, names, pid)
     made = make_state(wanted, HostInfo.here(found.vendor.module), taken=taken, version=version(), also=msrs)
     deliver(partial(write_state, made, Shown(everything, frozenset(msrs))), fmt, outputs)

@@ -21,7 +21,7 @@ from tracer.program.program import NotPermitted, Target, Variant
 from tracer.program.resources import resource
 from tracer.program.structs import Record
 from tracer.trace.reader import is_in_init_pid_namespace
-from tracer.trace.vm_names import VmNames
+from tracer.trace.vm_info import VmInfos
 
 SOURCE = "bpf/state.c"
 _ITERATOR = "bpf_iter_task_file"
@@ -59,13 +59,14 @@ _SRCU = ("srcu_gp_seq", "srcu_gp_seq_needed")
 
 
 def state_program_is_compiled() -> bool:
-    """As `engine.program_is_compiled`, of the program that reads states."""
-    return is_compiled(resource(SOURCE))
+    """Whether the program that reads states is already compiled, for this msrtrace on this machine."""
+    return is_compiled(resource(SOURCE), {})
 
 
-def named(state: State, names: VmNames) -> State:
+def named(state: State, infos: VmInfos) -> State:
     """The state with the names of its VMs; those of processes that are gone have none."""
-    return replace(state, vms=tuple(replace(vm, name=names.name(vm.pid) or "") for vm in state.vms))
+    found = ((vm, infos.info(vm.pid)) for vm in state.vms)
+    return replace(state, vms=tuple(replace(vm, name=info.name if info else "") for vm, info in found))
 
 
 class StateReader:

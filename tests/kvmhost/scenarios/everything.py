@@ -205,7 +205,8 @@ def by_vm() -> Any:
     """Three VMs, two of them with names; one ends while the others go on."""
     load(STOCK)
     msrtrace = Msrtrace("--by-vm")
-    names = [("--", "-name", "guest=web,debug-threads=on"), ("--", "--id", "function-7"), ()]
+    uuid = "6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f0001"
+    names = [("--", "-name", "guest=web,debug-threads=on", "-uuid", uuid), ("--", "--id", "function-7"), ()]
     vms = []
     for number, name in enumerate(names):
         options = ["--vcpus", "2", "--updates", str(3 + 2 * number), "--hold", "600", "--ready", f"/tmp/ready-{number}"]
@@ -221,7 +222,13 @@ def by_vm() -> Any:
         vm.kill()
         vm.wait()
     none_left = scrape()
-    found = {"pids": [vm.pid for vm in vms], "all": all_there, "one gone": one_gone, "none left": none_left}
+    found = {
+        "pids": [vm.pid for vm in vms],
+        "uuid": uuid,
+        "all": all_there,
+        "one gone": one_gone,
+        "none left": none_left,
+    }
     return found | a_hundred_vms(wanted) | msrtrace.end()
 
 

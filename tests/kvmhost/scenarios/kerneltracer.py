@@ -30,6 +30,7 @@ FILTER_SET = "kvm_vm_ioctl_set_msr_filter"
 PUT = "kvm_arch_vcpu_put"
 #: Bytes of a bitmap in an event, and in an array of it, of which 64 elements are the most (MAX_ARRAY_LEN).
 PART, ARRAY = 2048, 512
+CREATE = "kvm_arch_vcpu_create"  # a vCPU: all that a vendor does for that is inside
 #: How far a structure that is not described is searched for a bitmap, and how many words an event has room for.
 SEARCHED_BYTES, WORDS_A_SEARCH = 0x3000, 96
 
@@ -41,7 +42,6 @@ class Vendor:
     :param module: as /proc/kallsyms spells it
     :param calls: the functions whose every call is recorded
     :param updates: those that recompute a vCPU's bitmap; of each also the part that a compiler has split off
-    :param create: makes a vCPU
     :param ranges: of MSRs, 0x2000 each: the first, and the bit of the bitmap with which its own begin
     :param stride: from the bit of an MSR to that of the next
     :param write: from the bit for reads to that for writes
@@ -51,7 +51,6 @@ class Vendor:
     module: str
     calls: tuple[str, ...]
     updates: tuple[str, ...]
-    create: str
     ranges: tuple[tuple[int, int], ...]
     stride: int
     write: int
@@ -82,7 +81,6 @@ INTEL = Vendor(
     "kvm_intel",
     calls=("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_set_intercept_for_msr"),
     updates=("vmx_msr_filter_changed", "vmx_recalc_msr_intercepts", "vmx_recalc_intercepts"),
-    create="vmx_vcpu_create",
     ranges=((0, 0), (0xC0000000, 8 * 0x400)),
     stride=1,
     write=8 * 0x800,
@@ -100,7 +98,6 @@ AMD = Vendor(
     "kvm_amd",
     calls=("set_msr_interception_bitmap", "svm_set_intercept_for_msr"),
     updates=("svm_msr_filter_changed", "svm_recalc_msr_intercepts", "svm_recalc_intercepts"),
-    create="svm_vcpu_create",
     ranges=((0, 0), (0xC0000000, 8 * 0x800), (0xC0010000, 8 * 0x1000)),
     stride=2,
     write=1,
@@ -155,10 +152,10 @@ def other_events(vendor: Vendor, functions: set[str]) -> list[str]:
                 events.append(f"p:{GROUP}/update_in {function} vcpu=%di:x64 kvm=+0(%di):x64")
                 events.append(f"r64:{GROUP}/update_out {function}")
                 break
-    for name, function in (("created", vendor.create), ("filter_set", FILTER_SET)):
+    for name, function in (("create_in", CREATE), ("filter_set", FILTER_SET)):
         if function in functions:
             events.append(f"p:{GROUP}/{name} {function} first=%di:x64 kvm=+0(%di):x64")
-    return events
+    return [*events, f"r64:{GROUP}/create_out {CREATE} error=$retval:u32"]
 
 
 def define(events: list[str]) -> None:
