@@ -88,7 +88,6 @@ def test_the_format_is_what_is_accepted_most(accept: str, expected: str) -> None
         # Not what is asked for, and said so: names stay those of rules and panels, and the format is that of 1.0.0.
         (";version=1.0.0;escaping=dots", f"{OM}; escaping=underscores"),
         (";version=1.0.0;escaping=?", f"{OM}; escaping=underscores"),
-        (";version=2.0.0;escaping=allow-utf-8", f"{OM}; escaping=allow-utf-8"),
         # Without a version there is no escaping scheme
         (";escaping=allow-utf-8", OM),
     ],

@@ -150,7 +150,7 @@ class States:
 
     vendor: Vendor = VMX
 
-    def __init__(self, symbols: Symbols, explain: Callable[[], str]) -> None:
+    def __init__(self, symbols: Symbols, explain: Callable[[], str], pid: int | None = None) -> None:
         self.vendor = symbols.vendor
 
     def read(self, *, steady: bool = False) -> State:
