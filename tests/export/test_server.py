@@ -412,7 +412,8 @@ def test_several_accept_headers_are_one(server: Server) -> None:
 def test_head_has_the_headers_of_get_and_no_content(server: Server, path: str, status: int) -> None:
     got, headers, content = get(server, path)
     assert (got, len(content)) == (status, int(headers["Content-Length"]))
-    assert get(server, path, "HEAD") == (status, {**headers, "Date": headers["Date"]}, b"")
+    got, again, nothing = get(server, path, "HEAD")
+    assert (got, {**again, "Date": headers["Date"]}, nothing) == (status, headers, b"")
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "get", "BREW"])
