@@ -37,10 +37,10 @@ PROMETHEUS = (
         ("text/plain;version=1.", TEXT),
         (";;,=,/,;q=,text", TEXT),
         # Versions that are not made are not claimed
-        ("application/openmetrics-text;version=2.0.0", TEXT),
+        ("application/openmetrics-text;version=2.0.0", OM),
         ("application/openmetrics-text;version=1.1.0, application/openmetrics-text;version=1.0.0;q=0.5", OM),
-        ("text/plain;version=2.0.0", TEXT),
-        ("text/plain;version=2.0.0, text/plain;version=1.0.0;q=0.5", TEXT),
+        ("text/plain;version=2.0.0", TEXT1),
+        ("text/plain;version=2.0.0;q=0.5, text/plain;version=0.0.4;q=0.6", TEXT),
         ("application/openmetrics-text;version=1.0", OM),
         ("text/plain;version=1", TEXT1),
         # Weights

@@ -49,7 +49,7 @@ class _Element:
         """The content type that it names; None if that is no other than the default."""
         if self.name not in (_TEXT, _OPENMETRICS):
             return None
-        if self.version == _MADE:
+        if self.version is not None and self.version >= _MADE:  # what is made of a newer one is called what it is
             escaping = self.parameters.get("escaping")
             return f"{_content(self.name, '1.0.0')}; escaping={escaping if escaping in _ESCAPINGS else _ESCAPINGS[0]}"
         if self.name == _OPENMETRICS and "version" not in self.parameters:
