@@ -15,6 +15,7 @@
 # make saving     what the patch saves, in calls and instructions, with no tracer attached
 # make scrape-cost  what a scrape costs here, by the number of series
 # make start-cost  what a start costs here, by step
+# make state-cost  what a read of the states of 1,000 vCPUs costs: instructions on an emulated host, ms here
 # make bench      what tracing costs, in instructions: msrtrace, its peers and empty probes, on the emulated hosts
 # make bench-parts  what each thing that a BPF program may do costs there
 SHELL := /bin/bash
@@ -28,7 +29,7 @@ HOST :=
 # This machine's KVM module, if its CPU has VMX or SVM and no emulated host is asked for.
 KVM := $(if $(HOST),,$(shell sed -n '/^flags/{s/.*\b\(vmx\|svm\)\b.*/\1/p;q}' /proc/cpuinfo | sed 's/vmx/kvm_intel/; s/svm/kvm_amd/'))
 
-.PHONY: run wheel check check-versions test test-all lint format clean compare-demo saving scrape-cost start-cost bench bench-parts test-dashboard
+.PHONY: run wheel check check-versions test test-all lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts test-dashboard
 
 # What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
 build/packages: Makefile
@@ -108,6 +109,9 @@ scrape-cost: $(VENV)/ready
 
 start-cost: $(VENV)/ready
 	@$(SUDO) $(VENV)/bin/python tests/start_cost.py
+
+state-cost: $(VENV)/ready
+	@$(SUDO) $(VENV)/bin/python tests/kvmhost/state_cost.py
 
 bench: $(VENV)/ready
 	@$(SUDO) $(VENV)/bin/python tests/kvmhost/bench.py

@@ -261,7 +261,7 @@ def closing() -> dict[str, Any]:
     """
     vcpus, longest = [], 0.0
     with state_reader() as reader:
-        coming = subprocess.Popen(["workload", "--create-vms", "150", "--vcpus", "3", "--updates", "0"])
+        coming = subprocess.Popen(["workload", "--create-vms", "60", "--vcpus", "3", "--updates", "0"])
         while coming.poll() is None:
             vmms = subprocess.Popen(["workload", "--processes", "--vms", "5", "--vcpus", "2", "--forever"])
             for _ in range(10):
