@@ -19,6 +19,7 @@ from tracer.model.errors import MsrtraceError
 from tracer.model.quantity import listed
 from tracer.model.text import printable
 from tracer.model.verdict import PATCH, Verdict, headline
+from tracer.report.computer import Difference, differing, machines, parameters
 from tracer.report.interval import Time, timed
 from tracer.report.report import Bit, BitCounts, CallRow, Host, Report, by_bit
 
@@ -161,15 +162,6 @@ class Side:
         seconds = [r.filter_update_seconds for r in self.reports]
         means = sorted(s.sum / s.count for s in seconds if s and s.count)
         return timed(means) if means else None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A property in which the two hosts differ."""
-
-    what: str
-    base: str
-    new: str
 
 
 @dataclass(frozen=True)
@@ -349,24 +341,15 @@ def _warnings(one: Side, other: Side) -> list[str]:
 
 
 def _differences(one: Report, other: Report) -> list[Difference]:
-    pairs = [
-        ("hardware", one.host.title, other.host.title),
-        ("kernel", one.host.kernel, other.host.kernel),
-        ("version", one.host.version, other.host.version),
-        ("CPU", one.host.cpu, other.host.cpu),
-        ("layout", one.host.layout, other.host.layout),
-        ("backend", one.host.backend, other.host.backend),
-        ("redundancy", one.host.redundancy, other.host.redundancy),
-        ("msrtrace", one.msrtrace, other.msrtrace),
-        ("vCPUs seen", str(one.host.vcpus_seen), str(other.host.vcpus_seen)),
-        ("VMMs seen", str(one.host.vmms_seen), str(other.host.vmms_seen)),
-    ]
-    if one.host.name and other.host.name:
-        pairs.insert(1, ("host", one.host.name, other.host.name))
-    if one.host.vendor == other.host.vendor:
-        base, new = one.host.module_parameters, other.host.module_parameters
-        pairs += [
-            (f"{one.host.module}.{name}", base.get(name, "-"), new.get(name, "-"))
-            for name in sorted(base.keys() | new.keys())
+    return differing(
+        [
+            *machines(one.host, other.host),
+            ("layout", one.host.layout, other.host.layout),
+            ("backend", one.host.backend, other.host.backend),
+            ("redundancy", one.host.redundancy, other.host.redundancy),
+            ("msrtrace", one.msrtrace, other.msrtrace),
+            ("vCPUs seen", str(one.host.vcpus_seen), str(other.host.vcpus_seen)),
+            ("VMMs seen", str(one.host.vmms_seen), str(other.host.vmms_seen)),
+            *parameters(one.host, other.host),
         ]
-    return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
+    )

@@ -16,9 +16,9 @@ from tracer.model.loss import loss_of
 from tracer.model.snapshot import Call, Durations, Outcome, Snapshot
 from tracer.model.vendors import vendor_named
 from tracer.model.verdict import judge
+from tracer.report.computer import NOTES, parameters_field
 from tracer.report.report import (
     ARGUMENTS,
-    NOTES,
     Bucket,
     CallRow,
     Host,
@@ -27,7 +27,6 @@ from tracer.report.report import (
     Totals,
     UpdateSeconds,
     Vm,
-    parameters_field,
     redundant_sum,
     whole,
 )
