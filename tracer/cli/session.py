@@ -18,6 +18,7 @@ from tracer.model.options import Options
 
 if TYPE_CHECKING:
     from tracer.kernel.symbols import Symbols
+    from tracer.trace.state_follower import StateFollower
     from tracer.trace.state_reader import StateReader
     from tracer.trace.tracer import Tracer
 
@@ -43,18 +44,23 @@ def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> M
 
 
 @contextmanager
-def state_reader() -> Iterator[StateReader]:
-    """A context with what reads the states of vCPUs. Raises MsrtraceError, which says what to do, if that cannot be."""
-    from tracer.trace.state_reader import StateReader, state_program_is_compiled
+def following_states(pid: int | None = None) -> Iterator[StateFollower]:
+    """A context with what reads the states of vCPUs, or of those of a process.
 
-    machine = Machine.here(compiled=state_program_is_compiled())
+    Raises MsrtraceError, which says what to do, if that cannot be.
+    """
+    from tracer.trace import state_reader
+    from tracer.trace.state_follower import StateFollower
+
+    machine = Machine.here(compiled=state_reader.state_program_is_compiled())
     if problem := obstacle(machine, ignore=_NOT_FOR_STATES):
         raise MsrtraceError(problem)
-    reader = StateReader(machine.symbols, lambda: explain_eperm(machine))
+    follower = StateFollower(lambda symbols: state_reader.StateReader(symbols, lambda: explain_eperm(machine), pid))
+    follower.start(machine.symbols)
     try:
-        yield reader
+        yield follower
     finally:
-        reader.close()
+        follower.close()
 
 
 def check_pid(pid: int | None) -> None:
