@@ -22,6 +22,7 @@ from tracer.model.verdict import PATCH, Verdict, headline
 from tracer.report.computer import Difference, differing, machines, parameters
 from tracer.report.interval import Time, timed
 from tracer.report.report import Bit, BitCounts, CallRow, Host, Report, by_bit
+from tracer.report.state_diff import OneSided, one_sided
 
 SCHEMA = "msrtrace-comparison/1"
 _COMMAND_SHOWN = 500
@@ -168,7 +169,8 @@ class Side:
 class Comparison:
     """Two sides. `unit` is what is counted: `call`, or `bit` where the kernels' functions differ.
 
-    `forced` are the reasons not to compare them that `--force` overrode.
+    `forced` are the reasons not to compare them that `--force` overrode. `intercepted`: what every vCPU that there was
+    at the end of a trace intercepted then on one side, and passed through on the other.
     """
 
     base: Side
@@ -178,6 +180,7 @@ class Comparison:
     differences: tuple[Difference, ...]
     warnings: tuple[str, ...]
     forced: tuple[str, ...] = ()
+    intercepted: tuple[OneSided, ...] = ()
 
     def per_update(self, side: Side) -> PerUpdate:
         """The sum of one side, in the unit of the comparison."""
@@ -213,6 +216,7 @@ def compare(
         differences=tuple(_differences(one.report, other.report)),
         warnings=(*_spread(one), *_spread(other), *_warnings(one, other)),
         forced=tuple(reasons),
+        intercepted=one_sided(*([r.state for r in side.reports if r.state] for side in (one, other))),
     )
 
 

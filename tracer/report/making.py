@@ -30,6 +30,7 @@ from tracer.report.report import (
     redundant_sum,
     whole,
 )
+from tracer.report.state_file import States
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def make(
     label: str = "",
     command: Sequence[str] | None = None,
     exit_status: int | None = None,
+    state: States | None = None,
     notes: Sequence[str] = (),
 ) -> Report:
     """The report on what a trace counted.
@@ -77,6 +79,7 @@ def make(
     :param started: when the trace began
     :param duration: of the trace, in seconds
     :param exit_status: of the command, as a shell gives it
+    :param state: what the vCPUs intercepted when it ended
     """
     rows = call_rows(counted.calls.items())
     updates = _host_sum(counted.updates) if counted.updates_observable else None
@@ -117,6 +120,7 @@ def make(
         filter_update_seconds=_seconds(updates) if updates else None,
         recalculation_seconds=_seconds(recalcs) if recalcs else None,
         vms=_vms(counted) if counted.by_vm else None,
+        state=state,
         loss=loss,
         lower_bound=lower_bound,
         verdict=judge(
