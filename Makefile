@@ -3,9 +3,11 @@
 # make test       everything that must hold, on the emulated bookworm and trixie hosts of both vendors
 # make test-all   that, and the hosts of suites that move (sid, backports) or are about to leave the archive (filter-only)
 # make test-dashboard  the dashboard by what Grafana itself uses (npm, Chromium); pictures of made-up hosts go to
-#                 build/dashboard/, of emulated ones (the whole chain: probes, exporter, Prometheus, panels) to build/chain/
-# make check      linter, formatter, types and unit tests, in 90 seconds on two idle cores: no root, no emulator, no
-#                 network once installed; it ends with what was left out
+#                 build/dashboard/ and build/dashboard-500/, of emulated ones (the whole chain: probes, exporter, Prometheus, panels) to build/chain/
+# make check      linter, formatter, types and unit tests: no root, no emulator, no network once installed; it says
+#                 what was left out
+# make check-versions  the unit tests alone, with the lowest versions of Python and libraries that pyproject.toml
+#                 permits, and with the newest (venvs in build/versions/); part of make check and make test
 # make wheel      build/wheel/*.whl with the compiled BPF programs; fails where they cannot be compiled
 # make lint       linter, formatter and types alone
 # make compare-demo  the kernel without the patch against the one with it, on an emulated host; leaves build/compare/.
@@ -26,7 +28,7 @@ HOST :=
 # This machine's KVM module, if its CPU has VMX or SVM and no emulated host is asked for.
 KVM := $(if $(HOST),,$(shell sed -n '/^flags/{s/.*\b\(vmx\|svm\)\b.*/\1/p;q}' /proc/cpuinfo | sed 's/vmx/kvm_intel/; s/svm/kvm_amd/'))
 
-.PHONY: run wheel check test test-all lint format clean compare-demo saving scrape-cost start-cost bench bench-parts test-dashboard
+.PHONY: run wheel check check-versions test test-all lint format clean compare-demo saving scrape-cost start-cost bench bench-parts test-dashboard
 
 # What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
 build/packages: Makefile
@@ -82,12 +84,18 @@ format: $(VENV)/ready
 
 check: lint
 	$(VENV)/bin/pytest --check -n 2 --dist loadfile -q -rfE
+	$(VENV)/bin/python tests/versions.py
+
+check-versions: $(VENV)/ready
+	$(VENV)/bin/python tests/versions.py
 
 test: lint build/test-packages
 	$(SUDO) $(VENV)/bin/pytest
+	$(VENV)/bin/python tests/versions.py
 
 test-all: lint build/test-packages
 	$(SUDO) $(VENV)/bin/pytest --hosts $(ALL_HOSTS)
+	$(VENV)/bin/python tests/versions.py
 
 compare-demo: $(VENV)/ready
 	$(SUDO) tests/kvmhost/compare-demo build/compare$(HOST:%=-%) $(HOST)
@@ -113,6 +121,7 @@ build/npm: Makefile build/packages
 
 test-dashboard: $(VENV)/ready build/test-packages build/npm
 	tests/dashboard/check
+	tests/dashboard/check --hosts 500 --out build/dashboard-500
 	$(SUDO) $(VENV)/bin/python tests/kvmhost/chain_pictures.py build/chain
 
 clean:

@@ -13,8 +13,8 @@
 #define VMMS_CAPACITY 4096
 #define BUCKETS 32 /* a power of two, so that masking bounds an index for every verifier */
 
-/* What the vCPU is inside of; the kinds of an update. */
-enum within { NONE, FILTER_CHANGE, RECALC };
+/* What the vCPU is inside of; but for NONE, the kinds of an update. The creation of a vCPU asks for those of CREATION. */
+enum within { NONE, FILTER_CHANGE, RECALC, CREATION };
 
 /* A kind of call, as readers see it. The program has all but the MSR in one number, and the whole in one word. */
 struct call {
@@ -83,6 +83,8 @@ struct vcpu {
 	u64 bitmap;
 	u64 filter; /* the generation of the VM's filter that the bitmap was last computed from */
 	u64 update; /* where it is counted */
+	u32 creating; /* INSIDE(CREATION) until the vCPU is there; only if creations are followed */
+	u32 uncomputed; /* the bitmap has not been recalculated since then */
 	/* settle_call()'s alone */
 	u64 looked_at;
 	u64 exits;
@@ -113,7 +115,9 @@ struct counts {
 	u64 read_failed;
 	u64 vcpus_seen;
 	u64 vmms_seen;
+	u64 vcpus_created; /* whose creation was followed to its end */
 	u64 places_taken; /* in counters and in updates */
+	u64 follow_creations; /* set by a reader: the functions that begin and end one are probed */
 };
 
 #define MAPPED_ARRAY(name, type, capacity) BPF_F_TABLE("array", u32, type, name, capacity, BPF_F_MMAPABLE)
@@ -137,6 +141,14 @@ static __always_inline void add_to_count(u32 word)
 
 	if (words)
 		__sync_fetch_and_add(words + word, 1);
+}
+
+static __always_inline bool creations_are_followed(void)
+{
+	u32 zero = 0;
+	struct counts *read = counts.lookup(&zero);
+
+	return read && read->follow_creations;
 }
 
 static __always_inline bool take(enum table table, u32 index)

@@ -64,6 +64,8 @@ static __always_inline int call_entered(context *ctx, enum form form, u64 called
 	if (v->inside) {
 		index = v->counter = first_counter(key, v->order);
 	} else {
+		v->flags |= v->creating;
+		key = *(volatile u64 *)&v->key;
 		index = NOWHERE; /* that is known without a search */
 		if (form != PASS)
 			v->bitmap = bitmap_of(v->vcpu);
@@ -182,8 +184,27 @@ int vcpu_created(context *ctx)
 		end_of(v, index);
 	}
 	v = slot_of(vcpu, &index);
-	if (v && !VALUE(update_kind))
+	if (!v)
+		return 0;
+	if (!VALUE(update_kind))
 		v->filter = filter_of(vcpu);
+	if (creations_are_followed()) {
+		v->creating = INSIDE(CREATION);
+		v->uncomputed = 1;
+	}
+	return 0;
+}
+
+/* kvm_arch_vcpu_postcreate(vcpu), arch/x86/kvm/x86.c: the vCPU is there. Where its creation fails, this is not called. */
+int creation_ended(context *ctx)
+{
+	u32 index;
+	struct vcpu *v = known_vcpu(pointer_argument(ctx), &index);
+
+	if (v && v->creating) {
+		v->creating = 0;
+		COUNT(vcpus_created);
+	}
 	return 0;
 }
 

@@ -24,15 +24,18 @@ static __always_inline u64 filter_of(u64 vcpu)
 /* What the update of VCPU, whose slot is V, is for; of enum within. */
 static __always_inline u64 kind_of_update(struct vcpu *v, u64 vcpu)
 {
-	u64 filter;
+	u64 filter, kind;
 
 	if (VALUE(update_kind))
 		return VALUE(update_kind);
 	filter = filter_of(vcpu);
-	if (filter == v->filter)
-		return RECALC;
+	kind = filter == v->filter ? RECALC : FILTER_CHANGE;
 	v->filter = filter;
-	return FILTER_CHANGE;
+	/* Since 6.18 the creation leaves it to the vCPU's first KVM_RUN. A new filter may come with it. */
+	if (kind == RECALC && (v->creating || v->uncomputed))
+		kind = CREATION;
+	v->uncomputed = 0;
+	return kind;
 }
 
 #ifndef FENTRY

@@ -100,6 +100,8 @@ static __always_inline struct vcpu *slot_of(u64 vcpu, u32 *index)
 			v->inside = INSIDE(NONE);
 			v->filter = 0;
 			v->started = 0;
+			v->creating = 0;
+			v->uncomputed = 0;
 			barrier();
 			v->vcpu = vcpu;
 			vcpu_seen();

@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from dashboards.grafana import (
     BAD,
-    BLUE,
     CALLS_PER_SECOND,
-    GREEN,
-    GREY,
     PER_SECOND,
-    PLAIN,
-    RED,
     SHARE,
     WASTE,
     WIDTH,
@@ -31,36 +28,24 @@ from dashboards.queries import (
     HOST,
     LOSSY,
     REDUNDANT,
+    TEN_HIGHEST,
     TITLED,
     UPDATES,
+    VMS,
     by,
+    highest,
     host_count,
-    most,
-    most_vms,
-    of_vms,
+    joined,
+    per_host,
     per_update,
-    rate,
+    per_update_by,
+    selected,
     share,
+    total,
 )
-from dashboards.verdict import (
-    MISSING,
-    MISSING_CODE,
-    NEVER_PATCHED_CODE,
-    PRESENT,
-    PRESENT_CODE,
-    SUPERSEDED_CODE,
-    UNDECIDED_CODE,
-    VERDICT,
-)
+from dashboards.verdict import MISSING, MISSING_CODE, PRESENT_CODE, UNDECIDED, VERDICT, VERDICTS
 from tracer.model.cause import CAUSES
 
-VERDICTS = {
-    MISSING_CODE: ("missing", RED),
-    PRESENT_CODE: ("present", GREEN),
-    SUPERSEDED_CODE: ("superseded (6.17+)", BLUE),
-    UNDECIDED_CODE: ("undecided", GREY),
-    NEVER_PATCHED_CODE: ("not applicable", PLAIN),
-}
 HOST_LEGEND = "{{instance}}"
 
 
@@ -79,7 +64,7 @@ def overview() -> list[Json]:
         stat(
             "Hosts traced",
             "Hosts whose msrtrace can be scraped.",
-            f"count(group by ({HOST}) ({BUILD}))",
+            f"count{selected(f'group by ({HOST}) ({BUILD})')}",
             unit="none",
             absent="none",
         ),
@@ -89,7 +74,7 @@ def overview() -> list[Json]:
             "lack 'KVM: VMX: Skip filter updates for MSRs that KVM is already intercepting' (d895f28ed6da, v6.0). "
             "Counted since msrtrace started there. 'none known' if no host has shown either; see the table below. KVM "
             "never had this patch for AMD, whose hosts are not counted.",
-            host_count(MISSING, PRESENT),
+            f"sum(({VERDICT} <= {PRESENT_CODE}) == bool {MISSING_CODE})",
             unit="none",
             absent="none known",
             thresholds=BAD,
@@ -97,7 +82,7 @@ def overview() -> list[Json]:
         stat(
             "Intercept calls",
             "Calls of the functions that enable or disable the interception of an MSR, summed over all hosts.",
-            f"sum({rate(CALLS)})",
+            total("", CALLS),
             unit=CALLS_PER_SECOND,
             absent="not observable",
         ),
@@ -113,7 +98,7 @@ def overview() -> list[Json]:
         stat(
             "Filter updates",
             "Changed MSR filters applied by vCPUs, summed over all hosts.",
-            f"sum({UPDATES})",
+            total("", UPDATES),
             unit=PER_SECOND,
             absent="not observable",
         ),
@@ -128,23 +113,26 @@ def overview() -> list[Json]:
         ),
         graph(
             "Calls by host",
-            "Calls that enable or disable the interception of an MSR. Hosts whose calls cannot be observed are absent.",
-            Query(by(HOST, rate(CALLS)), HOST_LEGEND),
+            "Calls that enable or disable the interception of an MSR. Hosts whose calls cannot be observed are absent."
+            + TEN_HIGHEST,
+            Query(highest(partial(total, HOST, CALLS)), HOST_LEGEND),
             unit=CALLS_PER_SECOND,
         ),
         graph(
             "Redundant share by host",
-            "The share of calls that changed nothing. Gaps: no calls. Hosts where it is unknown are absent.",
-            Query(share(HOST), HOST_LEGEND),
+            "The share of calls that changed nothing. Gaps: no calls. Hosts where it is unknown are absent."
+            + TEN_HIGHEST,
+            Query(highest(partial(share, HOST)), HOST_LEGEND),
             unit=SHARE,
             top=1,
         ),
         graph(
             "Filter updates by host",
-            "Changed MSR filters applied by vCPUs.",
-            Query(by(HOST, UPDATES), HOST_LEGEND),
+            "Changed MSR filters applied by vCPUs." + TEN_HIGHEST,
+            Query(highest(partial(total, HOST, UPDATES)), HOST_LEGEND),
             unit=PER_SECOND,
         ),
+        _by_kernel(),
         table(
             "Hosts",
             "What each host runs and its rates now. Patch: whether its filter updates since msrtrace started show the "
@@ -152,17 +140,17 @@ def overview() -> list[Json]:
             "intercepts; 'undecided' if too little was seen, or something was lost; 'not applicable' on AMD, for which "
             "KVM never had it. Label: as set by the operator.",
             [
-                f"group by ({HOST}, kernel, vendor, layout, redundancy, {GROUP}) ({TITLED})",
+                selected(f"group by ({HOST}, kernel, vendor, layout, redundancy, {GROUP}) ({TITLED})"),
                 VERDICT,
-                by(HOST, UPDATES),
-                by(HOST, rate(CALLS)),
+                total(HOST, UPDATES),
+                total(HOST, CALLS),
                 per_update(CALLS, HOST),
                 per_update(REDUNDANT, HOST),
                 share(HOST),
             ],
             [
-                Column("instance", "Host"),
-                Column("kernel", "Kernel"),
+                Column("instance", "Host", variable="instance"),
+                Column("kernel", "Kernel", variable="kernel"),
                 Column("vendor", "Vendor", width=100),
                 Column("Value #B", "Patch", mappings=names(VERDICTS), unit="none", width=145),
                 Column(GROUP, "Label", width=95),
@@ -180,6 +168,37 @@ def overview() -> list[Json]:
     ]
 
 
+def _by_kernel() -> Json:
+    """The table of kernels."""
+    labels = "kernel, vendor, layout"
+    hosts = f"group by ({HOST}, {labels}) ({TITLED})"
+    found = [hosts, *(f"{hosts} and on ({HOST}) ({verdict})" for verdict in (MISSING, UNDECIDED))]
+    return table(
+        "Hosts by kernel",
+        "How many hosts run each kernel; how many are known to lack the patch by their filter updates since msrtrace "
+        "started, and of how many too little was seen to tell; their rates now. The table of hosts explains the rest.",
+        [
+            *(f"count by ({labels}) {selected(some)}" for some in found),
+            by(labels, joined(per_host("", UPDATES), labels)),
+            per_update_by(labels),
+            per_update_by(labels, REDUNDANT),
+        ],
+        [
+            Column("kernel", "Kernel", variable="kernel"),
+            Column("vendor", "Vendor", width=120),
+            Column("layout", "Layout", width=120),
+            Column("Value #A", "Hosts", unit="none", width=100),
+            Column("Value #B", "Patch missing", unit="none", thresholds=BAD, width=140),
+            Column("Value #C", "Undecided", unit="none", width=120),
+            Column("Value #D", "Filter updates", unit=PER_SECOND, decimals=1, width=150),
+            Column("Value #E", "Calls/update", unit="none", decimals=1, width=150),
+            Column("Value #F", "Redundant/update", unit="none", decimals=1, width=170),
+        ],
+        sort="Hosts",
+        size=(WIDTH, 8),
+    )
+
+
 def per_msr() -> list[Json]:
     """The row by MSR."""
     labels = "msr, name, access, action, cause"
@@ -187,7 +206,7 @@ def per_msr() -> list[Json]:
         graph(
             "Calls by MSR",
             "The ten MSRs with the most calls in the time shown.",
-            Query(most(CALLS, "msr, name"), "{{name}}"),
+            Query(highest(partial(total, "msr, name", CALLS)), "{{name}}"),
             unit=CALLS_PER_SECOND,
             size=(12, 10),
         ),
@@ -195,7 +214,7 @@ def per_msr() -> list[Json]:
             "Redundant calls by MSR",
             "The ten MSRs with the most calls that changed nothing in the time shown. Without hosts where that is "
             "unknown.",
-            Query(most(REDUNDANT, "msr, name"), "{{name}}"),
+            Query(highest(partial(total, "msr, name", REDUNDANT)), "{{name}}"),
             unit=CALLS_PER_SECOND,
             size=(12, 10),
         ),
@@ -204,7 +223,7 @@ def per_msr() -> list[Json]:
             "Every kind of call that is made now: its MSR and access, whether it enables or disables the interception, "
             "why, how often, and how many change nothing. The last two are of hosts where that is known; '-' if "
             "there are none.",
-            [by(labels, rate(CALLS)) + " > 0", by(labels, rate(REDUNDANT)), share(labels)],
+            [total(labels, CALLS) + " > 0", total(labels, REDUNDANT), share(labels)],
             [
                 Column("name", "MSR"),
                 Column("msr", "Index", width=130),
@@ -228,14 +247,14 @@ def per_cause() -> list[Json]:
         graph(
             "Calls by cause",
             f"Why KVM made the calls, stacked: {', '.join(causes)}, or {last}.",
-            Query(by("cause", rate(CALLS)), "{{cause}}"),
+            Query(total("cause", CALLS), "{{cause}}"),
             unit=CALLS_PER_SECOND,
             stacked=True,
         ),
         graph(
             "Redundant calls by cause",
             "Calls that changed nothing, stacked. Without hosts where that is unknown.",
-            Query(by("cause", rate(REDUNDANT)), "{{cause}}"),
+            Query(total("cause", REDUNDANT), "{{cause}}"),
             unit=CALLS_PER_SECOND,
             stacked=True,
         ),
@@ -253,35 +272,43 @@ def per_vm() -> list[Json]:
     """The row by VM, for hosts with --by-vm."""
     needs = " Empty unless a host runs `msrtrace run --by-vm`."
     labels, legend = f"{HOST}, vm, pid", "{{vm}} ({{instance}})"
-    updates = by(labels, of_vms("filter_updates_total"))
+    by_vm = partial(total, labels, by_vm=True)
+    calls = f"topk(100, {by_vm(CALLS)})"
     return [
         graph(
             "Calls by VM",
             "The ten VMs with the most calls in the time shown." + needs,
-            Query(most_vms(CALLS, labels), legend),
+            Query(highest(partial(by_vm, CALLS)), legend),
             unit=CALLS_PER_SECOND,
             size=(12, 8),
             absent="no host runs --by-vm",
         ),
         graph(
             "Filter updates by VM",
-            "Changed MSR filters applied by vCPUs of the VM." + needs,
-            Query(updates, legend),
+            "Changed MSR filters applied by vCPUs, of the ten VMs with the most in the time shown." + needs,
+            Query(highest(partial(by_vm, UPDATES)), legend),
             unit=PER_SECOND,
             size=(12, 8),
             absent="no host runs --by-vm",
         ),
         table(
             "VMs",
-            "The VMs that run now, and their rates." + needs,
-            [by(labels, of_vms(CALLS)), share(labels, of_vms), updates],
+            "The VMs that run now, and their rates; at most the hundred with the most calls." + needs,
+            [
+                f"{selected(f'group by ({labels}, uuid, vmm) ({VMS})')} and on ({labels}) {calls}",
+                calls,
+                f"{share(labels, by_vm=True)} and {calls}",
+                f"{by_vm(UPDATES)} and {calls}",
+            ],
             [
                 Column("vm", "VM"),
-                Column("pid", "PID", width=160),
-                Column("instance", "Host"),
-                Column("Value #A", "Calls", unit=CALLS_PER_SECOND, decimals=1, width=200),
-                Column("Value #B", "Redundant share", unit=SHARE, decimals=0, thresholds=WASTE, width=200),
-                Column("Value #C", "Filter updates", unit=PER_SECOND, decimals=1, width=200),
+                Column("pid", "PID", width=110),
+                Column("uuid", "UUID", width=310),
+                Column("vmm", "VMM", width=140),
+                Column("instance", "Host", variable="instance"),
+                Column("Value #B", "Calls", unit=CALLS_PER_SECOND, decimals=1, width=140),
+                Column("Value #C", "Redundant share", unit=SHARE, decimals=0, thresholds=WASTE, width=160),
+                Column("Value #D", "Filter updates", unit=PER_SECOND, decimals=1, width=140),
             ],
             sort="Calls",
             absent="no host runs --by-vm",

@@ -6,7 +6,8 @@ Every default of Grafana is written out, so that the JSON can be drawn without G
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ WIDTH = 24  # of a dashboard, in the units of gridPos
 RED, ORANGE, GREEN, BLUE, GREY, PLAIN = "red", "orange", "green", "blue", "#8e8e8e", "text"
 
 CALLS_PER_SECOND, PER_SECOND, SHARE = "cps", "ops", "percentunit"
+UID = "msrtrace"
+#: The most points of a line. Each costs the Prometheus an evaluation of the query.
+POINTS = 150
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,16 @@ def names(values: Mapping[int, tuple[str, str]]) -> list[Json]:
 #: For a number that should be 0, and for the share of redundant calls.
 BAD = steps((None, GREEN), (1, RED))
 WASTE = steps((None, GREEN), (0.5, ORANGE), (0.9, RED))
+
+
+def only(variable: str, value: str) -> Json:
+    """A link to the dashboard of the same time with a variable set to a value, which is an expression of Grafana's."""
+    kept = "${__url_time_range}&${datasource:queryparam}&${job:queryparam}"
+    return {
+        "title": f"Only this {variable}",
+        "url": f"/d/{UID}?{kept}&var-{variable}=${{{value}:percentencode}}",
+        "targetBlank": False,
+    }
 
 
 def _targets(queries: Sequence[Query], *, instant: bool, table: bool) -> list[Json]:
@@ -79,7 +93,7 @@ def text(title: str, description: str, markdown: str, *, size: tuple[int, int]) 
 def stat(
     title: str,
     description: str,
-    query: str,
+    query: str | Sequence[Query],
     *,
     unit: str,
     absent: str,
@@ -87,7 +101,8 @@ def stat(
     decimals: int | None = None,
     size: tuple[int, int] = (4, 4),
 ) -> Json:
-    """One current number; `absent` is shown if the query has no result."""
+    """One current number, or several with their names; `absent` is shown if there is none."""
+    queries = [Query(query, title)] if isinstance(query, str) else query
     defaults: Json = {
         "unit": unit,
         "noValue": absent,
@@ -99,7 +114,7 @@ def stat(
         defaults["decimals"] = decimals
     return _panel("stat", title, description, size) | {
         "datasource": DATASOURCE,
-        "targets": _targets([Query(query, title)], instant=True, table=False),
+        "targets": _targets(queries, instant=True, table=False),
         "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": {
             "colorMode": "value",
@@ -109,7 +124,7 @@ def stat(
             "percentChangeColorMode": "standard",
             "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
             "showPercentChange": False,
-            "textMode": "value",
+            "textMode": "value" if isinstance(query, str) else "value_and_name",
             "wideLayout": True,
         },
     }
@@ -125,7 +140,10 @@ def graph(
     top: float | None = None,
     size: tuple[int, int] = (8, 8),
 ) -> Json:
-    """Values over time, from 0 up to `top` if given. In a wide panel the legend has the last values."""
+    """Values over time, from 0 up to `top` if given. In a wide panel the legend has the last values.
+
+    A line with the instance in its legend links to the dashboard of that host.
+    """
     defaults: Json = {
         "unit": unit,
         "min": 0,
@@ -156,11 +174,14 @@ def graph(
     }
     if top is not None:
         defaults["max"] = top
+    if any("{{instance}}" in query.legend for query in queries):
+        defaults["links"] = [only("instance", "__field.labels.instance")]
     legend: Json = {"calcs": [], "displayMode": "list", "placement": "bottom"}
     if size[0] >= WIDTH // 2:
         legend = {"calcs": ["lastNotNull"], "displayMode": "table", "placement": "right"}
     return _panel("timeseries", title, description, size) | {
         "datasource": DATASOURCE,
+        "maxDataPoints": POINTS,
         "targets": _targets(queries, instant=False, table=False),
         "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": {
@@ -182,12 +203,15 @@ class Column:
     mappings: Sequence[Json] = ()
     thresholds: Json | None = None
     top: float | None = None  # the largest value: the cell is then drawn as a bar
+    variable: str = ""  # to which a click sets the variable of that name
 
     def override(self) -> Json:
         """The field override for Grafana."""
         properties: list[Json] = [{"id": "unit", "value": self.unit}, {"id": "noValue", "value": "-"}]
         if self.width:
             properties.append({"id": "custom.width", "value": self.width})
+        if self.variable:
+            properties.append({"id": "links", "value": [only(self.variable, "__value.raw")]})
         if self.decimals is not None:
             properties.append({"id": "decimals", "value": self.decimals})
         if self.thresholds:
@@ -258,44 +282,113 @@ def table(
 
 
 def laid_out(rows: Mapping[str, Sequence[Json]]) -> list[Json]:
-    """The panels of each row below its heading, from left to right, wrapped when a line is full."""
+    """The panels of each row below its heading, from left to right, wrapped when a line is full.
+
+    All rows but the first are collapsed: Grafana runs their queries once they are opened. Their panels are in them, at
+    the place where they are then; headings are where they are as long as no row is open.
+    """
     placed: list[Json] = []
-    y = 0
+    numbers = itertools.count(1)
+    top = 0
     for title, panels in rows.items():
-        row: Json = {"type": "row", "title": title, "collapsed": False, "panels": []}
-        placed.append(row | {"gridPos": {"x": 0, "y": y, "w": WIDTH, "h": 1}})
-        y += 1
-        x = height = 0
-        for panel in panels:
-            size = panel["gridPos"]
-            if x + size["w"] > WIDTH:
-                x, y, height = 0, y + height, 0
-            placed.append(panel | {"gridPos": size | {"x": x, "y": y}})
-            x, height = x + size["w"], max(height, size["h"])
-        y += height
-    return [panel | {"id": number} for number, panel in enumerate(placed, 1)]
+        row: Json = {"id": next(numbers), "type": "row", "title": title, "collapsed": bool(placed), "panels": []}
+        placed.append(row | {"gridPos": {"x": 0, "y": top, "w": WIDTH, "h": 1}})
+        top += 1
+        inside, bottom = _lines(panels, top, numbers)
+        if row["collapsed"]:
+            placed[-1]["panels"] = inside
+        else:
+            placed += inside
+            top = bottom
+    return placed
 
 
-def _variable(name: str, metric: str) -> Json:
-    query = f"label_values({metric}, {name})"
+def _lines(panels: Sequence[Json], y: int, numbers: Iterator[int]) -> tuple[list[Json], int]:
+    """Numbered panels in lines from `y` on, and where they end."""
+    placed = []
+    x = height = 0
+    for panel in panels:
+        size = panel["gridPos"]
+        if x + size["w"] > WIDTH:
+            x, y, height = 0, y + height, 0
+        placed.append(panel | {"gridPos": size | {"x": x, "y": y}, "id": next(numbers)})
+        x, height = x + size["w"], max(height, size["h"])
+    return placed, y + height
+
+
+ALL = {"selected": True, "text": "All", "value": "$__all"}
+
+
+def variable(name: str, series: str, *, all_value: str = ".+") -> Json:
+    """A variable with the values that a label of these series has in the time shown."""
     return {
         "type": "query",
         "name": name,
         "label": name.title(),
         "datasource": DATASOURCE,
-        "query": query,
+        "query": f"label_values({series}, {name})",
         "refresh": 2,
         "sort": 1,
         "multi": True,
         "includeAll": True,
-        "allValue": ".+",
+        "allValue": all_value,
         "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
         "hide": 0,
     }
 
 
-def dashboard(uid: str, title: str, description: str, panels: Iterable[Json], *, metric: str) -> Json:
-    """The whole dashboard; the values of `job` and `instance` are those of the metric."""
+def _options(values: Mapping[str, str]) -> Json:
+    return {
+        "type": "custom",
+        "query": ", ".join(f"{text} : {value}" for text, value in values.items()),
+        "options": [{"selected": False, "text": text, "value": value} for text, value in values.items()],
+        "hide": 0,
+    }
+
+
+def choice(name: str, values: Mapping[str, str]) -> Json:
+    """A variable with fixed values by their texts; several may be chosen, and `.*` stands for all."""
+    made = _options(values)
+    return made | {
+        "name": name,
+        "label": name.title(),
+        "options": [ALL, *made["options"]],
+        "multi": True,
+        "includeAll": True,
+        "allValue": ".*",
+        "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
+    }
+
+
+def setting(name: str, title: str, description: str, values: Mapping[str, str], first: str) -> Json:
+    """A variable with one of some fixed values by their texts: at first that with the text `first`."""
+    made = _options(values)
+    chosen = {"selected": True, "text": first, "value": values[first]}
+    options = [chosen if option["text"] == first else option for option in made["options"]]
+    about = {"name": name, "label": title, "description": description}
+    return made | about | {"options": options, "multi": False, "includeAll": False, "current": chosen}
+
+
+def link(title: str, url: str) -> Json:
+    """A link at the top of the dashboard."""
+    return {
+        "type": "link",
+        "title": title,
+        "url": url,
+        "icon": "doc",
+        "tooltip": "",
+        "tags": [],
+        "asDropdown": False,
+        "includeVars": False,
+        "keepTime": False,
+        "targetBlank": True,
+    }
+
+
+def dashboard(
+    title: str, description: str, panels: Iterable[Json], *, variables: Sequence[Json], links: Sequence[Json]
+) -> Json:
+    """The whole dashboard; the variable `datasource` comes before the others."""
     source = {
         "type": "datasource",
         "name": "datasource",
@@ -308,7 +401,7 @@ def dashboard(uid: str, title: str, description: str, panels: Iterable[Json], *,
         "hide": 0,
     }
     return {
-        "uid": uid,
+        "uid": UID,
         "title": title,
         "description": description,
         "tags": ["kvm", "msrtrace"],
@@ -317,11 +410,9 @@ def dashboard(uid: str, title: str, description: str, panels: Iterable[Json], *,
         "graphTooltip": 1,
         "time": {"from": "now-1h", "to": "now"},
         "timezone": "browser",
-        "refresh": "30s",
+        "refresh": "1m",
         "annotations": {"list": []},
-        "links": [],
-        "templating": {
-            "list": [source, _variable("job", metric), _variable("instance", metric + '{job=~"$job"}')],
-        },
+        "links": list(links),
+        "templating": {"list": [source, *variables]},
         "panels": list(panels),
     }

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from dataclasses import dataclass
 from textwrap import indent
 
+from dashboards.grafana import BLUE, GREEN, GREY, PLAIN, RED
 from dashboards.patterns import label, msr_pattern
-from dashboards.queries import HOST, LOST, metric
+from dashboards.queries import HOST, LOSSES, metric, selected
 from tracer.model.cause import FILTER_CHANGE
 from tracer.model.vendors import VENDORS
 from tracer.model.verdict import (
@@ -27,7 +27,24 @@ from tracer.model.verdict import (
     Rule,
 )
 
+#: The two that say which of both kernels it is are the lowest.
 MISSING_CODE, PRESENT_CODE, SUPERSEDED_CODE, UNDECIDED_CODE, NEVER_PATCHED_CODE = 1, 2, 3, 4, 5
+#: Their texts and colours in the dashboard.
+VERDICTS = {
+    MISSING_CODE: ("missing", RED),
+    PRESENT_CODE: ("present", GREEN),
+    SUPERSEDED_CODE: ("superseded (6.17+)", BLUE),
+    UNDECIDED_CODE: ("undecided", GREY),
+    NEVER_PATCHED_CODE: ("not applicable", PLAIN),
+}
+#: The values of the label `verdict` in rules.yml, by the code in a query.
+LABELS = {
+    MISSING_CODE: "missing",
+    PRESENT_CODE: "present",
+    SUPERSEDED_CODE: "superseded",
+    UNDECIDED_CODE: "undecided",
+    NEVER_PATCHED_CODE: "not_applicable",
+}
 
 
 def matchers(calls: Calls) -> tuple[str, ...]:
@@ -40,18 +57,18 @@ def matchers(calls: Calls) -> tuple[str, ...]:
 class Dialect:
     """How a query distinguishes hosts and selects series."""
 
-    #: aggregations to one series for each host: of counters summed over VMs, and of counters by VM
-    sums: tuple[str, str]
+    #: the clause of an aggregation to one series for each host, or for each of its values of the given labels
+    clause: Callable[..., str]
     #: the vector matching by host, after `unless` and `and`
     on: str
     #: for how long after a reload of KVM's module the calls may be those of the previous module
     window: str
-    #: the selector of a metric of msrtrace's, by its name and matchers
+    #: the selector of a metric of msrtrace's, by its name and matchers; the name may be a regular expression
     select: Callable[..., str]
 
-    def per_host(self, counter: Callable[[str], str]) -> str:
+    def per_host(self, counter: Callable[[str], str], *labels: str) -> str:
         """A counter summed by host; `counter` gets the prefix `host_`, which alone includes ended VMs, or ""."""
-        sums = (f"{clause} {_block(counter(of))}" for clause, of in zip(self.sums, ("host_", ""), strict=True))
+        sums = (f"sum {self.clause(*labels)} {_block(counter(of))}" for of in ("host_", ""))
         return _block("\nor\n".join(sums))
 
     def calls(self, calls: Calls, *more: str, over: str = "{}") -> Callable[[str], str]:
@@ -80,53 +97,48 @@ class Dialect:
 
         return f"{self.per_host(useful)} > 0"
 
+    def no_updates(self) -> str:
+        """Fact.NO_UPDATES."""
+        info = f"group {self.clause()} ({self.select('build_info')})"
+        return self.unless(info, self.per_host(lambda of: self.select(f"{of}filter_updates_total")) + " > 0")
+
+    def one_direction(self) -> str:
+        """Fact.ONE_DIRECTION."""
+        passed = self.per_host(self.calls(DISABLES, label("access", ("read", "write"))), "msr", "access")
+        in_one = f"count {self.clause('msr')} {_block(f'{passed} > 0')} == 1"
+        return self.since_reload(f"group {self.clause()} {_block(in_one)}", DISABLES)
+
+    def facts(self) -> dict[Fact, str]:
+        """The facts that can be queried: each has series for the hosts where it holds.
+
+        Fact.RELOADED is a part of two of them. Fact.UPDATES_UNSEEN is Fact.NO_UPDATES here: the counter is absent.
+        """
+        select = self.select
+        unprobed = select("probe_attached", label("function", _COUNTED))
+        return {
+            Fact.NEVER_PATCHED: select("build_info", label("vendor", NEVER_PATCHED)),
+            Fact.SUPERSEDED: select("build_info", label("layout", SUPERSEDED)),
+            Fact.CALLS_UNSEEN: select("build_info", label("layout", (*JUDGED, *SUPERSEDED), other=True)),
+            Fact.CHANGED: self.changed(),
+            Fact.ENABLED: self.enabled(),
+            Fact.NO_UPDATES: self.no_updates(),
+            Fact.UNKNOWN: f"{self.per_host(self.calls(UNKNOWN_ENABLES))} > 0",
+            Fact.LOST: "\nor\n".join([*(f"{select(name)} > 0" for name in LOSSES), f"{unprobed} == 0"]),
+            Fact.ONE_DIRECTION: self.one_direction(),
+            Fact.ANYTHING: select("build_info"),
+        }
+
+    def verdict(self) -> str:
+        """A code for each host: the rules joined by `or`, which keeps the first series of a host."""
+        facts = self.facts()
+        return "\nor\n".join(
+            f"{_code(rule)} * group {self.clause()} {_block(facts[rule.fact])}" for rule in RULES if rule.fact in facts
+        )
+
 
 def _block(text: str) -> str:
     """The text in parentheses, indented on its own lines."""
     return "(\n" + indent(text, "  ") + "\n)"
-
-
-# --- the dashboard ---
-
-_PANELS = Dialect(
-    sums=(f"sum by ({HOST})", f"sum by ({HOST})"),
-    on=f" on ({HOST})",
-    window="$__rate_interval",
-    select=metric,
-)
-_BUILD = metric("build_info")
-#: Functions without whose probes a call may be missed.
-_COUNTED = [f for vendor in VENDORS for layout in JUDGED for f in sorted(vendor.counted_functions(layout))]
-
-
-def _one_direction() -> str:
-    """MSRs of which filter updates passed only one direction through."""
-    clause = f"sum by ({HOST}, msr, access)"
-    by_direction = replace(_PANELS, sums=(clause, clause))
-    passed = by_direction.per_host(_PANELS.calls(DISABLES, label("access", ("read", "write"))))
-    return _PANELS.since_reload(f"count by ({HOST}, msr) {_block(f'{passed} > 0')} == 1", DISABLES)
-
-
-def _facts() -> dict[Fact, str]:
-    """The facts that can be queried: each has series for the hosts where it holds.
-
-    Fact.RELOADED is a part of two of them. Fact.UPDATES_UNSEEN is Fact.NO_UPDATES here: the counter is absent.
-    """
-    unprobed = metric("probe_attached", label("function", _COUNTED))
-    return {
-        Fact.NEVER_PATCHED: metric("build_info", label("vendor", NEVER_PATCHED)),
-        Fact.SUPERSEDED: metric("build_info", label("layout", SUPERSEDED)),
-        Fact.CALLS_UNSEEN: metric("build_info", label("layout", (*JUDGED, *SUPERSEDED), other=True)),
-        Fact.CHANGED: _PANELS.changed(),
-        Fact.ENABLED: _PANELS.enabled(),
-        Fact.NO_UPDATES: _PANELS.unless(
-            _BUILD, _PANELS.per_host(lambda of: metric(f"{of}filter_updates_total")) + " > 0"
-        ),
-        Fact.UNKNOWN: f"{_PANELS.per_host(_PANELS.calls(UNKNOWN_ENABLES))} > 0",
-        Fact.LOST: f"({LOST} > 0 or {unprobed} == 0)",
-        Fact.ONE_DIRECTION: _one_direction(),
-        Fact.ANYTHING: _BUILD,
-    }
 
 
 def _code(rule: Rule) -> int:
@@ -136,54 +148,52 @@ def _code(rule: Rule) -> int:
     return {False: MISSING_CODE, True: PRESENT_CODE, None: UNDECIDED_CODE}[rule.patched]
 
 
-def _verdict() -> str:
-    """The rules joined by `or`, which keeps the first series of a host: that of the first rule that applies."""
-    facts = _facts()
-    found = " or ".join(
-        f"{_code(rule)} * group by ({HOST}) ({facts[rule.fact]})" for rule in RULES if rule.fact in facts
-    )
-    return re.sub(r"\( | (?=\))", lambda part: part[0].strip(), " ".join(found.split()))
+#: Functions without whose probes a call may be missed.
+_COUNTED = [f for vendor in VENDORS for layout in JUDGED for f in sorted(vendor.counted_functions(layout))]
 
 
-#: One of the codes above for each host.
-VERDICT = _verdict()
-MISSING, PRESENT = (f"({VERDICT}) == {code}" for code in (MISSING_CODE, PRESENT_CODE))
+# --- the dashboard ---
+
+_PANELS = Dialect(
+    clause=lambda *labels: f"by ({', '.join((HOST, *labels))})",
+    on=f" on ({HOST})",
+    window="$__rate_interval",
+    select=metric,
+)
+
+
+def _one_line(query: str) -> str:
+    return re.sub(r"\( | (?=\))", lambda part: part[0].strip(), " ".join(query.split()))
+
+
+#: One of the codes above for each selected host.
+VERDICT = selected(f"({_one_line(_PANELS.verdict())})")
+MISSING, UNDECIDED = (f"{VERDICT} == {code}" for code in (MISSING_CODE, UNDECIDED_CODE))
 
 
 # --- rules.yml ---
 
-_KIND = ("msr", "name", "access", "action", "cause")
-_INFO = ("version", "vendor", "layout", "backend", "redundancy")
-#: The hosts of which it can be judged. Versions of msrtrace that knew only one vendor have no label for it.
-JUDGED_HOSTS = (label("layout", JUDGED), label("vendor", NEVER_PATCHED, other=True))
+_INFO = ("kernel", "version", "vendor", "layout", "backend", "redundancy")
+#: All labels that msrtrace gives its series: any other is the target's, and is kept.
+_OWN = ("msr", "name", "access", "action", "cause", "vm", "pid", "function", "map", *_INFO)
 
 
 def _select(name: str, *chosen: str) -> str:
     return f"msrtrace_{name}{{{', '.join(chosen)}}}" if chosen else f"msrtrace_{name}"
 
 
-#: All labels of targets are kept.
-_ALERT = Dialect(
-    sums=(f"sum without ({', '.join(_KIND)})", f"sum without ({', '.join(_KIND)}, vm, pid)"),
+_RULES = Dialect(
+    clause=lambda *labels: f"without ({', '.join(one for one in _OWN if one not in labels)})",
     on="",
     window="1h",
     select=_select,
 )
 
 
-def missing_by_kernel() -> str:
-    """Enables of hosts that lack the patch, with the kernel's release: Fact.ENABLED where no earlier rule applies."""
-    facts = {
-        Fact.CHANGED: _ALERT.changed(),
-        # These three are of other vendors and layouts.
-        Fact.NEVER_PATCHED: None,
-        Fact.SUPERSEDED: None,
-        Fact.CALLS_UNSEEN: None,
-        # It is a part of `enabled`.
-        Fact.RELOADED: None,
-    }
-    earlier = [facts[rule.fact] for rule in takewhile(lambda rule: rule.fact is not Fact.ENABLED, RULES)]
-    found = _ALERT.unless(_ALERT.enabled(), *(fact for fact in earlier if fact))
-    info = _select("build_info", *JUDGED_HOSTS)
-    joined = f"* ignoring (kernel, {', '.join(_INFO)}) group_left ()"
-    return f"max without ({', '.join(_INFO)}) " + _block(f"{info}\n{joined}\n{_block(found)}")
+def recorded() -> str:
+    """The verdict as the label `verdict` of each host, with those of its kernel by which it is selected."""
+    named = f'count_values without () ("verdict", {_block(_RULES.verdict())})'
+    for code, text in LABELS.items():
+        named = f'label_replace({named}, "verdict", "{text}", "verdict", "{code}")'
+    joined = f"* ignoring (verdict, {', '.join(_INFO)}) group_left (verdict)"
+    return "max without (version, backend, redundancy) " + _block(f"msrtrace_build_info\n{joined}\n{named}")

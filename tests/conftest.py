@@ -16,6 +16,8 @@ pytest_plugins = ["children", "dispositions", "needs"]
 # The emulated hosts take both cores while the unit tests run: how long an example takes says nothing then.
 settings.register_profile("beside emulated hosts", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("beside emulated hosts")
+# What a library or a Python may change shows in few examples (`make check-versions`).
+settings.register_profile("few examples", parent=settings.default, max_examples=10)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
+from project import PROJECT, REPO
 
-REPO = Path(__file__).resolve().parents[1]
 README = REPO / "README.md"
 PAGES = [README, *sorted((REPO / "docs").glob("*.md")), REPO / "tests/kvmhost/README.md"]
 _LINES, _COLUMNS = 150, 100
@@ -52,7 +51,7 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_package_shows_the_readme() -> None:
-    assert tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["readme"] == README.name
+    assert PROJECT["readme"] == README.name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))

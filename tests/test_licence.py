@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tomllib
-from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
+from project import PROJECT, REPO
+
 _LINE = re.compile(r"SPDX-License-Identifier: (GPL-2\.0-(?:only|or-later))\b")
 #: What cannot carry a comment, or is text to be read.
 _WITHOUT_COMMENTS = {".json", ".png", ".md"}
@@ -45,5 +44,4 @@ def test_only_what_goes_into_the_kernel_is_gpl_2_0_only() -> None:
 
 
 def test_the_package_names_both_licences() -> None:
-    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    assert project["license"] == "GPL-2.0-or-later AND GPL-2.0-only"
+    assert PROJECT["license"] == "GPL-2.0-or-later AND GPL-2.0-only"

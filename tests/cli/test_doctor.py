@@ -9,6 +9,7 @@ import os
 import pytest
 from command import command
 
+from tracer.cli.console import columns
 from tracer.doctor.examination import examine
 from tracer.doctor.output import as_text
 from tracer.kernel.machine import Machine
@@ -34,3 +35,10 @@ def test_the_text_fits_the_terminal(columns: int) -> None:
     assert [line for line in text.splitlines() if len(line) > columns] == []
     plain = " ".join(as_text(examine(Machine.here())).split())
     assert columns < 200 or " ".join(text.split()) == plain
+
+
+def test_a_terminal_without_a_size_has_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a serial console."""
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((0, 0)))
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert columns() == 80

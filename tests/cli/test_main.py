@@ -8,22 +8,24 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner, Result
 from command import ROOT, command
 from made import patched, unpatched
 
 from tracer.cli import doctor as doctor_command
 from tracer.cli import main as cli
 from tracer.cli import session
-from tracer.cli.run import Address
+from tracer.cli.run import host_and_port
 from tracer.kernel.machine import Machine
 from tracer.model.errors import MsrtraceError
 from tracer.report.file import encode
+
+Main = Callable[..., tuple[int, str, str]]
 
 NOBODY = "4194305"  # above the kernel's highest pid (PID_MAX_LIMIT)
 
@@ -37,26 +39,18 @@ def named(name: str) -> click.Command:
     return found
 
 
-def invoke(*arguments: str) -> Result:
-    """The command without `main`, which turns errors into lines."""
-    return CliRunner().invoke(cli.cli, arguments, prog_name="msrtrace")
-
-
-Main = Callable[..., tuple[int, str, str]]
-
-
 @pytest.mark.parametrize("option", ["-h", "--help"])
 @pytest.mark.parametrize("name", [None, *COMMANDS])
-def test_help_is_shown(name: str | None, option: str) -> None:
-    result = invoke(*([name] if name else []), option)
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout.startswith(f"Usage: msrtrace {f'{name} [OPTIONS]' if name else '[OPTIONS] COMMAND'}")
+def test_help_is_shown(main: Main, name: str | None, option: str) -> None:
+    status, out, err = main(*([name] if name else []), option)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"Usage: msrtrace {f'{name} [OPTIONS]' if name else '[OPTIONS] COMMAND'}")
     known = named(name) if name else cli.cli
     assert known.help
-    assert " ".join(known.help.split()) in " ".join(result.stdout.split())
+    assert " ".join(known.help.split()) in " ".join(out.split())
     options = [parameter for parameter in known.params if isinstance(parameter, click.Option)]
-    assert all(option.opts[0] in result.stdout for option in options)
-    assert name or all(f"\n  {other} " in result.stdout for other in COMMANDS)
+    assert all(option.opts[0] in out for option in options)
+    assert name or all(f"\n  {other} " in out for other in COMMANDS)
 
 
 def test_every_command_is_listed() -> None:
@@ -66,10 +60,10 @@ def test_every_command_is_listed() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_list_has_the_first_line_of_each_help(name: str) -> None:
+def test_the_list_has_the_first_line_of_each_help(main: Main, name: str) -> None:
     known = " ".join((named(name).help or "").split())
     assert known.startswith(cli.commands()[name])
-    assert " ".join(f"{name} {cli.commands()[name]}".split()) in " ".join(invoke("--help").stdout.split())
+    assert " ".join(f"{name} {cli.commands()[name]}".split()) in " ".join(main("--help")[1].split())
 
 
 def test_the_version_is_that_of_the_package() -> None:
@@ -80,10 +74,11 @@ def test_the_version_is_that_of_the_package() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trace"], "No such command 'trace'"),
-        (["run", "--bogus"], "No such option '--bogus'"),
-        (["run", "--pid", "0"], "0 is not in the range x>=1"),
-        (["run", "--pid", "web"], "'web' is not a valid int"),
+        # The other words are click's, and differ between its versions
+        (["trace"], "trace"),
+        (["run", "--bogus"], "--bogus"),
+        (["run", "--pid", "0"], "0 "),
+        (["run", "--pid", "web"], "web"),
         (["run", "--web.listen-address", "localhost"], "'localhost' is not HOST:PORT"),
         (["run", "--web.listen-address", "localhost:"], "'localhost:' is not HOST:PORT"),
         (["run", "--web.listen-address", "9753"], "'9753' is not HOST:PORT"),
@@ -105,9 +100,9 @@ def test_the_version_is_that_of_the_package() -> None:
 def test_wrong_usage_is_explained(main: Main, arguments: list[str], message: str) -> None:
     status, out, err = main(*arguments)
     assert (status, out) == (2, "")
-    usage, hint, blank, error = err.splitlines()
-    assert usage.startswith("Usage: msrtrace ")
-    assert (hint, blank) == (f"Try 'msrtrace {'run ' * (arguments[0] == 'run')}--help' for help.", "")
+    assert err.startswith(f"Usage: msrtrace {'run ' * (arguments[0] == 'run')}")
+    assert len(err.splitlines()) == 4  # how to get help, too
+    error = err.splitlines()[-1]
     assert error.startswith("Error: ")
     assert message in error
 
@@ -124,7 +119,7 @@ def test_wrong_usage_is_explained(main: Main, arguments: list[str], message: str
     ],
 )
 def test_addresses_are_parsed(text: str, address: tuple[str, int]) -> None:
-    assert Address().convert(text, None, None) == address
+    assert host_and_port(text) == address
 
 
 NOTED = """
@@ -169,7 +164,7 @@ def start_up(directory: Path, *arguments: str) -> subprocess.CompletedProcess[st
 def test_the_help_of_a_command_imports_nothing_slow(tmp_path: Path, name: str) -> None:
     found = set(start_up(tmp_path, name, "--help").stderr.split())
     assert f"tracer.cli.{name}" in found
-    assert not found & HEAVY
+    assert not found & HEAVY - brought_by_msgspec()
     assert others(found) <= {"click", "msgspec"}
 
 
@@ -178,15 +173,23 @@ def test_help_imports_no_command(tmp_path: Path) -> None:
     rooms = {"tracer.cli", "tracer.model"}
     modules = {"tracer.cli.main", "tracer.cli.streams", "tracer.model.errors", "tracer.model.text"}
     assert {name for name in found if name.startswith("tracer.")} == rooms | modules
-    assert not found & HEAVY
+    assert not found & HEAVY - brought_by_msgspec()
     assert others(found) == {"click"}
 
 
 def test_compare_imports_nothing_that_tracing_needs(reports: Path) -> None:
     found = set(start_up(reports, "compare", "u.json", "p.json").stderr.split())
-    assert not found & HEAVY
+    assert not found & HEAVY - brought_by_msgspec()
     assert [name for name in found if name.startswith(TRACING)] == []
     assert others(found) == {"click", "msgspec"}
+
+
+@cache
+def brought_by_msgspec() -> set[str]:
+    """What it imports itself: uuid, which imports subprocess in Python 3.10."""
+    script = "import sys; before = set(sys.modules); import msgspec; print(*(sys.modules.keys() - before))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    return set(done.stdout.split())
 
 
 def others(modules: set[str]) -> set[str]:

@@ -20,6 +20,7 @@ from made_vms import state, vm
 from standin import ATTACHED, CLOSED, COUNTED, MODULE, READ, VENDOR, VMS
 
 from tracer.cli import report as report_command
+from tracer.model.snapshot import VmInfo
 from tracer.model.state import State
 from tracer.report.file import decode, read
 
@@ -355,6 +356,6 @@ def test_vms_are_named_as_in_the_trace() -> None:
             assert steady
             return state(vm("renamed", 812), vm("unseen", 5))
 
-    found, notes = report_command._state_at_end(Traced(), {812: "web-01", 6: "gone"})  # type: ignore[arg-type]
+    found, notes = report_command._state_at_end(Traced(), {812: VmInfo("web-01"), 6: VmInfo("gone")})  # type: ignore[arg-type]
     assert found
     assert ([vm.name for vm in found.vms], notes) == (["web-01", "unseen"], ())

@@ -265,10 +265,10 @@ HASH = "$2b$04$" + "." * 53
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("basic_auth_users: {a: secret}", "basic_auth_users: what a has is no bcrypt hash"),
+        ("basic_auth_users: {a: secret}", "basic_auth_users.a is no bcrypt hash"),
         ("tls_server_config: {cert_file: none.pem, key_file: none.pem}", "none.pem: No such file or directory"),
-        ("a: [", "no valid YAML, line 1: "),
-        ("tls_config: {}", "there is no tls_config"),
+        ("a: [", "is not valid YAML (line 1, column 5): "),
+        ("tls_config: {}", "unknown key tls_config (tls_server_config"),
         (None, "No such file or directory"),
     ],
 )

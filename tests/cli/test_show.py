@@ -98,6 +98,9 @@ def test_an_unreadable_report_is_an_error(main: Main, name: str, why: str) -> No
             ["u.json", "--state", "-o", "x.json", "-o", "x.html"],
             "cannot be written as html: text, markdown, json are possible",
         ),
+        (["u.json", "-o", "x.json."], "no format has the suffix . (.txt, .md, .json, .html, .htm); set --format"),
+        (["u.json", "-o", "x.json.gz"], "no format has the suffix .gz (.txt, .md, .json, .html, .htm); set --format"),
+        (["u.json", "-o", ""], "-o .: that is no name of a file"),
         (["u.json", "-o", "x.pdf"], "no format has the suffix .pdf (.txt, .md, .json, .html, .htm); set --format"),
     ],
 )
@@ -112,6 +115,7 @@ def test_wrong_usage_is_explained(main: Main, arguments: list[str], message: str
     ("arguments", "instead"),
     [
         (["u.json"], "msrtrace show u.json"),
+        (["u.json", "p.json"], "msrtrace compare u.json p.json"),
         (["--label", "x", "--", "./p.json", "--format", "html"], "msrtrace show ./p.json --format html"),
     ],
 )

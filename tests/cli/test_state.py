@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from filters import denying
 from made_states import USUAL
-from states import FS_BASE, rw, state, vcpu
+from vcpus import FS_BASE, rw, state, vcpu
 
 from tracer.cli import session
 from tracer.cli import state as state_command

@@ -18,7 +18,7 @@ import { lastValueFrom } from 'rxjs';
 
 type Series = { metric: Record<string, string>; values?: [number, string][]; value?: [number, string] };
 declare const INPUT: {
-  dashboard: any; answers: Record<string, Record<string, Series[]>>; start: number; end: number; step: number;
+  panels: any[]; answers: Record<string, Record<string, Series[]>>; start: number; end: number; step: number;
 };
 
 const CELL = 30, GAP = 8; // a unit of gridPos and the space between panels, in pixels, as in Grafana
@@ -70,7 +70,7 @@ function table(target: any, answer: Series[]): DataFrame {
   };
 }
 
-const STANDARD = ['unit', 'decimals', 'min', 'max', 'displayName', 'noValue', 'mappings', 'thresholds', 'color'];
+const STANDARD = ['unit', 'decimals', 'min', 'max', 'displayName', 'noValue', 'mappings', 'thresholds', 'color', 'links'];
 const UNITS = new Set(getValueFormats().flatMap(({ submenu }) => submenu!.map(({ value }) => value)));
 
 /** Every option of a field that the panel's JSON sets: those of Grafana by name, those of the panel's kind under custom. */
@@ -166,7 +166,7 @@ async function draw() {
     const transformation = Object.values(standardTransformers).find((one: any) => one.id === id)!;
     return { id, name: id, transformation: async () => transformation, editor: () => null } as any;
   }));
-  const panels: any[] = INPUT.dashboard.panels;
+  const panels = INPUT.panels;
   const data = await Promise.all(panels.map((panel) => (panel.targets ? frames(panel) : [])));
   const rows = Math.max(...panels.map(({ gridPos }) => gridPos.y + gridPos.h));
   const cell = (document.documentElement.clientWidth - GAP) / 24;

@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from made import SVM_HOOK, outcome, recalc, svm_pass, svm_recalc, toggle
+from made import SVM_HOOK, created, outcome, recalc, svm_pass, svm_recalc, toggle
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from tracer.export.metrics import SnapshotCollector
-from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
 
 END = 1791201585  # an hour before this lies in one of Prometheus' blocks, which hold two
 SECONDS = 3600
@@ -140,9 +140,17 @@ def _one(
     return take
 
 
+def _creating(snapshot: Snapshot, vcpus: int, recalcs: int) -> Snapshot:
+    """The same host with vCPUs that are created, in a recalculation each, and so many other recalculations."""
+    made = created(vcpus, recalculations=1)
+    calls = {call: found for call, found in made.calls.items() if call.cause == "vcpu_create"}
+    snapshot = replace(snapshot, calls={**snapshot.calls, **calls}, recalcs={0: durations(vcpus + recalcs, 9e-6)})
+    return replace(snapshot, vcpus_created=vcpus, creation_recalcs=vcpus)
+
+
 def _recalc(t: float) -> Snapshot:
     count = calm(14)(t)
-    snapshot = _besides(recalc(count), t, 3)
+    snapshot = _creating(_besides(recalc(count), t, 3), calm(0.2)(t), calm(0.5)(t))
     return replace(snapshot, updates={0: durations(count, 11e-6)}, probes=_probes(*RECALC), maps=_maps(snapshot))
 
 
@@ -183,7 +191,7 @@ def _by_vm(t: float) -> Snapshot:
             calls.update(made.calls)
             updates[pid] = durations(count(age), 14e-6)
         if t >= begin and now == t:
-            names[pid] = name
+            names[pid] = VmInfo(name, f"6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f{pid}", "qemu")
     snapshot = Snapshot("toggle", calls=calls, updates=updates, by_vm=True, vms=names, probes=_probes(*TOGGLE))
     return replace(snapshot, maps=_maps(snapshot))
 
@@ -211,6 +219,9 @@ FLEET = (
 )
 
 
+_NAME = "@instance@"  # in text of which each host has a copy
+
+
 def _escaped(value: str) -> str:
     return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
@@ -220,23 +231,47 @@ def _line(name: str, labels: dict[str, str], value: float, when: int) -> str:
     return f"{name}{{{pairs}}} {value!r} {when}\n"
 
 
-def write(file: Path, hosts: Iterable[Host] = FLEET) -> None:
-    """The hour before `end` as OpenMetrics text, family by family, as `promtool tsdb create-blocks-from` reads it."""
+def _at(speed: float, host: Host) -> Host:
+    """The host, where everything takes longer: the speed is 1 or less."""
+    return replace(host, snapshot=lambda t: host.snapshot(t * speed))
+
+
+#: Hosts, each with the names of the instances that are exactly like it.
+Instances = Iterable[tuple[Host, list[str]]]
+
+
+def many(count: int, variants: int = 16) -> Instances:
+    """So many hosts: those of FLEET, each at several speeds."""
+    speeds = (1 - number / (variants + 1) for number in range(variants))
+    kinds = [_at(speed, host) for speed in speeds for host in FLEET]
+    names = [f"kvm{number}:9753" for number in range(1, count + 1)]
+    return ((kind, names[index :: len(kinds)]) for index, kind in enumerate(kinds))
+
+
+def write(file: Path, hosts: Instances | None = None, step: int = STEP) -> None:
+    """The hour before END as OpenMetrics text, family by family, as `promtool tsdb create-blocks-from` reads it.
+
+    `hosts` are scraped every `step` seconds, each under every one of its names; by default FLEET.
+    """
     types: dict[str, str] = {"up": "gauge"}
-    lines: dict[str, list[str]] = defaultdict(list)
-    for host in hosts:
-        target = {"job": JOB, "instance": host.instance, **host.labels}
-        for t in range(0, SECONDS + 1, STEP):
+    lines: dict[str, list[tuple[list[str], list[str]]]] = defaultdict(list)
+    for host, instances in hosts or ((host, [host.instance]) for host in FLEET):
+        target = {"job": JOB, "instance": _NAME, **host.labels}
+        found: dict[str, list[str]] = defaultdict(list)
+        for t in range(0, SECONDS + 1, step):
             when = END - SECONDS + t
-            lines["up"].append(_line("up", target, float(t <= host.until), when))
+            found["up"].append(_line("up", target, float(t <= host.until), when))
             for family in host.metrics(t) if t <= host.until else ():
                 types[family.name] = family.type
                 for sample in family.samples:
-                    lines[family.name].append(
-                        _line(sample.name, {**sample.labels, **target}, float(sample.value), when)
-                    )
+                    labels = {**sample.labels, **target}
+                    found[family.name].append(_line(sample.name, labels, float(sample.value), when))
+        for name, of_host in found.items():
+            lines[name].append((of_host, instances))
     with file.open("w") as output:
         for name, type_ in types.items():
             output.write(f"# TYPE {name} {type_}\n")
-            output.writelines(lines[name])
+            for of_host, instances in lines[name]:
+                text = "".join(of_host)
+                output.writelines(text.replace(_NAME, instance) for instance in instances)
         output.write("# EOF\n")

@@ -3,7 +3,8 @@
 
 Types by tsc against @grafana/schema; units, field options and transformations by @grafana/data; every query against a
 real Prometheus; every panel drawn by @grafana/ui in headless Chromium from the answers. Without --prometheus it is one
-with the hour of hosts.py in it, and the answers must be those that this fleet gives.
+with the hour of hosts.py in it, and the answers must be those that this fleet gives. With --hosts N it has that hour of
+so many made-up hosts, scraped once a minute; then no query may take long, and no graph have too many lines.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.dashboard import expected, hosts, pictures, typescript
-from tests.dashboard.answers import Json, Range, ask
+from tests.dashboard.answers import Json, Range, ask, opened
 from tests.dashboard.prometheus import Prometheus, backfilled
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
 NPM_TRIES = 4
+#: With many hosts: how often they are scraped; the most CPU time that a query may take, in seconds; the most lines.
+MINUTE, SLOW, LINES = 60, 6.0, 20
 
 
 def install(built: Path) -> None:
@@ -58,6 +61,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; times are seconds since the epoch."""
     parser = argparse.ArgumentParser(prog="check", description=__doc__)
     parser.add_argument("--prometheus", metavar="URL", help="a Prometheus that scrapes hosts, in place of made-up ones")
+    parser.add_argument("--hosts", type=int, metavar="N", help="so many made-up hosts")
     parser.add_argument("--from", dest="start", type=float, metavar="SECONDS", help="an hour before --to")
     parser.add_argument("--to", dest="end", type=float, metavar="SECONDS", help="now")
     parser.add_argument(
@@ -76,7 +80,8 @@ def main(arguments: Sequence[str]) -> int:
     built = REPO / "build/npm-dashboard"
     built.mkdir(parents=True, exist_ok=True)
     end = options.end or (time.time() if options.prometheus else hosts.END)
-    shown = Range(options.start or end - hosts.SECONDS, end, options.scrape_interval)
+    scrape = MINUTE if options.hosts else options.scrape_interval
+    shown = Range(options.start or end - hosts.SECONDS, end, scrape)
 
     complaints: list[str] = []
 
@@ -88,21 +93,28 @@ def main(arguments: Sequence[str]) -> int:
     answers: dict[str, dict[str, list[Json]]] = {}
 
     def queries() -> list[str]:
-        def run(prometheus: Prometheus) -> list[str]:
-            found, wrong = ask(prometheus, dashboard, shown)
-            answers.update(found)
-            return wrong if options.prometheus else wrong + expected.wrong(prometheus, dashboard, shown, found)
-
         if options.prometheus:
-            return run(Prometheus(options.prometheus.rstrip("/")))
-        with tempfile.TemporaryDirectory() as directory, backfilled(Path(directory) / "prometheus") as prometheus:
-            return run(prometheus)
+            return run(Prometheus(options.prometheus.rstrip("/")), expect=False)
+        many = hosts.many(options.hosts) if options.hosts else None
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            backfilled(Path(directory) / "prometheus", many, int(scrape)) as prometheus,
+        ):
+            return run(prometheus, expect=not many)
+
+    def run(prometheus: Prometheus, *, expect: bool) -> list[str]:
+        asked = ask(prometheus, dashboard, shown, at_once=1 if options.hosts else 4)
+        answers.update(asked.answers)
+        if expect:
+            selected = expected.unselected(prometheus, dashboard, shown)
+            return asked.complaints + expected.wrong(prometheus, dashboard, shown, asked.answers) + selected
+        return asked.complaints + (expected.too_much(dashboard, asked, SLOW, LINES) if options.hosts else [])
 
     step("npm packages", lambda: install(built))
     step("types", lambda: typescript.compile_(dashboard, built))
     step("queries", queries)
     step("bundle", lambda: bundle(built))
-    data = {"dashboard": dashboard, "answers": answers, "start": shown.start, "end": shown.end, "step": shown.step}
+    data = {"panels": opened(dashboard), "answers": answers, "start": shown.start, "end": shown.end, "step": shown.step}
     step("pictures", lambda: pictures.draw(data, built, out))
     for complaint in complaints:
         print(complaint, file=sys.stderr)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import time
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dashboards.queries import RECORDED
+from dashboards.verdict import recorded
 from tests.dashboard import hosts
 
 START_SECONDS = 60
@@ -23,9 +26,17 @@ START_SECONDS = 60
 
 @dataclass(frozen=True)
 class Prometheus:
-    """The HTTP API under a URL."""
+    """The HTTP API under a URL, of a process of this machine if it is known."""
 
     url: str
+    process: int | None = None
+
+    def clock(self) -> float:
+        """Seconds of CPU time that the process has taken: what else runs here does not matter. Else, of time."""
+        if self.process is None:
+            return time.monotonic()
+        fields = Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def query(self, expression: str, at: float) -> list[dict[str, Any]]:
         """The instant vector at a time, a dictionary for each series."""
@@ -54,13 +65,35 @@ def _free_port() -> int:
 
 
 @contextmanager
-def backfilled(directory: Path) -> Iterator[Prometheus]:
-    """A server with the series of hosts.py, until the context ends. The directory must be empty or not exist."""
+def backfilled(directory: Path, made: hosts.Instances | None = None, step: int = hosts.STEP) -> Iterator[Prometheus]:
+    """A server with the series of hosts.py, and the verdicts that rules.yml records of them, until the context ends.
+
+    The directory must be empty or not exist.
+    """
     directory.mkdir(parents=True)
-    samples, blocks, config = directory / "samples.txt", directory / "blocks", directory / "prometheus.yml"
-    hosts.write(samples)
-    fill = ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(samples), str(blocks)]
-    subprocess.run(fill, check=True, stdout=subprocess.DEVNULL)
+    samples, blocks, rules = directory / "samples.txt", directory / "blocks", directory / "rules.yml"
+    hosts.write(samples, made, step)
+    _promtool("openmetrics", samples, blocks)
+    samples.unlink()
+    rule = {"record": RECORDED, "expr": recorded()}
+    rules.write_text(json.dumps({"groups": [{"name": "verdict", "rules": [rule]}]}))  # JSON is YAML
+    with _server(directory, blocks) as server:
+        times = [f"--start={hosts.END - hosts.SECONDS}", f"--end={hosts.END}", f"--eval-interval={step}s"]
+        _promtool("rules", f"--url={server.url}", f"--output-dir={blocks}", *times, rules)
+    with _server(directory, blocks) as server:  # which reads the new blocks
+        yield server
+
+
+def _promtool(what: str, *arguments: str | Path) -> None:
+    command = ["promtool", "tsdb", "create-blocks-from", what, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr or done.stdout)
+
+
+@contextmanager
+def _server(directory: Path, blocks: Path) -> Iterator[Prometheus]:
+    config = directory / "prometheus.yml"
     config.write_text("{}\n")
     address = f"127.0.0.1:{_free_port()}"
     with (directory / "log").open("wb") as log:
@@ -77,7 +110,7 @@ def backfilled(directory: Path) -> Iterator[Prometheus]:
         )
         try:
             _wait_for(f"http://{address}/-/ready", server, directory / "log")
-            yield Prometheus(f"http://{address}")
+            yield Prometheus(f"http://{address}", server.pid)
         finally:
             server.terminate()
             server.wait()

@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from tests.dashboard.answers import opened
+
 _HEAD = """\
 import type { Dashboard } from '@grafana/schema';
 // Enumerations are plain strings in JSON.
@@ -38,7 +40,7 @@ def program(dashboard: dict[str, Any]) -> str:
         path = f"@grafana/schema/dist/esm/raw/composable/{kind}/panelcfg/x/{name}PanelCfg_types.gen"
         lines.append(f"import type * as {kind} from '{path}';")
     lines.append(f"export const dashboard: Plain<Dashboard> = {json.dumps(dashboard, indent=2)};")
-    for panel in dashboard["panels"]:
+    for panel in opened(dashboard):
         kind, config = panel["type"], panel.get("fieldConfig", {})
         if kind in _KINDS:
             lines.append(f"export const options{panel['id']}: Plain<{kind}.Options> = {json.dumps(panel['options'])};")

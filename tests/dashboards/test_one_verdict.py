@@ -37,18 +37,20 @@ from needs import tool
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.dashboard.answers import substituted
+from dashboards import make
+from dashboards.queries import RECORDED
+from dashboards.verdict import LABELS
+from tests.dashboard.answers import at_first, panels, substituted
 from tracer.export.metrics import SnapshotCollector
-from tracer.model.snapshot import Call, Map, Outcome, Probe, Snapshot
+from tracer.model.snapshot import Call, Map, Outcome, Probe, Snapshot, VmInfo
 from tracer.model.verdict import Verdict
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
-RECORD = "instance_kernel:msrtrace_filter_change_enables_total:sum"
 #: For so long every host was scraped. promtool evaluates groups of rules in any order, so the alert, which waits for
 #: five minutes, may see a record only at the evaluation after the next.
 MINUTES = 13
 #: As Grafana substitutes them with scrapes a minute apart.
-VARIABLES = {"job": ".+", "instance": ".+", "__rate_interval": "4m"}
+VARIABLES = at_first(make.made()) | {"__rate_interval": "4m"}
 SUPERSEDED, NEVER = "superseded", "never"
 Said = bool | None | str
 
@@ -154,7 +156,7 @@ def hosts() -> dict[str, Host]:
     for changed in (0, 101):
         found |= both(f"x2APIC {changed}", x2apic(patched, changed), x2apic(unpatched, changed))
     found |= both("by VM", *vms)
-    found |= both("by VM, one ended", *(replace(counted, vms={200: "b"}) for counted in vms))
+    found |= both("by VM, one ended", *(replace(counted, vms={200: VmInfo("b")}) for counted in vms))
     found |= both("by VM, all ended", *(replace(counted, vms={}) for counted in vms))
     found |= both("open calls", replace(patched, open_calls=1), replace(unpatched, open_calls=1))
     found |= both("birth not probed", probed(patched, "vmx_vcpu_create"), probed(unpatched, "vmx_vcpu_create"))
@@ -234,8 +236,8 @@ def expect(name: str, expression: str, *values: int) -> dict[str, object]:
 
 def dashboard(title: str, ref: str) -> str:
     """A query of a panel, by title and refId."""
-    panels = json.loads((DASHBOARDS / "grafana.json").read_text())["panels"]
-    targets = next(panel for panel in panels if panel["title"] == title)["targets"]
+    found = panels(json.loads((DASHBOARDS / "grafana.json").read_text()))
+    targets = next(panel for panel in found if panel["title"] == title)["targets"]
     return substituted(next(target["expr"] for target in targets if target["refId"] == ref), VARIABLES)
 
 
@@ -267,7 +269,8 @@ def complaints(fleet: dict[str, Host], directory: Path) -> str:
     for name, host in fleet.items():
         missing = [1] if host.patched is False else []
         expected = [
-            expect(name, f"{RECORD} > bool 0", *missing),
+            expect(name, f'{RECORDED}{{verdict="{LABELS[codes[host.patched]]}"}}', 1),
+            expect(name, f"count({RECORDED})", 1),
             expect(name, 'ALERTS{alertname="MsrtracePatchMissing", alertstate="firing"}', *missing),
             expect(name, table, codes[host.patched]),
             expect(name, tile, *(missing or ([0] if host.patched is True else []))),
@@ -312,7 +315,7 @@ def any_host(random: Random) -> Host:
         open_calls=random.randrange(2),
         module_unloads=int(random.random() < 0.1),
         by_vm=by_vm,
-        vms={pid: "" for pid in pids if random.random() < 0.5} if by_vm else {},
+        vms={pid: VmInfo("") for pid in pids if random.random() < 0.5} if by_vm else {},
     )
     return Host(counted, said(report(counted).verdict), vendorless=not amd and random.random() < 0.3)
 

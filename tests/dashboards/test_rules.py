@@ -19,17 +19,22 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
+import yaml
 from needs import tool
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dashboards import make
 from tracer.export.metrics import SnapshotCollector
 from tracer.export.server import Server
-from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 RULES, EXAMPLE = DASHBOARDS / "rules.yml", DASHBOARDS / "prometheus.yml"
 TLS = "msrtrace-tls"  # the directory of the certificates in the example
+#: The alerts of which one is for all hosts with the same kernel or job.
+GROUPED = {"MsrtracePatchMissing", "MsrtraceProbeMissing", "MsrtraceTracesNothing"}
+RUNBOOK = DASHBOARDS.parent / "docs/runbook.md"
 Labels = frozenset[tuple[str, str]]
 
 
@@ -64,6 +69,93 @@ def test_every_rule_is_tested() -> None:
     assert (len(records), len(alerts)) == (len(set(records)), len(set(alerts))) == (7, 11)
     assert [record for record in records if f"{record}{{" not in tests and f"expr: {record}\n" not in tests] == []
     assert [alert for alert in alerts if f'alertname="{alert}", alertstate="firing"' not in tests] == []
+
+
+def alert_rules() -> list[dict[str, Any]]:
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"] if "alert" in rule]
+
+
+def test_each_alert_has_its_heading_in_the_runbook() -> None:
+    """And the reverse; the link ends with the anchor that GitHub, GitLab and others make of the heading."""
+    alerts = [
+        rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"] if "alert" in rule
+    ]
+    links = {rule["alert"]: rule["annotations"]["runbook_url"] for rule in alerts}
+    headings = re.findall(r"^## (Msrtrace\w+)$", RUNBOOK.read_text(), re.MULTILINE)
+    assert [*links] == headings
+    assert links == {alert: f"{make.DOCS}/runbook.md#{alert.lower()}" for alert in links}
+    listed = re.findall(r"^- \[(Msrtrace\w+)\]\(#(\w+)\)", RUNBOOK.read_text(), re.MULTILINE)
+    assert listed == [(alert, alert.lower()) for alert in headings]
+
+
+def test_links_lead_to_where_docs_are_published() -> None:
+    """All with `--docs URL`; the command in the rules sets those of a file that is installed already."""
+    url = "https://git.example.org/msrtrace/docs"
+    assert make.DOCS not in make.rules(url) + json.dumps(make.made(url))
+    assert make.rules().replace(make.DOCS, url) == make.rules(url)
+    for link in make.made(url)["links"]:
+        file, _, anchor = link["url"].removeprefix(f"{url}/").partition("#")
+        headings = re.findall(r"^#+ (.+)$", (RUNBOOK.parent / file).read_text(), re.MULTILINE)
+        assert not anchor or anchor in {heading.lower().replace(" ", "-") for heading in headings}
+
+
+def series(name: str, labels: dict[str, object], value: int, minutes: int) -> dict[str, str]:
+    """A series that does not change, in promtool's notation."""
+    pairs = ", ".join(f"{label}={json.dumps(str(text))}" for label, text in labels.items())
+    return {"series": f"{name}{{{pairs}}}", "values": f"{value}x{minutes}"}
+
+
+def test_five_hundred_hosts_are_one_alert_for_each_kernel(tmp_path: Path) -> None:
+    """In each of two jobs, and one more for a host with a wrong label; what one host does is an alert on that host."""
+    given = []
+    for number in range(500):
+        job, kernel = "ab"[number % 2], f"6.{number % 4}"
+        target: dict[str, object] = {"instance": f"kvm{number}", "job": f"msrtrace-{job}", "rack": number // 10}
+        target |= {"patch": "patched"} if number == 44 else {}
+        info = {"kernel": kernel, "version": number % 3, "vendor": "vmx", "layout": "toggle", "redundancy": "exact"}
+        enable = {"msr": "0x48", "access": "read", "action": "enable", "cause": "filter_change"}
+        hook, inlined = ({"function": name} for name in ("vmx_msr_filter_changed", "vmx_enable_intercept_for_msr"))
+        given += [
+            series("up", target, int(number != 7), 60),
+            series("msrtrace_build_info", target | info, 1, 60),
+            series("msrtrace_intercept_calls_total", target | enable, 17, 60),
+            series("msrtrace_probe_attached", target | hook, int(number >= 20), 60),
+            series("msrtrace_probe_attached", target | inlined, int(number >= 20 and kernel != "6.3"), 60),
+        ]
+    names = ("alertname", "job", "kernel", "patch", "function", "instance")
+    firing = {  # and the number of hosts
+        ("MsrtracePatchMissing", "msrtrace-a", "6.0", "", "", ""): 124,
+        ("MsrtracePatchMissing", "msrtrace-a", "6.0", "patched", "", ""): 1,
+        ("MsrtracePatchMissing", "msrtrace-b", "6.1", "", "", ""): 125,
+        ("MsrtracePatchMissing", "msrtrace-a", "6.2", "", "", ""): 125,
+        ("MsrtracePatchMissing", "msrtrace-b", "6.3", "", "", ""): 125,
+        ("MsrtraceProbeMissing", "msrtrace-b", "6.3", "", "vmx_enable_intercept_for_msr", ""): 120,
+        ("MsrtraceTracesNothing", "msrtrace-a", "", "", "", ""): 10,
+        ("MsrtraceTracesNothing", "msrtrace-b", "", "", "", ""): 10,
+        ("MsrtraceDown", "msrtrace-b", "", "", "", "kvm7"): 1,
+    }
+    counted: dict[str, list[dict[str, object]]] = {alert: [] for alert in GROUPED}
+    samples = []
+    for values, hosts in firing.items():
+        alert, *others = (f'{name}="{value}"' for name, value in zip(names, values, strict=True) if value)
+        samples.append({"labels": f"{{{', '.join((alert, *others))}}}", "value": 1})
+        if values[0] in GROUPED:
+            counted[values[0]].append({"labels": f"{{{', '.join(others)}}}", "value": hosts})
+    alerts = f'count by ({", ".join(names)}) (ALERTS{{alertstate="firing"}})'
+    rules = {rule["alert"]: rule["expr"] for rule in alert_rules()}
+    case = {
+        "interval": "1m",
+        "input_series": given,
+        "promql_expr_test": [
+            {"expr": alerts, "eval_time": "50m", "exp_samples": samples},
+            *({"expr": rules[one], "eval_time": "50m", "exp_samples": hosts} for one, hosts in counted.items()),
+        ],
+    }
+    shutil.copy(RULES, tmp_path)
+    content = {"rule_files": [RULES.name], "evaluation_interval": "5m", "tests": [case]}
+    (tmp_path / "test.yml").write_text(json.dumps(content))
+    promtool("test", "rules", tmp_path / "test.yml")
 
 
 def test_promtool_accepts_the_example(tmp_path: Path) -> None:
@@ -128,14 +220,14 @@ class Host:
             probes=(*(Probe(f, f, True, f) for f in functions), Probe("vmx_vcpu_create", None, False, "none")),
             maps=(Map("calls", len(calls), 8192), Map("threads", 0, 16384)),
             by_vm=self._by_vm,
-            vms=pids if self._by_vm else {},
+            vms={pid: VmInfo(name) for pid, name in pids.items()} if self._by_vm else {},
         )
 
     def series(self) -> set[Labels]:
-        """The exported series by their labels."""
+        """The exported series by their labels, without those that are empty: Prometheus does not store them."""
         families = text_string_to_metric_families(generate_latest(self.registry).decode())
         samples = (sample for family in families for sample in family.samples)
-        return {frozenset({"__name__": s.name, **s.labels}.items()) for s in samples}
+        return {frozenset([("__name__", s.name), *((n, v) for n, v in s.labels.items() if v)]) for s in samples}
 
 
 @dataclass
@@ -296,10 +388,9 @@ def test_only_the_unpatched_host_fires_an_alert(fleet: Fleet) -> None:
     eventually(lambda: [alert for alert in alerts() if alert["state"] == "firing"])
     [alert] = alerts()
     expected = {"alertname": "MsrtracePatchMissing", "severity": "warning", "kernel": "6.1"}
-    expected |= {"job": "msrtrace", "instance": fleet.targets["unpatched"], "patch": "unpatched"}
-    assert alert["labels"] == expected
-    assert fleet.targets["unpatched"] in alert["annotations"]["summary"]
-    assert "d895f28ed6da" in alert["annotations"]["description"]
+    assert alert["labels"] == expected | {"job": "msrtrace", "patch": "unpatched"}
+    assert "(hosts: 1)" in alert["annotations"]["summary"]
+    assert f"such as {fleet.targets['unpatched']} (" in alert["annotations"]["description"]
 
 
 @pytest.mark.timeout(240)
@@ -313,10 +404,16 @@ def test_rules_evaluate_without_errors(fleet: Fleet) -> None:
     for rule in rules():
         assert (rule["health"], rule.get("lastError", "")) == ("ok", ""), rule["name"]
         if rule["type"] == "recording":
-            assert re.fullmatch(r"instance(_\w+)?:msrtrace_\w+:(ratio_|)?(rate5m|ratio|sum)", rule["name"])
+            assert re.fullmatch(r"instance(_\w+)?:msrtrace_\w+:(ratio_|)?(rate5m|ratio|info)", rule["name"])
         else:
             assert rule["labels"]["severity"] in ("warning", "info")
-            assert rule["annotations"]["summary"].startswith("{{ $labels.instance }}: ")
-            assert "{{ $labels.instance }}" in rule["annotations"]["description"]
-            assert re.search(r"msrtrace doctor|d895f28ed6da", rule["annotations"]["description"])
+            summary, description = (rule["annotations"][name] for name in ("summary", "description"))
+            if rule["name"] in GROUPED:
+                assert re.match(r"(Kernel|Job) \{\{ \$labels.(kernel|job) }} \(hosts: \{\{ \$value }}\): ", summary)
+                assert "instance" not in rule["labels"]
+                assert re.match(r"count by \(job", rule["query"])
+            else:
+                assert summary.startswith("{{ $labels.instance }}: ")
+                assert "{{ $labels.instance }}" in description
+            assert re.search(r"msrtrace doctor|d895f28ed6da", description)
     assert all(int(minutes) for minutes in re.findall(r"^ +for: (\d+)m$", RULES.read_text(), re.MULTILINE))

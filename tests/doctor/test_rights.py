@@ -113,14 +113,77 @@ def test_two_capabilities_are_enough_where_perf_is_not_paranoid(host: Host) -> N
     assert obstacle(host.machine) is None
 
 
-@pytest.mark.parametrize(("distribution", "state"), [("debian", FAILED), ("fedora", WARNING)])
-def test_paranoid_kernel(host: Host, distribution: str, state: State) -> None:
+UNPARANOID = "sudo sysctl -w kernel.perf_event_paranoid=2"
+
+
+@pytest.mark.parametrize(
+    ("release", "state", "why"),
+    [
+        ("6.1.0-56-amd64", FAILED, "Debian's kernels require"),
+        ("6.12.117+deb13-amd64", FAILED, "Debian's kernels require"),
+        ("6.16.8+kali-amd64", FAILED, "Debian's kernels require"),
+        ("6.8.0-45-generic", WARNING, "kernel 6.8.0-45-generic may require"),
+        ("6.8.12-4-pve", WARNING, "kernel 6.8.12-4-pve may require"),
+        ("6.10.10-hardened1-1-hardened", WARNING, "kernel 6.10.10-hardened1-1-hardened may require"),
+        ("6.18.44-custom", WARNING, "kernel 6.18.44-custom may require"),
+    ],
+)
+def test_paranoid_kernel(host: Host, release: str, state: State, why: str) -> None:
+    """It is the kernel that is patched, whatever distribution's files are seen: this host's are Debian's."""
     host.write("proc/self/status", status(BPF_AND_PERFMON))
-    host.write("etc/os-release", f"ID={distribution}\n")
-    host.be(euid=1000)
-    fix = "sudo sysctl -w kernel.perf_event_paranoid=2"
-    assert host.found("perf-event-paranoid") == (state, fix)
-    assert explain_eperm(host.machine).endswith(fix)
+    host.be(euid=1000, release=release, expected=lambda _: ("kprobe",))
+    detail = f"perf_event_paranoid is 3: above 2, {why} CAP_SYS_ADMIN for kprobes, too"
+    assert host.check("perf-event-paranoid") == Check("perf-event-paranoid", state, detail, UNPARANOID)
+    assert explain_eperm(host.machine).endswith(UNPARANOID)
+
+
+@pytest.mark.parametrize("os_release", ["ID=fedora", "ID=debian"])
+@pytest.mark.parametrize(
+    "release",
+    ["6.11.4-301.fc41.x86_64", "5.14.0-427.22.1.el9_4.x86_64", "6.4.0-150600.23-default", "6.11.5-arch1-1"],
+)
+def test_other_kernels_are_not_more_paranoid_than_2(host: Host, os_release: str, release: str) -> None:
+    host.write("proc/self/status", status(BPF_AND_PERFMON))
+    host.write("etc/os-release", f"{os_release}\n")
+    host.be(euid=1000, release=release)
+    check = host.check("perf-event-paranoid")
+    assert (check.state, check.detail) == (OK, f"3, which is as 2 for kernel {release}")
+
+
+def test_fentry_on_a_modules_functions_takes_cap_sys_admin(host: Host) -> None:
+    """The kernel gives descriptors of a module's BTF to nobody else, whatever perf_event_paranoid is."""
+    host.write("proc/self/status", status(BPF_AND_PERFMON))
+    host.write("proc/sys/kernel/perf_event_paranoid", "2\n")
+    host.be(euid=1000, expected=lambda _: ("fentry", "kprobe"))
+    assert "fentry" not in host.machine.backends
+    assert obstacle(host.machine) is None
+    host.be(expected=lambda _: ("fentry",))
+    assert obstacle(host.machine) == (
+        "CAP_BPF and CAP_PERFMON, but fentry on a module's functions takes CAP_SYS_ADMIN: grant that, too, or use "
+        "--backend kprobe"
+    )
+    host.write("proc/self/status", status(BPF_AND_PERFMON | 1 << 21))
+    host.be(expected=lambda _: ("fentry", "kprobe"))
+    assert host.machine.backends == ("fentry", "kprobe")
+    assert obstacle(host.machine) is None
+
+
+def test_paranoid_kernel_whose_module_is_probed_by_fentry(host: Host) -> None:
+    host.write("proc/self/status", status(BPF_AND_PERFMON))
+    host.be(euid=1000, expected=lambda _: ("fentry", "kprobe"))
+    assert host.found("perf-event-paranoid") == (FAILED, UNPARANOID)
+
+
+def test_fentry_needs_no_perf_events(host: Host) -> None:
+    host.build_in()
+    host.write("proc/self/status", status(BPF_AND_PERFMON))
+    host.be(euid=1000, expected=lambda _: ("fentry", "kprobe"))
+    check = host.check("perf-event-paranoid")
+    assert (check.state, check.detail) == (OK, "3, which does not affect the backend fentry")
+    assert obstacle(host.machine) is None
+    assert explain_eperm(host.machine).endswith(UNPARANOID)  # if fentry is refused, kprobes are tried
+    host.be(expected=lambda _: ())
+    assert host.check("perf-event-paranoid").state is WARNING
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from machines import FAILED, OK, RELEASE, Host
 
 from tracer.doctor.check import Check
 from tracer.doctor.examination import obstacle
+from tracer.kernel.machine import Machine
+from tracer.model.errors import MsrtraceError
 
 
 def test_headers_in_one_tree(host: Host) -> None:
@@ -33,9 +35,53 @@ def test_where_the_program_is_compiled_nothing_that_compiles_is_needed(host: Hos
     host.remove("usr/src")
     host.remove("usr/lib/python3/dist-packages/bcc")
     assert {host.found(name)[0] for name in ("headers", "bcc")} == {FAILED}
-    host.be(compiled=True)
-    assert {host.found(name)[0] for name in ("headers", "bcc")} == {OK}
+    host.be(compiled=frozenset({"kprobe", "fentry"}), expected=lambda _: pytest.fail("asked, which takes time"))
+    for name in ("headers", "bcc"):
+        detail = "not needed: the BPF program is already compiled, for fentry and kprobe"
+        assert host.check(name) == Check(name, OK, detail)
     assert obstacle(host.machine) is None
+
+
+@pytest.mark.parametrize(
+    ("compiled", "tried", "other"),
+    [
+        ("kprobe", ("kprobe",), "fentry"),
+        ("kprobe", ("fentry", "kprobe"), "fentry"),
+        ("fentry", ("fentry", "kprobe"), "kprobe"),
+        ("fentry", ("fentry",), "kprobe"),
+        ("fentry", (), "kprobe"),
+    ],
+)
+def test_one_program_is_enough_if_a_trace_would_use_it(
+    host: Host, compiled: str, tried: tuple[str, ...], other: str
+) -> None:
+    host.remove("usr/src")
+    host.remove("usr/lib/python3/dist-packages/bcc")
+    host.be(compiled=frozenset({compiled}), expected=lambda _: tried)
+    for name in ("headers", "bcc"):
+        detail = f"not needed: the BPF program is already compiled for {compiled} (not for {other})"
+        assert host.check(name) == Check(name, OK, detail)
+    assert obstacle(host.machine) is None
+
+
+@pytest.mark.parametrize(("compiled", "tried"), [("kprobe", "fentry"), ("fentry", "kprobe")])
+def test_a_program_that_a_trace_would_not_use_is_none(host: Host, compiled: str, tried: str) -> None:
+    host.remove("usr/src")
+    host.remove("usr/lib/python3/dist-packages/bcc")
+    host.be(compiled=frozenset({compiled}), expected=lambda _: (tried,))
+    why = f"the BPF program is compiled only for {compiled}, which is not used here"
+    assert host.check("headers").detail.startswith(f"no kernel headers, which BCC needs to compile ({why}): ")
+    assert host.check("bcc").detail == f"BCC is not installed ({why}; PyPI's bcc is an unrelated package)"
+    assert {host.check(name).state for name in ("headers", "bcc")} == {FAILED}
+
+
+def test_where_no_backend_can_be_expected_any_program_will_do(host: Host) -> None:
+    def unknown(_: Machine) -> tuple[str, ...]:
+        raise MsrtraceError("kvm is not loaded")
+
+    host.remove("usr/src")
+    host.be(compiled=frozenset({"fentry"}), expected=unknown)
+    assert host.found("headers") == (OK, None)
 
 
 def test_no_headers_in_a_container(host: Host) -> None:
@@ -136,17 +182,17 @@ def test_bcc_for_a_python_that_is_too_old(host: Host, link: str, site: str) -> N
     host.be(python_path=("/nowhere",), python="/usr/bin/python3.11")
     check = host.check("bcc")
     assert check.detail == (
-        "BCC's package is for Python 3.9, and msrtrace needs 3.11 (this msrtrace came without the compiled BPF program)"
+        "BCC's package is for Python 3.9, and msrtrace needs 3.10 (this msrtrace came without the compiled BPF program)"
     )
     assert (check.state, check.fix) == (
         FAILED,
         "install a wheel of msrtrace that has the compiled BPF program (make wheel): it needs BCC's library alone",
     )
-    host.be(compiled=True)
+    host.be(compiled=frozenset({"kprobe", "fentry"}))
     assert host.check("bcc").state is OK
 
 
-@pytest.mark.parametrize("link", ["python3.13", "python3"])
+@pytest.mark.parametrize("link", ["python3.10", "python3.13", "python3"])
 def test_bcc_for_a_python_that_is_new_enough(host: Host, link: str) -> None:
     host.be(python_path=("/nowhere",))
     (host.root / "usr/bin").mkdir()

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tracer.export.metrics import SnapshotCollector, UnattachedCollector
-from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
 
 Samples = dict[str, float]
 
@@ -42,6 +42,8 @@ SNAPSHOT = Snapshot(
     read_failures=8,
     open_calls=9,
     vcpus_seen=1,
+    vcpus_created=13,
+    creation_recalcs=4,
     module_unloads=2,
 )
 
@@ -118,6 +120,7 @@ def test_every_count_is_a_sample() -> None:
         "msrtrace_dropped_updates_total{map=vcpus}": 0,
         "msrtrace_unpaired_returns_total": 6,
         "msrtrace_read_failures_total": 8,
+        "msrtrace_vcpus_created_total": 13,
         "msrtrace_open_calls": 9,
         "msrtrace_module_unloads_total": 2,
         "msrtrace_scrape_failures_total": 0,
@@ -132,6 +135,7 @@ def test_families_have_these_names_and_types() -> None:
         "msrtrace_intercept_redundant_calls": "counter",
         "msrtrace_filter_updates": "counter",
         "msrtrace_filter_update_duration_seconds": "histogram",
+        "msrtrace_vcpus_created": "counter",
         "msrtrace_probe_attached": "gauge",
         "msrtrace_probe_missed": "counter",
         "msrtrace_map_entries": "gauge",
@@ -210,7 +214,7 @@ BY_VM = replace(
         100: Durations(2, 0.25, (2, *[0] * 24)),
         300: Durations(1, 0.5, (1, *[0] * 24)),
     },
-    vms={100: 'we"b\\,\n', 200: "db"},
+    vms={100: VmInfo('we"b\\,\n', "6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f0001", "qemu"), 200: VmInfo("db")},
 )
 
 
@@ -223,6 +227,15 @@ def test_by_vm_adds_labels_and_sums() -> None:
     assert of(samples, f"{DURATION}_count") == {f"{{{web}}}": 2}
     assert of(samples, f"{DURATION}_sum") == {f"{{{web}}}": 0.25}
     assert of(samples, f"{DURATION}_bucket") == {f"{{le={bound},{web}}}": 2 for bound in BOUNDS}
+
+
+def test_what_vms_are_called_is_a_series_for_each_that_lives() -> None:
+    uuid = "6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f0001"
+    web, db = f'{{pid=100,uuid={uuid},vm=we"b\\,\n,vmm=qemu}}', "{pid=200,uuid=,vm=db,vmm=}"
+    assert of(samples_of(BY_VM), "msrtrace_vm_info") == {web: 1, db: 1}
+    assert of(samples_of(BY_VM.without_vms({100})), "msrtrace_vm_info") == {db: 1}
+    assert families(BY_VM)["msrtrace_vm_info"] == "gauge"
+    assert "msrtrace_vm_info" not in families(SNAPSHOT)
 
 
 def test_by_vm_without_a_vm() -> None:
@@ -259,12 +272,13 @@ RECALC_BY_VM = replace(
 @pytest.mark.parametrize("layout", ["recalc", "set"])
 def test_recalculations_are_shown_where_they_can_be_observed(layout: str) -> None:
     samples = samples_of(replace(RECALC, layout=layout))
-    assert of(samples, RECALCS) == {"": 9}
+    assert of(samples, RECALCS) == {"{cause=vcpu_create}": 4, "{cause=recalc}": 5}
     assert of(samples, f"{RECALC_DURATION}_bucket") == {f"{{le={bound}}}": 9 for bound in BOUNDS}
     assert (samples[f"{RECALC_DURATION}_count"], samples[f"{RECALC_DURATION}_sum"]) == (9, 0.5)
     assert families(RECALC) == families(SNAPSHOT) | OF_RECALCS
     before = samples_of(Snapshot(layout))
-    assert (of(before, RECALCS), of(before, f"{RECALC_DURATION}_sum")) == ({"": 0}, {"": 0})
+    none = {"{cause=vcpu_create}": 0, "{cause=recalc}": 0}
+    assert (of(before, RECALCS), of(before, f"{RECALC_DURATION}_sum")) == (none, {"": 0})
 
 
 @pytest.mark.parametrize("layout", ["toggle", "filter-only", "?"])
@@ -278,11 +292,17 @@ def test_recalculations_are_absent_where_they_cannot_be_observed(layout: str) ->
 def test_recalculations_are_those_of_the_host_also_by_vm() -> None:
     for vms in (RECALC_BY_VM.vms, {}):
         samples = samples_of(replace(RECALC_BY_VM, vms=vms))
-        assert of(samples, RECALCS) == {"": 12}
+        assert of(samples, RECALCS) == {"{cause=vcpu_create}": 4, "{cause=recalc}": 8}
         assert of(samples, f"{RECALC_DURATION}_sum") == {"": 2.75}
         buckets = {f"{{le={bound}}}": 11 for bound in BOUNDS} | {"{le=1.28e-07}": 9, "{le=+Inf}": 12}
         assert of(samples, f"{RECALC_DURATION}_bucket") == buckets
         assert not [name for name in samples if name.startswith("msrtrace_host_recalc")]
+
+
+def test_creations_that_cannot_be_followed_are_absent() -> None:
+    samples = samples_of(replace(RECALC, creations_observable=False))
+    assert of(samples, RECALCS) == {"{cause=recalc}": 9}
+    assert "msrtrace_vcpus_created_total" not in samples
 
 
 def test_a_failed_read_shows_older_counts() -> None:

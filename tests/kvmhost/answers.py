@@ -48,7 +48,7 @@ PER_UPDATE = {
     "backports-amd": {"unpatched": (11, 10)},
     "sid-amd": {"unpatched": (11, 10)},
 }
-#: The same of a vCPU that is created; where KVM recalculates (6.18 and newer), of its first KVM_RUN.
+#: The same of a vCPU's creation; where that leaves it to the first KVM_RUN (6.18 and newer), of both.
 PER_VCPU = {
     **dict.fromkeys(("bookworm", "trixie"), (7, 0)),
     **dict.fromkeys(("backports", "sid"), (8, 1)),
@@ -58,7 +58,7 @@ PER_VCPU = {
     "backports-amd": (22, 14),  # in two recalculations, of which the second changes nothing
     "sid-amd": (11, 3),
 }
-#: Recalculations of a vCPU that is created, or first run.
+#: Recalculations of the same.
 RECALCULATIONS = {"backports": 1, "sid": 1, "backports-amd": 2, "sid-amd": 1}
 
 #: VMX, 5.13 to 6.16: MSRs that are passed through whole, and those that the emulated CPU's KVM keeps intercepting.
@@ -73,8 +73,8 @@ VMX_INTERCEPTED = {
 class Svm:
     """What KVM wants of a vCPU that was given no CPUID: SVM, 5.10 to 6.16.
 
-    :param passed: when the vCPU is created
-    :param reset_passed: later, when it is reset
+    :param passed: by the vendor's part of its creation
+    :param reset_passed: later in it, when the vCPU is reset
     :param reset_intercepted: then, too, though they are intercepted
     :param intercepted: never asked for
     """
@@ -115,14 +115,11 @@ def _toggles(host: str, variant: str, vcpus: int, applied: int) -> Counter[Key]:
 def _passes(host: str, variant: str, vcpus: int, applied: int) -> Counter[Key]:
     """Calls of set_msr_interception_bitmap(), 5.10 to 6.16."""
     svm, calls = SVM[host], Counter[Key]()
-    for msr in svm.passed:
-        calls[msr, "read_write", "disable", "vcpu_create"] = vcpus
     for msr in (*svm.passed, *svm.reset_passed):
+        calls[msr, "read_write", "disable", "vcpu_create"] = vcpus
         calls[msr, "read_write", "disable", "filter_change"] = applied
-    for msr in svm.reset_passed:
-        calls[msr, "read_write", "disable", "vcpu_reset"] = vcpus
     for msr in svm.reset_intercepted:
-        calls[msr, "read_write", "enable", "vcpu_reset"] = vcpus
+        calls[msr, "read_write", "enable", "vcpu_create"] = vcpus
     if variant == "unpatched":
         for msr in (*svm.intercepted, *svm.reset_intercepted):
             calls[msr, "read_write", "enable", "filter_change"] = applied
@@ -133,7 +130,7 @@ def _sets(host: str, vcpus: int, applied: int) -> Counter[Key]:
     """Calls of vmx_recalc_msr_intercepts() and of its like, 6.17 and newer."""
     calls: Counter[Key] = Counter()
     passed, intercepted = (SVM_ALWAYS, [SPEC_CTRL, *_ESP_EIP]) if host in AMD else (VMX_PASSED, [SPEC_CTRL])
-    for cause, times in (("recalc", RECALCULATIONS[host] * vcpus), ("filter_change", applied)):
+    for cause, times in (("vcpu_create", RECALCULATIONS[host] * vcpus), ("filter_change", applied)):
         if host not in AMD:
             calls[TSC, "read", "disable", cause] = times
         for msr in passed:

@@ -43,12 +43,15 @@ PATCHABLE = ["bookworm", "trixie"]
 FIXTURES = {
     "several_cpus": ON_SEVERAL_CPUS,
     "stressed": [host for host in LAYOUTS if host not in AMD],
+    "swapping_on": [host for host in ON_SEVERAL_CPUS if not host.startswith("filter-only")],
     "with_ibpb": AMD,  # those of several CPUs
     "of_amd": AMD,
     "whole": WHOLE,
     "both": PATCHABLE,
     "other": [host for host in LAYOUTS if host not in PATCHABLE],
     "observed": [host for host, layout in LAYOUTS.items() if layout != "filter-only"],  # calls can be
+    "with_bitmaps": [host for host in LAYOUTS if not host.startswith("filter-only")],  # that kernels describe
+    "without_bitmaps": [host for host in LAYOUTS if host.startswith("filter-only")],
     "timed": [host for host in PER_UPDATE if host not in RECALCULATING],
     "toggled": ["bookworm"],
     "superseded": ["sid"],
@@ -262,7 +265,7 @@ def _looks_at(item: pytest.Item) -> list[Boot]:
 
 
 def _boot_of(fixture: str, host: str) -> Boot:
-    return Boot(host, CPUS if fixture in ("several_cpus", "with_ibpb") else 1)
+    return Boot(host, CPUS if fixture in ("several_cpus", "swapping_on", "with_ibpb") else 1)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -290,9 +293,12 @@ whole = pytest.fixture(_collected)
 both = pytest.fixture(_collected)
 other = pytest.fixture(_collected)
 observed = pytest.fixture(_collected)
+with_bitmaps = pytest.fixture(_collected)
+without_bitmaps = pytest.fixture(_collected)
 timed = pytest.fixture(_collected)
 toggled = pytest.fixture(_collected)
 stressed = pytest.fixture(_collected)
+swapping_on = pytest.fixture(_collected)
 with_ibpb = pytest.fixture(_collected)
 of_amd = pytest.fixture(_collected)
 superseded = pytest.fixture(_collected)

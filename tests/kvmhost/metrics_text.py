@@ -52,9 +52,16 @@ class Metrics:
 
     def recalculations(self) -> int | None:
         """Recalculations for another reason than a filter; None where neither they nor their times are shown."""
-        found = self.value("msrtrace_recalculations_total")
-        assert self.value("msrtrace_recalculation_duration_seconds_count") == found
-        return None if found is None else int(found)
+        found = [value for _, value in self.named("msrtrace_recalculations_total")]
+        timed = self.value("msrtrace_recalculation_duration_seconds_count")
+        assert timed == (sum(found) if found else None)
+        return int(sum(found)) if found else None
+
+    def creations(self) -> tuple[int | None, int | None]:
+        """vCPUs created, and the recalculations that this asked for; None where they are not shown."""
+        vcpus = self.value("msrtrace_vcpus_created_total")
+        recalculations = self.value("msrtrace_recalculations_total", cause="vcpu_create")
+        return None if vcpus is None else int(vcpus), None if recalculations is None else int(recalculations)
 
     def lost(self) -> list[tuple[str, dict[str, str], float]]:
         """Every sign of a loss."""
@@ -71,3 +78,9 @@ class Metrics:
 def nonzero(counter: Counter[Key]) -> dict[Key, int]:
     """COUNTER without its zeros: a series exists from its first call on, and differences of two scrapes may be 0."""
     return {key: value for key, value in counter.items() if value}
+
+
+def created(before: Metrics, after: Metrics) -> tuple[int | None, ...]:
+    """vCPUs created between two scrapes, and the recalculations that this took; None where they are not shown."""
+    pairs = zip(before.creations(), after.creations(), strict=True)
+    return tuple(None if earlier is None or later is None else later - earlier for earlier, later in pairs)

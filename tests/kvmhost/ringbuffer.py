@@ -12,7 +12,7 @@ import re
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PAGE = 4096
@@ -23,19 +23,23 @@ _LENGTH, _MISSED = 0xFFFFF, 1 << 31
 # are the length in words; 0 is followed by it in bytes, itself counted.
 _PADDING, _TIME_EXTEND, _TIME_STAMP = 29, 30, 31
 _DELTA_BITS, _STAMP_BITS = 27, 59
-_FIELD = re.compile(r"^\tfield:.*?(\w+);\toffset:(\d+);\tsize:(\d+);\tsigned:([01]);$", re.MULTILINE)
+_FIELD = re.compile(r"^\tfield:.*?(\w+)(?:\[\d*\])?;\toffset:(\d+);\tsize:(\d+);\tsigned:([01]);$", re.MULTILINE)
 _CODES = {1: "b", 2: "h", 4: "i", 8: "q"}
 
 
 @dataclass(frozen=True)
 class Event:
-    """One event: on which CPU, of which thread; `place` is the function that returned to or probed, with an offset."""
+    """One event: on which CPU, of which thread; `place` is the function that returned to or probed, with an offset.
+
+    `arrays` are the values that are arrays of numbers, as bytes.
+    """
 
     cpu: int
     thread: int
     name: str
     place: str
     values: dict[str, int]
+    arrays: dict[str, bytes] = field(default_factory=dict)
 
 
 class _Format:
@@ -46,16 +50,24 @@ class _Format:
         [number] = re.findall(r"^ID: (\d+)$", text, re.MULTILINE)
         self.number = int(number)
         self._names: list[str] = []
+        self._arrays: set[str] = set()
         codes, end = "<", 0
         for name, offset, size, signed in _FIELD.findall(text):
-            code = _CODES[int(size)]
-            codes += f"{int(offset) - end}x{code if signed == '1' else code.upper()}"
+            code = _CODES.get(int(size))
+            if code is None:
+                self._arrays.add(name)
+                code = f"{size}s"
+            elif signed != "1":
+                code = code.upper()
+            codes += f"{int(offset) - end}x{code}"
             end = int(offset) + int(size)
             self._names.append(name)
         self._fields = struct.Struct(codes)
 
-    def values(self, data: memoryview) -> dict[str, int]:
-        return dict(zip(self._names, self._fields.unpack_from(data), strict=True))
+    def values(self, data: memoryview) -> tuple[dict[str, int], dict[str, bytes]]:
+        """Numbers, and arrays of them."""
+        numbers = dict(zip(self._names, self._fields.unpack_from(data), strict=True))
+        return numbers, {name: numbers.pop(name) for name in self._arrays}
 
 
 class Symbols:
@@ -119,10 +131,10 @@ def events(pages: Sequence[bytes], formats: str, kallsyms: str) -> Iterator[Even
 
     for _, cpu, data in heapq.merge(*map(of_cpu, range(len(pages))), key=lambda record: record[:2]):
         kind = described[int.from_bytes(data[:2], "little")]
-        values = kind.values(data)
+        values, arrays = kind.values(data)
         # Of a return probe, where it returns to.
         address = values["__probe_ret_ip"] if "__probe_ret_ip" in values else values["__probe_ip"]
-        yield Event(cpu, values["common_pid"], kind.name, symbols.name(address), values)
+        yield Event(cpu, values["common_pid"], kind.name, symbols.name(address), values, arrays)
 
 
 def read(folder: Path) -> Iterator[Event]:

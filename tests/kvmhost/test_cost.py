@@ -20,15 +20,17 @@ CEILINGS: dict[str, dict[str, dict[str, int]]] = json.loads(CEILINGS_FILE.read_t
 MARGIN = 1.02  # a kernel update moves the kernel's part of the cost; on one kernel it repeats to the tick
 RSS_KB = 45_000  # DESIGN.md, "Cost"
 SLACK = 0.9  # a ceiling that is further above than this holds nothing
+#: A start takes what the guest's packages and kernel are built like, and what else the guest does meanwhile.
+START_SLACK = 0.75
 
 
-def hold(host: str, backend: str, variant: str, cost: float) -> None:
+def hold(host: str, backend: str, variant: str, cost: float, slack: float = SLACK) -> None:
     """Fail if COST, in the unit of CEILINGS, is above its ceiling, or so far below that the ceiling holds nothing."""
     ceiling = CEILINGS[host][backend][variant]
     what = f"{host}, {backend}, {variant}: {cost:.1f}, the ceiling is {ceiling}"
     hint = f"{CEILINGS_FILE.name} should have {math.ceil(cost * MARGIN)}"
     assert cost <= ceiling, f"{what}; if that is meant, {hint}"
-    assert cost >= ceiling * SLACK, f"{what}: lower it, {hint}"
+    assert cost >= ceiling * slack, f"{what}: lower it, {hint}"
 
 
 @pytest.mark.parametrize("backend", ["kprobe", "fentry"])
@@ -61,7 +63,7 @@ def test_what_was_measured_was_counted(timed: Collected, scenario: str) -> None:
 def test_a_start_that_needs_no_compiler_is_quick(collected: Collected) -> None:
     """Until it serves; an earlier scenario has compiled. A newer kernel has more symbols and types to look through."""
     instructions = collected.scenario("killed")["started_in"] * instructions_per_second(collected.host)
-    hold(collected.host, "start", "kept", instructions / 1e6)
+    hold(collected.host, "start", "kept", instructions / 1e6, START_SLACK)
 
 
 def test_the_process_that_stays_is_small_and_has_few_rights(collected: Collected) -> None:

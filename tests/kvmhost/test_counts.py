@@ -30,10 +30,10 @@ PROBED = {
 }
 #: Those, by vendor, and by host where they are called otherwise.
 LIVES = {
-    "vmx": ["vmx_vcpu_create", "vmx_vcpu_free"],
-    "svm": ["svm_vcpu_create", "svm_vcpu_free"],
-    "filter-only": ["vmx_create_vcpu", "vmx_free_vcpu"],
-    "filter-only-amd": ["svm_create_vcpu", "svm_free_vcpu"],
+    "vmx": ["vmx_vcpu_create", "kvm_arch_vcpu_postcreate", "vmx_vcpu_free"],
+    "svm": ["svm_vcpu_create", "kvm_arch_vcpu_postcreate", "svm_vcpu_free"],
+    "filter-only": ["vmx_create_vcpu", "kvm_arch_vcpu_postcreate", "vmx_free_vcpu"],
+    "filter-only-amd": ["svm_create_vcpu", "kvm_arch_vcpu_postcreate", "svm_free_vcpu"],
 }
 
 
@@ -53,6 +53,16 @@ def test_every_variant_gives_the_table_of_the_source(collected: Collected) -> No
         assert after.updates() - before.updates() == APPLIED
         recalculations = VCPUS * RECALCULATIONS.get(collected.host, 0)
         assert (after.recalculations() or 0) - (before.recalculations() or 0) == recalculations
+        (vcpus, of_them), (earlier, of_those) = after.creations(), before.creations()
+        assert vcpus is not None
+        assert earlier is not None
+        assert vcpus - earlier == VCPUS
+        if collected.host in RECALCULATIONS:
+            assert of_them is not None
+            assert of_those is not None
+            assert of_them - of_those == recalculations
+        else:
+            assert (of_them, of_those) == (None, None)
         assert not after.lost()
 
 

@@ -15,7 +15,7 @@ from conftest import NO_FENTRY, PREEMPTIBLE, WHOLE, Collected
 from metrics_text import Metrics
 
 #: On the tracer itself, beside those of calls and updates.
-SERIES_OF_THE_TRACER = 34
+SERIES_OF_THE_TRACER = 37
 
 
 @pytest.mark.parametrize(("scenario", "status"), [("counts", 0), ("killed", -9)])
@@ -116,6 +116,18 @@ def test_vms_are_told_apart_and_leave_nothing_stale(whole: Collected) -> None:
     assert updates("all") == all_three
     assert updates("one gone") == {k: v for k, v in all_three.items() if k[1] != pids[0]}
     assert updates("none left") == {}
+    uuids = [found["uuid"], "", ""]
+
+    def infos(scrape: str) -> list[dict[str, str]]:
+        return [labels for labels, _ in Metrics.of(found[scrape]).named("msrtrace_vm_info")]
+
+    described = [
+        {"vm": name, "pid": pid, "uuid": uuid, "vmm": "workload"}
+        for name, pid, uuid in zip(names, pids, uuids, strict=True)
+    ]
+    assert infos("all") == sorted(described, key=lambda labels: int(labels["pid"]))
+    assert infos("one gone") == [labels for labels in infos("all") if labels["vm"] != "web"]
+    assert infos("none left") == []
     assert not Metrics.of(found["none left"]).named("msrtrace_intercept_calls_total")
     for family in ("msrtrace_intercept_calls_total", "msrtrace_intercept_redundant_calls_total"):
         rows = Metrics.of(found["all"]).named(family)
@@ -140,11 +152,12 @@ def test_a_hundred_vms_leave_nothing_but_their_counts(whole: Collected) -> None:
     # Each VM has one vCPU, which is created and gets two filter updates.
     [created, _], [updated, _] = PER_VCPU[whole.host], PER_UPDATE[whole.host][whole.variants[0]]
     assert calls(gone) - calls(before) == 100 * (created + 2 * updated)
-    # What docs/metrics.md says of the number of series: each kind of call twice, a count, a histogram of 25 buckets.
+    # What docs/metrics.md says of the number of series: each kind of call twice, a count, a histogram of 25 buckets,
+    # and its info.
     kinds, _ = expected(whole.host, whole.variants[0], 1, 2)
-    of_a_vm = 2 * len(kinds) + 1 + 27
+    of_a_vm = 2 * len(kinds) + 1 + 27 + 1
     assert len(hundred.samples) - len(gone.samples) == 100 * of_a_vm
-    assert len(gone.samples) == of_a_vm + SERIES_OF_THE_TRACER
+    assert len(gone.samples) == of_a_vm - 1 + SERIES_OF_THE_TRACER
 
 
 def test_one_vmm_can_be_traced_alone(whole: Collected) -> None:
@@ -184,7 +197,7 @@ def test_all_of_it_runs_with_bccs_library_alone(collected: Collected) -> None:
     checks = {check["name"]: check for check in json.loads(host["doctor"]["stdout"])["checks"]}
     for name in ("headers", "bcc"):
         assert (checks[name]["state"], checks[name]["fix"]) == ("ok", None)
-        assert checks[name]["detail"] == "not needed: the BPF program is already compiled"
+        assert checks[name]["detail"] == "not needed: the BPF program is already compiled, for fentry and kprobe"
     assert checks["library"]["detail"] == "libbcc_bpf.so.0"
 
 

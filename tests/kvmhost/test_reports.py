@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from answers import AMD, LAYOUTS, PER_UPDATE, PER_VCPU, RECALCULATING, expected
+from answers import AMD, LAYOUTS, PER_UPDATE, PER_VCPU, RECALCULATING, RECALCULATIONS, expected
 from conftest import Collected
 from jsonschema import Draft202012Validator
 from reporting import BRIEF, REPEATS, UPDATES, VCPUS
@@ -68,7 +68,21 @@ def test_recalculations_are_reported_where_there_are_any(collected: Collected) -
         assert seconds
         assert sum(bucket.count for bucket in seconds.buckets) == seconds.count == main.totals.recalculations
         calls, _ = PER_UPDATE[collected.host][variant]
-        assert sum(row.calls for row in main.rows("recalc")) == calls * main.totals.recalculations
+        assert sum(row.calls for row in main.rows("vcpu_create")) == calls * main.totals.recalculations
+
+
+def test_what_the_creation_of_a_vcpu_takes(collected: Collected) -> None:
+    for variant in collected.variants:
+        main = report(collected, variant, "main")
+        recalculations = RECALCULATIONS.get(collected.host)
+        assert main.totals.vcpus_created == VCPUS
+        assert main.totals.creation_recalculations == (recalculations and recalculations * VCPUS)
+        each = main.per_vcpu_creation
+        if collected.host == "filter-only":
+            assert each is None
+            continue
+        assert each
+        assert (each.calls, each.redundant, each.recalculations) == (*PER_VCPU[collected.host], recalculations)
 
 
 def test_calls_per_filter_update_are_whole_and_right(observed: Collected) -> None:
@@ -164,7 +178,10 @@ def test_kernels_of_different_layouts_are_compared_per_bit(superseded: Collected
     assert sentence(comparison).endswith(
         "13 bits a filter update, 11 of them redundant; new 15, 13 redundant: 2 more bits, +15.4%"
     )
-    assert "Compared per bit" in comparison_document(comparison).text()
+    text = comparison_document(comparison).text()
+    assert "Compared per bit" in text
+    # A creation, too: 13 bits, and SPEC_CTRL's two, which were set already.
+    assert re.search(r"^  bits +13 \(0\) +15 \(2\) +\+2 \(\+2\)\n  recalculations +none +1$", text, re.MULTILINE)
 
 
 def test_the_command_keeps_its_status_and_an_interrupted_trace_reports(whole: Collected) -> None:

@@ -33,7 +33,7 @@ CAUSES = {
     "kvm_lapic_set_base": "x2apic",
     "svm_create_vcpu": "vcpu_create",
     "svm_vcpu_create": "vcpu_create",
-    "svm_vcpu_init_msrpm": "vcpu_create",
+    "svm_vcpu_init_msrpm": "nested",
     "svm_vcpu_reset": "vcpu_reset",
     "svm_vcpu_after_set_cpuid": "cpuid_update",
     # Callers of that, as above.
@@ -58,47 +58,64 @@ def bits(vendor: Vendor, words: dict[str, int], msr: int) -> int | None:
 
 @dataclass
 class Counts:
-    """Keys are (msr, access, action, cause); `callers` are the functions seen for a cause."""
+    """Keys are (msr, access, action, cause); `callers` are the functions seen for a cause.
+
+    The creation of a vCPU asked for `creation_recalcs` of the `recalcs`.
+    """
 
     calls: Counter[tuple[int, str, str, str]] = field(default_factory=Counter)
     redundant: Counter[tuple[int, str, str, str]] = field(default_factory=Counter)
     refused: Counter[tuple[int, str, str, str]] = field(default_factory=Counter)
     updates: int = 0
     recalcs: int = 0
+    creation_recalcs: int = 0
+    vcpus: int = 0
     callers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     def without_callers(self) -> Counts:
-        """The same for whom only the update function gives a cause to a call."""
-        found = Counts(updates=self.updates, recalcs=self.recalcs)
+        """The same for whom only the update function and the creation of a vCPU give a cause to a call."""
+        found = Counts(updates=self.updates, recalcs=self.recalcs, vcpus=self.vcpus)
         for name in ("calls", "redundant", "refused"):
             for (msr, access, action, cause), count in getattr(self, name).items():
-                seen = cause if cause in ("filter_change", "recalc") else "other"
+                seen = cause if cause in ("filter_change", "recalc", "vcpu_create") else "other"
                 getattr(found, name)[msr, access, action, seen] += count
         return found
 
 
-class _Filters:
-    """Whether an update applies a new filter: counted from the ioctls and the births of vCPUs."""
+class _Updates:
+    """What an update is for: counted from the ioctls and the creations of vCPUs."""
 
-    def __init__(self) -> None:
+    def __init__(self, filters_alone: bool) -> None:
+        self.filters_alone = filters_alone
         self.set_: Counter[int] = Counter()
         self.applied: dict[int, int] = {}
+        self.creating: set[int] = set()  # the threads that are at it
+        self.fresh: set[int] = set()  # the vCPUs that had no update since
 
-    def created(self, event: Event) -> None:
+    def create(self, event: Event) -> None:
         self.applied[event.values["first"]] = self.set_[event.values["kvm"]]
+        self.fresh.add(event.values["first"])
+        self.creating.add(event.thread)
 
     def update(self, event: Event) -> str:
+        if self.filters_alone:
+            return "filter_change"
         vcpu, now = event.values["vcpu"], self.set_[event.values["kvm"]]
         before, self.applied[vcpu] = self.applied.get(vcpu, 0), now
-        return "filter_change" if now != before else "recalc"
+        first = vcpu in self.fresh
+        self.fresh.discard(vcpu)
+        if now != before:
+            return "filter_change"
+        return "vcpu_create" if first or event.thread in self.creating else "recalc"
 
 
 def count(trace: Iterable[Event], updates_are_filters: bool, returns: int) -> Counts:
     """Count every call in TRACE by the bits around it; each returns in that many events (RETURNS).
 
-    UPDATES_ARE_FILTERS: the update function runs for a new filter alone (before 6.17).
+    UPDATES_ARE_FILTERS: the update function runs for a new filter alone (before 6.17). Else a vCPU's first
+    recalculation is its creation's, inside of that or after it.
     """
-    counts, filters = Counts(), _Filters()
+    counts, updates = Counts(), _Updates(updates_are_filters)
     within: dict[int, str] = {}
     pending: dict[int, Event] = {}
     outs: dict[int, dict[str, Event]] = {}
@@ -110,18 +127,22 @@ def count(trace: Iterable[Event], updates_are_filters: bool, returns: int) -> Co
         elif event.name.startswith("out_"):
             outs[thread][event.name.split("_")[1]] = event
             if len(outs[thread]) == returns:
-                _settle(counts, pending.pop(thread), outs.pop(thread), within.get(thread))
+                cause = within.get(thread) or ("vcpu_create" if thread in updates.creating else None)
+                _settle(counts, pending.pop(thread), outs.pop(thread), cause)
         elif event.name == "update_in":
-            within[thread] = "filter_change" if updates_are_filters else filters.update(event)
+            within[thread] = updates.update(event)
         elif event.name == "update_out":
-            if within.pop(thread) == "filter_change":
-                counts.updates += 1
-            else:
-                counts.recalcs += 1
-        elif event.name == "created":
-            filters.created(event)
+            cause = within.pop(thread)
+            counts.updates += cause == "filter_change"
+            counts.recalcs += cause != "filter_change"
+            counts.creation_recalcs += cause == "vcpu_create"
+        elif event.name == "create_in":
+            updates.create(event)
+        elif event.name == "create_out":
+            updates.creating.remove(thread)
+            counts.vcpus += not event.values["error"]
         elif event.name == "filter_set":
-            filters.set_[event.values["first"]] += 1
+            updates.set_[event.values["first"]] += 1
         else:
             raise ValueError(f"unknown event {event.name}")
     assert not pending, "calls that never returned"
@@ -139,7 +160,7 @@ def _wish(entry: Event) -> tuple[int, int]:
 
 
 def _settle(counts: Counts, entry: Event, returns: dict[str, Event], within: str | None) -> None:
-    """Count one call, from its entry and from its return as seen each way."""
+    """Count one call, from its entry and from its return as seen each way; WITHIN: its cause, if not its caller's."""
     ways = [KEPT, *(f"{r}{NAMED}" for r in SAVED if entry.values[r] == entry.values["bitmap"])]
     if entry.values["bitmap"] == entry.values["own"]:
         ways += [r for r in SAVED if entry.values[r] == entry.values["vcpu"]]

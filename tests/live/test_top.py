@@ -10,7 +10,7 @@ from sampled import PROBE, TSC, Kernel, outcome, shown, snapshot, times
 
 from tracer.live.top import SORTS, Sampler, between, frame
 from tracer.model.module_change import ModuleChange
-from tracer.model.snapshot import Outcome, Probe, Snapshot
+from tracer.model.snapshot import Outcome, Probe, Snapshot, VmInfo
 
 
 def notes(sampler: Sampler) -> tuple[str, ...]:
@@ -74,9 +74,9 @@ def test_a_vm_that_ends_does_not_look_like_a_burst_of_calls() -> None:
     """The tracer moves the counts of an ended VM to pid 0."""
     a, b = replace(TSC, pid=7), replace(TSC, pid=8)
     before = Snapshot("toggle", calls={a: outcome(1000, 0), b: outcome(5, 0)}, updates={7: times(9)}, by_vm=True)
-    before = replace(before, vms={7: "a", 8: "b"}, recalcs={7: times(3)})
+    before = replace(before, vms={7: VmInfo("a"), 8: VmInfo("b")}, recalcs={7: times(3)})
     later = Snapshot("toggle", calls={TSC: outcome(1010, 0), b: outcome(6, 0)}, updates={0: times(10)}, by_vm=True)
-    later = replace(later, vms={8: "b"}, recalcs={0: times(3)})
+    later = replace(later, vms={8: VmInfo("b")}, recalcs={0: times(3)})
     apart = between(later, before)
     assert apart.calls == {TSC: outcome(10, 0), b: outcome(1, 0)}
     assert {pid: d.count for pid, d in apart.updates.items()} == {0: 1}

@@ -17,7 +17,7 @@ from tracer.cli.top import look
 from tracer.live.terminal import Screen, Signals
 from tracer.live.top import Sample, frame
 from tracer.live.view import Look, View, lines
-from tracer.model.snapshot import Durations, Map, Probe, Snapshot
+from tracer.model.snapshot import Durations, Map, Probe, Snapshot, VmInfo
 
 
 def test_a_frame_at_80_columns() -> None:
@@ -99,8 +99,8 @@ def test_recalculations_have_a_line(layout: str) -> None:
 
 def test_recalculations_of_an_interval() -> None:
     """Those of a VM that ended since are under pid 0."""
-    later = replace(RECALC, by_vm=True, recalcs={0: times(5, 3e-4), 8: times(4, 3e-4)}, vms={8: "b"})
-    kernel = Kernel(replace(RECALC, by_vm=True, vms={7: "a"}), later)
+    later = replace(RECALC, by_vm=True, recalcs={0: times(5, 3e-4), 8: times(4, 3e-4)}, vms={8: VmInfo("b")})
+    kernel = Kernel(replace(RECALC, by_vm=True, vms={7: VmInfo("a")}), later)
     sampler = kernel.sampler()
     sampler.take()
     interval, whole = sampler.sample.interval, sampler.sample.whole
@@ -129,7 +129,9 @@ def test_many_recalculations_fit_80_columns() -> None:
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_every_frame_fits_the_terminal(width: int, height: int | None, level: int) -> None:
     calls = {replace(call, pid=pid): o for call, o in snapshot().calls.items() for pid in (0, 7, 4194304)}
-    many = replace(snapshot(), calls=calls, by_vm=True, vms={7: "web" * 40, 4194304: "x"}, read_failures=3)
+    many = replace(
+        snapshot(), calls=calls, by_vm=True, vms={7: VmInfo("web" * 40), 4194304: VmInfo("x")}, read_failures=3
+    )
     for look_ in (Look(width, height), Look(width, height, ascii=True, styles=True, colors=True)):
         found = lines(Sample("15:04:05", frame(many, 1.0), None, ("note",)), View(level=level), look_, HOST)
         plain = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in found]
@@ -163,7 +165,7 @@ def test_what_cannot_be_observed_is_never_0() -> None:
     unseen = shown(frame(replace(snapshot(), updates={}, updates_observable=False), 1.0))
     assert unseen[1] == "filter updates not observable on this kernel; calls 31.0/s, 48.4% redundant"
     assert "per filter update" not in "".join(unseen)
-    by_vm = replace(degraded, updates={7: times(10)}, by_vm=True, vms={7: "web"})
+    by_vm = replace(degraded, updates={7: times(10)}, by_vm=True, vms={7: VmInfo("web")})
     assert shown(frame(by_vm, 1.0), View(level=1))[-1] == (
         "7 web                                      10.0    100 µs           ?"
     )
@@ -225,7 +227,7 @@ HOSTILE = "[red]x[/] \x1b[31m\x9b2J\r\n\u202eevil é中\U0001f600"
 @pytest.mark.parametrize("styles", [True, False])
 def test_hostile_names_cannot_control_the_terminal(styles: bool) -> None:
     calls = {replace(TSC, pid=7): outcome(1, 1)}
-    made = Snapshot("toggle", calls=calls, updates={7: times(1)}, by_vm=True, vms={7: HOSTILE}, probes=(PROBE,))
+    made = Snapshot("toggle", calls=calls, updates={7: times(1)}, by_vm=True, vms={7: VmInfo(HOSTILE)}, probes=(PROBE,))
     for level in (0, 1):
         found = lines(
             Sample("15:04:05", frame(made, 1.0)), View(level=level), Look(132, ascii=True, styles=styles), HOSTILE
@@ -242,7 +244,7 @@ def test_hostile_names_cannot_control_the_terminal(styles: bool) -> None:
 def test_vms_have_rows() -> None:
     calls = {TSC: outcome(5, 5), replace(TSC, pid=7): outcome(30, 15), replace(FS_READ, pid=8): outcome(10, 0)}
     made = Snapshot("toggle", calls=calls, updates={7: times(4), 0: times(1)}, by_vm=True)
-    made = replace(made, vms={7: "web", 8: "db", 9: "idle"}, probes=(PROBE,))
+    made = replace(made, vms={7: VmInfo("web"), 8: VmInfo("db"), 9: VmInfo("idle")}, probes=(PROBE,))
     assert [line.split() for line in shown(frame(made, 2.0), View(level=1))[-5:]] == [
         ["pid", "VM", "updates/s", "each", "calls/s", "redundant"],
         ["7", "web", "2.0", "100", "µs", "15.0", "50.0%"],

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
 
 TSC = Call(0x10, "read", "disable", "vcpu_create", "vmx_vcpu_create")
 FS_BASE = Call(0xC0000100, "read_write", "enable", "filter_change", "vmx_msr_filter_changed")
@@ -59,6 +59,8 @@ def snapshots(known: bool) -> st.SearchStrategy[Snapshot]:
         read_failures=counts,
         vcpus_seen=counts,
         vmms_seen=counts,
+        vcpus_created=counts,
+        creation_recalcs=counts,
     )
 
 
@@ -130,7 +132,7 @@ def test_the_order_of_a_sum_does_not_matter(pair: tuple[Snapshot, Snapshot]) -> 
     assert (whole.calls, whole.updates, whole.recalcs) == (turned.calls, turned.updates, turned.recalcs)
     assert [p.missed for p in whole.probes] == [p.missed for p in turned.probes]
     assert [m.dropped for m in whole.maps] == [m.dropped for m in turned.maps]
-    for name in ("unpaired_returns", "read_failures", "vcpus_seen", "vmms_seen"):
+    for name in ("unpaired_returns", "read_failures", "vcpus_seen", "vmms_seen", "vcpus_created", "creation_recalcs"):
         assert getattr(whole, name) == getattr(one, name) + getattr(other, name)
 
 
@@ -147,7 +149,7 @@ def test_a_snapshot_since_itself_is_empty(snapshot: Snapshot) -> None:
 @quick
 @given(one, st.sets(pids))
 def test_vms_that_are_gone_stay_in_the_totals(snapshot: Snapshot, gone: set[int]) -> None:
-    snapshot = replace(snapshot, by_vm=True, vms={100: "web", 200: "db"})
+    snapshot = replace(snapshot, by_vm=True, vms={100: VmInfo("web"), 200: VmInfo("db")})
     folded = snapshot.without_vms(gone)
     assert totals(folded) == totals(snapshot)
     left = {call.pid for call in folded.calls} | folded.updates.keys() | folded.recalcs.keys()
@@ -166,12 +168,12 @@ def test_a_vm_that_is_gone_is_counted_under_pid_0() -> None:
         calls={web: Outcome(7, 0, 7, 0, 0), db: Outcome(3, 1, 2, 0, 0), replace(TSC, pid=0): Outcome(2, 0, 2, 0, 0)},
         updates={100: Durations(5, 0.5), 200: Durations(1, 0.25)},
         recalcs={100: Durations(2, 0.125)},
-        vms={100: "web", 200: "db"},
+        vms={100: VmInfo("web"), 200: VmInfo("db")},
     )
     folded = snapshot.without_vms({100})
     assert folded.calls == {replace(TSC, pid=0): Outcome(9, 0, 9, 0, 0), db: Outcome(3, 1, 2, 0, 0)}
     assert folded.updates == {0: Durations(5, 0.5), 200: Durations(1, 0.25)}
-    assert (folded.recalcs, folded.vms) == ({0: Durations(2, 0.125)}, {200: "db"})
+    assert (folded.recalcs, folded.vms) == ({0: Durations(2, 0.125)}, {200: VmInfo("db")})
 
 
 def test_since_subtracts_every_count() -> None:
@@ -182,6 +184,8 @@ def test_since_subtracts_every_count() -> None:
         maps=(Map("calls", 1, 8192, 3),),
         vcpus_seen=1,
         vmms_seen=1,
+        vcpus_created=5,
+        creation_recalcs=7,
         module_unloads=1,
     )
     later = replace(
@@ -191,6 +195,8 @@ def test_since_subtracts_every_count() -> None:
         maps=(Map("calls", 2, 8192, 7),),
         vcpus_seen=3,
         vmms_seen=2,
+        vcpus_created=16,
+        creation_recalcs=20,
         module_unloads=3,
     )
     between = later.since(first)
@@ -198,6 +204,14 @@ def test_since_subtracts_every_count() -> None:
     assert between.probes == (Probe("f", "f", True, "", 3),)
     assert between.maps == (Map("calls", 2, 8192, 4),)
     assert (between.vcpus_seen, between.vmms_seen, between.module_unloads) == (2, 1, 2)
+    assert (between.vcpus_created, between.creation_recalcs) == (11, 13)
+
+
+def test_creations_that_were_not_followed_once_are_unknown_in_the_sum() -> None:
+    followed, blind = Snapshot("set", vcpus_created=3), Snapshot("set", creations_observable=False)
+    assert followed.after(followed).creations_observable
+    assert not followed.after(blind).creations_observable
+    assert not blind.after(followed).creations_observable
 
 
 def test_losses_outlive_the_probe_that_had_them() -> None:

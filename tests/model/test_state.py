@@ -9,7 +9,7 @@ import pytest
 from filters import allowing, any_filters, denying
 from hypothesis import given
 from hypothesis import strategies as st
-from states import (
+from vcpus import (
     APERF,
     FS_BASE,
     GS_BASE,

@@ -14,7 +14,8 @@ from tracer.model.svm import SVM
         ("filter_change", ["svm_msr_filter_changed"]),
         ("recalc", ["svm_recalc_msr_intercepts", "svm_recalc_intercepts", "svm_recalc_pmu_msr_intercepts"]),
         ("recalc", ["sev_es_recalc_msr_intercepts"]),
-        ("vcpu_create", ["svm_vcpu_create", "svm_create_vcpu", "svm_vcpu_init_msrpm"]),
+        ("vcpu_create", ["svm_vcpu_create", "svm_create_vcpu"]),
+        ("nested", ["svm_vcpu_init_msrpm"]),
         ("vcpu_reset", ["svm_vcpu_reset", "init_vmcb", "sev_init_vmcb", "sev_es_init_vmcb"]),
         (
             "cpuid_update",

@@ -24,7 +24,7 @@ from tracer.program.program import Target, Variant
 from tracer.program.source import whole_text
 from tracer.program.syscalls import MMAPABLE
 from tracer.trace.plan import values, variants
-from tracer.trace.reader import WITHIN_FILTER_CHANGE, WITHIN_RECALC
+from tracer.trace.reader import WITHIN_CREATION, WITHIN_FILTER_CHANGE, WITHIN_RECALC
 
 
 class CastingBtf(KnownBtf):
@@ -132,6 +132,7 @@ def test_what_is_loaded() -> None:
         "filter_set_entered",
         "filter_set_returned",
         "vcpu_created",
+        "creation_ended",
         "vcpu_freed",
         "writer_entered",
         "set_entered",
@@ -143,6 +144,7 @@ def test_what_is_loaded() -> None:
         "update_entered",
         "update_returned",
         "vcpu_created",
+        "creation_ended",
         "vcpu_freed",
         "enable_entered",
         "disable_entered",
@@ -229,8 +231,8 @@ def test_what_the_compiler_says_is_passed_on(tmp_path: Path) -> None:
 
 
 def test_what_an_update_is_for() -> None:
-    assert enumeration("within") == ["NONE", "FILTER_CHANGE", "RECALC"]
-    assert (WITHIN_FILTER_CHANGE, WITHIN_RECALC) == (1, 2)
+    assert enumeration("within") == ["NONE", "FILTER_CHANGE", "RECALC", "CREATION"]
+    assert (WITHIN_FILTER_CHANGE, WITHIN_RECALC, WITHIN_CREATION) == (1, 2, 3)
 
 
 @pytest.mark.usefixtures("headers")

@@ -137,12 +137,13 @@ def test_what_was_shipped_is_loaded_and_nothing_is_compiled(tmp_path: Path, monk
     source = tmp_path / "msrtrace.c"
     source.write_text("one\n")
     monkeypatch.setattr(compiler, "compile_program", lambda *_: pytest.fail("compiled"))
-    assert not is_compiled(source)
+    assert not is_compiled(source, {})
     for definitions, file in (({}, "msrtrace.bin"), ({"FENTRY": 1}, "msrtrace-fentry.bin")):
         assert shipped_file(source, definitions) == tmp_path / file
         (tmp_path / file).write_bytes(shipped_content(source, definitions, ANY))
         assert compiled(source, definitions) == ANY
-    assert is_compiled(source)
+        assert is_compiled(source, definitions)
+        assert is_compiled(source, {"FENTRY": 1}) is ("FENTRY" in definitions)
 
 
 def test_a_variant_that_cannot_be_compiled_is_passed_over_for_one_that_is(
@@ -161,7 +162,7 @@ def test_a_variant_that_cannot_be_compiled_is_passed_over_for_one_that_is(
     with pytest.raises(MsrtraceError, match=r"^there are no kernel headers$"):
         build(source, variants)
     shipped_file(source, {}).write_bytes(shipped_content(source, {}, ANY))
-    assert is_compiled(source)
+    assert (is_compiled(source, {}), is_compiled(source, {"FENTRY": 1})) == (True, False)
     built = build(source, variants)
     assert (built.backend, built.passed_over) == ("kprobe", ("there are no kernel headers",))
 
@@ -172,10 +173,10 @@ def test_each_program_is_compiled_or_not_by_itself(tmp_path: Path, monkeypatch: 
     assert [*sources] == ["msrtrace.c", "state.c"]
     for source in sources.values():
         source.write_text("one\n")
-        assert not is_compiled(source)
+        assert not is_compiled(source, {})
     state = sources["state.c"]
     shipped_file(state, {}).write_bytes(shipped_content(state, {}, ANY))
-    assert [is_compiled(source) for source in sources.values()] == [False, True]
+    assert [is_compiled(source, {}) for source in sources.values()] == [False, True]
 
 
 @pytest.mark.parametrize("change", ["text", "content", "cut"])

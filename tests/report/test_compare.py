@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -21,6 +22,7 @@ from made import (
     XFD_ERR,
     amd,
     any_reports,
+    created,
     patched,
     recalc,
     report,
@@ -43,8 +45,10 @@ from tracer.report.compare import (
     format_command,
     lost,
 )
+from tracer.report.comparison_json import comparison_json
 from tracer.report.comparison_view import comparison_document, comparison_table, sentence
 from tracer.report.computer import Difference
+from tracer.report.creation import PerCreation
 from tracer.report.interval import timed
 from tracer.report.report import Bit, Report, by_bit
 
@@ -108,6 +112,91 @@ def test_different_layouts_are_compared_per_bit() -> None:
     fs_base = next(row for row in comparison.rows if row.bit == Bit(FS_BASE, "write"))
     assert fs_base.base == fs_base.new == PerUpdate(Fraction(1), Fraction(0))
     assert side_by_side(newest, report(recalc(), label="7.3")).unit == "call"
+
+
+# --- creations of vCPUs ---
+
+
+def creation_lines(comparison: Comparison) -> list[str]:
+    """Of the text."""
+    text = comparison_document(comparison).text()
+    _, found, rest = text.partition("Calls per vCPU created (of them redundant)\n")
+    return [" ".join(line.split()) for line in rest.partition("\n\n")[0].splitlines()] if found else []
+
+
+def test_creations_are_compared() -> None:
+    old, new = report(created(3), label="6.17"), report(created(1, recalculations=1), label="7.2")
+    comparison = side_by_side(old, new)
+    assert creation_lines(comparison) == [
+        "6.17: 3 vCPUs created",
+        "7.2: 1 vCPU created",
+        "6.17 7.2 change",
+        "-------------- ------ ----- --------",
+        "calls 16 (9) 8 (1) -8 (-8)",
+        "recalculations 2 1 -1",
+    ]
+    assert (
+        "The same per vCPU created:\n\n"
+        "                     6.17  7.2  change\n"
+        "  -----------------  ----  ---  ------\n"
+        "  calls                16    8  -50.0%\n"
+        "  of them redundant     9    1  -88.9%\n"
+        "  recalculations        2    1  -50.0%\n"
+    ) in changelog(comparison)
+    sides = [json.loads(comparison_json(comparison))[side] for side in ("base", "new")]
+    assert [side["vcpus_created"] for side in sides] == [3, 1]
+    assert [side["per_vcpu_creation"] for side in sides] == [
+        {"calls": 16, "redundant": 9, "recalculations": 2},
+        {"calls": 8, "redundant": 1, "recalculations": 1},
+    ]
+
+
+def test_creations_of_different_layouts_are_compared_per_bit() -> None:
+    """Kernels before 6.17 recalculate for nothing but filters."""
+    comparison = side_by_side(patched(), report(created(5, recalculations=1), label="7.2"))
+    assert creation_lines(comparison)[-2:] == ["bits 13 (0) 15 (2) +2 (+2)", "recalculations none 1"]
+    assert "recalculations" not in changelog(comparison)
+    assert "\n  bits                    13   15  +15.4%\n" in changelog(comparison).partition("per vCPU created")[2]
+    assert json.loads(comparison_json(comparison))["base"]["per_vcpu_creation"]["recalculations"] is None
+
+
+def test_creations_that_are_the_same_are_not_in_a_commit_message() -> None:
+    comparison = side_by_side(unpatched(), patched())
+    assert creation_lines(comparison)[-1] == "calls 7 (0) 7 (0) 0 (0)"
+    assert "vCPU created" not in changelog(comparison)
+
+
+@pytest.mark.parametrize("change", [{"vcpus_created": 0}, {"creations_observable": False}])
+def test_creations_that_are_unknown_stay_unknown(change: dict[str, Any]) -> None:
+    """Also if one report of several does not have them, as older ones."""
+    known, unknown = created(3), created(3, **change)
+    assert creation_lines(side_by_side(report(unknown, label="a"), report(unknown, label="b"))) == []
+    comparison = side_by_side(report(unknown, label="old"), report(known, label="new"))
+    assert creation_lines(comparison)[-2:] == ["calls ? (?) 16 (9) ? (?)", "recalculations ? 2 ?"]
+    assert "vCPU created" not in changelog(comparison)
+    found = json.loads(comparison_json(comparison))["base"]["per_vcpu_creation"]
+    assert found == {"calls": None, "redundant": None, "recalculations": None}
+    if "creations_observable" in change:
+        mixed = compare([report(known), report(unknown)], [report(known)])
+        assert "? vCPUs created" in creation_lines(mixed)[0]
+        assert mixed.per_creation(mixed.base) == PerCreation()
+
+
+def test_creations_of_repeats_are_added_and_must_agree() -> None:
+    same = compare([report(created(3)), report(created(4))], [report(created(1))])
+    assert (
+        same.per_creation(same.base)
+        == same.per_creation(same.new)
+        == PerCreation(Fraction(16), Fraction(9), Fraction(2))
+    )
+    assert same.warnings == ()
+    differ = compare([report(created(3), label="a"), report(created(1, recalculations=1))], [report(created(1))])
+    assert differ.per_creation(differ.base).calls == Fraction(3 * 16 + 8, 4)
+    assert differ.warnings == (
+        "a: calls per vCPU created differ between its reports, 8 to 16; the table has their mean",
+        "a: redundant per vCPU created differ between its reports, 1 to 9; the table has their mean",
+        "a: recalculations per vCPU created differ between its reports, 1 to 2; the table has their mean",
+    )
 
 
 def test_bits_are_in_order() -> None:

@@ -146,6 +146,16 @@ def with_schema(schema: Any) -> bytes:
                 "utf-32": "UTF-32",
             }.items()
         ),
+        (b"\x1f\x8b\x08\0", "is compressed (gzip): use gunzip first"),
+        (b"\x28\xb5\x2f\xfd\0", "is compressed (zstd): use unzstd first"),
+        (b"\xfd7zXZ\0\0", "is compressed (xz): use unxz first"),
+        (b"BZh91AY", "is compressed (bzip2): use bunzip2 first"),
+        (b"\n<!DOCTYPE html>\n<html>", "is an HTML page: reports are read in JSON (-o NAME.json)"),
+        (
+            b"patch missing: 1,717 calls",
+            "is not JSON: JSON is malformed: invalid character (byte 0); reports are read in",
+        ),
+        (b'{"schema": "msrtrace-report/1", "label": "\xe4"}', "is a damaged report: it is not UTF-8"),
         (b'{"schema": NaN}', "is not JSON: "),
         (b"{}", "is not an msrtrace report: Object missing required field `schema`"),
         (b"[]", "is not an msrtrace report: Expected `object`, got `array`"),
@@ -203,8 +213,10 @@ def test_files_older_than_recalculations_can_be_read() -> None:
     made = EXAMPLES["recalculated, by vm"]
     content = json.loads(encode(made))
     del content["totals"]["recalculations"], content["recalculation_seconds"], content["vms"][0]["recalculations"]
+    del content["totals"]["creation_recalculations"], content["totals"]["vcpus_created"], content["per_vcpu_creation"]
     old = decode(json.dumps(content).encode())
     assert (old.totals.recalculations, old.recalculation_seconds) == (None, None)
+    assert (old.totals.vcpus_created, old.totals.creation_recalculations, old.per_vcpu_creation) == (None, None, None)
     assert "recalculation" not in report_document(old).text()
     assert (old.totals.calls, old.filter_update_seconds) == (made.totals.calls, made.filter_update_seconds)
 

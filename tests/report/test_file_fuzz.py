@@ -98,7 +98,7 @@ def test_any_json_is_read_or_refused(value: Any) -> None:
     survives(json.dumps(value).encode(errors="surrogatepass"))
 
 
-@settings(max_examples=60)
+@settings(max_examples=min(60, settings().max_examples))
 @given(any_reports)
 def test_whatever_can_be_read_can_be_shown(made: Report) -> None:
     survives(encode(made))

@@ -155,6 +155,7 @@ def test_an_unwritable_path_is_an_error(tmp_path: Path) -> None:
         assert unwritable(lambda file: write(file, NEW), tmp_path / path)
         assert unwritable(check_writable, tmp_path / path)
     assert unwritable(check_writable, tmp_path / "none/a.json") == f"there is no directory {tmp_path}/none"
+    assert unwritable(check_writable, tmp_path / "circle") == "Too many levels of symbolic links"
     for path, why in {"/dev/full": "No space left on device", "x" * 256: "File name too long"}.items():
         assert unwritable(lambda file: write(file, NEW), tmp_path / path) == why
     assert names(tmp_path) == ["circle", "file"]

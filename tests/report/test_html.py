@@ -9,12 +9,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import msgspec
 import pytest
 from hypothesis import given, settings
-from made import any_reports, patched, report, toggle, unpatched
+from made import any_reports, changed, patched, report, toggle, unpatched
 from pages import COMPARISONS, EITHER, REPORTS, Element, Page, bars, chart, many, page, shape
 
+from tracer.model.snapshot import VmInfo
 from tracer.model.text import printable
 from tracer.report import html
 from tracer.report.compare import Comparison, compare
@@ -54,7 +54,7 @@ def test_a_comparison_says_all_that_its_text_says(name: str) -> None:
 
 
 @given(any_reports)
-@settings(max_examples=40)
+@settings(max_examples=min(40, settings().max_examples))
 def test_any_report_becomes_a_page(made: Report) -> None:
     source = report_html(made)
     assert not [character for character in UNSEEN if character in source]
@@ -118,12 +118,10 @@ def test_every_drawing_has_a_name_or_is_hidden() -> None:
 def test_no_name_becomes_part_of_the_page(hostile: str) -> None:
     def made(name: str) -> tuple[Report, Comparison]:
         mine = unpatched()
-        call = msgspec.structs.replace(mine.calls[0], cause=name, caller=name, name=name)
-        host = msgspec.structs.replace(mine.host, kernel=name, cpu=name, version=name, kvm_intel={name: name})
-        vm = report(toggle(pid=7, vms={7: name}), label="by VM").vms
-        mine = msgspec.structs.replace(
-            mine, label=name, calls=[call, *mine.calls], host=host, command=[name], notes=[name], vms=vm
-        )
+        call = changed(mine.calls[0], cause=name, caller=name, name=name)
+        host = changed(mine.host, kernel=name, cpu=name, version=name, kvm_intel={name: name})
+        vm = report(toggle(pid=7, vms={7: VmInfo(name)}), label="by VM").vms
+        mine = changed(mine, label=name, calls=[call, *mine.calls], host=host, command=[name], notes=[name], vms=vm)
         return mine, compare([mine], [patched(command=(name,))], force=True)
 
     pairs: Iterable[tuple[Report | Comparison, Report | Comparison]] = zip(made("harmless"), made(hostile), strict=True)
@@ -204,8 +202,8 @@ def test_unknown_redundancy_has_a_note_and_no_bar() -> None:
 
 
 def test_redundancy_that_is_unknown_for_some_is_a_question_mark() -> None:
-    rows = [msgspec.structs.replace(REPORTS["patched"].calls[0], redundant=None), *REPORTS["patched"].calls[3:]]
-    found = bars(chart(msgspec.structs.replace(REPORTS["patched"], calls=rows), "Calls per MSR"))
+    rows = [changed(REPORTS["patched"].calls[0], redundant=None), *REPORTS["patched"].calls[3:]]
+    found = bars(chart(changed(REPORTS["patched"], calls=rows), "Calls per MSR"))
     assert ("IA32_TSC read", [], "?") in found
 
 
@@ -221,7 +219,7 @@ def test_times_are_a_histogram_of_the_buckets_in_use() -> None:
     edges = [1e-6, 2e-6, 4e-6, 8e-6, 16e-6, 32e-6, 64e-6]
     buckets = [Bucket(le=le, count=count) for le, count in zip(edges, (0, 0, 3, 0, 9, 0, 0), strict=True)]
     times = UpdateSeconds(buckets=[*buckets, Bucket(le=None, count=0)], sum=1e-4, count=12)
-    found = bars(chart(msgspec.structs.replace(REPORTS["patched"], filter_update_seconds=times), "Filter update times"))
+    found = bars(chart(changed(REPORTS["patched"], filter_update_seconds=times), "Filter update times"))
     assert [(name, text) for name, _, text in found] == [
         ("1 µs to 2 µs", "0"),
         ("2 µs to 4 µs", "3"),

@@ -22,6 +22,7 @@ from made import (
     WORKLOAD,
     amd,
     any_reports,
+    created,
     outcome,
     patched,
     recalc,
@@ -33,10 +34,10 @@ from made import (
     toggle,
 )
 
-from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
+from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
 from tracer.report.file import decode, encode
 from tracer.report.making import HostInfo, call_rows
-from tracer.report.report import Bit, BitCounts, CallRow, PerUpdate, Vm, by_bit, redundant_sum, whole
+from tracer.report.report import Bit, BitCounts, CallRow, PerCreation, PerUpdate, Vm, by_bit, redundant_sum, whole
 
 
 def as_json(counted: Snapshot, **circumstances: Any) -> Any:
@@ -81,11 +82,12 @@ def test_calls_per_filter_update_need_calls_and_updates(change: dict[str, Any]) 
 def test_totals_are_sums_over_the_rows() -> None:
     totals = as_json(toggle(patched=False, vcpus=2))["totals"]
     counts = {"calls": 30 * 101 + 14, "redundant": 28 * 101, "filter_updates": 101, "recalculations": None}
-    assert totals == counts | {"vcpus_seen": 2}
+    creations = {"creation_recalculations": None, "vcpus_created": 2}
+    assert totals == counts | creations | {"vcpus_seen": 2}
     assert as_json(toggle(exact=False))["totals"]["redundant"] is None
     unseen = as_json(Snapshot("filter-only", updates={0: times(7)}, calls_observable=False))
     counts = {"calls": None, "redundant": None, "filter_updates": 7, "recalculations": None}
-    assert unseen["totals"] == counts | {"vcpus_seen": 0}
+    assert unseen["totals"] == counts | creations | {"vcpus_seen": 0, "vcpus_created": 0}
     assert (unseen["calls"], unseen["per_filter_update"]) == ([], None)
     no_updates = as_json(replace(toggle(), updates={}, updates_observable=False))
     assert (no_updates["totals"]["filter_updates"], no_updates["filter_update_seconds"]) == (None, None)
@@ -118,6 +120,31 @@ def test_recalculations_are_counted_apart_from_updates(layout: str) -> None:
 def test_recalculations_that_cannot_be_observed_are_null(counted: Snapshot) -> None:
     made = as_json(counted)
     assert (made["totals"]["recalculations"], made["recalculation_seconds"]) == (None, None)
+
+
+def test_what_a_vcpus_creation_takes() -> None:
+    made = report(created(3))
+    assert (made.totals.vcpus_created, made.totals.creation_recalculations, made.totals.recalculations) == (3, 6, 7)
+    assert made.per_vcpu_creation == PerCreation(calls=16, redundant=9, recalculations=2)
+    assert json.loads(encode(made))["per_vcpu_creation"] == {"calls": 16, "redundant": 9, "recalculations": 2}
+    assert report(toggle(vcpus=2)).per_vcpu_creation == PerCreation(calls=7, redundant=0, recalculations=None)
+    blind = report(toggle(vcpus=2, exact=False)).per_vcpu_creation
+    assert blind == PerCreation(calls=7, redundant=None, recalculations=None)
+    idle = report(created(3, vcpus_created=4)).per_vcpu_creation  # one has not run yet
+    assert idle == PerCreation(calls=12, redundant=6.75, recalculations=1.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"vcpus_created": 0}, {"calls_observable": False, "calls": {}}, {"creations_observable": False}],
+    ids=["none", "calls not observable", "creations not followed"],
+)
+def test_what_a_creation_takes_is_null_where_it_is_unknown(change: dict[str, Any]) -> None:
+    made = report(created(3, **change))
+    assert made.per_vcpu_creation is None
+    followed = change.get("creations_observable", True)
+    assert made.totals.vcpus_created == (change.get("vcpus_created", 3) if followed else None)
+    assert made.totals.creation_recalculations == (6 if followed else None)
 
 
 def test_rows_are_kinds_of_calls_in_order() -> None:
@@ -226,13 +253,36 @@ def test_host_info_of_a_machine(tmp_path: Path) -> None:
 
 # --- VMs ---
 
+UUID = "6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f0001"
+
 
 def test_a_report_by_vm_has_a_row_for_each() -> None:
-    both = replace(toggle(5, pid=100).after(toggle(7, pid=200, patched=False)), by_vm=True, vms={100: "web", 200: ""})
+    both = replace(
+        toggle(5, pid=100).after(toggle(7, pid=200, patched=False)),
+        by_vm=True,
+        vms={100: VmInfo("web", UUID, "qemu"), 200: VmInfo("")},
+    )
     web, db = report(both).vms or []
-    expected = Vm(pid=100, name="web", calls=72, redundant=55, filter_updates=5, filter_update_seconds_sum=5 * 6e-6)
+    expected = Vm(
+        pid=100,
+        name="web",
+        uuid=UUID,
+        vmm="qemu",
+        calls=72,
+        redundant=55,
+        filter_updates=5,
+        filter_update_seconds_sum=5 * 6e-6,
+    )
     assert web == expected
-    assert (db.pid, db.name, db.calls, db.redundant, db.filter_updates) == (200, "", 217, 196, 7)
+    assert (db.pid, db.name, db.uuid, db.vmm, db.calls, db.redundant, db.filter_updates) == (
+        200,
+        "",
+        "",
+        "",
+        217,
+        196,
+        7,
+    )
 
 
 def test_rows_of_vms_have_recalculations() -> None:
@@ -252,8 +302,8 @@ def test_unknown_counts_of_vms_are_null() -> None:
 
 def test_idle_vms_are_left_out() -> None:
     """They are in the snapshot if they were active before."""
-    assert report(Snapshot("toggle", by_vm=True, vms={300: "idle"})).vms == []
-    assert report(Snapshot("toggle", vms={300: "idle"})).vms is None
+    assert report(Snapshot("toggle", by_vm=True, vms={300: VmInfo("idle")})).vms == []
+    assert report(Snapshot("toggle", vms={300: VmInfo("idle")})).vms is None
 
 
 # --- losses ---

@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from made import patched
 from made_states import USUAL, amd_host, any_states, made, new_host, old_host, state_views
-from states import FS_BASE, SPEC_CTRL, TSC, rw, state, vcpu
+from vcpus import FS_BASE, SPEC_CTRL, TSC, rw, state, vcpu
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.msr_filter import NO_FILTER, READ, WRITE, FilterRange, MsrFilter

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from filters import allowing, denying
 from made_states import USUAL, amd_host, made, new_host, old_host, same, state_views
-from states import FS_BASE, SPEC_CTRL, TSC, rw, state, vcpu
+from vcpus import FS_BASE, SPEC_CTRL, TSC, rw, state, vcpu
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.msr_filter import NO_FILTER, READ, MsrFilter

@@ -9,7 +9,6 @@ from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,8 @@ from made import (
     HOSTILE,
     amd,
     any_reports,
+    changed,
+    created,
     patched,
     recalc,
     recalculated,
@@ -32,7 +33,7 @@ from made import (
 from tabulate import tabulate
 
 from tracer.model.quantity import duration, listed, number, rate, share
-from tracer.model.snapshot import Map, Snapshot
+from tracer.model.snapshot import Map, Snapshot, VmInfo
 from tracer.model.text import LIMIT, printable
 from tracer.report.changelog import changelog
 from tracer.report.compare import Comparison, compare
@@ -163,21 +164,37 @@ def test_what_cannot_be_observed_is_not_shown_as_0() -> None:
     assert "Calls per MSR\n  none were made\n" in text
 
 
+OTHERWISE = "for other reasons than a new filter or the creation of a vCPU"
+
+
 def test_the_text_of_recalculations() -> None:
     text = report_document(report(recalculated())).text()
-    assert text.splitlines()[3] == (
-        "7 recalculations for other reasons than a new filter, 8 calls each, 1 of them redundant"
-    )
+    assert text.splitlines()[3] == f"7 recalculations {OTHERWISE}, 8 calls each, 1 of them redundant"
     assert "Recalculation times\n  9 µs on average; half took at most 16.4 µs, 99% at most 16.4 µs, " in text
     text = report_document(report(recalculated(1, exact=False))).text()
-    assert "\n1 recalculation for other reasons than a new filter, 8 calls each, ? of them redundant\n" in text
+    assert f"\n1 recalculation {OTHERWISE}, 8 calls each, ? of them redundant\n" in text
     text = report_document(report(recalculated(7, calls={}, calls_observable=False))).text()
-    assert "\n7 recalculations for other reasons than a new filter\n" in text
-    assert "\n0 recalculations for other reasons than a new filter\n" in report_document(report(recalc())).text()
+    assert f"\n7 recalculations {OTHERWISE}\n" in text
+    assert f"\n0 recalculations {OTHERWISE}\n" in report_document(report(recalc())).text()
     assert "Recalculation times" not in report_document(report(recalc())).text()
+    text = report_document(report(recalculated(creations_observable=False))).text()
+    assert "\n7 recalculations for other reasons than a new filter, 8 calls each, 1 of them redundant\n" in text
     markdown = report_document(report(recalculated())).markdown()
-    assert "\n7 recalculations for other reasons than a new filter, 8 calls each, 1 of them redundant\n" in markdown
+    assert f"\n7 recalculations {OTHERWISE}, 8 calls each, 1 of them redundant\n" in markdown
     assert "### Recalculation times\n" in markdown
+
+
+def test_the_text_of_creations() -> None:
+    text = report_document(report(created(3))).text()
+    assert text.splitlines()[3:5] == [
+        f"1 recalculation {OTHERWISE}, 8 calls each, 1 of them redundant",
+        "3 vCPUs created, 16 calls each, 9 of them redundant, in 2 recalculations",
+    ]
+    text = report_document(report(created(1, recalculations=1))).text()
+    assert "\n1 vCPU created, 8 calls each, 1 of them redundant, in 1 recalculation\n" in text
+    assert "\n2 vCPUs created, 7 calls each, 0 of them redundant\n" in report_document(report(toggle(vcpus=2))).text()
+    assert "\n2 vCPUs created\n" in report_document(report(toggle(calls={}, calls_observable=False, vcpus=2))).text()
+    assert "vCPU created" not in report_document(report(toggle(creations_observable=False))).text()
 
 
 def test_recalculations_that_cannot_be_observed_are_not_mentioned() -> None:
@@ -186,7 +203,9 @@ def test_recalculations_that_cannot_be_observed_are_not_mentioned() -> None:
 
 
 def test_the_table_of_vms_has_recalculations() -> None:
-    counted = recalculated(updates={100: times(3)}, recalcs={0: times(1), 100: times(2)}, by_vm=True, vms={100: "web"})
+    counted = recalculated(
+        updates={100: times(3)}, recalcs={0: times(1), 100: times(2)}, by_vm=True, vms={100: VmInfo("web")}
+    )
     cells = [re.split(r"  +", line.strip()) for line in report_document(report(counted)).text().splitlines()]
     assert ["VM", "pid", "filter updates", "mean", "recalculations", "calls", "redundant"] in cells
     assert ["web", "100", "3", "6 µs", "2", "0", "0"] in cells
@@ -194,7 +213,7 @@ def test_the_table_of_vms_has_recalculations() -> None:
 
 def test_the_table_of_vms() -> None:
     both = toggle(5, pid=100).after(toggle(7, pid=200)).after(toggle(3))
-    made = report_document(report(replace(both, by_vm=True, vms={100: "web", 200: ""}))).text()
+    made = report_document(report(replace(both, by_vm=True, vms={100: VmInfo("web"), 200: VmInfo("")}))).text()
     cells = [re.split(r"  +", line.strip()) for line in made.splitlines()]
     assert ["web", "100", "5", "6 µs", "72", "55"] in cells
     assert ["(ended before it could be named)", "200", "7", "6 µs", "98", "77"] in cells
@@ -276,14 +295,14 @@ def test_a_comparison_says_where_and_when_each_side_was_made_in_every_format() -
 def test_the_hosts_of_a_large_side_are_not_all_named() -> None:
     many = [replaced(patched(), name=f"host{n}") for n in range(9)]
     assert compare(many, many).base.origin == (
-        "host0, host1, host2, host3, host4 and 4 more, Linux 6.1.0-53-amd64, 2026-11-22"
+        "host0, host1, host2, host3, host4 and 4 more (all: --format json), Linux 6.1.0-53-amd64, 2026-11-22"
     )
 
 
 def replaced(made: Report, *, started: str | None = None, name: str | None = None) -> Report:
     """The report with another start, or another name of its host."""
-    host = made.host if name is None else msgspec.structs.replace(made.host, name=name)
-    return msgspec.structs.replace(made, host=host, started=started or made.started)
+    host = made.host if name is None else changed(made.host, name=name)
+    return changed(made, host=host, started=started or made.started)
 
 
 def test_a_changelog_names_both_kernels() -> None:
@@ -354,11 +373,11 @@ def test_any_text_becomes_printable(text: str, limit: int) -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_escaped_everywhere(text: str) -> None:
     host = replace(HOST, kernel=text, version=text, cpu=text, module_parameters={text: text})
-    counted = toggle(pid=100, vms={100: text}, maps=(Map(text, 9, 9, 3),), layout="toggle", backend=text)
+    counted = toggle(pid=100, vms={100: VmInfo(text)}, maps=(Map(text, 9, 9, 3),), layout="toggle", backend=text)
     harmless(views(report(counted, host, label=text, command=[text, text], notes=[text], version=text), patched()))
 
 
-@settings(max_examples=60)
+@settings(max_examples=min(60, settings().max_examples))
 @given(any_reports, any_reports)
 def test_hostile_reports_cannot_control_a_terminal(one: Report, other: Report) -> None:
     harmless(views(one, other))
@@ -393,7 +412,7 @@ def tables_are_tables(markdown: str) -> None:
     [
         unpatched(),
         amd(),
-        report(recalculated(7, by_vm=True, vms={0: "v" * 128})),
+        report(recalculated(7, by_vm=True, vms={0: VmInfo("v" * 128)})),
         report(toggle(), replace(HOST, cpu="c" * 300, version="#1 " * 20 + "x"), label="l" * 90, command=["x" * 300]),
     ],
 )

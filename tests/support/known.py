@@ -12,7 +12,7 @@ from needs import checking, missing
 from tracer.kernel.btf import Btf
 from tracer.kernel.headers import join_headers
 from tracer.kernel.symbols import Symbol, Symbols
-from tracer.model.vendor import Layout
+from tracer.model.vendor import VCPU_CREATED, Layout
 from tracer.model.vendors import VENDORS
 
 
@@ -35,6 +35,7 @@ def symbols(layout: Layout, *without: str) -> Symbols:
     vendor = next(vendor for vendor in VENDORS if layout in vendor.layouts)
     names = [layout.update, *layout.calls, vendor.vcpu_create[0], vendor.vcpu_free[0], *layout.writers]
     names += [layout.filter_set] if layout.filter_set else []
+    names.append(VCPU_CREATED)
     there = [name for name in names if name not in without]
     functions = [Symbol(0x1000 + 0x100 * n, name, vendor.module) for n, name in enumerate(there)]
     return Symbols.of(functions, vendor.module, vendor=vendor)

@@ -24,7 +24,7 @@ from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
 from tracer.model.snapshot import Snapshot
 from tracer.model.svm import SVM
-from tracer.model.vendor import Layout, Vendor
+from tracer.model.vendor import VCPU_CREATED, Layout, Vendor
 from tracer.model.vmx import VMX
 from tracer.program.compiler import build
 from tracer.program.loading import Loaded
@@ -129,6 +129,7 @@ KEPT void vmx_recalc_intercepts(struct vcpu *vcpu) { inside(); asm volatile("");
 KEPT void vmx_vcpu_free(struct vcpu *vcpu) { asm volatile(""); }
 KEPT void vmx_update_msr_bitmap_x2apic(struct vcpu *vcpu) { asm volatile(""); change(vcpu); }
 KEPT int vmx_vcpu_create(struct vcpu *vcpu) { inside(); asm volatile(""); return 0; }
+KEPT void kvm_arch_vcpu_postcreate(struct vcpu *vcpu) { asm volatile(""); }
 KEPT int kvm_vm_ioctl_set_msr_filter(void *kvm, void *filter) { inside(); return result; }
 KEPT void svm_set_intercept_for_msr(struct vcpu *vcpu, unsigned msr, int type, bool set) { change(vcpu); }
 KEPT void set_msr_interception_bitmap(struct vcpu *vcpu, void *msrpm, unsigned msr, int read, int write)
@@ -180,7 +181,8 @@ class StandIn:
         self.vcpus: list[Vcpu] = []
         self.callers: dict[tuple[int, int, int], str] = {}
         self.inside(lambda: None)
-        names = [*layout.functions, self.vendor.vcpu_create[0], self.vendor.vcpu_free[0], *layout.writers]
+        lives = (self.vendor.vcpu_create[0], VCPU_CREATED, self.vendor.vcpu_free[0])
+        names = [*layout.functions, *lives, *layout.writers]
         names += SVM_CALLERS if self.vendor is SVM else CALLERS
         module = self.vendor.module
         self.symbols = Symbols.of(
@@ -254,8 +256,12 @@ class StandIn:
         finally:
             place.value = None
 
-    def create(self, vcpu: Vcpu) -> None:
+    def create(self, vcpu: Vcpu, then: Callable[[], object] = lambda: None, *, fails: bool = False) -> None:
+        """The vendor's part does what `inside` was given, THEN KVM does more. The end of one that FAILS is not seen."""
         self.library[self.vendor.vcpu_create[0]](ctypes.byref(vcpu))
+        then()
+        if not fails:
+            self.library[VCPU_CREATED](ctypes.byref(vcpu))
 
     def set_filter(self, kvm: int = 0x1000, result: int = 0) -> None:
         ctypes.c_int.in_dll(self.library, "result").value = result
@@ -370,8 +376,8 @@ calls = st.tuples(
 )
 
 
-def places(stand_in: StandIn, kinds: list[tuple[int, int, int]], filter_change: bool) -> dict[int, int]:
-    """Where the program counts KINDS of calls, by their keys, if an update makes them in that order."""
+def places(stand_in: StandIn, kinds: list[tuple[int, int, int]], within: str) -> dict[int, int]:
+    """Where the program counts KINDS of calls, by their keys, if an update for that cause makes them in this order."""
     counters, taken = stand_in.engine._reader._arrays["counters"], stand_in.engine._built.loaded.maps["taken"]
     for index in range(counters.entries):
         counters.set(index, "key", 0)
@@ -381,7 +387,9 @@ def places(stand_in: StandIn, kinds: list[tuple[int, int, int]], filter_change: 
     vcpu = stand_in.vcpu(kvm=0x6000)
     stand_in.inside(lambda: None)
     stand_in.create(vcpu)
-    if filter_change:
+    if within == "recalc":
+        stand_in.update(vcpu)  # the first is its creation's
+    if within == "filter_change":
         stand_in.set_filter(0x6000)
 
     def update() -> None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Any
+from datetime import datetime, timezone
+from typing import Any, TypeVar
 
+import msgspec
 from any_states import any_states
 from hypothesis import strategies as st
 from msgspec import UNSET
 
 from tracer.model.loss import Loss
-from tracer.model.snapshot import Call, Durations, Outcome, Snapshot
+from tracer.model.snapshot import Call, Durations, Outcome, Snapshot, VmInfo
 from tracer.model.verdict import Verdict
 from tracer.report.compare import compare
 from tracer.report.formats import OF_COMPARISONS, OF_REPORTS, write_comparison, write_report
 from tracer.report.making import HostInfo, make
-from tracer.report.report import Bucket, CallRow, Host, PerUpdate, Report, Totals, UpdateSeconds, Vm
+from tracer.report.report import Bucket, CallRow, Host, PerCreation, PerUpdate, Report, Totals, UpdateSeconds, Vm
 
 TSC, SPEC_CTRL, XFD_ERR, FS_BASE, RTIT_STATUS = 0x10, 0x48, 0x1C5, 0xC0000100, 0x571
 #: vmx_possible_passthrough_msrs[] of 6.1, and which halves KVM passes through on the emulated host.
@@ -37,7 +38,7 @@ X2APIC = tuple(
 SVM_HOOK = "svm_msr_filter_changed"
 HOST = HostInfo("6.1.0-53-amd64", "#1 SMP Debian 6.1.192-1", "Intel(R) Core(TM) i7", {"ept": "Y", "nested": "Y"}, "ada")
 AMD_HOST = HostInfo("6.12.117+deb13-amd64", "#1 SMP Debian 6.12.117-1", "AMD EPYC", {"avic": "N", "nested": "1"}, "bob")
-STARTED = datetime(2026, 11, 22, 15, 0, 0, 987654, tzinfo=UTC)
+STARTED = datetime(2026, 11, 22, 15, 0, 0, 987654, tzinfo=timezone.utc)
 
 
 def outcome(calls: int, changed: int, access: str, exact: bool = True, refused: int = 0) -> Outcome:
@@ -85,8 +86,8 @@ def toggle(
             elif not patched:
                 calls[Call(index, access, "enable", "filter_change", HOOK, pid)] = outcome(updates, 0, access, exact)
     made = Snapshot("toggle", "exact" if exact else "unknown", calls=calls, updates={pid: times(updates)})
-    made = replace(made, vcpus_seen=vcpus, vmms_seen=1, by_vm=bool(pid), vms={pid: f"vm{pid}"} if pid else {})
-    return replace(made, **changes)
+    made = replace(made, vcpus_seen=vcpus, vmms_seen=1, by_vm=bool(pid), vms={pid: VmInfo(f"vm{pid}")} if pid else {})
+    return replace(replace(made, vcpus_created=vcpus), **changes)
 
 
 def recalc(updates: int = 101, **changes: Any) -> Snapshot:
@@ -124,8 +125,8 @@ def svm_pass(
         call = Call(index, "read_write", action, "filter_change", SVM_HOOK, pid)
         calls[call] = outcome(updates, changed, "read_write", exact, refused)
     made = Snapshot("pass", "exact" if exact else "unknown", vendor="svm", calls=calls, updates={pid: times(updates)})
-    made = replace(made, vcpus_seen=vcpus, vmms_seen=1, by_vm=bool(pid), vms={pid: f"vm{pid}"} if pid else {})
-    return replace(made, **changes)
+    made = replace(made, vcpus_seen=vcpus, vmms_seen=1, by_vm=bool(pid), vms={pid: VmInfo(f"vm{pid}")} if pid else {})
+    return replace(replace(made, vcpus_created=vcpus), **changes)
 
 
 def svm_recalc(updates: int = 101, **changes: Any) -> Snapshot:
@@ -157,6 +158,18 @@ def recalculated(recalculations: int = 7, *, exact: bool = True, **changes: Any)
     return replace(replace(made, calls=calls, recalcs=recalcs, redundancy=redundancy), **changes)
 
 
+def created(vcpus: int = 3, *, recalculations: int = 2, **changes: Any) -> Snapshot:
+    """As `recalc`, plus the creation of vCPUs, each in so many recalculations of eight calls; and one more."""
+    made, creations = recalculated(1), recalculated(vcpus * recalculations)
+    calls = dict(made.calls)
+    for call, found in creations.calls.items():
+        if call.cause == "recalc":
+            changed = vcpus if call.action == "disable" else 0
+            calls[replace(call, cause="vcpu_create")] = outcome(found.calls, changed, call.access)
+    made = replace(made, calls=calls, recalcs=made.after(creations).recalcs, vcpus_seen=vcpus)
+    return replace(replace(made, vcpus_created=vcpus, creation_recalcs=vcpus * recalculations), **changes)
+
+
 def report(counted: Snapshot | None = None, host: HostInfo = HOST, **details: Any) -> Report:
     """The report on a trace of 2.5 seconds."""
     given: dict[str, Any] = {
@@ -180,6 +193,14 @@ def unpatched(**details: Any) -> Report:
 def amd(counted: Snapshot | None = None, **details: Any) -> Report:
     """The report on an AMD host."""
     return report(counted or svm_pass(), AMD_HOST, **details)
+
+
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
+
+
+def changed(made: _Struct, **fields: Any) -> _Struct:
+    """A struct with other values, which are sanitized, as msgspec.structs.replace did not before 0.21."""
+    return type(made)(**{**msgspec.structs.asdict(made), **fields})
 
 
 def views(one: Report, other: Report | None = None) -> dict[str, str]:
@@ -228,7 +249,7 @@ def rows(draw: st.DrawFn) -> CallRow:
         name=draw(names),
         access=draw(st.sampled_from(["read", "write", "read_write"])),
         action=draw(st.sampled_from(["enable", "disable", "disable_read", "disable_write"])),
-        cause=draw(st.one_of(st.sampled_from(["filter_change", "recalc"]), names)),
+        cause=draw(st.one_of(st.sampled_from(["filter_change", "recalc", "vcpu_create"]), names)),
         caller=draw(names),
         calls=calls,
         redundant=draw(parts),
@@ -279,6 +300,8 @@ vms = st.builds(
     Vm,
     pid=counts,
     name=names,
+    uuid=names,
+    vmm=names,
     calls=maybe_counts,
     redundant=maybe_counts,
     filter_updates=maybe_counts,
@@ -300,9 +323,17 @@ any_reports = st.builds(
         redundant=maybe_counts,
         filter_updates=maybe_counts,
         recalculations=maybe_counts,
+        creation_recalculations=maybe_counts,
         vcpus_seen=counts,
+        vcpus_created=maybe_counts,
     ),
     per_filter_update=st.one_of(st.none(), per_update),
+    per_vcpu_creation=st.one_of(
+        st.none(),
+        st.builds(
+            PerCreation, calls=rates, redundant=st.one_of(st.none(), rates), recalculations=st.one_of(st.none(), rates)
+        ),
+    ),
     calls=st.lists(rows(), max_size=4),
     filter_update_seconds=st.one_of(st.none(), update_seconds),
     recalculation_seconds=st.one_of(st.none(), update_seconds),
@@ -316,11 +347,11 @@ any_reports = st.builds(
 
 
 def crowd(vms: int, updates: int = 1009) -> Snapshot:
-    """The counts by VM of a host with so many VMs, each of which has 68 series."""
+    """The counts by VM of a host with so many VMs, each of which has 69 series."""
     counted = [toggle(updates + pid, pid=pid) for pid in range(1000, 1000 + vms)]
     return replace(
         counted[0],
         calls={call: outcome for one in counted for call, outcome in one.calls.items()},
         updates={pid: seen for one in counted for pid, seen in one.updates.items()},
-        vms={pid: f"debian-{pid}" for one in counted for pid in one.vms},
+        vms={pid: VmInfo(f"debian-{pid}") for one in counted for pid in one.vms},
     )

@@ -15,7 +15,7 @@ from tracer.model.errors import MsrtraceError
 from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
 from tracer.model.vendor import Layout
 from tracer.trace.tracer import Reading, Tracer
-from tracer.trace.vm_names import VmNames
+from tracer.trace.vm_info import VmInfos
 
 ENABLE, DISABLE, HOOK = "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_msr_filter_changed"
 
@@ -48,7 +48,7 @@ class Kernel:
             self.attach,
             symbols=lambda: Symbols.of(Symbol(64, name, "kvm_intel") for name in self.functions),
             module=lambda: self.loaded or None,
-            names=VmNames(proc),
+            vms=VmInfos(proc),
             keep_gone=keep_gone,
             states=states,
             clock=lambda: self.now,
@@ -191,6 +191,10 @@ def counts(snapshot: Snapshot) -> dict[int, int]:
     assert {pid: d.count for pid, d in snapshot.recalcs.items()} == {c.pid: o.calls for c, o in snapshot.calls.items()}
     assert snapshot.vcpus_seen == sum(outcome.calls for outcome in snapshot.calls.values())
     return {call.pid: outcome.calls for call, outcome in snapshot.calls.items()}
+
+
+def names(snapshot: Snapshot) -> dict[int, str]:
+    return {pid: vm.name for pid, vm in snapshot.vms.items()}
 
 
 def losses(snapshot: Snapshot) -> tuple[int, ...]:

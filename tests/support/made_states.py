@@ -9,7 +9,7 @@ from typing import Any
 from filters import allowing, denying
 from hypothesis import strategies as st
 from made import AMD_HOST, HOST, STARTED, counts, names
-from states import FS_BASE, GS_BASE, PERFCTR0, SPEC_CTRL, TSC, bitmap, rw, state, vcpu
+from vcpus import FS_BASE, GS_BASE, PERFCTR0, SPEC_CTRL, TSC, bitmap, rw, state, vcpu
 
 from tracer.model.msr_filter import MsrFilter
 from tracer.model.state import SAID, State, Vcpu, Vm

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Any
 
 from made import AMD_HOST, HOST
@@ -29,7 +29,7 @@ PASSED: frozenset[Access] = frozenset(
     }
 )
 RECORDED = (TSC, XFD, 0x174, 0x175, 0x176, FS_BASE, GS_BASE, KERNEL_GS_BASE)
-TAKEN = datetime(2026, 11, 27, 12, 0, 0, 500_000, tzinfo=UTC)
+TAKEN = datetime(2026, 11, 27, 12, 0, 0, 500_000, tzinfo=timezone.utc)
 
 
 def bitmap(vendor: Vendor, passed: Iterable[Access]) -> bytes:

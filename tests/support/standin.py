@@ -33,7 +33,7 @@ from tracer.model.svm import SVM
 from tracer.model.vendor import Layout, Vendor
 from tracer.model.vmx import VMX
 from tracer.trace import engine, state_follower, state_reader, tracer
-from tracer.trace.vm_names import VmNames
+from tracer.trace.vm_info import VmInfos
 
 CALLS = ("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr")
 MODULE, REFUSAL, OBSTACLE, WARNING, VENDOR = "module", "refusal", "obstacle", "warning", "vendor"
@@ -181,9 +181,12 @@ class States:
         (self.directory / f"{READ}.{CLOSED}").touch()
 
 
-def named(found: State, names: VmNames) -> State:
+def named(found: State, infos: VmInfos) -> State:
     """The state with the names that its VMs have in the file, or else their processes."""
-    return replace(found, vms=tuple(replace(one, name=one.name or names.name(one.pid) or "") for one in found.vms))
+    processes = ((one, infos.info(one.pid)) for one in found.vms)
+    return replace(
+        found, vms=tuple(replace(one, name=one.name or (info.name if info else "")) for one, info in processes)
+    )
 
 
 ENGINES: dict[str, type[Engine]] = {"run": RunEngine, "report": ReportEngine, "top": TopEngine}
@@ -205,7 +208,7 @@ def main() -> None:
     def obstacle(*_: object, **__: object) -> str | None:
         return (directory / OBSTACLE).read_text() if (directory / OBSTACLE).exists() else None
 
-    def machine() -> Machine:
+    def machine(_: Options) -> Machine:
         return Machine(directory / "machine" if (directory / "machine").exists() else Path("/"))
 
     places: tuple[tuple[Any, str, Any], ...] = (

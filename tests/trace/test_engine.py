@@ -21,7 +21,8 @@ from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
 from tracer.model.snapshot import Call, Durations, Map, Outcome
-from tracer.trace.engine import Engine
+from tracer.model.vendor import VCPU_CREATED
+from tracer.trace.engine import Engine, expected_backends
 from tracer.trace.plan import preemptible, values, variants
 from tracer.trace.reader import Reader
 
@@ -131,6 +132,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [(probe.function, probe.missed) for probe in taken.probes] == [
             (HOOK, 6),
             (CREATE, 0),
+            (VCPU_CREATED, 0),
             (FREE, 0),
             (TOGGLE.writers[0], 0),
             (ENABLE, 0),
@@ -189,6 +191,7 @@ def test_engine_without_btf(monkeypatch: pytest.MonkeyPatch) -> None:
             f"{RECALC.filter_set} is not probed: no such function in this kernel",
             "filter updates cannot be told from other recalculations, so they are not counted",
             "which calls are redundant is unknown: /sys/kernel/btf/kvm_intel: No such file or directory",
+            "creations of vCPUs cannot be followed, so they are not counted",
         ]
         write(engine, "counters", 3, caller=0x1010, **what(0x10, READ, 0, RECOMPUTED), unknown=7)
         taken = engine.snapshot()
@@ -236,18 +239,18 @@ def test_runs_that_were_skipped_are_counted_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Engine, "_misses", lambda _, program: misses.get(program, 0))
     there = Symbols.of(
         Symbol(0x100 * n, name, "kvm_intel")
-        for n, name in enumerate((HOOK, CREATE, FREE, ENABLE, DISABLE, *TOGGLE.inlined_into))
+        for n, name in enumerate((HOOK, CREATE, VCPU_CREATED, FREE, ENABLE, DISABLE, *TOGGLE.inlined_into))
     )
     engine = Engine(TOGGLE, there, Options())
     one, other = TOGGLE.inlined_into
     try:
         missed = {probe.function: probe.missed for probe in engine.snapshot().probes}
-        assert missed == {HOOK: 3, CREATE: 0, FREE: 0, one: 4, other: 0, ENABLE: 0, DISABLE: 8}
+        assert missed == {HOOK: 3, CREATE: 0, VCPU_CREATED: 0, FREE: 0, one: 4, other: 0, ENABLE: 0, DISABLE: 8}
         engine.detach()
         assert engine.reattach(TOGGLE, there)
         misses["disable_entered"] = 13
         again = {probe.function: probe.missed for probe in engine.snapshot().probes}
-        assert again == {HOOK: 0, CREATE: 0, FREE: 0, one: 0, other: 0, ENABLE: 0, DISABLE: 5}
+        assert again == {HOOK: 0, CREATE: 0, VCPU_CREATED: 0, FREE: 0, one: 0, other: 0, ENABLE: 0, DISABLE: 5}
     finally:
         engine.close()
 
@@ -264,10 +267,29 @@ def test_updates_are_not_claimed_to_be_seen_without_the_probe_that_tells_them_ap
 
 
 @pytest.mark.usefixtures("headers")
+@pytest.mark.parametrize("refused", ["", CREATE, VCPU_CREATED, str(RECALC.filter_set)])
+def test_creations_are_followed_only_from_beginning_to_end(no_probes: Probing, refused: str) -> None:
+    no_probes.refused = {refused}
+    engine = Engine(RECALC, symbols(RECALC), Options(backend="kprobe"))
+    try:
+        for attached in (False, True):
+            followed = engine._reader._arrays["counts"].get(0, "follow_creations")
+            assert followed == engine.snapshot().creations_observable == (not refused)
+            assert ("creations of vCPUs cannot be followed, so they are not counted" in engine.warnings) == bool(
+                refused
+            )
+            if not attached:
+                engine.detach()
+                assert engine.reattach(RECALC, symbols(RECALC))
+    finally:
+        engine.close()
+
+
+@pytest.mark.usefixtures("headers")
 def test_a_reattachment_that_fails_leaves_no_probe(no_probes: Probing) -> None:
     engine = Engine(TOGGLE, symbols(TOGGLE), Options(backend="kprobe"))
     try:
-        held = {HOOK: 2, CREATE: 1, FREE: 1, TOGGLE.writers[0]: 1, ENABLE: 1, DISABLE: 1}
+        held = {HOOK: 2, CREATE: 1, VCPU_CREATED: 1, FREE: 1, TOGGLE.writers[0]: 1, ENABLE: 1, DISABLE: 1}
         assert +no_probes.held == held
         engine.detach()
         assert not +no_probes.held
@@ -317,3 +339,17 @@ def test_fentry_has_a_program_for_each_function_that_writes_without_a_call() -> 
     options = Options(backend="fentry")
     found = variants(TOGGLE, inlined, values(TOGGLE, KnownBtf(), inlined, options), options, KnownBtf())
     assert {"writer_entered", "other_writer_entered"} <= found[0].functions.keys()
+
+
+def test_the_backends_of_a_trace_are_known_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backends(backend: str) -> tuple[str, ...]:
+        return expected_backends(symbols(TOGGLE), Options(backend=backend))
+
+    monkeypatch.setattr(Btf, "of_module", _no_btf)
+    assert (backends("auto"), backends("kprobe")) == (("kprobe",), ("kprobe",))
+    with pytest.raises(MsrtraceError, match="the backend fentry cannot be used here"):
+        backends("fentry")
+
+
+def _no_btf(*_: object) -> Btf:
+    raise BtfError("there is none")

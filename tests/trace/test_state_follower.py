@@ -15,7 +15,7 @@ from tracer.model.module_change import RETRY_SECONDS, ModuleChange
 from tracer.model.state import State
 from tracer.model.vmx import VMX
 from tracer.trace.state_follower import StateFollower
-from tracer.trace.vm_names import VmNames
+from tracer.trace.vm_info import VmInfos
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Host:
             self.make,
             symbols=lambda: Symbols.of((), VMX.module, vendor=VMX),
             module=lambda: self.module,
-            names=VmNames(proc),
+            infos=VmInfos(proc),
             clock=lambda: self.now,
         )
 
@@ -62,6 +62,7 @@ def test_states_have_the_names_of_vms(tmp_path: Path) -> None:
     process = tmp_path / "812"
     process.mkdir()
     (process / "stat").write_text(f"812 (qemu) S {' '.join(map(str, range(30)))}")
+    (process / "comm").write_text("qemu-system-x86\n")
     (process / "cmdline").write_bytes(b"qemu-system-x86_64\0-name\0web-01\0")
     follower = Host().follower(tmp_path)
     follower.start()

@@ -8,17 +8,18 @@ from itertools import chain, repeat
 import pytest
 from filters import allowing, denying
 from state_kernel import REQUEST, Kernel, record
-from states import FS_BASE, SPEC_CTRL, TSC, VMX_LIST, bitmap, rw
+from vcpus import FS_BASE, SPEC_CTRL, TSC, VMX_LIST, bitmap, rw
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.msr_filter import NO_FILTER, READ, WRITE, MsrFilter
+from tracer.model.snapshot import VmInfo
 from tracer.model.state import FILTER, KVM, PASSED, PENDING_ALLOWED, State, Vm
 from tracer.model.svm import SVM
 from tracer.model.vmx import VMX
 from tracer.program.program import NotPermitted
 from tracer.trace import state_reader
 from tracer.trace.state_reader import named
-from tracer.trace.vm_names import VmNames
+from tracer.trace.vm_info import VmInfos
 
 MANY = MsrFilter(
     False, (allowing(0x10, 1), allowing(0x174, 70, [0x175], WRITE), allowing(0xC0000080, 12288, flags=READ))
@@ -290,12 +291,12 @@ def test_vcpus_that_come_and_go_meanwhile(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_vcpu_that_never_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    """6.18: all ones, and a request that no one takes. It is as it is, so it is read twice, not for ever."""
+    """6.18: all ones, and a request that no one takes. It is as it is, so it is not read for ever."""
     never = record(bits=bitmap(VMX), exits=0, requests=REQUEST)
     kernel = Kernel(scripts=[never], missing=("shadow_msr_intercept",))
     host = kernel.reader(monkeypatch).read(steady=True)
     [vcpu] = only(host).vcpus
-    assert (kernel.reads, vcpu.settled, vcpu.ran) == (2, False, False)
+    assert (kernel.reads, vcpu.settled, vcpu.ran) == (6, False, False)
     assert host.verdict(vcpu, FS_BASE).of(READ) == PENDING_ALLOWED
 
 
@@ -352,9 +353,9 @@ def test_everything_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Names(VmNames):
-        def name(self, pid: int) -> str | None:
-            return {100: "web"}.get(pid)
+    class Names(VmInfos):
+        def info(self, pid: int) -> VmInfo | None:
+            return {100: VmInfo("web")}.get(pid)
 
     host = read(monkeypatch, record(0x1000), record(0x2000, kvm=0x8000, tgid=7))
     assert [(vm.pid, vm.name) for vm in named(host, Names()).vms] == [(7, ""), (100, "web")]

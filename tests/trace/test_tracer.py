@@ -16,7 +16,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from made_kernel import DISABLE, ENABLE, HOOK, TSC, Kernel, counts, losses
+from made_kernel import DISABLE, ENABLE, HOOK, TSC, Kernel, counts, losses, names
 
 from tracer.kernel.layout import layout_of
 from tracer.kernel.symbols import Symbols
@@ -258,7 +258,7 @@ class Life(RuleBasedStateMachine):
     def nothing_is_lost_or_counted_twice(self) -> None:
         snapshot = self.kernel.tracer.snapshot()
         assert counts(snapshot) == {pid: n for pid, n in self.calls.items() if n}
-        assert snapshot.vms == {pid: name for pid, name in self.alive.items() if self.calls[pid]}
+        assert names(snapshot) == {pid: name for pid, name in self.alive.items() if self.calls[pid]}
         assert losses(snapshot) == (self.lost,) * 5
         assert snapshot.module_unloads == self.unloads
         assert self.kernel.tracer.attached is (self.traced is not None)

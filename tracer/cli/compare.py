@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -133,7 +133,11 @@ def _of_stored(
         if titles[0] == titles[1]:
             titles = (f"before ({titles[0]})", f"after ({titles[1]})")
     comparison = compare_reports(
-        *fleet.sides, force=force, titles=titles, windows=(_window(base_end, window), _window(new_end, window))
+        *fleet.sides,
+        force=force,
+        titles=titles,
+        windows=(_window(base_end, window), _window(new_end, window)),
+        apart=fleet.apart,
     )
     return replace(comparison, warnings=(*fleet.warnings, *comparison.warnings))
 
@@ -168,8 +172,8 @@ def _checked_ends(times: Sequence[float | None], now: float, window: int) -> tup
 
 
 def _utc(time: float) -> str:
-    return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return f"{datetime.fromtimestamp(time, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _window(end: float, seconds: int) -> Window:
-    return Window(datetime.fromtimestamp(end - seconds, UTC), datetime.fromtimestamp(end, UTC))
+    return Window(datetime.fromtimestamp(end - seconds, timezone.utc), datetime.fromtimestamp(end, timezone.utc))

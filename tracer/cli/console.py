@@ -38,7 +38,8 @@ def is_dumb() -> bool:
 
 def columns() -> int:
     """The width of the terminal; without one, COLUMNS in the environment, or the usual width."""
-    return max(_NARROWEST, shutil.get_terminal_size((COLUMNS, 24)).columns)
+    found = shutil.get_terminal_size((COLUMNS, 24)).columns
+    return max(_NARROWEST, found or COLUMNS)  # Python 3.10 passes on the 0 that a serial console says
 
 
 def version() -> str:

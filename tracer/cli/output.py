@@ -12,7 +12,7 @@ from tracer.cli.console import columns
 from tracer.model.errors import MsrtraceError
 from tracer.model.text import COLUMNS
 from tracer.report.file import check_writable, write
-from tracer.report.formats import DEFAULT, FORMATS, SUFFIXES, format_of
+from tracer.report.formats import DEFAULT, FORMATS, SUFFIXES, format_of, suffix_of
 
 
 def output_options(formats: list[str], note: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -42,9 +42,11 @@ def check_outputs(outputs: tuple[Path, ...], fmt: str | None, formats: Collectio
     for output in outputs:
         if str(output) == "-":
             continue
+        if not output.name:
+            raise click.UsageError(f"-o {output}: that is no name of a file")
         if fmt is None and format_of(output) is None:
             known = ", ".join(SUFFIXES)
-            raise click.UsageError(f"-o {output}: no format has the suffix {output.suffix} ({known}); set --format")
+            raise click.UsageError(f"-o {output}: no format has the suffix {suffix_of(output)} ({known}); set --format")
         check_writable(output)
 
 

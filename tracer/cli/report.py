@@ -20,6 +20,7 @@ from tracer.cli.output import check_outputs, deliver, output_options
 from tracer.cli.session import ready_machine, tracing
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
+from tracer.model.snapshot import VmInfo
 from tracer.report.file import BOM, read
 from tracer.report.formats import OF_REPORTS, write_report
 from tracer.report.state_file import States
@@ -57,7 +58,8 @@ def report(  # noqa: PLR0917 (click passes them by name)
     if duration is not None and not duration <= _LONGEST_SECONDS:  # also if it is NaN
         raise click.UsageError(f"-d {duration:g}: at most {_LONGEST_SECONDS:g} seconds")
     if command and _is_report(Path(command[0])):
-        instead = shlex.join(("msrtrace", "show", *command))
+        what = "compare" if len(command) == 2 and _is_report(Path(command[1])) else "show"
+        instead = shlex.join(("msrtrace", what, *command))
         raise click.UsageError(f"{command[0]} is a report, not a command; did you mean `{instead}`?")
     with _own_failures(_TRACER_FAILED if command else MsrtraceError.status):
         check_outputs(outputs, fmt)
@@ -93,10 +95,10 @@ def report(  # noqa: PLR0917 (click passes them by name)
     sys.exit(recording.status or 0)
 
 
-def _state_at_end(tracer: Tracer, names: Mapping[int, str]) -> tuple[States | None, tuple[str, ...]]:
+def _state_at_end(tracer: Tracer, infos: Mapping[int, VmInfo]) -> tuple[States | None, tuple[str, ...]]:
     """What vCPUs intercept now; None and why, if that cannot be read.
 
-    :param names: of VMs, as the trace has them
+    :param infos: of VMs, as the trace has them
     """
     from tracer.report.state_making import states_of_report
 
@@ -104,7 +106,9 @@ def _state_at_end(tracer: Tracer, names: Mapping[int, str]) -> tuple[States | No
     try:
         found = tracer.state(steady=True)
         if found:
-            named = tuple(replace(vm, name=names.get(vm.pid) or vm.name) for vm in found.vms)
+            named = tuple(
+                replace(vm, name=infos[vm.pid].name or vm.name) if vm.pid in infos else vm for vm in found.vms
+            )
             return states_of_report(replace(found, vms=named)), ()
     except Exception as error:
         problem = str(error)

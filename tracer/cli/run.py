@@ -24,28 +24,19 @@ if TYPE_CHECKING:
 DEFAULT_ADDRESS = "127.0.0.1:9753"
 
 
-class Address(click.ParamType[tuple[str, int]]):
+def host_and_port(text: str) -> tuple[str, int]:
     """HOST:PORT or [IPv6]:PORT; an empty host means every address of the machine, IPv6 and IPv4."""
-
-    name = "address"
-
-    def convert(
-        self, value: str | tuple[str, int], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, int]:
-        """The host and the port."""
-        if isinstance(value, tuple):
-            return value
-        host, colon, port = value.rpartition(":")
-        if not (colon and port.isascii() and port.isdigit() and int(port) < 1 << 16):
-            self.fail(f"{value!r} is not HOST:PORT", param, ctx)
-        return host.strip("[]"), int(port)
+    host, colon, port = text.rpartition(":")
+    if not (colon and port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise click.BadParameter(f"{text!r} is not HOST:PORT")
+    return host.strip("[]"), int(port)
 
 
 @click.command()
 @click.option(
     "--web.listen-address",
     "address",
-    type=Address(),
+    type=host_and_port,
     default=DEFAULT_ADDRESS,
     show_default=True,
     metavar="HOST:PORT",

@@ -14,7 +14,7 @@ from tracer.doctor.examination import MODULE, SYMBOLS, explain_eperm, obstacle
 from tracer.kernel.machine import Machine
 from tracer.model.errors import MsrtraceError
 from tracer.model.module_change import FOLLOW_SECONDS
-from tracer.model.options import Options
+from tracer.model.options import BACKENDS, Options
 
 if TYPE_CHECKING:
     from tracer.kernel.symbols import Symbols
@@ -24,18 +24,20 @@ if TYPE_CHECKING:
 
 #: Checks of doctor on what only probes need.
 _NOT_FOR_STATES = (SYMBOLS, "livepatch", "library", "perf-event-paranoid", "tracefs")
+#: Those of a trace for which none are given.
+OPTIONS = Options()
 
 
-def this_machine() -> Machine:
-    """This machine, and whether the BPF program is already compiled."""
-    from tracer.trace.engine import program_is_compiled
+def this_machine(options: Options = OPTIONS) -> Machine:
+    """This machine, what is already compiled, and how a trace with these options would go about it."""
+    from tracer.trace.engine import compiled_backends, expected_backends
 
-    return Machine.here(compiled=program_is_compiled())
+    return Machine.here(compiled_backends(), lambda machine: expected_backends(machine.symbols, options))
 
 
 def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> Machine:
     """This machine. Raises MsrtraceError, which says what to do, if it cannot be traced with these options."""
-    machine = this_machine()
+    machine = this_machine(options)
     check_pid(options.pid)
     problem = obstacle(machine, ignore=(MODULE, SYMBOLS) if module_may_be_missing else ())
     if problem:
@@ -43,18 +45,36 @@ def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> M
     return machine
 
 
+def _machine_with_states() -> Machine:
+    """This machine. Raises MsrtraceError, which says what to do, if the states of vCPUs cannot be read."""
+    from tracer.trace.state_reader import state_program_is_compiled
+
+    machine = Machine.here(frozenset(BACKENDS) if state_program_is_compiled() else frozenset())
+    if problem := obstacle(machine, ignore=_NOT_FOR_STATES):
+        raise MsrtraceError(problem)
+    return machine
+
+
+@contextmanager
+def state_reader() -> Iterator[StateReader]:
+    """A context with what reads the states of vCPUs. Raises MsrtraceError, which says what to do, if that cannot be."""
+    from tracer.trace.state_reader import StateReader
+
+    machine = _machine_with_states()
+    reader = StateReader(machine.symbols, lambda: explain_eperm(machine))
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
 @contextmanager
 def following_states(pid: int | None = None) -> Iterator[StateFollower]:
-    """A context with what reads the states of vCPUs, or of those of a process.
-
-    Raises MsrtraceError, which says what to do, if that cannot be.
-    """
+    """As `state_reader`, of vCPUs with the names of their VMs, across reloads; with `pid` of those of a process."""
     from tracer.trace import state_reader
     from tracer.trace.state_follower import StateFollower
 
-    machine = Machine.here(compiled=state_reader.state_program_is_compiled())
-    if problem := obstacle(machine, ignore=_NOT_FOR_STATES):
-        raise MsrtraceError(problem)
+    machine = _machine_with_states()
     follower = StateFollower(lambda symbols: state_reader.StateReader(symbols, lambda: explain_eperm(machine), pid))
     follower.start(machine.symbols)
     try:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def state(  # noqa: PLR0917 (click passes them by name)
 
     with following_states(pid) as follower:
         found = follower.read()
-    taken = datetime.now(UTC)
+    taken = datetime.now(timezone.utc)
     wanted = _chosen(found, names, pid)
     made = make_state(wanted, HostInfo.here(found.vendor.module), taken=taken, version=version(), also=msrs)
     deliver(partial(write_state, made, shown), fmt, outputs)

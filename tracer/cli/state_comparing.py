@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import click
@@ -62,7 +62,7 @@ def _of_vms(given: tuple[str, str], shown: Shown) -> tuple[Side, Side]:
     with following_states() as follower:
         found = follower.read()
     made = make_state(
-        found, HostInfo.here(found.vendor.module), taken=datetime.now(UTC), version=version(), also=shown.only
+        found, HostInfo.here(found.vendor.module), taken=datetime.now(timezone.utc), version=version(), also=shown.only
     )
     one, other = (_vm(made, text) for text in given)
     titles = [one.name or one.title, other.name or other.title]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ def watch(names: tuple[str, ...], pid: int | None, shown: Shown, interval: float
     with EndSignals() as signals, following_states(pid) as follower:
         watched = _Watched(follower, names, pid, shown)
         host = HostInfo.here(watched.state.vendor.module)
-        made = make_state(watched.state, host, taken=datetime.now(UTC), version=version(), also=shown.only)
+        made = make_state(watched.state, host, taken=datetime.now(timezone.utc), version=version(), also=shown.only)
         click.echo(write_state(made, shown, DEFAULT, columns()))
         for name in names:
             if all(vm.name != name for vm in watched.state.vms):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracer.cli.console import is_dumb, warn
+from tracer.cli.console import columns, is_dumb, warn
 from tracer.cli.options import tracing_options
 from tracer.cli.session import ready_machine, tracing
 from tracer.model.module_change import FOLLOW_SECONDS
@@ -141,7 +140,7 @@ def _print(sampler: Sampler, signals: Signals, view: View, delay: float, iterati
 
     for wait in _ticks(sampler, signals, delay, iterations):
         if wait is None:
-            terminal = look(shutil.get_terminal_size().columns, None, environment(), sys.stdout.encoding)
+            terminal = look(columns(), None, environment(), sys.stdout.encoding)
             click.echo("\n".join([*lines(sampler.sample, view, terminal, host()), ""]))
             sys.stdout.flush()
         else:

@@ -58,7 +58,8 @@ def explain_eperm(machine: Machine) -> str:
     with suppress(OSError):
         if lockdown := rights.explain_lockdown(machine):
             return f"the kernel refused: {lockdown}"
-    checks = {check.name: check for check in _checked(replace(machine), ("btf", "bcc"))}
+    by_kprobes = replace(machine, expected=lambda _: ("kprobe",))  # what is tried last, if another was expected
+    checks = {check.name: check for check in _checked(by_kprobes, ("btf", "bcc"))}
     for check in (checks["capabilities"], checks["perf-event-paranoid"]):
         if check.state in (State.FAILED, State.WARNING):
             return f"the kernel refused: {check.detail}: {check.fix}"

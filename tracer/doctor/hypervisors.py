@@ -21,6 +21,8 @@ _BY_DMI = {
     "innotek": "on its host, with the VM off: VBoxManage modifyvm NAME --nested-hw-virt on",
     "VirtualBox": "on its host, with the VM off: VBoxManage modifyvm NAME --nested-hw-virt on",
     "Xen": "give the VM nestedhvm=1 in its configuration",
+    "Parallels": "on its host, with the VM off: prlctl set NAME --nested-virt on",
+    "BHYVE": "run msrtrace on another host: bhyve has no nested virtualization",
     "Google": "enable nested virtualization for the VM (enableNestedVirtualization)",
     "Amazon EC2": "take an instance type that is bare metal (*.metal), or one that supports nested virtualization",
 }

@@ -56,6 +56,10 @@ def _same_major(kernel: re.Match[str], version_id: str) -> bool:
     return not re.match(r"\d\d|[789]\.", version_id) or kernel["of"] == version_id.partition(".")[0]
 
 
+def _of_amazon_2(kernel: re.Match[str], version_id: str) -> bool:
+    return version_id == "2"
+
+
 def _of_debian(kernel: re.Match[str], version_id: str) -> bool:
     """Debian 12 and older name no release in their kernels, but each has one series (`6.1.0-N`); sid has no VERSION_ID.
 
@@ -163,7 +167,10 @@ _ELREPO = (
     Kernels(rf"(?P<series>6\.(?:6|12|18))\.\d{_OF_ELREPO}", "kernel-ml-devel-{release}" + _ELREPO_OPTION, _same_major),
 )
 #: Of Amazon Linux 2023, kernels newer than 6.1 have packages of other names.
-_AMAZON = Kernels(rf"(?P<series>6\.1)\.\d+-{_NUMBER}\.amzn(?P<of>2023)\.x86_64", "kernel-devel-{release}", _same_major)
+_AMAZON = (
+    Kernels(rf"(?P<series>6\.1)\.\d+-{_NUMBER}\.amzn(?P<of>2023)\.x86_64", "kernel-devel-{release}", _same_major),
+    Kernels(rf"(?P<series>5\.1[05])\.\d+-{_NUMBER}\.amzn(?P<of>2)\.x86_64", "kernel-devel-{release}", _of_amazon_2),
+)
 
 _PACKAGE_RELEASE = r"\d+(?:\.\d+)?"
 _ARCH = (
@@ -177,7 +184,11 @@ _CACHYOS = Kernels(
     r"(?P<flavour>cachyos(?:-(?:bmq|bore|deckify|eevdf|hardened|lts|rc|rt-bore|server))?(?:-(?:gcc|lto))?)",
     "linux-{flavour}-headers",
 )
-_MANJARO = Kernels(rf"{_VERSION}-{_PACKAGE_RELEASE}-MANJARO", "linux{joined}-headers")
+#: The number of the real-time patch stands before that of the package, or behind it.
+_MANJARO = (
+    Kernels(rf"{_VERSION}(?:-rc\d+)?-{_PACKAGE_RELEASE}-MANJARO", "linux{joined}-headers"),
+    Kernels(rf"{_VERSION}(?:-rt\d+-{_PACKAGE_RELEASE}|-{_PACKAGE_RELEASE}-rt\d+)-MANJARO", "linux{joined}-rt-headers"),
+)
 
 _SUSE_FLAVOUR = r"-(?P<flavour>default|azure|rt|preempt|longterm|kvmsmall|debug|vanilla)"
 #: The package provides the release of its source, which is the kernel's; its own has the number of its build, too.
@@ -201,10 +212,10 @@ KERNELS: dict[str, Sequence[Kernels]] = {
     "rhel": (_RHEL, _RHEL_RT, *_ELREPO),
     "ol": (_RHEL, _UEK, *_ELREPO),
     "rhcos": (Kernels(_RHEL.pattern, _RHEL.package),),
-    "amzn": (_AMAZON,),
+    "amzn": _AMAZON,
     "arch": _ARCH,
     "cachyos": (_CACHYOS, *_ARCH),
-    "manjaro": (_MANJARO,),
+    "manjaro": _MANJARO,
     "suse": (_SUSE,),
     "opensuse-tumbleweed": (_TUMBLEWEED,),
     "opensuse-slowroll": (_TUMBLEWEED,),
@@ -221,6 +232,20 @@ def headers_package(ids: Sequence[str], version_id: str, release: str) -> str:
     # Only a distribution's own VERSION_ID says which of its releases it is: Mint 22 is not Ubuntu 22.
     version = version_id if ids and (ids[0] in KERNELS or "rhel" in ids or "suse" in ids) else ""
     return next((found for kernels in known if (found := kernels.headers(release, version))), "")
+
+
+def restricts_perf_events(release: str) -> bool | None:
+    """Whether perf_event_open() of the kernel asks for CAP_SYS_ADMIN where perf_event_paranoid is above 2.
+
+    Debian's kernels do (features/all/security-perf-allow-further-restriction-of-perf_event_open.patch); Ubuntu's, and
+    Proxmox' made from them, from 3 or from 4 on; linux-hardened has the patch, too. None where it may be so.
+    """
+    if _DEBIAN.match(release) or _KALI.match(release):
+        return True
+    doubtful = (*KERNELS["ubuntu"], *KERNELS["pop"], *_PVE)
+    if any(kernels.match(release) for kernels in doubtful) or "hardened" in release:
+        return None
+    return False if is_of_a_distribution(release) else None
 
 
 def is_of_a_distribution(release: str) -> bool:

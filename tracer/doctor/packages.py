@@ -62,19 +62,24 @@ def install_bcc(machine: Machine) -> str:
     """The command that installs BCC for the system's Python, or ""."""
     release = os_release(machine)
     family = _FAMILIES.get(distribution(machine))
-    return _installer(machine, release).format(family.bcc) if family and not _is_rhcos(release) else ""
+    return _installer(machine, release).format(family.bcc) if family and _takes_packages(release) else ""
 
 
 def install_library(machine: Machine) -> str:
     """The command that installs BCC's library alone, or ""."""
     release = os_release(machine)
     family = _FAMILIES.get(distribution(machine))
-    return _installer(machine, release).format(family.library) if family and not _is_rhcos(release) else ""
+    return _installer(machine, release).format(family.library) if family and _takes_packages(release) else ""
 
 
 def _ids(release: dict[str, str]) -> list[str]:
     ids = f"{release.get('ID', '')} {release.get('ID_LIKE', '')}".split()
     return [*ids, *(["suse"] if any(name.startswith("opensuse") for name in ids) else [])]
+
+
+def _takes_packages(release: dict[str, str]) -> bool:
+    """Whether it takes any package: images of which the distribution's package manager changes nothing do not."""
+    return not _is_rhcos(release) and release.get("ID") not in ("steamos", "endless")
 
 
 def _is_rhcos(release: dict[str, str]) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 from tracer.doctor.check import Found, State
-from tracer.doctor.packages import distribution
+from tracer.doctor.kernels import restricts_perf_events
 from tracer.kernel.machine import SYS_ADMIN, Machine, search
 
 LOCKDOWN = "/sys/kernel/security/lockdown"
@@ -62,16 +62,31 @@ def check_capabilities(machine: Machine) -> Found:
     if machine.text("/proc/self/uid_map", "0 0 4294967295").split() != ["0", "0", "4294967295"]:
         detail = "root only in a user namespace (a rootless container), which may not trace"
         return State.FAILED, detail, "as root of the host: sudo msrtrace run"
-    return State.OK, "CAP_SYS_ADMIN" if machine.capable(SYS_ADMIN) else "CAP_BPF and CAP_PERFMON", None
+    if machine.capable(SYS_ADMIN):
+        return State.OK, "CAP_SYS_ADMIN", None
+    if machine.backends == ("fentry",) and machine.fentry_takes_sys_admin:
+        detail = "CAP_BPF and CAP_PERFMON, but fentry on a module's functions takes CAP_SYS_ADMIN"
+        return State.FAILED, detail, "grant that, too, or use --backend kprobe"
+    return State.OK, "CAP_BPF and CAP_PERFMON", None
 
 
 def check_perf_event_paranoid(machine: Machine) -> Found:
-    """Upstream requires only CAP_PERFMON; Debian and Ubuntu patch kernel/events/core.c (perf_paranoid_any)."""
+    """Upstream requires only CAP_PERFMON; Debian and others patch kernel/events/core.c (perf_paranoid_any).
+
+    That is of kprobes: programs at fentry, which without CAP_SYS_ADMIN are for what is built in, take no perf events.
+    """
     level = int(machine.text("/proc/sys/kernel/perf_event_paranoid"))
     if level <= 2 or machine.missing or machine.capable(SYS_ADMIN):
         return State.OK, f"{level}, which does not affect root", None
-    state = State.FAILED if distribution(machine) == "debian" else State.WARNING
-    detail = f"perf_event_paranoid is {level}: above 2, Debian's and Ubuntu's kernels require CAP_SYS_ADMIN, too"
+    restricts = restricts_perf_events(machine.release)
+    if restricts is False:
+        return State.OK, f"{level}, which is as 2 for kernel {machine.release}", None
+    if machine.backends[:1] == ("fentry",):
+        return State.OK, f"{level}, which does not affect the backend fentry", None
+    detail = f"perf_event_paranoid is {level}: above 2, "
+    detail += "Debian's kernels require" if restricts else f"kernel {machine.release} may require"
+    detail += " CAP_SYS_ADMIN for kprobes, too"
+    state = State.FAILED if restricts and machine.backends else State.WARNING
     return state, detail, "sudo sysctl -w kernel.perf_event_paranoid=2"
 
 

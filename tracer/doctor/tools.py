@@ -19,16 +19,15 @@ from tracer.kernel.headers import (
     kernel_carries_headers,
 )
 from tracer.kernel.machine import Machine, search
+from tracer.model.options import BACKENDS
 
-_COMPILED = "the BPF program is already compiled"
-_WHY = "this msrtrace came without the compiled BPF program"
 #: What attaches: tracer/program/bcc_library.py.
 _LIBRARIES = ("libbcc_bpf.so.0", "libbcc.so.0")
 
 _MOUNTS = "-v /lib/modules:/lib/modules:ro -v /usr/src:/usr/src:ro"
 
 #: The oldest Python that msrtrace runs in (pyproject.toml).
-_PYTHON = (3, 11)
+OLDEST_PYTHON = (3, 10)
 _SHIPPED = "install a wheel of msrtrace that has the compiled BPF program (make wheel): it needs BCC's library alone"
 
 
@@ -45,10 +44,28 @@ def check_library(machine: Machine) -> Found:
     return State.FAILED, f"BCC's library, which attaches probes, is missing ({' and '.join(_LIBRARIES)})", install
 
 
+def _compiled(machine: Machine) -> str:
+    """That nothing needs to be compiled, as a backend that would be tried already is; "" if none is."""
+    compiled = " and ".join(sorted(machine.compiled))
+    others = sorted({*BACKENDS} - machine.compiled)
+    if not others:  # which backend would be tried need not be asked, which takes time
+        return f"not needed: the BPF program is already compiled, for {compiled}"
+    if not machine.compiled.intersection(machine.backends or BACKENDS):
+        return ""
+    return f"not needed: the BPF program is already compiled for {compiled} (not for {' and '.join(others)})"
+
+
+def _why(machine: Machine) -> str:
+    """Why the BPF program must be compiled."""
+    if machine.compiled:
+        return f"the BPF program is compiled only for {' and '.join(sorted(machine.compiled))}, which is not used here"
+    return "this msrtrace came without the compiled BPF program"
+
+
 def check_headers(machine: Machine) -> Found:
     """Those of the running kernel, which BCC finds itself, or of any other kernel."""
-    if machine.compiled:
-        return State.OK, f"not needed: {_COMPILED}", None
+    if done := _compiled(machine):
+        return State.OK, done, None
     root, override = machine.root, machine.environ.get("BCC_KERNEL_SOURCE")
     tree, missing = headers_of_running_kernel(root, machine.release, override)
     if not missing:
@@ -59,7 +76,9 @@ def check_headers(machine: Machine) -> Found:
         return State.FAILED, f"BCC_KERNEL_SOURCE is set, but there is no {missing[0]}", "unset BCC_KERNEL_SOURCE"
     if others := headers_of_any_kernel(root):
         return State.OK, f"{others[-1]}: those of another kernel, which will do", None
-    return _no_headers(machine, f"no kernel headers, which BCC needs to compile ({_WHY}): {missing[0]} does not exist")
+    return _no_headers(
+        machine, f"no kernel headers, which BCC needs to compile ({_why(machine)}): {missing[0]} does not exist"
+    )
 
 
 def _no_headers(machine: Machine, detail: str) -> Found:
@@ -87,8 +106,8 @@ def _other_headers(machine: Machine, contained: bool) -> str:
 
 def check_bcc(machine: Machine) -> Found:
     """BCC's Python module, which compiles, for the running Python."""
-    if machine.compiled:
-        return State.OK, f"not needed: {_COMPILED}", None
+    if done := _compiled(machine):
+        return State.OK, done, None
     install = install_bcc(machine) or "install BCC's Python module with the system's package manager"
     spec = PathFinder.find_spec("bcc", list(machine.python_path))
     if spec is None or spec.origin is None:
@@ -108,10 +127,11 @@ def _no_bcc(machine: Machine, install: str) -> Found:
     """Why the running Python does not find BCC: for the system's Python it may be installed."""
     found = _bcc_of_the_system(machine)
     if old := _too_old(machine, found):
-        detail = f"BCC's package is for Python {old}, and msrtrace needs {'.'.join(map(str, _PYTHON))} ({_WHY})"
+        needed = ".".join(map(str, OLDEST_PYTHON))
+        detail = f"BCC's package is for Python {old}, and msrtrace needs {needed} ({_why(machine)})"
         return State.FAILED, detail, _SHIPPED
     if found is None:
-        return State.FAILED, f"BCC is not installed ({_WHY}; PyPI's bcc is an unrelated package)", install
+        return State.FAILED, f"BCC is not installed ({_why(machine)}; PyPI's bcc is an unrelated package)", install
     detail = f"BCC is installed for /usr/bin/python3, but {machine.python} does not find it"
     venv = f"/usr/bin/python3 -m venv --clear --system-site-packages {machine.venv or 'msrtrace-venv'}"
     return State.FAILED, detail, f"{venv}, then install msrtrace there"
@@ -134,4 +154,4 @@ def _too_old(machine: Machine, bcc: Path | None) -> str:
         except OSError:  # no link
             return ""
     version = search(r"^(?:platform-)?python(3\.\d+)$", name)
-    return version if version and tuple(map(int, version.split("."))) < _PYTHON else ""
+    return version if version and tuple(map(int, version.split("."))) < OLDEST_PYTHON else ""

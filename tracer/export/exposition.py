@@ -10,47 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 
-from prometheus_client import generate_latest
 from prometheus_client.core import Metric
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
-
-from tracer.export.negotiation import media_type
 
 _number: Callable[[float], str] = floatToGoString
 #: The text format's types in place of those that only OpenMetrics has, and its suffixes of family names.
 _TEXT_TYPES, _TEXT_SUFFIXES = {"info": "gauge", "unknown": "untyped"}, {"counter": "_total", "info": "_info"}
-#: The escaping schemes that do not change a name of letters, digits and underscores.
-_NAMES_AS_THEY_ARE = ("underscores", "allow-utf-8")
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Formats a registry as text by `function` with `options`. Equal encoders make equal bytes."""
-
-    function: Callable[..., bytes]
-    options: tuple[tuple[str, object], ...] = ()
-
-    def __call__(self, registry: Collector) -> bytes:
-        """The text of the registry, in UTF-8."""
-        return self.function(registry, **dict(self.options))
-
-
-def encoder(accept: str | None) -> tuple[Encoder, str]:
-    """The encoder for an Accept header, and its content type."""
-    theirs, content_type = choose_encoder(media_type(accept or ""))
-    function, options = getattr(theirs, "func", theirs), getattr(theirs, "keywords", {})
-    if options.get("escaping", _NAMES_AS_THEY_ARE[0]) in _NAMES_AS_THEY_ARE:
-        if function is openmetrics.generate_latest:
-            return Encoder(exposed, (("as_openmetrics", True),)), content_type
-        if function is generate_latest:
-            return Encoder(exposed), content_type
-    return Encoder(function, tuple(sorted(options.items()))), content_type
 
 
 class Labels(dict[str, str]):

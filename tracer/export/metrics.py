@@ -24,6 +24,7 @@ from prometheus_client.samples import Sample
 from tracer.export.exposition import Known, LabelSets
 from tracer.export.state_metrics import state_families
 from tracer.model import msr
+from tracer.model.cause import RECALC, VCPU_CREATE
 from tracer.model.snapshot import DURATION_BOUNDS, Durations, Snapshot
 from tracer.model.state import State
 
@@ -63,10 +64,12 @@ class SnapshotCollector(Collector):
         if snapshot:
             sets = LabelSets(self._known)
             yield from self._info(snapshot)
+            yield from _vm_info(snapshot)
             for all_vms in (False, True) if snapshot.by_vm else (False,):
                 yield from _calls(snapshot, sets, all_vms)
                 yield from _updates(snapshot, sets, all_vms)
             yield from _recalculations(snapshot, sets)
+            yield from _creations(snapshot)
             if state:
                 yield from state_families(state, sets, by_vm=snapshot.by_vm)
             self._known = sets.now
@@ -120,10 +123,19 @@ class UnattachedCollector(Collector):
         yield _attached((function, False) for function in self._functions)
 
 
+def _vm_info(snapshot: Snapshot) -> Iterator[Metric]:
+    """With --by-vm, what VMs are called, to join with what others know of them."""
+    if snapshot.by_vm:
+        info = InfoMetricFamily("msrtrace_vm", "A VM that runs: its name, its UUID if its VMM was given one, its VMM.")
+        for pid, vm in sorted(snapshot.vms.items()):
+            info.add_metric([], {"vm": vm.name, "pid": str(pid), "uuid": vm.uuid, "vmm": vm.vmm})
+        yield info
+
+
 def _vms(snapshot: Snapshot, all_vms: bool) -> Mapping[int, tuple[str, ...]]:
     """The values of the VM labels, if any, by pid; VMs that are gone have no series."""
     if snapshot.by_vm and not all_vms:
-        return {pid: (name, str(pid)) for pid, name in snapshot.vms.items()}
+        return {pid: (vm.name, str(pid)) for pid, vm in snapshot.vms.items()}
     return dict.fromkeys(snapshot.pids, ())
 
 
@@ -182,42 +194,60 @@ def _updates(snapshot: Snapshot, sets: LabelSets, all_vms: bool) -> Iterator[Met
         updates = {vms[pid]: durations for pid, durations in sorted(snapshot.updates.items()) if pid in vms}
     else:
         updates = {(): sum(snapshot.updates.values(), Durations())}
-    yield from _timed(total, duration, updates, sets)
+    _add_times(duration, updates, sets, total)
+    yield total
+    yield duration
 
 
 def _recalculations(snapshot: Snapshot, sets: LabelSets) -> Iterator[Metric]:
-    """Recalculations for other reasons than a filter, and their durations, of the host; none where not observable."""
+    """Recalculations for other reasons than a filter, and their durations, of the host; none where not observable.
+
+    Where creations of vCPUs cannot be followed, theirs have the same cause as all others.
+    """
     if not snapshot.recalcs_observable:
         return
     total = CounterMetricFamily(
         "msrtrace_recalculations",
         "Recalculations of a vCPU's bitmap for another reason than a changed MSR filter.",
-        labels=(),
+        labels=["cause"],
     )
+    whole = sum(snapshot.recalcs.values(), Durations())
+    of_creations = snapshot.creation_recalcs if snapshot.creations_observable else 0
+    if snapshot.creations_observable:
+        total.add_metric([VCPU_CREATE], of_creations)
+    total.add_metric([RECALC], whole.count - of_creations)
+    yield total
     duration = HistogramMetricFamily(
         "msrtrace_recalculation_duration_seconds",
         "Time that a vCPU took to recalculate its bitmap for another reason than a changed MSR filter, including the "
         "probes.",
         labels=(),
     )
-    yield from _timed(total, duration, {(): sum(snapshot.recalcs.values(), Durations())}, sets)
+    _add_times(duration, {(): whole}, sets)
+    yield duration
 
 
-def _timed(
-    total: Metric, duration: Metric, updates: Mapping[tuple[str, ...], Durations], sets: LabelSets
-) -> tuple[Metric, Metric]:
-    """Add samples to a counter and a histogram: the durations of updates by the values of their VM labels."""
+def _creations(snapshot: Snapshot) -> Iterator[Metric]:
+    """vCPUs created on the host; none where that cannot be followed."""
+    if snapshot.creations_observable:
+        yield CounterMetricFamily("msrtrace_vcpus_created", "vCPUs created.", value=snapshot.vcpus_created)
+
+
+def _add_times(
+    duration: Metric, updates: Mapping[tuple[str, ...], Durations], sets: LabelSets, total: Metric | None = None
+) -> None:
+    """Add samples to a histogram, and maybe a counter: the durations of updates by the values of their VM labels."""
     bucket_name = f"{duration.name}_bucket"
     for vm, durations in updates.items():
         names = _VM_LABELS[: len(vm)]
         labels, bucket_names = sets.of(names, vm), (*names, "le")
-        total.samples.append(Sample(f"{total.name}_total", labels, durations.count))
+        if total:
+            total.samples.append(Sample(f"{total.name}_total", labels, durations.count))
         counts = list(accumulate(durations.buckets))
         for bound, count in zip(_BOUNDS, counts, strict=True):
             duration.samples.append(Sample(bucket_name, sets.of(bucket_names, (*vm, bound)), count))
         duration.samples.append(Sample(f"{duration.name}_count", labels, counts[-1]))
         duration.samples.append(Sample(f"{duration.name}_sum", labels, durations.seconds))
-    return total, duration
 
 
 def _attached(probes: Iterable[tuple[str, bool]]) -> Metric:

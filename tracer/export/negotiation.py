@@ -16,10 +16,14 @@ _TYPE = re.compile(rf"\s*({_TOKEN})/({_TOKEN})\s*(?=;|$)")
 _CODING = re.compile(rf"\s*({_TOKEN})\s*(?=;|$)")
 _PARAMETER = re.compile(rf";\s*({_TOKEN})\s*=\s*({_TOKEN}|{_QUOTED})\s*(?=;|$)")
 _WEIGHT = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
-_VERSION = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){0,3}")
+_VERSION = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}){0,2}")
 
+#: The version, of either format, that is made besides 0.0.4 of the text format.
+_MADE = (1, 0, 0)
 _TEXT, _OPENMETRICS = ("text", "plain"), ("application", "openmetrics-text")
-_ESCAPINGS = ("allow-utf-8", "underscores", "dots", "values")
+#: The escaping schemes that do not change a name of letters, digits and underscores. `dots` would double the
+#: underscores, so that no rule or panel found a metric; who asks for that gets names as they are, and is told so.
+_ESCAPINGS = ("underscores", "allow-utf-8", "values")
 _LONGEST = 4096  # characters of a header that are read
 
 
@@ -33,30 +37,36 @@ class _Element:
 
     @property
     def version(self) -> tuple[int, ...] | None:
-        """The version of the format; None if there is none that can be read."""
+        """The version of the format, of three numbers; None if there is none that can be read."""
         text = self.parameters.get("version", "")
-        return tuple(int(part) for part in text.split(".")) if _VERSION.fullmatch(text) else None
+        if not _VERSION.fullmatch(text):
+            return None
+        numbers = [int(part) for part in text.split(".")]
+        return tuple(numbers + [0] * (3 - len(numbers)))
 
     @property
     def offer(self) -> str | None:
-        """The media type, with its parameters, that it names; None if that is no other than the default."""
-        version = self.version
-        if version is not None and version >= (1, 0, 0):
-            text = ".".join(map(str, version))
-        elif self.name == _OPENMETRICS and "version" not in self.parameters:
-            text = ""  # a version of our choice, and no escaping
-        else:
-            return None
+        """The content type that it names; None if that is no other than the default."""
         if self.name not in (_TEXT, _OPENMETRICS):
             return None
-        escaping = self.parameters.get("escaping", "")
-        found = [f"version={text}"] if text else []
-        found += [f"escaping={escaping}"] if text and escaping in _ESCAPINGS else []
-        return ";".join(["/".join(self.name), *found])
+        if self.version == _MADE:
+            escaping = self.parameters.get("escaping")
+            return f"{_content(self.name, '1.0.0')}; escaping={escaping if escaping in _ESCAPINGS else _ESCAPINGS[0]}"
+        if self.name == _OPENMETRICS and "version" not in self.parameters:
+            return OPENMETRICS
+        return None
 
 
-def media_type(accept: str) -> str:
-    """The media type to answer an Accept header with, as text that prometheus_client's `choose_encoder` understands.
+def _content(name: tuple[str, ...], version: str) -> str:
+    return f"{'/'.join(name)}; version={version}; charset=utf-8"
+
+
+#: What is served to who names no version; escaping schemes came with version 1.0.0.
+TEXT, OPENMETRICS = _content(_TEXT, "0.0.4"), _content(_OPENMETRICS, "1.0.0")
+
+
+def content_type(accept: str) -> str:
+    """The content type to answer an Accept header with: TEXT or OPENMETRICS, or either with an escaping scheme.
 
     That with the highest weight; among equals the first that is not the default, version 0.0.4 of the text format.
     Where nothing is acceptable, the header is disregarded, which RFC 9110 allows: the default, or OpenMetrics if that
@@ -65,11 +75,16 @@ def media_type(accept: str) -> str:
     elements = list(_elements(accept, _TYPE))
     offers = [(element.weight, element.offer) for element in elements if element.offer]
     text, openmetrics = _weight_of_text(elements), _weight_of(_OPENMETRICS, elements)
-    offers += [(text or 0, "text/plain"), (openmetrics or 0, "/".join(_OPENMETRICS))]
+    offers += [(text or 0, TEXT), (openmetrics or 0, OPENMETRICS)]
     weight, best = max(offers, key=lambda offer: offer[0])  # the first of the highest
     if not weight:
-        return "/".join(_OPENMETRICS) if text == 0 and openmetrics is None else "text/plain"
+        return OPENMETRICS if text == 0 and openmetrics is None else TEXT
     return best
+
+
+def is_openmetrics(content_type: str) -> bool:
+    """Whether a content type is OpenMetrics rather than the text format."""
+    return content_type.startswith("/".join(_OPENMETRICS))
 
 
 def gzip_accepted(accept_encoding: str) -> bool:

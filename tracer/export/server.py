@@ -22,8 +22,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from prometheus_client.registry import Collector
 
-from tracer.export.exposition import Encoder, Families, Selection, encoder
-from tracer.export.negotiation import gzip_accepted
+from tracer.export.exposition import Families, Selection, exposed
+from tracer.export.negotiation import content_type, gzip_accepted, is_openmetrics
 from tracer.export.security import Security, Setup, of_files
 from tracer.model.errors import MsrtraceError
 
@@ -50,14 +50,15 @@ _PAGE = """<!DOCTYPE html>
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a request asks for, which determines its text: the encoder, and the names of metrics (None: all)."""
+    """What a request asks for, which determines its text: the format, and the names of metrics (None: all)."""
 
-    encode: Encoder
+    as_openmetrics: bool
     names: frozenset[str] | None
 
     def of(self, registry: Collector) -> bytes:
         """The text of the registry, or of the named part."""
-        return self.encode(registry if self.names is None else Selection(registry, self.names))
+        part = registry if self.names is None else Selection(registry, self.names)
+        return exposed(part, self.as_openmetrics)
 
 
 class Server(ThreadingHTTPServer):
@@ -250,7 +251,7 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report an error, unless a client disconnected or has no certificate."""
-        error = sys.exception()
+        error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             self._on_error(f"a scrape failed: {type(error).__name__}: {error}")
 
@@ -306,14 +307,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(HTTPStatus.NOT_FOUND, "There is nothing here; the metrics are at /metrics.\n")
 
     def _metrics(self, query: str) -> None:
-        encode, content_type = encoder(self._all("Accept"))
+        kind = content_type(self._all("Accept"))
         names = parse_qs(query).get("name[]")
-        text = self.server.text(Wanted(encode, frozenset(names) if names else None))
+        text = self.server.text(Wanted(is_openmetrics(kind), frozenset(names) if names else None))
         if gzip_accepted(self._all("Accept-Encoding")):
             text = gzip.compress(text, compresslevel=1)  # the default, 9, takes six times as long
-            self.answer(HTTPStatus.OK, text, content_type, Content_Encoding="gzip")
+            self.answer(HTTPStatus.OK, text, kind, Content_Encoding="gzip")
         else:
-            self.answer(HTTPStatus.OK, text, content_type)
+            self.answer(HTTPStatus.OK, text, kind)
 
     def _all(self, name: str) -> str:
         """The elements of all headers of this name."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 import ssl
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from tracer.export.passwords import Passwords, is_hash
 from tracer.export.security import Setup
 from tracer.model.errors import MsrtraceError
+from tracer.model.yaml_config import InvalidConfigError, Section, missing, parse, read_file
 
 _VERSIONS = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
 _CLIENT_AUTH = {
@@ -24,12 +25,19 @@ _CLIENT_AUTH = {
     "VerifyClientCertIfGiven": ssl.CERT_OPTIONAL,
     "RequireAndVerifyClientCert": ssl.CERT_REQUIRED,
 }
-_KEYS = frozenset(("tls_server_config", "http_server_config", "basic_auth_users"))
-_TLS_KEYS = frozenset((
-    "cert_file", "key_file", "client_ca_file", "client_auth_type", "min_version", "max_version",
-    "prefer_server_cipher_suites",
-))  # fmt: skip
-_TLS_UNSUPPORTED = frozenset(("cert", "key", "client_ca", "cipher_suites", "curve_preferences", "client_allowed_sans"))
+_KEYS = ("tls_server_config", "http_server_config", "basic_auth_users")
+_FILES = ("cert_file", "key_file", "client_ca_file")
+_TLS_KEYS = (*_FILES, "client_auth_type", "min_version", "max_version", "prefer_server_cipher_suites")
+#: What the toolkit knows and msrtrace does not, and what to do instead.
+_UNSUPPORTED = {
+    "rate_limit": "use a proxy that has one",
+    "tls_server_config.cert": "use cert_file",
+    "tls_server_config.key": "use key_file",
+    "tls_server_config.client_ca": "use client_ca_file",
+    "tls_server_config.client_allowed_sans": "use a CA of its own for those who may scrape",
+    "tls_server_config.cipher_suites": "set min_version; the suites are those of OpenSSL",
+    "tls_server_config.curve_preferences": "the curves are those of OpenSSL",
+}
 #: The headers that the toolkit allows, and what their values may be.
 _HEADERS = {
     "strict-transport-security": r"[\x20-\x7e]+",
@@ -38,11 +46,6 @@ _HEADERS = {
     "x-frame-options": r"(?i:deny|sameorigin)",
     "x-xss-protection": r"[\x20-\x7e]+",
 }
-_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
-
-
-class _InvalidError(Exception):
-    """What is wrong with the file, in words."""
 
 
 class WebConfig:
@@ -56,11 +59,11 @@ class WebConfig:
         self._path, self._on_error = Path(path), on_error
         self._passwords = Passwords()
         self._lock = threading.Lock()
-        self._text, self._files = b"", tuple[tuple[Path, bytes], ...]()
+        self._content, self._files = b"", tuple[tuple[Path, bytes], ...]()
         self._complaint = ""
         try:
             self._setup = self._read()
-        except _InvalidError as error:
+        except InvalidConfigError as error:
             raise MsrtraceError(f"--web.config.file {path}: {error}") from None
         self._tls = self._setup.context is not None
 
@@ -71,129 +74,54 @@ class WebConfig:
                 if self._changed():
                     setup = self._read()
                     if (setup.context is not None) != self._tls:
-                        raise _InvalidError("TLS is switched on or off by a restart only")
+                        raise InvalidConfigError("TLS is switched on or off by a restart only")
                     self._setup = setup
                 self._complaint = ""
-            except _InvalidError as error:
-                self._text = b"\0"  # no valid file: it is read again for the next connection
+            except InvalidConfigError as error:
+                self._content = b"\0"  # no valid file: it is read again for the next connection
                 if str(error) != self._complaint:
                     self._on_error(f"{self._path}: {error}; the configuration before it stays in force")
                 self._complaint = str(error)
             return self._setup
 
     def _changed(self) -> bool:
-        return _content(self._path) != self._text or any(_content(file) != content for file, content in self._files)
+        return read_file(self._path) != self._content or any(
+            read_file(file) != content for file, content in self._files
+        )
 
     def _read(self) -> Setup:
-        """Read all files. Raises _InvalidError."""
-        text = _content(self._path)
-        top = _mapping(_parsed(text), "", _KEYS, frozenset({"rate_limit"}))
-        tls = _mapping(top.get("tls_server_config"), "tls_server_config", _TLS_KEYS, _TLS_UNSUPPORTED)
-        http = _mapping(top.get("http_server_config"), "http_server_config", {"headers", "http2"})
-        _boolean(http, "http2", "http_server_config")  # HTTP/2 is an offer that a server need not make
-        names = [name for name in ("cert_file", "key_file", "client_ca_file") if _string(tls, name)]
-        paths = {name: self._path.parent / _string(tls, name) for name in names}
-        files = tuple((file, _content(file)) for file in paths.values())
-        users = _users(top.get("basic_auth_users"))
-        admits = self._passwords.checker(users) if users else Setup().admits
-        setup = Setup(_context(tls, paths) if tls else None, _headers(http.get("headers")), admits)
-        self._text, self._files = text, files
+        """Read all files. Raises InvalidConfigError."""
+        content = read_file(self._path)
+        top = parse(content, self._path.parent)
+        top.check(_KEYS, _UNSUPPORTED)
+        tls, http, users = (top.section(key) for key in _KEYS)
+        tls.check(_TLS_KEYS, _UNSUPPORTED)
+        http.check(("headers", "http2"), _UNSUPPORTED)
+        http.flag("http2", True)  # an offer that a server need not make
+        paths = {name: tls.file(tls.text(name)) for name in _FILES if tls.text(name)}
+        files = tuple((file, read_file(file)) for file in paths.values())
+        hashes = _users(users)
+        admits = self._passwords.checker(hashes) if hashes else Setup().admits
+        setup = Setup(_context(tls, paths) if tls.names() else None, _headers(http.section("headers")), admits)
+        self._content, self._files = content, files
         return setup
 
 
-def _content(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise _InvalidError(f"cannot read {file}: {error.strerror}") from None
-
-
-def _parsed(text: bytes) -> object:
-    """The YAML, all of whose scalars are strings: the format says what each of them is."""
-    try:
-        import yaml
-    except ImportError:
-        raise _InvalidError(
-            "the Python package PyYAML is missing: pip install 'msrtrace[web]', or Debian's python3-yaml"
-        ) from None
-
-    class Loader(yaml.BaseLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for name in names:
-                if names.count(name) > 1:
-                    raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
-            return super().construct_mapping(node, deep)
-
-    try:
-        found: object = yaml.load(text, Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f", line {mark.line + 1}" if mark else ""
-        raise _InvalidError(f"no valid YAML{where}: {error.problem}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise _InvalidError(f"no valid YAML: {' '.join(str(error).split())}") from None
-    return found
-
-
-def _mapping(
-    value: object, name: str, known: frozenset[str] | set[str], unsupported: frozenset[str] = frozenset()
-) -> dict[str, object]:
-    """A mapping, which may be left out, with these keys and no others."""
-    found = _any_mapping(value, name or "the file")
-    prefix = f"{name}." if name else ""
-    for key in found:
-        if key in unsupported:
-            raise _InvalidError(f"{prefix}{key} is not supported by msrtrace")
-        if key not in known:
-            raise _InvalidError(f"there is no {prefix}{key}")
-    return found
-
-
-def _any_mapping(value: object, name: str) -> dict[str, object]:
-    if value in (None, "", "null", "~"):
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise _InvalidError(f"{name} is not a mapping")
-    return value
-
-
-def _string(mapping: Mapping[str, object], key: str) -> str:
-    value = mapping.get(key, "")
-    if not isinstance(value, str):
-        raise _InvalidError(f"{key} is not a string")
-    return value
-
-
-def _boolean(mapping: Mapping[str, object], key: str, name: str) -> bool:
-    text = _string(mapping, key).lower() or "true"
-    if text not in _TRUE + _FALSE:
-        raise _InvalidError(f"{name}.{key} is neither true nor false")
-    return text in _TRUE
-
-
-def _chosen(tls: Mapping[str, object], key: str, default: str, choices: Mapping[str, object]) -> str:
-    text = _string(tls, key) or default
-    if text not in choices:
-        raise _InvalidError(f"tls_server_config.{key} {text} is not supported: {', '.join(choices)}")
-    return text
-
-
-def _context(tls: Mapping[str, object], paths: Mapping[str, Path]) -> ssl.SSLContext:
+def _context(tls: Section, paths: Mapping[str, Path]) -> ssl.SSLContext:
     for name in ("cert_file", "key_file"):
         if name not in paths:
-            raise _InvalidError(f"tls_server_config.{name} is missing")
-    mode = _CLIENT_AUTH[_chosen(tls, "client_auth_type", "NoClientCert", _CLIENT_AUTH)]
+            raise InvalidConfigError(f"tls_server_config.{name} is missing")
+    mode = tls.choice("client_auth_type", _CLIENT_AUTH) or ssl.CERT_NONE
     ca = paths.get("client_ca_file")
     if ca and mode == ssl.CERT_NONE:
-        raise _InvalidError("tls_server_config.client_ca_file needs a client_auth_type that verifies")
-    lowest = _VERSIONS[_chosen(tls, "min_version", "TLS12", _VERSIONS)]
-    highest = _VERSIONS[_chosen(tls, "max_version", "TLS13", _VERSIONS)]
+        raise InvalidConfigError("tls_server_config.client_ca_file needs a client_auth_type that verifies")
+    lowest = tls.choice("min_version", _VERSIONS) or ssl.TLSVersion.TLSv1_2
+    highest = tls.choice("max_version", _VERSIONS) or ssl.TLSVersion.TLSv1_3
     if highest < lowest:
-        raise _InvalidError("tls_server_config.max_version is below min_version")
+        raise InvalidConfigError("tls_server_config.max_version is below min_version")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version, context.maximum_version = lowest, highest
-    if _boolean(tls, "prefer_server_cipher_suites", "tls_server_config"):
+    if tls.flag("prefer_server_cipher_suites", True):
         context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE
     names = ["client_ca_file"]
     try:
@@ -206,7 +134,7 @@ def _context(tls: Mapping[str, object], paths: Mapping[str, Path]) -> ssl.SSLCon
         context.load_cert_chain(paths["cert_file"], paths["key_file"], password=_no_password)
     except (OSError, ValueError) as error:  # ssl.SSLError is the former
         used = " and ".join(str(paths[name]) for name in names if name in paths)
-        raise _InvalidError(f"cannot use {used}: {error}") from None
+        raise InvalidConfigError(f"cannot use {used}: {error}") from None
     context.verify_mode = mode
     return context
 
@@ -215,27 +143,26 @@ def _no_password() -> NoReturn:
     raise ValueError("the key is encrypted")  # else ssl asks for a password at the terminal
 
 
-def _headers(value: object) -> dict[str, str]:
-    headers = _any_mapping(value, "http_server_config.headers")
-    for name in headers:
-        pattern, text = _HEADERS.get(name.lower()), _string(headers, name)
+def _headers(section: Section) -> dict[str, str]:
+    headers = {name: section.text(name) for name in section.names()}
+    for name, text in headers.items():
+        pattern = _HEADERS.get(name.lower())
         if pattern is None:
-            raise _InvalidError(f"http_server_config.headers: {name} cannot be configured")
+            raise InvalidConfigError(f"{section.path(name)} cannot be configured")
         if text and not re.fullmatch(pattern, text):
-            raise _InvalidError(f"http_server_config.headers: {name} has an invalid value")
-    return {name: text for name, text in headers.items() if isinstance(text, str) and text}
+            raise InvalidConfigError(f"{section.path(name)} has an invalid value")
+    return {name: text for name, text in headers.items() if text}
 
 
-def _users(value: object) -> dict[str, str]:
-    users = _any_mapping(value, "basic_auth_users")
-    for user in users:
-        if not is_hash(_string(users, user)):
-            raise _InvalidError(f"basic_auth_users: what {user} has is no bcrypt hash")
+def _users(section: Section) -> dict[str, str]:
+    """The hashes of passwords by user."""
+    users = {user: section.text(user) for user in section.names()}
+    for user, text in users.items():
+        if not is_hash(text):
+            raise InvalidConfigError(f"{section.path(user)} is no bcrypt hash")
     if users:
         try:
             import bcrypt  # noqa: F401
         except ImportError:
-            raise _InvalidError(
-                "the Python package bcrypt is missing: pip install 'msrtrace[web]', or Debian's python3-bcrypt"
-            ) from None
-    return {user: str(text) for user, text in users.items()}
+            raise missing("bcrypt", "python3-bcrypt") from None
+    return users

@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from tracer.kernel.cpu import Cpu
 from tracer.kernel.symbols import Symbols
+from tracer.model.errors import MsrtraceError
 from tracer.model.vendor import Vendor
 from tracer.model.vendors import VENDORS
 
@@ -31,16 +32,21 @@ class Machine:
     python_path: tuple[str, ...] = ()
     python: str = "python3"
     venv: str | None = None
-    #: whether the BPF program is already compiled, so that neither BCC's compiler nor headers are needed
-    compiled: bool = False
+    #: the backends whose BPF program is already compiled, so that it takes neither BCC's compiler nor headers
+    compiled: frozenset[str] = frozenset()
+    #: the backends that a trace would try, in this order; the function may raise MsrtraceError
+    expected: Callable[[Machine], tuple[str, ...]] = lambda _: ()
 
     @classmethod
-    def here(cls, *, compiled: bool = False) -> Machine:
-        """This machine and this process; `compiled` is for the caller to know."""
+    def here(
+        cls,
+        compiled: frozenset[str] = frozenset(),
+        expected: Callable[[Machine], tuple[str, ...]] = lambda _: (),
+    ) -> Machine:
+        """This machine and this process; what is compiled and expected is for the caller to know."""
         venv = sys.prefix if sys.prefix != sys.base_prefix else None
-        return cls(
-            Path("/"), os.geteuid(), os.uname().release, os.environ, tuple(sys.path), sys.executable, venv, compiled
-        )
+        process = (os.environ, tuple(sys.path), sys.executable, venv)
+        return cls(Path("/"), os.geteuid(), os.uname().release, *process, compiled, expected)
 
     @property
     def command(self) -> str:
@@ -89,6 +95,28 @@ class Machine:
     def vendor(self) -> Vendor:
         """The first of `vendors`."""
         return self.vendors[0]
+
+    @cached_property
+    def backends(self) -> tuple[str, ...]:
+        """The backends that a trace would try, in this order; () where that cannot be known yet.
+
+        Without CAP_SYS_ADMIN, fentry is none of them where it takes that, unless it was chosen.
+        """
+        try:
+            found = self.expected(self)
+            if "fentry" in found and self.fentry_takes_sys_admin and not self.capable(SYS_ADMIN):
+                return tuple(backend for backend in found if backend != "fentry") or found
+        except (MsrtraceError, OSError, ValueError):
+            return ()
+        return found
+
+    @property
+    def fentry_takes_sys_admin(self) -> bool:
+        """Whether the functions are a module's: its BTF, which fentry needs, is given only to those with CAP_SYS_ADMIN.
+
+        bpf_btf_get_fd_by_id() in kernel/bpf/syscall.c; what is built in needs no descriptor. Raises MsrtraceError.
+        """
+        return bool(self.symbols.module)
 
     def capable(self, capability: int) -> bool:
         """Whether this process has the capability of that number (CapEff in proc(5)). Raises OSError."""

@@ -12,7 +12,9 @@ import termios
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
+
+from tracer.model.text import COLUMNS
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _OF_TERMINALS = (signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)
@@ -33,7 +35,7 @@ class Signals:
     def __init__(self) -> None:
         self.ended = False  # whether one of _ENDING has arrived
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Signals:
         self._out, self._in = os.pipe()
         os.set_blocking(self._in, False)
         os.set_blocking(self._out, False)
@@ -85,7 +87,7 @@ class Screen:
         self._lines: list[str] = []
         self._typed = b""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Screen:
         self._signals.add(_OF_TERMINALS)
         self._start()
         return self
@@ -137,7 +139,8 @@ class Screen:
             size = os.get_terminal_size(self._screen)
             if size.columns and size.lines:
                 return size
-        return shutil.get_terminal_size()  # a serial console says 0: COLUMNS and LINES, else 80 and 24
+        found = shutil.get_terminal_size()  # a serial console says 0, which Python 3.10 passes on
+        return os.terminal_size((found.columns or COLUMNS, found.lines or 24))
 
     def redraw(self) -> None:
         """Make the next `draw` send every line."""

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from io import StringIO
 
-from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from tracer.live.top import Frame, Row, Sample, msr_name, not_probed_line, vm_name
@@ -81,16 +80,16 @@ def lines(sample: Sample, view: View, look: Look, host: str) -> list[str]:
     shown = sample.chosen(view.whole)
     head = _drawn(_header(sample, shown, look, host), look)
     if look.height is None:
-        return head + _drawn([""], look) + _drawn([_table(shown, view, look, None)] if shown else [], look)
+        return [*head, "", *_drawn(_table(shown, view, look, None) if shown else [], look)]
     footer = _drawn([_footer(shown, view)], look)
     room = max(1, look.height - len(head) - len(footer) - 1)  # minus the column titles
-    body = _drawn([_table(shown, view, look, room)], look) if shown else []
+    body = _drawn(_table(shown, view, look, room) if shown else [], look)
     above = (head + body)[: max(0, look.height - len(footer))]
     above += [""] * (look.height - len(footer) - len(above))
     return (above + footer)[: look.height]
 
 
-def _drawn(parts: list[RenderableType], look: Look) -> list[str]:
+def _drawn(parts: list[Text], look: Look) -> list[str]:
     console = Console(
         file=StringIO(),
         width=look.width,
@@ -111,13 +110,13 @@ def _drawn(parts: list[RenderableType], look: Look) -> list[str]:
     return [line.rstrip() for line in written.getvalue().split("\n")[:-1]]
 
 
-def _header(sample: Sample, shown: Frame | None, look: Look, host: str) -> list[RenderableType]:
+def _header(sample: Sample, shown: Frame | None, look: Look, host: str) -> list[Text]:
     first = Text(f"{sample.at} {look.clean(host)}", style="bold")
     if shown:
         first.append(f" {vendor_named(shown.vendor).cpu_feature} layout {look.clean(shown.layout)}, ")
         first.append(f"redundancy {look.clean(shown.redundancy)}, " if shown.rows is not None else "")
         first.append(f"{'all' if shown.whole else 'over'} {_seconds(shown.seconds)}")
-    parts: list[RenderableType] = [first]
+    parts = [first]
     if shown:
         parts += [Text(look.clean(line)) for line in _figures(shown)]
         parts += [Text(look.clean(line), style="bold red") for line in _warnings(sample, shown)]
@@ -237,18 +236,18 @@ def _width(columns: list[Column]) -> int:
     return sum(column.width for column in columns) + _GAP * (len(columns) - 1)
 
 
-def _table(shown: Frame, view: View, look: Look, room: int | None) -> RenderableType:
-    """The rows that fit into `room` lines (None: all), with a line on how many there are if not all fit."""
+def _table(shown: Frame, view: View, look: Look, room: int | None) -> list[Text]:
+    """The titles and the rows that fit into `room` lines (None: all), and how many there are if not all fit."""
     level = LEVELS[view.level % len(LEVELS)] if shown.by_vm else _MSR_PARTS
     if shown.rows is None and level != ("pid",):
-        return Text("" if not shown.traced else "calls not observable on this kernel")
+        return [Text("" if not shown.traced else "calls not observable on this kernel")]
     columns = _columns(shown, level, look)
     rows = shown.grouped({column.part for column in columns if column.part}, view.sort)
     if level == ("pid",):
         missing = {*shown.vms, *(shown.updates or ())} - {row.pid for row in rows}
         rows += [Row(Outcome(0, 0), pid=pid) for pid in sorted(missing)]
     if not rows:
-        return Text("no calls" if shown.traced else "")
+        return [Text("no calls" if shown.traced else "")]
     first, count = 0, len(rows)
     if room is not None and count > room:
         room = max(1, room - 1)
@@ -257,23 +256,30 @@ def _table(shown: Frame, view: View, look: Look, room: int | None) -> Renderable
     else:
         view.offset = 0
     left = look.width - _width(columns)
-    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="reverse")
+    fitted = []
     for column in columns:
         most = {"msr": _LONGEST_NAME, "pid": _LONGEST_VM}.get(column.part or "", column.width)
         extra = max(min(left, most - column.width), min(0, left) if column is columns[0] else 0)
         left -= extra
-        width, number = max(1, column.width + extra), column.part is None
-        table.add_column(
-            Text(column.title), width=width, justify="right" if number else "left", no_wrap=True, overflow="crop"
-        )
+        fitted.append(replace(column, width=max(1, column.width + extra)))
+    table = [_line(fitted, [Text(column.title) for column in fitted], style="reverse")]
     for row in rows:
-        *cells, last = (look.clean(column.cell(row)) for column in columns)
-        table.add_row(*map(Text, cells), Text(last, style=_style(row)))
-    if len(rows) == count:
-        return table
-    table.caption = Text(f"rows {first + 1} to {first + len(rows)} of {count}", no_wrap=True, overflow="crop")
-    table.caption_justify = "left"
+        *cells, last = (look.clean(column.cell(row)) for column in fitted)
+        table.append(_line(fitted, [*map(Text, cells), Text(last, style=_style(row))]))
+    if len(rows) < count:
+        caption = f"rows {first + 1} to {first + len(rows)} of {count}"
+        table.append(Text(caption, style="dim italic", no_wrap=True, overflow="crop"))
     return table
+
+
+def _line(columns: list[Column], cells: list[Text], style: str = "") -> Text:
+    """A line of the table. Not rich's own table: up to 14.2 that takes the gap from the width of the last columns."""
+    for column, cell in zip(columns, cells, strict=True):
+        cell.truncate(column.width, overflow="crop")
+        (cell.pad_right if column.part else cell.pad_left)(column.width - cell.cell_len)
+    line = Text(" " * _GAP, no_wrap=True, overflow="crop").join(cells)
+    line.stylize(style)
+    return line
 
 
 def _style(row: Row) -> str:

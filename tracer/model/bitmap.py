@@ -24,6 +24,11 @@ class Geometry:
     stride: int
     to_write: int
 
+    @property
+    def ranges(self) -> list[range]:
+        """The MSRs of each area."""
+        return [range(first, first + _AREA) for first, _ in self.areas]
+
     def place(self, msr: int, direction: int) -> int | None:
         """The number of a bit; None where there is none."""
         for first, byte in self.areas:

@@ -72,6 +72,19 @@ class MsrFilter:
 
     def denied(self, direction: int) -> list[range]:
         """What the ranges deny in a direction, sorted; what the default denies is not in it."""
+        return self._denied[direction]
+
+    @cached_property
+    def decided(self) -> list[range]:
+        """Ranges of MSRs in each of which the filter says the same of all, as long as they do not overlap others."""
+        found = [one.msrs for one in self.ranges]
+        return found + [run for one in self.ranges for run in one.denied()]
+
+    @cached_property
+    def _denied(self) -> dict[int, list[range]]:
+        return {direction: self._find_denied(direction) for direction in DIRECTIONS}
+
+    def _find_denied(self, direction: int) -> list[range]:
         found: list[range] = []
         decided = [X2APIC]
         for msrs, one in ((one.msrs, one) for one in self.ranges if one.flags & direction):

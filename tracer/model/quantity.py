@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fractions import Fraction
 
+#: How many names of hosts or reports a sentence has.
+TITLES_SHOWN = 5
+
 
 def number(value: int | None) -> str:
     """A count, or `?` where it is not known."""
@@ -32,6 +35,13 @@ def duration(seconds: float | None) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}" if seconds / size < 999.5 else f"{seconds / size:,.0f} {unit}"
     return f"{seconds / 1e-9:.3g} ns"
+
+
+def some(names: Iterable[str]) -> str:
+    """The different ones of the names as a list within a sentence, as many as can be shown; empty if there is none."""
+    found = list(dict.fromkeys(filter(None, names)))
+    more = len(found) - TITLES_SHOWN
+    return listed([*found[:TITLES_SHOWN], f"{more:,} more"] if more > 0 else found) if found else ""
 
 
 def listed(words: Iterable[str]) -> str:

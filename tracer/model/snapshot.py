@@ -133,11 +133,23 @@ class Map:
 
 
 @dataclass(frozen=True)
+class VmInfo:
+    """What a VM is called, by its VMM's command line: all are safe to print, and "" where unknown.
+
+    `uuid` is in lower case, with hyphens; `vmm` is the program that runs the VM, such as qemu.
+    """
+
+    name: str
+    uuid: str = ""
+    vmm: str = ""
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """Counts since the tracer was attached, and what limits their accuracy.
 
     `updates` are filter changes applied by a vCPU, `recalcs` recomputations of a bitmap for any other reason; both are
-    keyed by the pid of the VMM, 0 where counts are not broken down by VM. `vms` names the pids that still run.
+    keyed by the pid of the VMM, 0 where counts are not broken down by VM. `vms` has the pids that still run.
     """
 
     layout: str
@@ -155,11 +167,14 @@ class Snapshot:
     vendor: str = FIRST.name
     vcpus_seen: int = 0
     vmms_seen: int = 0
+    vcpus_created: int = 0  # followed from beginning to end
+    creation_recalcs: int = 0  # those of `recalcs` that the creation of a vCPU asked for
     module_unloads: int = 0
     calls_observable: bool = True  # False: that no call was seen does not mean that none was made
     updates_observable: bool = True
+    creations_observable: bool = True
     by_vm: bool = False
-    vms: Mapping[int, str] = field(default_factory=dict)
+    vms: Mapping[int, VmInfo] = field(default_factory=dict)
     commands: Mapping[int, str] = field(default_factory=dict)  # by pid: of VMMs, at the creation of their first vCPU
 
     @property
@@ -199,6 +214,9 @@ class Snapshot:
             uncounted=tuple(dict.fromkeys((*earlier.uncounted, *self.uncounted))),
             vcpus_seen=self.vcpus_seen + earlier.vcpus_seen,
             vmms_seen=self.vmms_seen + earlier.vmms_seen,
+            vcpus_created=self.vcpus_created + earlier.vcpus_created,
+            creation_recalcs=self.creation_recalcs + earlier.creation_recalcs,
+            creations_observable=self.creations_observable and earlier.creations_observable,
             commands={**earlier.commands, **self.commands},
             module_unloads=self.module_unloads + earlier.module_unloads,
         )
@@ -218,6 +236,8 @@ class Snapshot:
             read_failures=self.read_failures - earlier.read_failures,
             vcpus_seen=self.vcpus_seen - earlier.vcpus_seen,
             vmms_seen=self.vmms_seen - earlier.vmms_seen,
+            vcpus_created=self.vcpus_created - earlier.vcpus_created,
+            creation_recalcs=self.creation_recalcs - earlier.creation_recalcs,
             module_unloads=self.module_unloads - earlier.module_unloads,
         )
 
@@ -228,5 +248,5 @@ class Snapshot:
             return _sums((0 if pid in pids else pid, value) for pid, value in durations.items())
 
         calls = _sums((replace(c, pid=0) if c.pid in pids else c, outcome) for c, outcome in self.calls.items())
-        vms = {pid: name for pid, name in self.vms.items() if pid not in pids}
+        vms = {pid: vm for pid, vm in self.vms.items() if pid not in pids}
         return replace(self, calls=calls, updates=folded(self.updates), recalcs=folded(self.recalcs), vms=vms)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from itertools import pairwise
 
 from tracer.model.msr_filter import DIRECTIONS, NO_FILTER, READ, WRITE, X2APIC, MsrFilter, joined
 from tracer.model.snapshot import Call
@@ -184,24 +186,36 @@ class State:
         found = self.vendor.bitmap_geometry.passed(vcpu.bitmap or b"", direction)
         return joined(range(msr, msr + 1) for msr in found)
 
+    def _edges(self, vcpu: Vcpu) -> list[int]:
+        """Where, in the order of MSRs, something else may be said than of the MSR before; sorted."""
+        msrs = {*self._place, *(msr for msr, _ in self.passable), *(msr for msr, _, _ in vcpu.seen)}
+        runs = [range(msr, msr + 1) for msr in msrs] + [X2APIC, *self.vendor.bitmap_geometry.ranges]
+        runs += [run for direction in DIRECTIONS for run in self.passed(vcpu, direction)]
+        if vcpu.filter:
+            runs += vcpu.filter.decided
+        return sorted({edge for run in runs for edge in (run.start, run.stop)})
+
     def verdicts(self, vcpu: Vcpu, also: Iterable[int] = ()) -> list[tuple[range, Verdict]]:
         """What is said of every MSR that may be passed through, is, or is denied by a range of the filter, and `also`.
 
         MSRs that follow each other and of which the same is said, for the same reason, are together.
         """
         ranges = [range(msr, msr + 1) for msr in (*self.candidates, *also)]
-        ranges += [run for direction in (READ, WRITE) for run in self.passed(vcpu, direction)]
+        ranges += [run for direction in DIRECTIONS for run in self.passed(vcpu, direction)]
         if vcpu.filter:
-            ranges += [run for direction in (READ, WRITE) for run in vcpu.filter.denied(direction)]
+            ranges += [run for direction in DIRECTIONS for run in vcpu.filter.denied(direction)]
+        edges = self._edges(vcpu)
         found: list[tuple[range, Verdict]] = []
         before: object = None
-        for msr in (msr for run in joined(ranges) for msr in run):
-            reasoned = self._reasoned(vcpu, msr)
-            if found and found[-1][0].stop == msr and reasoned == before:
-                found[-1] = range(found[-1][0].start, msr + 1), reasoned[0]
-            else:
-                found.append((range(msr, msr + 1), reasoned[0]))
-            before = reasoned
+        for run in joined(ranges):
+            cuts = edges[bisect_right(edges, run.start) : bisect_left(edges, run.stop)]
+            for start, stop in pairwise([run.start, *cuts, run.stop]):
+                reasoned = self._reasoned(vcpu, start)
+                if found and found[-1][0].stop == start and reasoned == before:
+                    found[-1] = range(found[-1][0].start, stop), reasoned[0]
+                else:
+                    found.append((range(start, stop), reasoned[0]))
+                before = reasoned
         return found
 
 

@@ -4,7 +4,17 @@
 from __future__ import annotations
 
 from tracer.model.bitmap import Geometry
-from tracer.model.cause import CPUID_UPDATE, FILTER_CHANGE, LBR, MSR_WRITE, RECALC, VCPU_CREATE, VCPU_RESET, X2APIC
+from tracer.model.cause import (
+    CPUID_UPDATE,
+    FILTER_CHANGE,
+    LBR,
+    MSR_WRITE,
+    NESTED,
+    RECALC,
+    VCPU_CREATE,
+    VCPU_RESET,
+    X2APIC,
+)
 from tracer.model.msr_filter import READ, WRITE
 from tracer.model.vendor import NO_MSR, Layout, Passable, Shadow, Vendor
 
@@ -77,14 +87,15 @@ SVM = Vendor(
     shadow=Shadow(("vcpu_svm", "shadow_msr_intercept"), "direct_access_msrs", 8, NO_MSR, passes=True),
     passable=_PASSABLE,
     # 5.10 to 7.3. set_msr_interception() is inlined but for calls by sev.c, so its callers are seen, or theirs, where
-    # it is a tail call: kvm_set_cpuid() for svm_vcpu_after_set_cpuid() in Debian's 6.1 and 6.12. A bitmap is
-    # initialised when its vCPU is created, or when the vCPU's guest enables SVM itself.
+    # it is a tail call: kvm_set_cpuid() for svm_vcpu_after_set_cpuid() in Debian's 6.1 and 6.12. Beside the
+    # creation of a vCPU, which is followed, a bitmap is initialised when the vCPU's guest enables SVM itself.
     callers=(
         (r"svm_msr_filter_changed", FILTER_CHANGE),
         (r".*lbr.*", LBR),
         (r".*x2apic.*|avic_.*", X2APIC),
         (r"(svm|sev_es)_recalc_.*intercepts", RECALC),
-        (r"svm_vcpu_create|svm_create_vcpu|svm_vcpu_init_msrpm", VCPU_CREATE),
+        (r"svm_vcpu_create|svm_create_vcpu", VCPU_CREATE),
+        (r"svm_vcpu_init_msrpm", NESTED),
         (r"svm_vcpu_reset|(init|sev_init|sev_es_init)_vmcb", VCPU_RESET),
         (r".*(set_cpuid|cpuid_update)", CPUID_UPDATE),
         (r"svm_set_(msr|efer)", MSR_WRITE),

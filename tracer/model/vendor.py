@@ -12,6 +12,9 @@ from tracer.model.bitmap import Geometry
 from tracer.model.cause import OTHER
 from tracer.model.symbol_name import plain_name
 
+#: Of KVM itself (vcpu): a vCPU has been created. arch/x86/kvm/x86.c, called by kvm_main.c alone.
+VCPU_CREATED = "kvm_arch_vcpu_postcreate"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -169,7 +172,7 @@ class Vendor:
         """Every function that may be probed."""
         layouts = [f for one in self.layouts for f in (one.update, *one.calls, one.filter_set) if f]
         writers = [f for one in self.layouts for f in (*one.writers, *one.inlined_into)]
-        return tuple(dict.fromkeys([*layouts, *self.vcpu_create, *self.vcpu_free, *writers]))
+        return tuple(dict.fromkeys([*layouts, *self.vcpu_create, VCPU_CREATED, *self.vcpu_free, *writers]))
 
     def layout(self, name: str) -> Layout | None:
         """The layout of that name, or None."""

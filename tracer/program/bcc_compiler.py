@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""BCC's compiler, in a process of its own: `python -m tracer.program.bcc_compiler PARENT SOURCE [-D...]`.
+"""BCC's compiler, which is `main` of a process of its own, with the arguments PARENT SOURCE [-D...].
 
 What it made, or why it did not, goes to standard output.
 """
@@ -55,7 +55,9 @@ def _compile_here(source: str, flags: list[str]) -> Program:
             pass
 
     bpf = Quiet(text=whole_text(Path(source)), cflags=["-Wno-macro-redefined", *flags])
-    # Of bcc_common.h; BCC's Python declares some of it.
+    # Of bcc_common.h; BCC's Python declares some of it. What is not declared takes a pointer for an int, which fails
+    # unless Python is at a fixed, low address, as Debian's is.
+    lib.bpf_num_tables.argtypes, lib.bpf_num_tables.restype = [ctypes.c_void_p], ctypes.c_size_t
     for name, result in _OF_A_TABLE.items():
         getattr(lib, name).argtypes, getattr(lib, name).restype = [ctypes.c_void_p, ctypes.c_size_t], result
     maps: list[MapDefinition] = []
@@ -108,7 +110,3 @@ def main() -> None:
         out.write(msgspec.msgpack.encode(reply))
         out.flush()
         os._exit(0)  # without BCC's clean-up, which takes its time
-
-
-if __name__ == "__main__":
-    main()

@@ -38,6 +38,8 @@ PROGRAMS: tuple[tuple[str, Mapping[str, int]], ...] = (
 
 #: What makes a Program of what BCC compiles.
 _MADE_BY = [Path(str(module.__file__)) for module in (bcc_compiler, programs, relocation, structs)]
+#: Nothing is imported from the directory that we happen to be in: what python -P does, which Python 3.10 does not have.
+_COMPILE = "import sys; sys.path[:] = filter(None, sys.path); from tracer.program.bcc_compiler import main; main()"
 _DEBUG_HINT = " (MSRTRACE_DEBUG=1 shows all)"
 #: What tells BCC where to find headers (src/cc/frontends/clang/loader.cc).
 _BCC_SETTINGS = ("BCC_KERNEL_SOURCE", "BCC_KERNEL_MODULES_SUFFIX", "BCC_LINUX_VERSION_CODE", "BCC_PROBEREAD_KERNEL")
@@ -95,13 +97,9 @@ def compiled(source: Path, definitions: Mapping[str, int], headers: HeaderSettin
     return found
 
 
-def is_compiled(source: Path) -> bool:
-    """Whether a program of a source can be had without a compiler: each does all, where the kernel takes it."""
-    return any(
-        _shipped_content(source, definitions) or cache_get(_key(source, definitions))
-        for name, definitions in PROGRAMS
-        if name == source.name
-    )
+def is_compiled(source: Path, definitions: Mapping[str, int]) -> bool:
+    """Whether a source compiled with these -D can be had without a compiler."""
+    return bool(_shipped_content(source, definitions) or cache_get(_key(source, definitions)))
 
 
 def _find_compiled(source: Path, definitions: Mapping[str, int]) -> Program | None:
@@ -167,8 +165,7 @@ def compile_program(source: Path, definitions: Mapping[str, int], headers: Heade
 
     Raises VariantRejected, NotPermitted, or MsrtraceError.
     """
-    # -P: nothing is imported from the directory that we happen to be in
-    command = [sys.executable, "-P", "-m", "tracer.program.bcc_compiler", str(os.getpid()), str(source)]
+    command = [sys.executable, "-c", _COMPILE, str(os.getpid()), str(source)]
     command += [f"-D{name}={value}" for name, value in definitions.items()]
     try:
         with tempfile.TemporaryDirectory(prefix="msrtrace-") as scratch:

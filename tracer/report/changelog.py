@@ -35,18 +35,15 @@ def changelog(comparison: Comparison) -> str:
     for side in (base, new):
         if side.window:
             lines += _wrapped(f"{side.title}: {side.window}", "  ")
-    rows: list[tuple[str, ...]] = []
     one, other = comparison.per_update(base), comparison.per_update(new)
-    for label, left, right in (
+    lines += _table(
+        comparison,
         (f"{comparison.unit}s", one.calls, other.calls),
         ("of them redundant", one.redundant, other.redundant),
         ("enable calls", _calls(base, disables=False), _calls(new, disables=False)),
         ("disable calls", _calls(base, disables=True), _calls(new, disables=True)),
-    ):
-        figures = [printable(rate(figure), _CELL) for figure in (left, right)]
-        rows.append((label, *figures, printable(percent(left, right), _CHANGE)))
-    titles = [printable(side.title, _CELL) for side in (base, new)]
-    lines += ["", *_columns(("", *titles, "change"), *rows), ""]
+    )
+    lines += _creation(comparison)
     only_base = [row.bit for row in comparison.rows if row.base.calls and not row.new.calls]
     only_new = [row.bit for row in comparison.rows if row.new.calls and not row.base.calls]
     for side, bits in ((base, only_base), (new, only_new)):
@@ -72,6 +69,30 @@ def _intercepted(comparison: Comparison, *, by_new: bool) -> str:
             letters = "".join(direction[0].upper() for direction in row.access.split("_"))
             parts.append(f"{name_of(row.msrs) or range_text(row.msrs)} {letters} ({said_text(words)})")
     return ", ".join(parts)
+
+
+def _creation(comparison: Comparison) -> list[str]:
+    """The same per vCPU created, if both sides are known and differ."""
+    one, other = (comparison.per_creation(side) for side in (comparison.base, comparison.new))
+    if one.calls is None or other.calls is None or one == other:
+        return []
+    figures = [
+        (f"{comparison.unit}s", one.calls, other.calls),
+        ("of them redundant", one.redundant, other.redundant),
+    ]
+    if one.recalculations is not None and other.recalculations is not None:
+        figures.append(("recalculations", one.recalculations, other.recalculations))
+    return [*_wrapped("The same per vCPU created:"), *_table(comparison, *figures)]
+
+
+def _table(comparison: Comparison, *figures: tuple[str, Fraction | None, Fraction | None]) -> list[str]:
+    """The figures of both sides as lines, with an empty one before and after."""
+    rows = []
+    for label, left, right in figures:
+        cells = [printable(rate(figure), _CELL) for figure in (left, right)]
+        rows.append((label, *cells, printable(percent(left, right), _CHANGE)))
+    titles = [printable(side.title, _CELL) for side in (comparison.base, comparison.new)]
+    return ["", *_columns(("", *titles, "change"), *rows), ""]
 
 
 def _columns(*rows: tuple[str, ...]) -> list[str]:

@@ -16,17 +16,17 @@ from functools import cached_property
 
 from tracer.model.cause import FILTER_CHANGE
 from tracer.model.errors import MsrtraceError
-from tracer.model.quantity import listed
+from tracer.model.quantity import TITLES_SHOWN, some
 from tracer.model.text import printable
 from tracer.model.verdict import PATCH, Verdict, headline
 from tracer.report.computer import Difference, differing, machines, parameters
+from tracer.report.creation import PerCreation, per_creation, spreads
 from tracer.report.interval import Time, timed
 from tracer.report.report import Bit, BitCounts, CallRow, Host, Report, by_bit
 from tracer.report.state_diff import OneSided, one_sided
 
 SCHEMA = "msrtrace-comparison/1"
 _COMMAND_SHOWN = 500
-_TITLES_SHOWN = 5
 _DAY = len("2026-11-22")  # of a time in ISO 8601
 
 
@@ -110,8 +110,8 @@ class Side:
         if len(by_headline) == 1:
             return self.report.verdict
         parts = [
-            f"{title} in {len(found):,} ({', '.join(sorted({r.title for r in found})[:_TITLES_SHOWN])}"
-            f"{', ...' if len(found) > _TITLES_SHOWN else ''})"
+            f"{title} in {len(found):,} ({', '.join(sorted({r.title for r in found})[:TITLES_SHOWN])}"
+            f"{', ...' if len(found) > TITLES_SHOWN else ''})"
             for title, found in sorted(by_headline.items())
         ]
         return Verdict(patched=None, why=f"its reports disagree: {', '.join(parts)}")
@@ -129,10 +129,15 @@ class Side:
         return result
 
     @property
+    def hosts(self) -> list[str]:
+        """The names of the hosts on which its reports were made, where they are known."""
+        return list(dict.fromkeys(report.host.name for report in self.reports if report.host.name))
+
+    @property
     def origin(self) -> str:
         """On which hosts and kernels its reports were made, and when (UTC)."""
-        names = _shown([report.host.name for report in self.reports])
-        kernels = _shown([f"Linux {report.host.kernel}" for report in self.reports])
+        names = some(self.hosts) + (" (all: --format json)" if len(self.hosts) > TITLES_SHOWN else "")
+        kernels = some(f"Linux {report.host.kernel}" for report in self.reports)
         days = sorted({report.started[:_DAY] for report in self.reports})
         when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
         return ", ".join(part for part in (names, kernels, when) if part)
@@ -186,6 +191,10 @@ class Comparison:
         """The sum of one side, in the unit of the comparison."""
         return side.bits() if self.unit == "bit" else side.calls()
 
+    def per_creation(self, side: Side) -> PerCreation:
+        """The same of a vCPU's creation."""
+        return per_creation(side.reports, self.unit)
+
 
 def compare(
     base: Sequence[Report],
@@ -194,17 +203,19 @@ def compare(
     force: bool = False,
     titles: tuple[str, str] | None = None,
     windows: tuple[Window | None, Window | None] = (None, None),
+    apart: Sequence[str] = (),
 ) -> Comparison:
     """Compare the reports of two sides.
 
     :param force: compare what should not be compared; the result says why
     :param titles: names of the sides; None: those of their first reports
     :param windows: of the stored counts that the reports were made from
+    :param apart: what else is known that speaks against comparing them
     :raises Incomparable: with every reason, unless `force`
     """
     titles = titles or _titles(base, new)
     one, other = Side(titles[0], tuple(base), windows[0]), Side(titles[1], tuple(new), windows[1])
-    reasons = [*_reasons(one), *_reasons(other), *_between(one, other)]
+    reasons = [*apart, *_reasons(one), *_reasons(other), *_between(one, other)]
     if reasons and not force:
         raise Incomparable("; ".join(reasons) + " (--force compares them anyway)")
     bits = sorted(one.by_bit.keys() | other.by_bit.keys(), key=lambda bit: (bit.msr, bit.direction))
@@ -213,7 +224,7 @@ def compare(
         new=other,
         unit="call" if one.report.host.functions == other.report.host.functions else "bit",
         rows=tuple(Row(bit, one.of(bit), other.of(bit)) for bit in bits),
-        differences=tuple(_differences(one.report, other.report)),
+        differences=tuple(_differences(one, other)),
         warnings=(*_spread(one), *_spread(other), *_warnings(one, other)),
         forced=tuple(reasons),
         intercepted=one_sided(*([r.state for r in side.reports if r.state] for side in (one, other))),
@@ -223,13 +234,6 @@ def compare(
 def _titles(base: Sequence[Report], new: Sequence[Report]) -> tuple[str, str]:
     one, other = base[0].title, new[0].title
     return (one, other) if one != other else ("base", "new")
-
-
-def _shown(names: Iterable[str]) -> str:
-    """The different ones of the names, as many as can be shown; empty if there is none."""
-    found = list(dict.fromkeys(filter(None, names)))
-    more = len(found) - _TITLES_SHOWN
-    return listed([*found[:_TITLES_SHOWN], f"{more:,} more"] if more > 0 else found) if found else ""
 
 
 def layouts(one: Host, other: Host) -> str:
@@ -257,7 +261,7 @@ def _reasons(side: Side) -> list[str]:
         if report.command != side.report.command:
             found[f"{side.title} has reports of different workloads"] = None
     for what, which in bounds.items():
-        names = ", ".join(list(which)[:_TITLES_SHOWN]) + (", ..." if len(which) > _TITLES_SHOWN else "")
+        names = ", ".join(list(which)[:TITLES_SHOWN]) + (", ..." if len(which) > TITLES_SHOWN else "")
         found[f"{side.title if names == side.title else f'{side.title} ({names})'} is a lower bound: {what}"] = None
     return list(found)
 
@@ -298,24 +302,30 @@ def lost(report: Report) -> str:
 def _spread(side: Side) -> list[str]:
     """Warnings about repeats whose counts per update differ, and about counts per update that are not integers."""
     found = []
-    values = [Side(side.title, (report,)).calls() for report in side.reports]
+    each = [Side(side.title, (report,)) for report in side.reports]
+    values = [one.calls() for one in each]
     for what in ("calls", "redundant"):
         numbers = {getattr(value, what) for value in values} - {None}
         if len(numbers) > 1:
-            found.append(
-                f"{side.title}: {what} per filter update differ between its reports, "
-                f"{float(min(numbers)):g} to {float(max(numbers)):g}; the table has their mean"
-            )
+            found.append(f"{side.title}: {what} per filter update {_between_them(numbers)}")
         elif any(number.denominator != 1 for number in numbers):
             found.append(
                 f"{side.title}: {what} per filter update is not an integer: VMs differ, or updates were in "
                 "progress when the trace began or ended"
             )
-    if not found and len({_profile(Side(side.title, (report,))) for report in side.reports}) > 1:
+    if not found and len({_profile(one) for one in each}) > 1:
         found.append(
             f"{side.title}: its reports differ in which MSRs a filter update touches; the table has their mean"
         )
+    for what, numbers in spreads(side.reports).items():
+        found.append(f"{side.title}: {what} per vCPU created {_between_them(numbers)}")
     return found
+
+
+def _between_them(numbers: set[Fraction]) -> str:
+    """Different figures of the reports of a side, in words."""
+    spread = f"{float(min(numbers)):g} to {float(max(numbers)):g}"
+    return f"differ between its reports, {spread}; the table has their mean"
 
 
 def _profile(side: Side) -> frozenset[tuple[Bit, PerUpdate]]:
@@ -344,10 +354,12 @@ def _warnings(one: Side, other: Side) -> list[str]:
     return found
 
 
-def _differences(one: Report, other: Report) -> list[Difference]:
+def _differences(base: Side, new: Side) -> list[Difference]:
+    one, other = base.report, new.report
+    named = len(base.hosts) == len(new.hosts) == 1  # of more, the first does not stand for all
     return differing(
         [
-            *machines(one.host, other.host),
+            *machines(one.host, other.host, named=named),
             ("layout", one.host.layout, other.host.layout),
             ("backend", one.host.backend, other.host.backend),
             ("redundancy", one.host.redundancy, other.host.redundancy),

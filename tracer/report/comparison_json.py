@@ -11,6 +11,7 @@ import msgspec
 from tracer.model import msr
 from tracer.report.compare import SCHEMA, Comparison, PerUpdate, Side
 from tracer.report.comparison_view import lost_by, sentence
+from tracer.report.creation import PerCreation, vcpus_created
 from tracer.report.report import whole
 from tracer.report.state_file import range_text
 
@@ -24,6 +25,9 @@ def comparison_json(comparison: Comparison) -> bytes:
     def per_update(figures: PerUpdate) -> dict[str, float | None]:
         return {"calls": plain(figures.calls), "redundant": plain(figures.redundant)}
 
+    def per_creation(figures: PerCreation) -> dict[str, float | None]:
+        return {what: plain(figure) for what, figure in vars(figures).items()}
+
     def side(which: Side) -> dict[str, object]:
         time = which.time()
         return {
@@ -31,12 +35,15 @@ def comparison_json(comparison: Comparison) -> bytes:
             "window": which.window,
             "reports": len(which.reports),
             "host": which.report.host,
+            "hosts": which.hosts,
             "started": which.report.started,
             "origin": which.origin,
             "command": which.report.command,
             "filter_updates": which.updates,
+            "vcpus_created": vcpus_created(which.reports),
             "verdict": which.verdict,
             "per_filter_update": per_update(comparison.per_update(which)),
+            "per_vcpu_creation": per_creation(comparison.per_creation(which)),
             "filter_update_seconds": asdict(time) if time else None,
             "lost": lost_by(which),
         }

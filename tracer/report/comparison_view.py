@@ -6,8 +6,9 @@ from __future__ import annotations
 from fractions import Fraction
 
 from tracer.model import msr
-from tracer.model.quantity import duration, rate
+from tracer.model.quantity import duration, number, rate
 from tracer.report.compare import Comparison, PerUpdate, Side, format_command, layouts, lost
+from tracer.report.creation import recalculates, vcpus_created
 from tracer.report.document import Document, Section, Table, document
 from tracer.report.interval import Time
 from tracer.report.state_diff_view import access_text
@@ -67,6 +68,7 @@ def comparison_document(comparison: Comparison) -> Document:
     sections = [
         Section("Verdicts", tuple(_verdict_line(side) for side in (base, new))),
         Section("Calls per filter update that name a bit (of them redundant)", table=comparison_table(comparison)),
+        *_creation(comparison),
         Section("Time of a filter update", tuple(_times(comparison))),
         Section("Not seen", tuple(f"{side.title}: {lost_by(side)}" for side in (base, new))),
     ]
@@ -122,6 +124,28 @@ def comparison_table(comparison: Comparison) -> Table:
         rows.append((f"all {comparison.unit}s", "", "", *cells(*sums)))
     titles = (comparison.base.title, comparison.new.title)
     return Table(("MSR", "name", "direction", *titles, "change"), tuple(rows), names=3)
+
+
+def _creation(comparison: Comparison) -> list[Section]:
+    """The section on the creation of vCPUs; none where nothing is known of it."""
+    sides = (comparison.base, comparison.new)
+    one, other = (comparison.per_creation(side) for side in sides)
+    if one.calls is None and other.calls is None:
+        return []
+    change = f"{difference(one.calls, other.calls)} ({difference(one.redundant, other.redundant)})"
+    calls = (*(f"{rate(figures.calls)} ({rate(figures.redundant)})" for figures in (one, other)), change)
+    rows = [(f"{comparison.unit}s", *calls)]
+    if recalculates(sides[0].report.host) or recalculates(sides[1].report.host):
+        cells = [
+            rate(figures.recalculations) if recalculates(side.report.host) else "none"
+            for side, figures in zip(sides, (one, other), strict=True)
+        ]
+        change = "" if "none" in cells else difference(one.recalculations, other.recalculations)
+        rows.append(("recalculations", *cells, change))
+    counts = [(side.title, vcpus_created(side.reports)) for side in sides]
+    lines = [f"{title}: {number(count)} vCPU{'' if count == 1 else 's'} created" for title, count in counts]
+    table = Table(("", *(side.title for side in sides), "change"), tuple(rows))
+    return [Section("Calls per vCPU created (of them redundant)", tuple(lines), table)]
 
 
 def _times(comparison: Comparison) -> list[str]:

@@ -79,12 +79,12 @@ def differing(pairs: list[tuple[str, str, str]]) -> list[Difference]:
     return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
 
 
-def machines(one: Computer, other: Computer) -> list[tuple[str, str, str]]:
-    """What the machines are, each property with its value on either side."""
-    named = [("host", one.name, other.name)] if one.name and other.name else []
+def machines(one: Computer, other: Computer, *, named: bool) -> list[tuple[str, str, str]]:
+    """What the machines are, each property with its value on either side; their names only if `named`."""
+    names = [("host", one.name, other.name)] if named else []
     return [
         ("hardware", one.title, other.title),
-        *named,
+        *names,
         ("kernel", one.kernel, other.kernel),
         ("version", one.version, other.version),
         ("CPU", one.cpu, other.cpu),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import tempfile
 from contextlib import suppress
@@ -25,6 +26,14 @@ from tracer.report.state_file import StateFile
 SIZE_LIMIT = 32 << 20
 #: What some editors and shells of Windows put in front of UTF-8.
 BOM = b"\xef\xbb\xbf"
+#: How compressed files begin, and what undoes it.
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"\xfd7zXZ\0": ("xz", "unxz"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"PK\x03\x04": ("zip", "unzip"),
+}
 
 
 _T = TypeVar("_T", Report, StateFile)
@@ -63,7 +72,7 @@ def write(path: Path, text: bytes) -> None:
             with path.open("ab") as stream:  # standard output may be a file with something in it
                 stream.write(text)
             return
-        target = path.resolve()  # a link stays one
+        target = _resolved(path)  # a link stays one
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name[:50]}.", dir=target.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -82,7 +91,7 @@ def write(path: Path, text: bytes) -> None:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+    except OSError as error:
         raise _unwritable(path, error) from None
 
 
@@ -92,12 +101,20 @@ def check_writable(path: Path) -> None:
         if _is_stream(path):
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        elif not (directory := path.resolve().parent).is_dir():
+        elif not (directory := _resolved(path).parent).is_dir():
             raise MsrtraceError(f"cannot write {path}: there is no directory {directory}")
         else:
             tempfile.TemporaryFile(dir=directory).close()
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise _unwritable(path, error) from None
+
+
+def _resolved(path: Path) -> Path:
+    """The path without links. Raises OSError for a loop of them, as Path.resolve() does not since Python 3.13."""
+    found = Path(os.path.realpath(path))
+    if found.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return found
 
 
 def _is_stream(path: Path) -> bool:
@@ -108,8 +125,8 @@ def _is_stream(path: Path) -> bool:
     return not path.is_file() or directory == Path("/dev") or Path("/proc") in directory.parents
 
 
-def _unwritable(path: Path, error: OSError | RuntimeError) -> MsrtraceError:
-    return MsrtraceError(f"cannot write {path}: {(isinstance(error, OSError) and error.strerror) or error}")
+def _unwritable(path: Path, error: OSError) -> MsrtraceError:
+    return MsrtraceError(f"cannot write {path}: {error.strerror or error}")
 
 
 def _umask() -> int:
@@ -157,12 +174,15 @@ def decode_as(wanted: Kind[_T], data: bytes) -> _T:
         raise MsrtraceError("is empty")
     if encoding := _other_encoding(data):
         raise MsrtraceError(f"is {encoding} text, and {noun}s are UTF-8: convert it with iconv -f {encoding} -t UTF-8")
+    if other := _other_kind(data, noun):
+        raise MsrtraceError(other)
     try:
         schema = msgspec.json.decode(data, type=_Head).schema
     except msgspec.ValidationError as error:
         raise MsrtraceError(f"is not an msrtrace {noun}: {_plain(error)}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MsrtraceError(f"is not JSON: {_plain(error)}") from None
+        hint = "" if data.lstrip().startswith((b"{", b"[")) else f"; {noun}s are read in JSON (-o NAME.json)"
+        raise MsrtraceError(f"is not JSON: {_plain(error)}{hint}") from None
     (kind, _, major), (own, _, own_major) = schema.partition("/"), wanted.schema.partition("/")
     other = next((one.noun for one in KINDS if one is not wanted and one.schema.partition("/")[0] == kind), "")
     if other:
@@ -189,9 +209,22 @@ def _other_encoding(data: bytes) -> str | None:
     return encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
 
 
+def _other_kind(data: bytes, noun: str) -> str:
+    """What a file is that is recognisably no JSON, as the end of a sentence; else ""."""
+    for start, (name, undo) in _COMPRESSED.items():
+        if data.startswith(start):
+            return f"is compressed ({name}): use {undo} first"
+    if data[: 1 << 10].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return f"is an HTML page: {noun}s are read in JSON (-o NAME.json)"
+    return ""
+
+
 def _plain(error: Exception) -> str:
-    text = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-    return _short(text, 300)
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    return _short(" ".join(str(error).split()), 300)
 
 
 def _short(text: str, limit: int = 60) -> str:
@@ -202,7 +235,22 @@ def _short(text: str, limit: int = 60) -> str:
 def schema(kind: Kind[Any] = REPORT) -> dict[str, Any]:
     """The JSON Schema (2020-12) of a kind of file, made from its types."""
     title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": kind.schema}
-    return title | msgspec.json.schema(kind.type)
+    made: dict[str, Any] = title | _normalized(msgspec.json.schema(kind.type))
+    return made
+
+
+def _normalized(part: Any) -> Any:
+    """A part of a schema as every msgspec and every Python makes it: alternatives sorted, docstrings not indented."""
+    if isinstance(part, list):
+        return [_normalized(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    made = {name: _normalized(value) for name, value in part.items()}
+    if "anyOf" in made:
+        made["anyOf"].sort(key=json.dumps)
+    if isinstance(made.get("description"), str):
+        made["description"] = re.sub(r"\n +", "\n", made["description"])
+    return made
 
 
 if __name__ == "__main__":

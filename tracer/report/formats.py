@@ -86,8 +86,13 @@ SUFFIXES = {suffix: name for name, known in FORMATS.items() for suffix in known.
 
 def format_of(path: PurePath) -> str | None:
     """The format for the suffix of a path; DEFAULT if it has none, None if the suffix is unknown."""
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path).lower()
     return SUFFIXES.get(suffix) if suffix else DEFAULT
+
+
+def suffix_of(path: PurePath) -> str:
+    """What follows the last dot of a name, with it; "" if there is none. A dot alone is one, as in Python 3.14."""
+    return path.suffix or ("." if path.name.rstrip(".") and path.name.endswith(".") else "")
 
 
 def write_report(report: Report, name: str, columns: int = COLUMNS) -> bytes:

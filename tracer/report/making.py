@@ -6,14 +6,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 
 from tracer.model import msr
-from tracer.model.cause import FILTER_CHANGE
+from tracer.model.cause import FILTER_CHANGE, VCPU_CREATE
 from tracer.model.loss import loss_of
-from tracer.model.snapshot import Call, Durations, Outcome, Snapshot
+from tracer.model.snapshot import Call, Durations, Outcome, Snapshot, VmInfo
 from tracer.model.vendors import vendor_named
 from tracer.model.verdict import judge
 from tracer.report.computer import NOTES, parameters_field
@@ -22,6 +22,7 @@ from tracer.report.report import (
     Bucket,
     CallRow,
     Host,
+    PerCreation,
     PerUpdate,
     Report,
     Totals,
@@ -91,7 +92,7 @@ def make(
     return Report(
         msrtrace=version,
         label=label,
-        started=started.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        started=started.astimezone(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
         duration_seconds=round(duration, 6),
         host=Host(
             **parameters_field(counted.vendor, host.module_parameters),
@@ -113,9 +114,12 @@ def make(
             redundant=_redundant(counted, rows),
             filter_updates=updates.count if updates else None,
             recalculations=recalcs.count if recalcs else None,
+            creation_recalculations=counted.creation_recalcs if recalcs and counted.creations_observable else None,
             vcpus_seen=counted.vcpus_seen,
+            vcpus_created=counted.vcpus_created if counted.creations_observable else None,
         ),
         per_filter_update=_per_update(counted, rows, updates.count if updates else 0),
+        per_vcpu_creation=_per_creation(counted, rows),
         calls=rows,
         filter_update_seconds=_seconds(updates) if updates else None,
         recalculation_seconds=_seconds(recalcs) if recalcs else None,
@@ -197,6 +201,19 @@ def _per_update(counted: Snapshot, rows: list[CallRow], updates: int) -> PerUpda
     )
 
 
+def _per_creation(counted: Snapshot, rows: list[CallRow]) -> PerCreation | None:
+    vcpus = counted.vcpus_created
+    if not (vcpus and counted.creations_observable and counted.calls_observable):
+        return None
+    inside = [row for row in rows if row.cause == VCPU_CREATE]
+    redundant = _redundant(counted, inside)
+    return PerCreation(
+        calls=whole(sum(row.calls for row in inside) / vcpus),
+        redundant=None if redundant is None else whole(redundant / vcpus),
+        recalculations=whole(counted.creation_recalcs / vcpus) if counted.recalcs_observable else None,
+    )
+
+
 def _seconds(updates: Durations) -> UpdateSeconds:
     cumulative = updates.cumulative()
     counts = [cumulative[0][1], *(b - a for (_, a), (_, b) in pairwise(cumulative))]
@@ -215,9 +232,12 @@ def _vms(counted: Snapshot) -> list[Vm]:
         outcomes = [outcome for call, outcome in counted.calls.items() if call.pid == pid]
         exact = counted.calls_observable and counted.redundancy == "exact"
         updates = counted.updates.get(pid, Durations())
+        vm = counted.vms.get(pid, VmInfo(""))
         return Vm(
             pid=pid,
-            name=counted.vms.get(pid, ""),
+            name=vm.name,
+            uuid=vm.uuid,
+            vmm=vm.vmm,
             calls=sum(outcome.calls for outcome in outcomes) if counted.calls_observable else None,
             redundant=sum(outcome.redundant or 0 for outcome in outcomes) if exact else None,
             filter_updates=updates.count if counted.updates_observable else None,

@@ -48,17 +48,30 @@ class Host(Computer, frozen=True, kw_only=True):
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
     """Sums over all calls and updates; null where they cannot be observed on that kernel.
 
-    `recalculations` are recomputations of a bitmap for another reason than a new filter, since 6.17.
+    `recalculations` are recomputations of a bitmap for another reason than a new filter, since 6.17; the creation of
+    vCPUs asked for `creation_recalculations` of them.
     """
 
     calls: Count | None
     redundant: Count | None
     filter_updates: Count | None
     recalculations: Count | None = None
+    creation_recalculations: Count | None = None
     vcpus_seen: Count = 0
+    vcpus_created: Count | None = None
 
 
-class PerUpdate(msgspec.Struct, frozen=True, kw_only=True):
+class _Rates(msgspec.Struct, frozen=True):
+    """Figures that are written as integers where they are."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:  # a report that was read is written again as it was
+            value = getattr(self, name)
+            if isinstance(value, float):
+                msgspec.structs.force_setattr(self, name, whole(value))
+
+
+class PerUpdate(_Rates, frozen=True, kw_only=True):
     """Calls made in filter updates, per filter update; integers where they divide evenly.
 
     `disable` counts every call that passes a direction through: disable_read and disable_write, too.
@@ -71,11 +84,13 @@ class PerUpdate(msgspec.Struct, frozen=True, kw_only=True):
     disable: Rate
     disable_redundant: Rate | None
 
-    def __post_init__(self) -> None:
-        for name in self.__struct_fields__:  # a report that was read is written again as it was
-            value = getattr(self, name)
-            if isinstance(value, float):
-                msgspec.structs.force_setattr(self, name, whole(value))
+
+class PerCreation(_Rates, frozen=True, kw_only=True):
+    """Calls and recalculations of creations, per vCPU created; null: unknown or, before 6.17, there are none."""
+
+    calls: Rate
+    redundant: Rate | None
+    recalculations: Rate | None
 
 
 class CallRow(Sanitized, frozen=True, kw_only=True):
@@ -131,10 +146,15 @@ class UpdateSeconds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Vm(Sanitized, frozen=True, kw_only=True):
-    """The counts of one VM, with `--by-vm`: `pid` is its VMM's, 0 for counts that belong to no known VM."""
+    """The counts of one VM, with `--by-vm`: `pid` is its VMM's, 0 for counts that belong to no known VM.
+
+    `uuid` and `vmm` (the program that runs it, such as qemu) are "" where unknown, and in older reports.
+    """
 
     pid: Count
     name: Text
+    uuid: Text = ""
+    vmm: Text = ""
     calls: Count | None
     redundant: Count | None
     filter_updates: Count | None
@@ -159,6 +179,7 @@ class Report(Sanitized, frozen=True, kw_only=True):
     exit_status: Annotated[int, Meta(ge=0, le=255)] | None = None
     totals: Totals
     per_filter_update: PerUpdate | None
+    per_vcpu_creation: PerCreation | None = None
     calls: Annotated[list[CallRow], Meta(max_length=ROWS)]
     filter_update_seconds: UpdateSeconds | None
     recalculation_seconds: UpdateSeconds | None = None

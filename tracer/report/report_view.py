@@ -23,6 +23,8 @@ def report_document(report: Report) -> Document:
     lines += [_per_update_line(report), _totals_line(report)]
     if report.totals.recalculations is not None:
         lines.append(_recalculations_line(report, report.totals.recalculations))
+    if report.totals.vcpus_created is not None:
+        lines.append(_creations_line(report, report.totals.vcpus_created))
     sections = [
         Section("Calls per MSR", table=_msr_table(report))
         if report.calls
@@ -73,15 +75,29 @@ def _totals_line(report: Report) -> str:
 
 
 def _recalculations_line(report: Report, count: int) -> str:
-    """The line on recalculations; `count` is their number."""
-    plural = "" if count == 1 else "s"
-    found = f"{count:,} recalculation{plural} for other reasons than a new filter"
+    """The line on recalculations; `count` is their number, and those of creations have a line of their own."""
+    of_creations = report.totals.creation_recalculations
+    count -= of_creations or 0
+    found = f"{count:,} recalculation{'' if count == 1 else 's'} for other reasons than a new filter"
+    if of_creations is not None:
+        found += " or the creation of a vCPU"
     if not count or report.totals.calls is None:
         return found
     rows = report.rows(RECALC)
     calls, redundant = Fraction(sum(row.calls for row in rows), count), redundant_sum(rows)
     redundant_each = None if redundant is None else Fraction(redundant, count)
     return f"{found}, {rate(calls)} calls each, {rate(redundant_each)} of them redundant"
+
+
+def _creations_line(report: Report, count: int) -> str:
+    """The line on vCPUs created; `count` is their number."""
+    found, each = f"{count:,} vCPU{'' if count == 1 else 's'} created", report.per_vcpu_creation
+    if not each:
+        return found
+    found += f", {rate(each.calls)} calls each, {rate(each.redundant)} of them redundant"
+    if each.recalculations is not None:
+        found += f", in {rate(each.recalculations)} recalculation{'' if each.recalculations == 1 else 's'}"
+    return found
 
 
 def _msr_table(report: Report) -> Table:

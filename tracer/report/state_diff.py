@@ -268,6 +268,7 @@ def compare_states(one: Side, other: Side, shown: Shown = _ALL) -> StateDiff:
     matched = {id(vm) for difference in found for vm in (difference.one, difference.other)}
     same = [difference for difference in found if not difference]
     only_one, only_other = (tuple(vm for vm in side.vms if id(vm) not in matched) for side in (one, other))
+    named = bool(one.host.name and other.host.name)
     return StateDiff(
         one,
         other,
@@ -276,7 +277,7 @@ def compare_states(one: Side, other: Side, shown: Shown = _ALL) -> StateDiff:
         differing=tuple(map(tuple, folded.values())),
         only_one=only_one,
         only_other=only_other,
-        hosts=tuple(differing([*machines(one.host, other.host), *parameters(one.host, other.host)])),
+        hosts=tuple(differing([*machines(one.host, other.host, named=named), *parameters(one.host, other.host)])),
         compared=sum(sum(both.common.values()) for both in found),
         blind=sum(len(both.common) - sum(both.common.values()) for both in found),
     )

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 import msgspec
 
 from tracer.model import msr
-from tracer.model.msr_filter import DIRECTIONS, READ, WRITE, MsrFilter
+from tracer.model.msr_filter import DIRECTIONS, READ, WRITE, MsrFilter, joined
 from tracer.model.state import State, Vcpu, alike
 from tracer.report.computer import ROWS, Computer, parameters_field
 from tracer.report.making import HostInfo
@@ -80,7 +81,8 @@ def state_of(report: Report) -> StateFile | None:
     if report.state is None:
         return None
     try:
-        taken = (datetime.fromisoformat(report.started) + timedelta(seconds=report.duration_seconds)).isoformat()
+        started = datetime.fromisoformat(report.started.replace("Z", "+00:00"))
+        taken = (started + timedelta(seconds=report.duration_seconds)).isoformat()
     except (ValueError, OverflowError):  # in a file that was changed
         taken = report.started
     host = msgspec.convert(msgspec.to_builtins(report.host), Computer)
@@ -103,14 +105,14 @@ def _group(state: State, vcpu: Vcpu, also: tuple[int, ...]) -> VcpuGroup:
         read, write = ([range_text(run) for run in state.passed(vcpu, direction)] for direction in DIRECTIONS)
         passed = Passed(read=read, write=write)
         denied = [run for direction in DIRECTIONS for run in (vcpu.filter.denied(direction) if vcpu.filter else ())]
-        touched = {one for run in denied for one in run}
+        touched = joined(denied)
         rows = [
             AccessRow(
                 msrs=range_text(run),
                 name=msr.name(run.start),
                 read=verdict.read,
                 write=verdict.write,
-                in_filter=not touched.isdisjoint(run),
+                in_filter=_overlaps(run, touched),
             )
             for run, verdict in state.verdicts(vcpu, also)
         ]
@@ -118,6 +120,12 @@ def _group(state: State, vcpu: Vcpu, also: tuple[int, ...]) -> VcpuGroup:
 
 
 _ACCESS: dict[int, Access] = {0: "none", READ: "read", WRITE: "write", READ | WRITE: "read_write"}
+
+
+def _overlaps(run: range, ranges: list[range]) -> bool:
+    """Whether a range overlaps one of sorted ranges that do not overlap."""
+    at = bisect_right(ranges, run.start, key=lambda one: one.stop)
+    return at < len(ranges) and ranges[at].start < run.stop
 
 
 def _filter(one: MsrFilter) -> Filter:

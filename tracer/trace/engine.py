@@ -11,15 +11,15 @@ from dataclasses import replace
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.copies import holders
 from tracer.kernel.headers import header_settings
-from tracer.kernel.layout import places
+from tracer.kernel.layout import layout_of, places
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
 from tracer.model.snapshot import Probe, Snapshot
-from tracer.model.vendor import Layout
+from tracer.model.vendor import VCPU_CREATED, Layout
 from tracer.program import syscalls
 from tracer.program.bcc_library import attach_tracing
-from tracer.program.compiler import Built, build, is_compiled
+from tracer.program.compiler import PROGRAMS, Built, build, is_compiled
 from tracer.program.program import NotPermitted, not_permitted
 from tracer.program.resources import resource
 from tracer.trace.capabilities import raised
@@ -30,9 +30,18 @@ from tracer.trace.reader import Reader
 SOURCE = "bpf/msrtrace.c"
 
 
-def program_is_compiled() -> bool:
-    """Whether the BPF program is already compiled, for this msrtrace on this machine."""
-    return is_compiled(resource(SOURCE))
+def compiled_backends() -> frozenset[str]:
+    """The backends whose BPF program is already compiled, for this msrtrace on this machine."""
+    source = resource(SOURCE)
+    ours = (definitions for name, definitions in PROGRAMS if name == source.name)
+    return frozenset("fentry" if "FENTRY" in one else "kprobe" for one in ours if is_compiled(source, one))
+
+
+def expected_backends(symbols: Symbols, options: Options) -> tuple[str, ...]:
+    """The backends that a trace with these options would try, in this order. Raises MsrtraceError if it would."""
+    layout = layout_of(symbols)
+    given, _, btf = _planned(layout, symbols, options)
+    return tuple(dict.fromkeys(variant.backend for variant in variants(layout, symbols, given, options, btf)))
 
 
 class Engine:
@@ -46,7 +55,7 @@ class Engine:
         Raises MsrtraceError when nothing can be counted.
         """
         self._layout, self._symbols, self._options, self._explain = layout, symbols, options, explain
-        self._values, self._btf_problem, btf = self._plan(layout, symbols)
+        self._values, self._btf_problem, btf = _planned(layout, symbols, options)
         wanted = variants(layout, symbols, self._values, options, btf)
         try:
             self._built: Built = build(resource(SOURCE), wanted, header_settings)
@@ -65,27 +74,12 @@ class Engine:
             self.close()
             raise
 
-    def _plan(self, layout: Layout, symbols: Symbols) -> tuple[dict[str, int], str, Btf | None]:
-        """What the program must be given for a kernel; why it cannot see outcomes there, if so; the BTF, if any."""
-        if not layout.calls:
-            return values(layout, None, symbols, self._options), "", None
-        try:
-            btf = Btf.of_module(symbols.module) if symbols.module else Btf.of_kernel()
-            return values(layout, btf, symbols, self._options), "", btf
-        except BtfError as error:
-            problem, kernel = str(error), None
-        if layout.pass_:  # whose calls say where the bitmap is
-            problem = ""
-            with suppress(BtfError):
-                kernel = Btf.of_kernel()
-        return values(layout, kernel, symbols, self._options), problem, kernel
-
     def reattach(self, layout: Layout, symbols: Symbols) -> bool:
         """Attach to a module that was loaded again; False if the program does not fit it.
 
         Raises MsrtraceError when nothing can be counted. `detach` went before, so counts start from 0.
         """
-        given, problem, _ = self._plan(layout, symbols)
+        given, problem, _ = _planned(layout, symbols, self._options)
         if self._built.backend != "kprobe" or (layout, given) != (self._layout, self._values):
             return False
         self._symbols, self._btf_problem = symbols, problem
@@ -102,6 +96,8 @@ class Engine:
             reasons = "; ".join(f"{p.function}: {p.detail}" for p in self.probes if p.function in counted)
             self._remove_probes()
             raise MsrtraceError(f"no probe could be attached ({reasons})")
+        if self._creations_observable:
+            self._reader.follow_creations()
         self._uncounted = tuple(holder.loss for holder in holders(self._symbols) if holder.loss)
         self._reader.reset("unpaired_return")  # functions that were being run while their probes were attached
 
@@ -146,6 +142,8 @@ class Engine:
                 "this kernel may preempt what runs at fentry; what is missed by that is counted as missed "
                 "(--backend kprobe misses nothing)"
             )
+        if not self._creations_observable:
+            lines.append("creations of vCPUs cannot be followed, so they are not counted")
         lines += self._uncounted
         if not self._layout.calls:
             lines.append(
@@ -186,6 +184,13 @@ class Engine:
         needed = [f for f in (self._layout.update, self._layout.filter_set) if f]
         return self._filter_known and all(map(self._attached, needed))
 
+    @property
+    def _creations_observable(self) -> bool:
+        begin_and_end = [
+            p.attached for p in self.probes if p.function in (VCPU_CREATED, *self._symbols.vendor.vcpu_create)
+        ]
+        return self._updates_observable and all(begin_and_end)
+
     def _attached(self, *functions: str) -> bool:
         return any(p.attached for p in self.probes if p.function in functions)
 
@@ -214,9 +219,12 @@ class Engine:
             uncounted=self._uncounted,
             vcpus_seen=counted.counts["vcpus_seen"],
             vmms_seen=counted.counts["vmms_seen"],
+            vcpus_created=counted.counts["vcpus_created"],
+            creation_recalcs=counted.creation_recalcs,
             commands=counted.commands,
             calls_observable=self._attached(*self._layout.calls),
             updates_observable=self._updates_observable,
+            creations_observable=self._creations_observable,
             by_vm=self._options.by_vm,
         )
 
@@ -243,3 +251,19 @@ class Engine:
         """Detach everything."""
         self._remove_probes()
         self._built.loaded.close()
+
+
+def _planned(layout: Layout, symbols: Symbols, options: Options) -> tuple[dict[str, int], str, Btf | None]:
+    """What the program must be given for a kernel; why it cannot see outcomes there, if so; the BTF, if any."""
+    if not layout.calls:
+        return values(layout, None, symbols, options), "", None
+    try:
+        btf = Btf.of_module(symbols.module) if symbols.module else Btf.of_kernel()
+        return values(layout, btf, symbols, options), "", btf
+    except BtfError as error:
+        problem, kernel = str(error), None
+    if layout.pass_:  # whose calls say where the bitmap is
+        problem = ""
+        with suppress(BtfError):
+            kernel = Btf.of_kernel()
+    return values(layout, kernel, symbols, options), problem, kernel

@@ -15,7 +15,7 @@ from tracer.kernel.layout import places
 from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
-from tracer.model.vendor import Layout
+from tracer.model.vendor import VCPU_CREATED, Layout
 from tracer.program.program import Target, Variant
 from tracer.trace.reader import WITHIN_FILTER_CHANGE, WITHIN_RECALC
 
@@ -59,6 +59,7 @@ def points(layout: Layout, symbols: Symbols, exact: bool) -> list[Point]:
     if layout.filter_set:
         found.append(Point(layout.filter_set, "filter_set_entered", "filter_set_returned"))
     found.append(Point(present(vendor.vcpu_create), "vcpu_created"))
+    found.append(Point(VCPU_CREATED, "creation_ended"))
     found.append(Point(present(vendor.vcpu_free), "vcpu_freed"))
     if exact:
         inlined = any(map(symbols.find, layout.inlined_into)) and not symbols.find(layout.writers[0])

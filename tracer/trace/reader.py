@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tracer.kernel.symbols import Symbols
-from tracer.model.cause import FILTER_CHANGE, RECALC
+from tracer.model.cause import FILTER_CHANGE, RECALC, VCPU_CREATE
 from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome
 from tracer.program.syscalls import MappedArray, run_program
 from tracer.trace.capabilities import sees_processes
 
 _ACCESS = {1: "read", 2: "write", 3: "read_write"}
 #: enum within of bpf/maps.h
-WITHIN_FILTER_CHANGE, WITHIN_RECALC = 1, 2
-_CAUSES = {WITHIN_FILTER_CHANGE: FILTER_CHANGE, WITHIN_RECALC: RECALC}
+WITHIN_FILTER_CHANGE, WITHIN_RECALC, WITHIN_CREATION = 1, 2, 3
+_CAUSES = {WITHIN_FILTER_CHANGE: FILTER_CHANGE, WITHIN_RECALC: RECALC, WITHIN_CREATION: VCPU_CREATE}
 #: The member that is not 0 where a value is in use, and the count that grows when another comes into use.
 _PLACES = {
     "counters": ("key", "places_taken"),
@@ -38,6 +38,7 @@ class Counted:
     calls: Mapping[Call, Outcome]
     updates: Mapping[int, Durations]
     recalcs: Mapping[int, Durations]
+    creation_recalcs: int  # those of `recalcs` that the creation of a vCPU asked for
     counts: Mapping[str, int]
     maps: tuple[Map, ...]
     commands: Mapping[int, str]
@@ -75,11 +76,13 @@ class Reader:
                 call = self._call(symbols, index, caller, pid, key)
                 calls[call] = calls[call] + outcome if call in calls else outcome
         durations: dict[int, dict[int, Durations]] = {WITHIN_FILTER_CHANGE: {}, WITHIN_RECALC: {}}
-        updates = self._places("updates")
+        updates, creation_recalcs = self._places("updates"), 0
         for index in updates:
             count, nanoseconds, *buckets = self._update(index)
             if count:
                 kind, pid = (self._arrays["updates"].get(index, name) for name in ("kind", "pid"))
+                if kind == WITHIN_CREATION:
+                    kind, creation_recalcs = WITHIN_RECALC, creation_recalcs + count
                 # There are two where two CPUs looked for one at once.
                 durations[kind][pid] = durations[kind].get(pid, Durations()) + _durations(count, nanoseconds, buckets)
         entries = {"calls": len(taken), "vcpus": len(self._places("vcpus"))}
@@ -90,6 +93,7 @@ class Reader:
             calls=calls,
             updates=durations[WITHIN_FILTER_CHANGE],
             recalcs=durations[WITHIN_RECALC],
+            creation_recalcs=creation_recalcs,
             counts=counts,
             maps=tuple(Map(n, entries[n], capacity[n], counts[f"dropped_{n}"]) for n in entries),
             commands=self._commands() if self._by_vm else {},
@@ -120,6 +124,10 @@ class Reader:
     def reset(self, count: str) -> None:
         """Set a `count` to 0."""
         self._counts.set(0, count, 0)
+
+    def follow_creations(self) -> None:
+        """From now on, have the creations of vCPUs followed: what begins and what ends one is probed."""
+        self._counts.set(0, "follow_creations", 1)
 
     def clear(self) -> None:
         """Make everything 0, while no program counts."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Protocol
 
 from tracer.model.errors import MsrtraceError
@@ -87,7 +87,7 @@ def record(
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
     try:
         before = tracer.snapshot()
-        started, begin = datetime.now(UTC), time.monotonic()
+        started, begin = datetime.now(timezone.utc), time.monotonic()
         child = _start(command, blocked, ignored) if command else None
         interrupted = ""
         while True:

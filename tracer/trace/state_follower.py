@@ -13,7 +13,7 @@ from tracer.model.state import State
 from tracer.model.vendors import FIRST
 from tracer.trace.state_reader import named
 from tracer.trace.tracer import Reading, loaded_module
-from tracer.trace.vm_names import VmNames
+from tracer.trace.vm_info import VmInfos
 
 
 class StateFollower:
@@ -25,7 +25,7 @@ class StateFollower:
         *,
         symbols: Callable[[], Symbols] = Symbols.read,
         module: Callable[[], object | None] = loaded_module,
-        names: VmNames | None = None,
+        infos: VmInfos | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Reads nothing yet.
@@ -36,7 +36,7 @@ class StateFollower:
         :param clock: returns seconds
         """
         self._make, self._symbols, self._module, self._clock = make, symbols, module, clock
-        self._names = names or VmNames()
+        self._infos = infos or VmInfos()
         self._vendor = FIRST
         self._reader: Reading | None = None
         self._read_module: object | None = None
@@ -73,7 +73,7 @@ class StateFollower:
         """What every vCPU intercepts now: none where there is no module, or it cannot be read. Raises MsrtraceError."""
         if self._reader is None:
             return State(self._vendor)
-        return named(self._reader.read(steady=True), self._names)
+        return named(self._reader.read(steady=True), self._infos)
 
     def close(self) -> None:
         """Release everything in the kernel."""

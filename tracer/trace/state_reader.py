@@ -21,7 +21,7 @@ from tracer.program.program import NotPermitted, Target, Variant
 from tracer.program.resources import resource
 from tracer.program.structs import Record
 from tracer.trace.reader import is_in_init_pid_namespace
-from tracer.trace.vm_names import VmNames
+from tracer.trace.vm_info import VmInfos
 
 SOURCE = "bpf/state.c"
 _ITERATOR = "bpf_iter_task_file"
@@ -30,8 +30,12 @@ _BITMAP_FAILED, _FILTER_FAILED = 1, 2
 #: KVM_REQ_MSR_FILTER_CHANGED, since 6.18 KVM_REQ_RECALC_INTERCEPTS: KVM_ARCH_REQ(29), arch/x86/include/asm/kvm_host.h
 _REQUEST = 1 << (8 + 29)
 _RCU_SEQ_STATE = 3  # a grace period is under way: RCU_SEQ_STATE_MASK, kernel/rcu/rcu.h
-#: How often a vCPU that changes is read, and how long to wait in between.
-_READS, _PAUSE_SECONDS = 6, 0.02
+#: How often a vCPU that changes is read again, how many reads in a row must find it as it was, and how long to wait
+#: before each; the first two also for kernels that do not record what they want. There, a bit that is set says that KVM
+#: wants it if the filter allows it and is not newer than the bitmap. While a filter is new, there is a grace period and
+#: then a request; before, between and after them there is no trace, as long as a thread waits for a CPU.
+_READS, _EQUAL, _PAUSE_SECONDS = 6, 1, 0.02
+_UNRECORDED_READS, _UNRECORDED_EQUAL = 10, 5
 
 #: Values of bpf/state.c, and where the structures have them. Those that are needed, and those that only tell more.
 _OFFSETS: Mapping[str, tuple[tuple[str, str], ...]] = {
@@ -55,13 +59,14 @@ _SRCU = ("srcu_gp_seq", "srcu_gp_seq_needed")
 
 
 def state_program_is_compiled() -> bool:
-    """As `engine.program_is_compiled`, of the program that reads states."""
-    return is_compiled(resource(SOURCE))
+    """Whether the program that reads states is already compiled, for this msrtrace on this machine."""
+    return is_compiled(resource(SOURCE), {})
 
 
-def named(state: State, names: VmNames) -> State:
+def named(state: State, infos: VmInfos) -> State:
     """The state with the names of its VMs; those of processes that are gone have none."""
-    return replace(state, vms=tuple(replace(vm, name=names.name(vm.pid) or "") for vm in state.vms))
+    found = ((vm, infos.info(vm.pid)) for vm in state.vms)
+    return replace(state, vms=tuple(replace(vm, name=info.name if info else "") for vm, info in found))
 
 
 class StateReader:
@@ -148,45 +153,38 @@ class StateReader:
     def read(self, *, steady: bool = False) -> State:
         """What every vCPU intercepts, without names. Raises MsrtraceError.
 
-        :param steady: read again while anything changes, for at most 0.1 s; what still does is not `settled`
+        :param steady: read again while anything changes, with pauses of 0.2 s at most; what still does is not
+            `settled`. Else there may be filters that were just set, and nothing says yet that no vCPU applied them
         """
         found = self._read()
         if not steady:
             return self._state(found, {key for key, one in found.items() if not one.moves})
-        sure: dict[int, _Reading] = {}
-        for _ in range(_READS):
+        sure: dict[int, Reading] = {}
+        same: dict[int, int] = {}
+        most, needed = (_READS, _EQUAL) if self.recorded else (_UNRECORDED_READS, _UNRECORDED_EQUAL)
+        for _ in range(most):
             time.sleep(_PAUSE_SECONDS)
             before, found = found, self._read()
-            sure |= {key: one for key, one in found.items() if not one.moves and one.same_as(before.get(key))}
+            same = {key: same.get(key, 0) + 1 if one.same_as(before.get(key)) else 0 for key, one in found.items()}
+            sure |= {key: one for key, one in found.items() if same[key] >= needed}
             if found.keys() <= sure.keys():
                 break
         return self._state({key: sure.get(key, one) for key, one in found.items()}, sure.keys())
 
-    def _read(self) -> dict[int, _Reading]:
-        """What is read of each vCPU, by its address; of several descriptors, that of the process that made the VM."""
+    def _read(self) -> dict[int, Reading]:
+        """What is read of each vCPU, by its address."""
+        return readings(self._raw(), self._record)
+
+    def _raw(self) -> bytes:
+        """The records of all vCPUs."""
         try:
-            content = self._iterator.read()
+            return self._iterator.read()
         except OSError as error:
             raise MsrtraceError(f"{_FAILED}: {error.strerror}") from None
-        found: dict[int, _Reading] = {}
-        filters: dict[object, MsrFilter] = {}
-        at = 0
-        while at < len(content):
-            members = self._record.read(content, at)
-            at += self._record.size
-            bitmap, at = content[at : at + members["bitmap_bytes"][0]], at + members["bitmap_bytes"][0]
-            allowed = []
-            for size in members["range_bytes"][: members["ranges"][0]]:
-                allowed.append(content[at : at + size])
-                at += size
-            one = _Reading(members, bitmap, _filter(members, allowed, filters))
-            if one.vcpu not in found or one.owned:
-                found[one.vcpu] = one
-        return found
 
-    def _state(self, found: Mapping[int, _Reading], sure: Collection[int]) -> State:
+    def _state(self, found: Mapping[int, Reading], sure: Collection[int]) -> State:
         """What was read, by the addresses of vCPUs; SURE are those of which it is known to fit together."""
-        vms: dict[int, list[_Reading]] = {}
+        vms: dict[int, list[Reading]] = {}
         for one in found.values():
             vms.setdefault(one.kvm, []).append(one)
         made = []
@@ -202,7 +200,7 @@ class StateReader:
         vms_sorted = tuple(sorted(made, key=lambda vm: (vm.pid, vm.key)))
         return State(self._vendor, self.recorded, vms_sorted, tuple(self.notes))
 
-    def _vcpu(self, one: _Reading, *, sure: bool) -> Vcpu:
+    def _vcpu(self, one: Reading, *, sure: bool) -> Vcpu:
         shadow, mask = None, (1 << len(self.recorded)) - 1
         if self.recorded:
             words = one.shadow
@@ -219,7 +217,7 @@ class StateReader:
         self._loaded.close()
 
 
-class _Reading:
+class Reading:
     """A record of bpf/state.c, and what follows it."""
 
     def __init__(self, members: Mapping[str, tuple[int, ...]], bitmap: bytes, filter_: MsrFilter) -> None:
@@ -231,19 +229,21 @@ class _Reading:
         self.bitmap, self.failed, self.shadow = bitmap, one("failed"), (one("shadow_read"), one("shadow_write"))
         self.requested = bool(one("requests") & _REQUEST)
         ahead = (one("gp_seq_needed") - one("gp_seq")) % (1 << 64)
+        self._grace_periods = one("gp_seq")
         waits = bool(one("gp_seq") & _RCU_SEQ_STATE) or 0 < ahead < 1 << 63
         self._address, replaced = one("filter"), one("filter") != one("filter_after")
         #: Its filter may be a new one without a request yet, which follows a grace period; others wait for those, too.
         self.moves = replaced or waits
         self.filter = None if replaced or self.failed & _FILTER_FAILED else filter_
 
-    def same_as(self, other: _Reading | None) -> bool:
-        """Whether another reading of this vCPU found all of it as it is."""
-        return other is not None and self._content == other._content
+    def same_as(self, other: Reading | None) -> bool:
+        """Whether an earlier reading of this vCPU found all of it as it is, and no filter was replaced in between."""
+        return other is not None and not self.moves and self._content == other._content
 
     @property
     def _content(self) -> tuple[object, ...]:
-        return self.bitmap, self.failed, self.shadow, self.requested, self.filter, self._address
+        # A filter may be where the one before the last was, and the same.
+        return self.bitmap, self.failed, self.shadow, self.requested, self.filter, self._address, self._grace_periods
 
 
 def _grace_periods(btf: Btf) -> dict[str, int]:
@@ -253,6 +253,25 @@ def _grace_periods(btf: Btf) -> dict[str, int]:
         srcu += btf.offset("srcu_struct", "srcu_sup")
         structure, pointer = "srcu_usage", {"srcu_pointer": 1}
     return {"kvm_srcu": srcu, **pointer} | {name: btf.offset(structure, name) for name in _SRCU}
+
+
+def readings(content: bytes, record: Record) -> dict[int, Reading]:
+    """What is read of each vCPU, by its address; of several descriptors, that of the process that made the VM."""
+    found: dict[int, Reading] = {}
+    filters: dict[object, MsrFilter] = {}
+    at = 0
+    while at < len(content):
+        members = record.read(content, at)
+        at += record.size
+        bitmap, at = content[at : at + members["bitmap_bytes"][0]], at + members["bitmap_bytes"][0]
+        allowed = []
+        for size in members["range_bytes"][: members["ranges"][0]]:
+            allowed.append(content[at : at + size])
+            at += size
+        one = Reading(members, bitmap, _filter(members, allowed, filters))
+        if one.vcpu not in found or one.owned:
+            found[one.vcpu] = one
+    return found
 
 
 def _filter(

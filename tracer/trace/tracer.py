@@ -16,12 +16,12 @@ from tracer.kernel.layout import layout_of
 from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.module_change import RETRY_SECONDS, ModuleChange
-from tracer.model.snapshot import Probe, Snapshot
+from tracer.model.snapshot import Probe, Snapshot, VmInfo
 from tracer.model.state import State, seen_wishes
 from tracer.model.vendor import Layout
 from tracer.model.vendors import FIRST, VENDORS
 from tracer.trace.state_reader import named
-from tracer.trace.vm_names import VmNames, safe_name
+from tracer.trace.vm_info import VmInfos, info_of_command
 
 _PATIENCE_SECONDS = 0.1  # for calls in progress when counts are read for the last time
 
@@ -94,7 +94,7 @@ class Tracer:
         *,
         symbols: Callable[[], Symbols] = Symbols.read,
         module: Callable[[], object | None] = loaded_module,
-        names: VmNames | None = None,
+        vms: VmInfos | None = None,
         keep_gone: bool = False,
         states: Callable[[Symbols], Reading] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -109,9 +109,9 @@ class Tracer:
         :param clock: returns seconds
         """
         self._attach_engine, self._read_symbols, self._module = attach, symbols, module
-        self._names = names or VmNames()
+        self._vms = vms or VmInfos()
         self._clock = clock
-        self._kept: dict[int, str] | None = {} if keep_gone else None
+        self._kept: dict[int, VmInfo] | None = {} if keep_gone else None
         self._lock = threading.RLock()
         self._engine: Attachment | None = None
         self._idle: Attachment | None = None  # of a module that was unloaded; usually fits the next one
@@ -178,7 +178,7 @@ class Tracer:
         with self._lock:
             if self._states is None:
                 return State(self._vendor) if self._make_states and not self._engine else None
-            found = named(self._states.read(steady=steady), self._names)
+            found = named(self._states.read(steady=steady), self._vms)
             if found.recorded or not self._engine or not (vcpus := self._engine.wishes_seen()):
                 return found
             counted = self._total()
@@ -238,17 +238,18 @@ class Tracer:
             total = self._total(patience)
             pids = total.pids - {0}
             # A pid that another process has reused counts as gone.
-            names = {pid: name for pid in pids if self._names.alive(pid) and (name := self._names.name(pid))}
+            vms = {pid: vm for pid in pids if self._vms.alive(pid) and (vm := self._vms.info(pid))}
             if self._kept is not None:
-                self._kept |= names
+                self._kept |= vms
                 return replace(
-                    total, vms={pid: self._kept.get(pid) or safe_name(total.commands.get(pid, "")) for pid in pids}
+                    total,
+                    vms={pid: self._kept.get(pid) or info_of_command(total.commands.get(pid, "")) for pid in pids},
                 )
-            gone = pids - names.keys()
+            gone = pids - vms.keys()
             if gone:
                 self._forget(gone)
                 total = self._total()
-            return replace(total, vms=names)
+            return replace(total, vms=vms)
 
     def _total(self, patience: float = 0) -> Snapshot:
         now = self._engine.snapshot(patience) if self._engine else None
@@ -266,7 +267,7 @@ class Tracer:
         if self._earlier:
             self._earlier = self._earlier.without_vms(gone)
         for pid in gone:
-            self._names.name(pid)  # drops the name of whoever had that pid
+            self._vms.info(pid)  # drops what is known of whoever had that pid
 
     def close(self) -> None:
         """Detach, whatever the state of the kernel. The counts stay available, if they could be read a last time."""

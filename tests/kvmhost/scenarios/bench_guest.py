@@ -17,7 +17,8 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -269,9 +270,14 @@ def classify() -> Any:
     return bpftrace(CLASSIFY.replace("BITMAP_OFFSET", str(bitmap_offset())))
 
 
-def kprobe_events() -> None:
-    """Define a kprobe event of each function; none is enabled."""
+@contextmanager
+def kprobe_events() -> Iterator[None]:
+    """A kprobe event of each function is defined; none is enabled."""
     define([f"p:{GROUP}/{function} {function} {HERE.fields}" for function in HERE.functions])
+    try:
+        yield
+    finally:
+        (TRACING / "kprobe_events").write_text("")
 
 
 def counted(counts: dict[str, int]) -> dict[str, Any]:
@@ -281,32 +287,26 @@ def counted(counts: dict[str, int]) -> dict[str, Any]:
 
 def perf() -> Any:
     """`perf stat` on the events: it counts how often each was hit, on all CPUs."""
-    kprobe_events()
-    try:
-        out = Path("/tmp/perf.csv")
-        events = [word for function in HERE.functions for word in ("-e", f"{GROUP}:{function}")]
+    out = Path("/tmp/perf.csv")
+    events = [word for function in HERE.functions for word in ("-e", f"{GROUP}:{function}")]
+    with kprobe_events():
         text = tool("perf", "stat", "-a", "-x", ",", "-o", str(out), *events, "--", *ticks_workload())
-    finally:
-        (TRACING / "kprobe_events").write_text("")
     found = re.findall(rf"^(\d+),,{GROUP}:(\w+),", out.read_text(), re.M)
     return {"ticks": ticks_in(text), **counted({function: int(count) for count, function in found})}
 
 
 def histogram() -> Any:
     """A `hist` trigger on each event, keyed by what a call is counted by: the kernel's own table of counts."""
-    kprobe_events()
-    folders = {function: TRACING / "events" / GROUP / function for function in HERE.functions}
+    events = {function: TRACING / "events" / GROUP / function for function in HERE.functions}
     keys = re.findall(r"(\w+)=", HERE.fields)
     trigger = f"hist:keys={','.join(keys)}"
-    try:
-        for event in folders.values():
+    with kprobe_events():
+        for event in events.values():
             (event / "trigger").write_text(trigger)
         ticks = filter_update_ticks()
-        found = {f: re.search(r"Hits: (\d+)", (event / "hist").read_text()) for f, event in folders.items()}
-        for event in folders.values():
+        found = {f: re.search(r"Hits: (\d+)", (event / "hist").read_text()) for f, event in events.items()}
+        for event in events.values():
             (event / "trigger").write_text(f"!{trigger}")
-    finally:
-        (TRACING / "kprobe_events").write_text("")
     return {"ticks": ticks, **counted({function: int(hits[1]) for function, hits in found.items() if hits})}
 
 

@@ -40,6 +40,7 @@ from guest import (
 )
 from kerneltracer import KernelTracer
 from reporting import make_reports, report_command
+from states import closing, states
 from stress import stressed
 
 import tracer
@@ -52,7 +53,7 @@ ARGUMENTS.add_argument("variants", nargs="+")
 ARGS = ARGUMENTS.parse_args()
 VARIANTS: list[str] = ARGS.variants
 STOCK = VARIANTS[0]
-HUNDRED = 100
+HUNDRED, FEW = 100, 3
 
 
 @contextmanager
@@ -183,6 +184,12 @@ def reports() -> Any:
     return make_reports(VARIANTS)
 
 
+def state() -> Any:
+    """What `msrtrace state` says of VMs under all kinds of filters (see there)."""
+    load(STOCK)
+    return states(FEW if ARGS.vendor else HUNDRED)
+
+
 def unknown_redundancy() -> Any:
     """A module without BTF: calls are counted; what they changed is known only where they name the bitmap."""
     load("nobtf")
@@ -198,7 +205,8 @@ def by_vm() -> Any:
     """Three VMs, two of them with names; one ends while the others go on."""
     load(STOCK)
     msrtrace = Msrtrace("--by-vm")
-    names = [("--", "-name", "guest=web,debug-threads=on"), ("--", "--id", "function-7"), ()]
+    uuid = "6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f0001"
+    names = [("--", "-name", "guest=web,debug-threads=on", "-uuid", uuid), ("--", "--id", "function-7"), ()]
     vms = []
     for number, name in enumerate(names):
         options = ["--vcpus", "2", "--updates", str(3 + 2 * number), "--hold", "600", "--ready", f"/tmp/ready-{number}"]
@@ -214,7 +222,13 @@ def by_vm() -> Any:
         vm.kill()
         vm.wait()
     none_left = scrape()
-    found = {"pids": [vm.pid for vm in vms], "all": all_there, "one gone": one_gone, "none left": none_left}
+    found = {
+        "pids": [vm.pid for vm in vms],
+        "uuid": uuid,
+        "all": all_there,
+        "one gone": one_gone,
+        "none left": none_left,
+    }
     return found | a_hundred_vms(wanted) | msrtrace.end()
 
 
@@ -304,9 +318,9 @@ def not_root() -> Any:
 
 def main() -> None:
     """Run every scenario; what they return goes to /out/NAME.json. Ends with a status that pytest looks for."""
-    scenarios: list[Callable[[], Any]] = [host, counts, fentry, stress, reports, unknown_redundancy, killed]
+    scenarios: list[Callable[[], Any]] = [host, counts, fentry, stress, reports, state, unknown_redundancy, killed]
     if not ARGS.vendor:
-        scenarios.append(attaching)
+        scenarios += [attaching, closing]
     if not (ARGS.vendor or ARGS.kernel):
         scenarios += [by_vm, one_pid, waits, not_root, report_command, compiles]
     only = os.environ.get("ONLY", "").split()

@@ -26,6 +26,11 @@ KEPT = "args"
 SAVED = ("bx", "bp", "r12", "r13", "r14", "r15")
 NAMED = "map"  # follows the register
 FILTER_SET = "kvm_vm_ioctl_set_msr_filter"
+#: Ends every ioctl on a vCPU's descriptor, and its creation (vcpu_put(), virt/kvm/kvm_main.c).
+PUT = "kvm_arch_vcpu_put"
+#: Bytes of a bitmap in an event, and in an array of it, of which 64 elements are the most (MAX_ARRAY_LEN).
+PART, ARRAY = 2048, 512
+CREATE = "kvm_arch_vcpu_create"  # a vCPU: all that a vendor does for that is inside
 #: How far a structure that is not described is searched for a bitmap, and how many words an event has room for.
 SEARCHED_BYTES, WORDS_A_SEARCH = 0x3000, 96
 
@@ -37,7 +42,6 @@ class Vendor:
     :param module: as /proc/kallsyms spells it
     :param calls: the functions whose every call is recorded
     :param updates: those that recompute a vCPU's bitmap; of each also the part that a compiler has split off
-    :param create: makes a vCPU
     :param ranges: of MSRs, 0x2000 each: the first, and the bit of the bitmap with which its own begin
     :param stride: from the bit of an MSR to that of the next
     :param write: from the bit for reads to that for writes
@@ -47,7 +51,6 @@ class Vendor:
     module: str
     calls: tuple[str, ...]
     updates: tuple[str, ...]
-    create: str
     ranges: tuple[tuple[int, int], ...]
     stride: int
     write: int
@@ -62,6 +65,12 @@ class Vendor:
         return None
 
     @property
+    def bitmap_bytes(self) -> int:
+        """How long the bitmap is: the last range's read bits, or write bits."""
+        _, last = self.ranges[-1]
+        return (last + self.stride * 0x2000 + (self.write if self.stride == 1 else 0)) // 8
+
+    @property
     def words(self) -> list[int]:
         """The 64-bit words of the bitmap that have bits of `msrs`, by their numbers."""
         return sorted({bit // 64 for msr in self.msrs for bit in self.bits(msr) or ()})
@@ -72,7 +81,6 @@ INTEL = Vendor(
     "kvm_intel",
     calls=("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_set_intercept_for_msr"),
     updates=("vmx_msr_filter_changed", "vmx_recalc_msr_intercepts", "vmx_recalc_intercepts"),
-    create="vmx_vcpu_create",
     ranges=((0, 0), (0xC0000000, 8 * 0x400)),
     stride=1,
     write=8 * 0x800,
@@ -90,7 +98,6 @@ AMD = Vendor(
     "kvm_amd",
     calls=("set_msr_interception_bitmap", "svm_set_intercept_for_msr"),
     updates=("svm_msr_filter_changed", "svm_recalc_msr_intercepts", "svm_recalc_intercepts"),
-    create="svm_vcpu_create",
     ranges=((0, 0), (0xC0000000, 8 * 0x800), (0xC0010000, 8 * 0x1000)),
     stride=2,
     write=1,
@@ -145,10 +152,10 @@ def other_events(vendor: Vendor, functions: set[str]) -> list[str]:
                 events.append(f"p:{GROUP}/update_in {function} vcpu=%di:x64 kvm=+0(%di):x64")
                 events.append(f"r64:{GROUP}/update_out {function}")
                 break
-    for name, function in (("created", vendor.create), ("filter_set", FILTER_SET)):
+    for name, function in (("create_in", CREATE), ("filter_set", FILTER_SET)):
         if function in functions:
             events.append(f"p:{GROUP}/{name} {function} first=%di:x64 kvm=+0(%di):x64")
-    return events
+    return [*events, f"r64:{GROUP}/create_out {CREATE} error=$retval:u32"]
 
 
 def define(events: list[str]) -> None:
@@ -229,6 +236,12 @@ class KernelTracer:
         functions = {line.split()[2] for line in self.symbols}
         [vendor] = [one for one in VENDORS if any(line.endswith(f"[{one.module}]") for line in self.symbols)]
         (TRACING / "buffer_size_kb").write_text(BUFFER_KB)
+        self._define(vendor, functions)
+        (TRACING / "trace").write_text("")
+        (TRACING / f"events/{GROUP}/enable").write_text("1")
+        return self
+
+    def _define(self, vendor: Vendor, functions: set[str]) -> None:
         define(other_events(vendor, functions))
         for function in vendor.calls:
             if function in functions and self.offset is not None:
@@ -237,9 +250,6 @@ class KernelTracer:
                     define(new)
                 except OSError:
                     define(old)
-        (TRACING / "trace").write_text("")
-        (TRACING / f"events/{GROUP}/enable").write_text("1")
-        return self
 
     def __exit__(self, *_: object) -> None:
         (TRACING / f"events/{GROUP}/enable").write_text("0")
@@ -255,3 +265,27 @@ class KernelTracer:
         (TRACING / "trace").write_text("")
         (TRACING / "kprobe_events").write_text("")
         (TRACING / "buffer_size_kb").write_text("1024")
+
+
+class BitmapTracer(KernelTracer):
+    """Records, whenever KVM has done what it was asked to with a vCPU, the vCPU's whole bitmap.
+
+    An event has less room than a page: there is one for each part of PART bytes.
+
+    :param id_offset: where a vCPU has its id
+    """
+
+    def __init__(self, offset: int | None, id_offset: int, out: Path) -> None:
+        super().__init__(offset, out)
+        self._id_offset = id_offset
+
+    def _define(self, vendor: Vendor, functions: set[str]) -> None:
+        assert PUT in functions
+        start = f"vcpu=%di:x64 id=+{self._id_offset}(%di):s32"
+        if self.offset is None:
+            define([f"p:{GROUP}/part_0 {PUT} {start}"])
+            return
+        for part in range(0, vendor.bitmap_bytes, PART):
+            arrays = range(part, part + PART, ARRAY)
+            words = [f"at{at}=+{at}(+{self.offset}(%di)):x64[{ARRAY // 8}]" for at in arrays]
+            define([f"p:{GROUP}/part_{part} {PUT} {start} {' '.join(words)}"])

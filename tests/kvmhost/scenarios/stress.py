@@ -18,6 +18,7 @@ from typing import Any
 
 from guest import OUT, STOCK, Msrtrace, bitmap_offset, load, record, scrape, until, vendor
 from kerneltracer import KernelTracer
+from swapping import swapped
 
 #: Ten threads update at once. With few CPUs that is how many returns the kernel can wait for where it may preempt them
 #: all in the function (max_t(unsigned int, 10, 2*num_possible_cpus()), kernel/kprobes.c): of more the time is missed.
@@ -80,4 +81,5 @@ def stressed(name: str) -> dict[str, Any]:
 if __name__ == "__main__":
     load(STOCK[vendor().name])
     record("stress", {name: stressed(name) for name in RUNS})
+    record("swapping", swapped())
     sys.exit(0)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A VMM of a few lines, on the plain KVM API: VMs under any MSR filter, vCPUs of any CPUID, in any order of ioctls.
 
-For AMD hosts: on Intel's a VM may need KVM_SET_TSS_ADDR.
-
 The workload (tests/kvmhost/workload.c) counts and measures; this is for states that it does not reach. The guest is as
 the workload's: `out %al,$0x10; jmp`, so that each KVM_RUN ends at the out, after the requests that were pending.
 """
@@ -17,12 +15,13 @@ import struct
 from dataclasses import dataclass, field
 
 CODE = b"\xe6\x10\xeb\xfc"
+TSS_ADDRESS = 0x7FFBD000  # guest-physical, of three pages: what VMX may need for real mode
 GUEST_PAGE = 0x1000  # guest-physical address and size of the only page
 EXIT_IO = 2
 
 # linux/kvm.h
 CREATE_VM, GET_VCPU_MMAP_SIZE, GET_SUPPORTED_CPUID = 0xAE01, 0xAE04, 0xC008AE05
-CREATE_VCPU, SET_USER_MEMORY_REGION, SET_MSR_FILTER = 0xAE41, 0x4020AE46, 0x4188AEC6
+CREATE_VCPU, SET_USER_MEMORY_REGION, SET_TSS_ADDR, SET_MSR_FILTER = 0xAE41, 0x4020AE46, 0xAE47, 0x4188AEC6
 RUN, SET_REGS, GET_SREGS, SET_SREGS = 0xAE80, 0x4090AE82, 0x8138AE83, 0x4138AE84
 SET_MSRS, SET_CPUID2 = 0x4008AE89, 0x4008AE90
 READ, WRITE = 1, 2  # KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE
@@ -113,6 +112,7 @@ class Vm:
     def __init__(self, vcpus: int) -> None:
         self._kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
         self.fd = fcntl.ioctl(self._kvm, CREATE_VM, 0)
+        fcntl.ioctl(self.fd, SET_TSS_ADDR, TSS_ADDRESS)
         self._page = mmap.mmap(-1, GUEST_PAGE)
         self._page[: len(CODE)] = CODE
         # slot, flags, guest address, size, address here

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable, Iterator
 
 import pytest
-from fleets import LOCAL, merged, remembering, serving, upgraded
+from fleets import LOCAL, host, merged, only, remembering, serving, upgraded
 
 from tracer.report.fleet.prometheus_api import point_in_time
 
@@ -155,3 +156,94 @@ def test_times_as_promtool_takes_them(text: str, value: float) -> None:
 def test_anything_else_is_not_a_time(text: str) -> None:
     with pytest.raises(ValueError, match=r"is (neither a time|not a time|before 1970)"):
         point_in_time(text)
+
+
+# --- the same hosts ---
+
+
+def of(name: str) -> dict[str, str]:
+    return {**LOCAL, "host": name}
+
+
+@pytest.fixture
+def changing() -> Iterator[str]:
+    """A Prometheus that stored the host a before and after an upgrade, b and c only before, and d only after."""
+    before = [only(upgraded(of(name), UPGRADE), 0, UPGRADE) for name in "bc"]
+    after = only(upgraded(of("d"), UPGRADE), UPGRADE + 1, NOW)
+    with serving(remembering(merged(upgraded(of("a"), UPGRADE), *before, after), NOW)) as found:
+        yield found
+
+
+A, B, C, D = (f'127.0.0.1:9753 (host="{name}")' for name in "abcd")
+
+
+def test_windows_of_other_hosts_are_not_compared(main: Main, changing: str) -> None:
+    sides = ("--base", 'job="msrtrace"', "--new", 'job="msrtrace"', "--base-at", str(UPGRADE))
+    assert main("compare", "--prometheus", changing, *sides) == (
+        3,
+        "",
+        f'msrtrace: error: scraped only before: {B} and {C}; scraped only after: 127.0.0.1:9753 (host="d") '
+        "(--force compares them anyway)\n",
+    )
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "html", "changelog", "json"])
+def test_if_they_are_every_format_says_so(main: Main, changing: str, form: str) -> None:
+    out = compare(main, changing, "--base-at", str(UPGRADE), "--force", "--format", form)
+    shown = " ".join(html.unescape(out).replace("\\", "").split())
+    assert f"scraped only before: {B} and {C}" in shown
+    assert f"scraped only after: {D}" in shown
+
+
+def test_hosts_may_be_chosen_that_are_the_same(main: Main, changing: str) -> None:
+    at = ("--base-at", str(UPGRADE), "--format", "json")
+    made = json.loads(compare(main, changing, *at, base='host="a"', new='host="a"'))
+    assert [made[side]["hosts"] for side in ("base", "new")] == [["127.0.0.1:9753"]] * 2
+    assert (made["forced"], "only" in str(made["warnings"])) == ([], False)
+
+
+def test_of_sides_that_may_be_of_other_hosts_it_is_a_warning(main: Main, changing: str) -> None:
+    def warnings(base: list[str], new: list[str]) -> list[str]:
+        at = ("--base-at", str(UPGRADE), "--format", "json")
+        status, out, _ = main("compare", "--prometheus", changing, "--base", *base, "--new", *new, *at)
+        assert status == 0
+        found: list[str] = json.loads(out)["warnings"]
+        return found
+
+    assert warnings(['host="a"', 'host="b"'], ['host="a"', 'host="d"'])[:2] == [
+        f"scraped only before: {B}",
+        f"scraped only after: {D}",
+    ]
+    assert "scraped" not in str(warnings(['host="b"'], ['host="d"']))
+
+
+def test_a_host_whose_filters_changed_in_one_window_only_is_named(main: Main) -> None:
+    times, info = [UPGRADE + 2000, UPGRADE + 3600], {"kernel": "6.1.0"}
+    idle = host(of("b"), times, updates=0, before=0, start=UPGRADE + 1990, info=info)
+    stored = merged(upgraded(of("a"), UPGRADE), only(upgraded(of("b"), UPGRADE), 0, UPGRADE), idle)
+    with serving(remembering(stored, NOW)) as url:
+        made = json.loads(compare(main, url, "--base-at", str(UPGRADE), "--format", "json"))
+    assert made["warnings"][0] == f"counted only before, as in the other window no filter changed there: {B}"
+    assert [made[side]["hosts"] for side in ("base", "new")] == [[A, B], [A]]
+
+
+# --- the names of hosts ---
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "html", "changelog", "json"])
+def test_every_format_names_the_hosts(main: Main, url: str, form: str) -> None:
+    out = compare(main, url, "--base-at", str(UPGRADE), "--format", form)
+    shown = " ".join(html.unescape(out).replace("\\", "").split())
+    assert f"{A} and {B}, Linux 5.19.17, 2023-11-14" in shown
+    assert f"{A} and {B}, Linux 6.1.0, 2023-11-15" in shown
+
+
+def test_of_many_hosts_some_are_named_and_json_has_all(main: Main) -> None:
+    stored = merged(*(upgraded(of(f"h{number}"), UPGRADE) for number in range(7)))
+    with serving(remembering(stored, NOW)) as url:
+        out = " ".join(compare(main, url, "--base-at", str(UPGRADE)).split())
+        made = json.loads(compare(main, url, "--base-at", str(UPGRADE), "--format", "json"))
+    assert '127.0.0.1:9753 (host="h4") and 2 more (all: --format json), Linux 5.19.17' in out
+    names = [f'127.0.0.1:9753 (host="h{number}")' for number in range(7)]
+    assert [made[side]["hosts"] for side in ("base", "new")] == [names, names]
+    assert "host" not in [difference["what"] for difference in made["differences"]]

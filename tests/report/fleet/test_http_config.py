@@ -104,11 +104,11 @@ def test_what_sets_nothing_is_valid(tmp_path: Path, text: str) -> None:
         ("basic_auth: {user: x}", "unknown key basic_auth.user (username, username_file, password, password_file)"),
         ("tls_config: {cafile: x}", "unknown key tls_config.cafile ("),
         ("http_headers: {X-A: {value: secret}}", "unknown key http_headers.X-A.value (values, secrets, files)"),
-        ("oauth2: {client_secret: secret}", "oauth2 is not supported: "),
-        ("proxy_url: http://secret:secret@proxy", "proxy_url is not supported: set HTTPS_PROXY and "),
+        ("oauth2: {client_secret: secret}", "oauth2 is not supported by msrtrace: "),
+        ("proxy_url: http://secret:secret@proxy", "proxy_url is not supported by msrtrace: set HTTPS_PROXY and "),
         ("no_proxy: x", "no_proxy is not supported"),
         ("proxy_connect_header: {A: [secret]}", "proxy_connect_header is not supported"),
-        ("tls_config: {cert: secret}", "tls_config.cert is not supported: use cert_file"),
+        ("tls_config: {cert: secret}", "tls_config.cert is not supported by msrtrace: use cert_file"),
         ("basic_auth: {password_ref: x}", "basic_auth.password_ref is not supported"),
         ("- a", "the file is not a mapping"),
         ("secret", "the file is not a mapping"),
@@ -165,8 +165,8 @@ def test_a_wrong_configuration_is_an_error_that_names_the_key(tmp_path: Path, te
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("bearer_token_file: none", "cannot read {}/none: No such file or directory"),
-        ("tls_config: {ca_file: sub}", "cannot read {}/sub: Is a directory"),
+        ("bearer_token_file: none", "{0}/http.yml: cannot read {0}/none: No such file or directory"),
+        ("tls_config: {ca_file: sub}", "{0}/http.yml: cannot read {0}/sub: Is a directory"),
     ],
 )
 def test_an_unreadable_file_is_named(tmp_path: Path, text: str, why: str) -> None:
@@ -178,7 +178,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, text: str, why: str) -> Non
 def test_without_pyyaml_an_error_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(
-        MsrtraceError, match=r"needs PyYAML: install python3-yaml \(Debian\) or, with pip, msrtrace\[web\]"
+        MsrtraceError, match=r"PyYAML is missing: install Debian's python3-yaml, or pip install 'msrtrace\[web\]'"
     ):
         read_http_config(written(tmp_path, ""))
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from tracer.model.cause import VCPU_CREATE
 from tracer.model.errors import MsrtraceError
 from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot
 from tracer.model.vendor import Vendor
@@ -17,9 +18,11 @@ from tracer.report.fleet.targets import (
     BUCKETS,
     CALLS,
     INFO,
+    RECALCULATIONS,
     REDUNDANT,
     SECONDS,
     UPDATES,
+    VCPUS_CREATED,
     Key,
     host_family,
     selector,
@@ -88,6 +91,11 @@ def _attached(grown: Sequence[Grown]) -> dict[str, bool]:
     return result
 
 
+def recalculations_known(grown: Sequence[Grown]) -> bool:
+    """Whether the recalculations of every process are stored."""
+    return all(one.family(RECALCULATIONS) for one in grown)
+
+
 def snapshot(info: Mapping[str, str], grown: Sequence[Grown]) -> Snapshot:
     """The sum over the processes of a host; `info` has the labels of its msrtrace_build_info."""
     vendor = vendor_of(info)
@@ -103,7 +111,7 @@ def snapshot(info: Mapping[str, str], grown: Sequence[Grown]) -> Snapshot:
     calls: dict[tuple[str, ...], int] = defaultdict(int)
     for labels, value in family(CALLS):
         calls[_key(labels)] += round(value)
-    missed, updates = family("msrtrace_probe_missed_total"), family(UPDATES)
+    missed, updates, recalcs = family("msrtrace_probe_missed_total"), family(UPDATES), family(RECALCULATIONS)
     return Snapshot(
         vendor=vendor.name,
         layout=info.get("layout", "?"),
@@ -117,6 +125,9 @@ def snapshot(info: Mapping[str, str], grown: Sequence[Grown]) -> Snapshot:
         updates={0: Durations(_sum(updates), sum(v for _, v in family(SECONDS)), _buckets(family(BUCKETS)))}
         if updates
         else {},
+        recalcs={0: Durations(_sum(recalcs))},
+        creation_recalcs=_sum(recalcs, "cause", VCPU_CREATE),
+        vcpus_created=_sum(family(VCPUS_CREATED)),
         probes=tuple(
             Probe(function, None, attached, "", _sum(missed, "function", function))
             for function, attached in _attached(grown).items()
@@ -129,6 +140,7 @@ def snapshot(info: Mapping[str, str], grown: Sequence[Grown]) -> Snapshot:
         module_unloads=_sum(family("msrtrace_module_unloads_total")),
         calls_observable=bool(layout is None or layout.calls),
         updates_observable=bool(updates),
+        creations_observable=all(one.family(VCPUS_CREATED) for one in grown),
     )
 
 

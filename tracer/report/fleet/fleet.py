@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 
 import msgspec
 
 from tracer.model.errors import MsrtraceError
-from tracer.report.fleet.counts import Grown, check_complete, snapshot, vendor_of
+from tracer.model.quantity import some
+from tracer.report.fleet.counts import Grown, check_complete, recalculations_known, snapshot, vendor_of
 from tracer.report.fleet.lineage import Process, processes
+from tracer.report.fleet.pairing import Targets, unpaired
 from tracer.report.fleet.prometheus_api import Prometheus, Series, point_in_time, seconds
 from tracer.report.fleet.runs import runs
 from tracer.report.fleet.targets import (
@@ -47,10 +49,11 @@ _REMARKS = 3
 
 @dataclass(frozen=True)
 class Fleet:
-    """The reports of each side, and warnings about all of them."""
+    """The reports of each side, and warnings about all of them; `apart`: what the hosts of two windows differ in."""
 
     sides: list[list[Report]]
     warnings: list[str]
+    apart: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +65,23 @@ class _Host:
     @property
     def target(self) -> Target:
         return self.grown[-1].process.newest.target
+
+    @property
+    def targets(self) -> Targets:
+        return frozenset(run.target for one in self.grown for run in one.process.runs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """What was stored in a window: the hosts of each side, the report on each, and warnings about all of them."""
+
+    sides: list[dict[_Host, Report]]
+    warnings: list[str]
+
+    def counted(self, side: int) -> dict[_Host, Report]:
+        """The hosts of a side that have a report in the comparison: those where a filter changed, unless none did."""
+        hosts = self.sides[side]
+        return {host: report for host, report in hosts.items() if report.totals.filter_updates} or hosts
 
 
 def reports(prometheus: Prometheus, selectors: Iterable[str], window: int, end: float) -> list[Report]:
@@ -81,10 +101,30 @@ def reports(prometheus: Prometheus, selectors: Iterable[str], window: int, end: 
 def before_and_after(
     prometheus: Prometheus, sides: Sequence[Iterable[str]], window: int, ends: Sequence[float]
 ) -> Fleet:
-    """As `compared`, for windows that do not overlap, so that a host may be on several sides: one end for each."""
-    fleets = [compared(prometheus, [side], window, end, past=True) for side, end in zip(sides, ends, strict=True)]
-    warnings = dict.fromkeys(warning for fleet in fleets for warning in fleet.warnings)
-    return Fleet([fleet.sides[0] for fleet in fleets], list(warnings))
+    """As `compared`, for two windows that do not overlap, so that a host may be on both sides: one end for each."""
+    windows = [_window(prometheus, [side], window, end, past=True) for side, end in zip(sides, ends, strict=True)]
+    hosts = [found.counted(0) for found in windows]
+    warnings = list(dict.fromkeys(warning for found in windows for warning in found.warnings))
+    scraped, counted = _alone([found.sides[0] for found in windows]), _alone(hosts)
+    apart = tuple(f"scraped only {when}: {some(names)}" for when, names in scraped.items() if names)
+    for when, names in counted.items():
+        if less := some(name for name in names if name not in scraped[when]):
+            warnings.append(f"counted only {when}, as in the other window no filter changed there: {less}")
+    one, other = ({text.strip() for text in side} for side in sides)
+    if one != other:  # other hosts may be meant, unless some are the same
+        shared = len(windows[0].sides[0]) > len(scraped["before"])
+        apart, warnings = (), [*(apart if shared else ()), *warnings]
+    return Fleet([list(found.values()) for found in hosts], warnings, apart)
+
+
+def _alone(windows: Sequence[Mapping[_Host, Report]]) -> dict[str, list[str]]:
+    """The names of the hosts that are in the window `before` only, or in the one `after`."""
+    alone = unpaired(*([host.targets for host in hosts] for hosts in windows))
+    names = [[report.host.name for report in hosts.values()] for hosts in windows]
+    return {
+        when: [side[place] for place in places]
+        for when, side, places in zip(("before", "after"), names, alone, strict=True)
+    }
 
 
 def compared(
@@ -96,8 +136,14 @@ def compared(
 
     :param past: whether `end` is not now, so that errors name it
     """
+    found = _window(prometheus, sides, window, end, past=past)
+    return Fleet([list(found.counted(side).values()) for side in range(len(found.sides))], found.warnings)
+
+
+def _window(prometheus: Prometheus, sides: Sequence[Iterable[str]], window: int, end: float, *, past: bool) -> _Window:
+    """What `compared` makes reports of."""
     when = f"in the last {window} s" + (
-        f" before {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M:%S} UTC" if past else ""
+        f" before {datetime.fromtimestamp(end, timezone.utc):%Y-%m-%d %H:%M:%S} UTC" if past else ""
     )
     matched = [_matched(prometheus, selectors, window, end, when) for selectors in sides]
     stored: dict[Target, Stream] = {}
@@ -115,7 +161,8 @@ def compared(
     titles = _titles([host for side in hosts for host in side])
     missing = [f"Prometheus warned that series may be missing: {text}" for text in prometheus.incomplete]
     remarks = [f"Prometheus remarked: {text}" for text in prometheus.notices[:_REMARKS]]
-    return Fleet([_reports(side, titles, missing[:_REMARKS]) for side in hosts], [*_warnings(found), *remarks])
+    made = [{host: _report(titles[host], host, missing[:_REMARKS]) for host in side} for side in hosts]
+    return _Window(made, [*_warnings(found), *remarks])
 
 
 def _matched(
@@ -249,11 +296,6 @@ def _titles(hosts: Sequence[_Host]) -> dict[_Host, str]:
     return titles
 
 
-def _reports(hosts: Sequence[_Host], titles: Mapping[_Host, str], missing: Sequence[str]) -> list[Report]:
-    found = [_report(titles[host], host, missing) for host in hosts]
-    return [report for report in found if report.totals.filter_updates] or found
-
-
 def _report(title: str, host: _Host, missing: Sequence[str]) -> Report:
     """The report on a host, a lower bound if anything is `missing`: a phrase each."""
     info = host.grown[-1].info
@@ -265,16 +307,22 @@ def _report(title: str, host: _Host, missing: Sequence[str]) -> Report:
         notes += _copies(title, one.process)
     made = make(
         replace(snapshot(info, host.grown), uncounted=tuple(missing)),
-        HostInfo(kernel=info.get("kernel", "?"), version="", cpu="", module_parameters={}),
-        started=datetime.fromtimestamp(first, UTC),
+        HostInfo(kernel=info.get("kernel", "?"), version="", cpu="", module_parameters={}, name=title),
+        started=datetime.fromtimestamp(first, timezone.utc),
         duration=last - first,
         version=info.get("version", ""),
         label=title,
         notes=notes,
     )
-    # Recalculations are not queried, so they are unknown rather than 0.
-    totals = msgspec.structs.replace(made.totals, recalculations=None)
-    return msgspec.structs.replace(made, totals=totals, recalculation_seconds=None)
+    made = msgspec.structs.replace(made, recalculation_seconds=None)  # their times are not queried
+    return made if recalculations_known(host.grown) else _without_recalculations(made)
+
+
+def _without_recalculations(made: Report) -> Report:
+    """The report with its recalculations unknown rather than 0."""
+    totals = msgspec.structs.replace(made.totals, recalculations=None, creation_recalculations=None)
+    each = made.per_vcpu_creation and msgspec.structs.replace(made.per_vcpu_creation, recalculations=None)
+    return msgspec.structs.replace(made, totals=totals, per_vcpu_creation=each)
 
 
 def _copies(title: str, process: Process) -> list[str]:

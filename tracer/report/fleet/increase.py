@@ -7,18 +7,25 @@ from collections.abc import Sequence
 
 from tracer.model.errors import MsrtraceError
 from tracer.report.fleet.runs import Run
-from tracer.report.fleet.targets import CALLS, LOSSES, REDUNDANT, UPDATES, Key, selector
+from tracer.report.fleet.targets import CALLS, LOSSES, OF_HOST, REDUNDANT, UPDATES, Key, selector
 
 
 def increases(runs: Sequence[Run], from_zero: bool) -> dict[Key, float]:
-    """The increase of each counter of a process in the window.
+    """The increase of each counter of a process in the window; of OF_HOST, those that are not ambiguous.
 
     :param runs: the runs of the process
     :param from_zero: whether the process started within the window
-    :raises MsrtraceError: where an increase is ambiguous
+    :raises MsrtraceError: where another increase is ambiguous
     """
-    keys = {key for run in runs for key in run.counters}
-    return {key: _increase(runs, key, from_zero) for key in keys}
+    found, ambiguous = {}, set()
+    for key in {key for run in runs for key in run.counters}:
+        try:
+            found[key] = _increase(runs, key, from_zero)
+        except MsrtraceError:
+            if key[0] not in OF_HOST:
+                raise
+            ambiguous.add(key[0])
+    return {key: increase for key, increase in found.items() if key[0] not in ambiguous}
 
 
 def _increase(runs: Sequence[Run], key: Key, from_zero: bool) -> float:

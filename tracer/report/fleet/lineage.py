@@ -73,7 +73,7 @@ class Process:
         return next((run.start for run in self.runs if run.start is not None), None)
 
     def increases(self) -> dict[Key, float]:
-        """The increase of each counter in the window. Raises MsrtraceError where one is ambiguous."""
+        """The increase of each counter in the window, as `increases` says. Raises MsrtraceError."""
         return increases(self.runs, self.from_zero)
 
 

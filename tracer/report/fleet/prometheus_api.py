@@ -50,13 +50,15 @@ def point_in_time(text: str) -> float:
         found = float(text)
     elif re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.,][0-9]+)?", text, re.IGNORECASE):
         raise ValueError(f"{text!r} has no time zone: add Z for UTC, or an offset such as +02:00")
-    elif re.fullmatch(
-        r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.,][0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})",
+    elif match := re.fullmatch(
+        r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})(?:[.,]([0-9]+))?(Z|[+-][0-9]{2}:[0-9]{2})",
         text,
         re.IGNORECASE,
     ):
-        try:
-            found = datetime.fromisoformat(text.upper().replace(",", ".")).timestamp()
+        second, fraction, zone = match.groups(default="0")
+        try:  # with neither Z nor a fraction, which Python 3.10 does not read in all forms
+            whole = datetime.fromisoformat(second.upper() + zone.upper().replace("Z", "+00:00"))
+            found = whole.timestamp() + float(f"0.{fraction}")
         except ValueError as error:
             raise ValueError(f"{text!r} is not a time: {error}") from None
     else:

@@ -22,6 +22,7 @@ from tracer.report.fleet.targets import (
     CALLS,
     INFO,
     LOSSES,
+    OF_HOST,
     PER_VM,
     START,
     UPDATES,
@@ -33,7 +34,7 @@ from tracer.report.fleet.targets import (
     selector,
 )
 
-COUNTERS = (*PER_VM, *LOSSES)
+COUNTERS = (*PER_VM, *OF_HOST, *LOSSES)
 #: A clock before this (in 2001) was never set: a start time from it only identifies the process.
 _CLOCK_SET = 1e9
 

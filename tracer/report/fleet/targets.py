@@ -16,6 +16,8 @@ UPDATES = "msrtrace_filter_updates_total"
 BUCKETS = "msrtrace_filter_update_duration_seconds_bucket"
 SECONDS = "msrtrace_filter_update_duration_seconds_sum"
 INFO = "msrtrace_build_info"
+RECALCULATIONS = "msrtrace_recalculations_total"
+VCPUS_CREATED = "msrtrace_vcpus_created_total"
 START = "process_start_time_seconds"
 ATTACHED = "msrtrace_probe_attached"
 
@@ -28,6 +30,8 @@ PER_VM: Mapping[str, tuple[str, ...]] = {
     BUCKETS: ("le",),
     SECONDS: (),
 }
+#: Sums over all VMs in any case; comparisons do without them.
+OF_HOST: Mapping[str, tuple[str, ...]] = {RECALCULATIONS: ("cause",), VCPUS_CREATED: ()}
 LOSSES: Mapping[str, tuple[str, ...]] = {
     "msrtrace_probe_missed_total": ("function",),
     "msrtrace_dropped_updates_total": ("map",),
@@ -48,6 +52,7 @@ OWN: Mapping[str, tuple[str, ...]] = {
     START: (),
     ATTACHED: ("function",),
     **PER_VM,
+    **OF_HOST,
     **LOSSES,
     **{host_family(metric): labels for metric, labels in PER_VM.items()},
 }
