@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from standin import ATTACHED, CLOSED, COUNTED, MODULE, VENDOR
+from command import on_standin
+from made_vms import state, vm
+from standin import ATTACHED, CLOSED, COUNTED, MODULE, READ, VENDOR, VMS
 
+from tracer.cli import report as report_command
+from tracer.model.snapshot import VmInfo
+from tracer.model.state import State
 from tracer.report.file import decode, read
 
 ROOT = Path(__file__).parents[2]
@@ -299,3 +304,58 @@ def test_progress_is_shown_on_a_terminal() -> None:
 
 def test_the_progress_on_a_dumb_terminal_has_no_escape_sequences() -> None:
     assert on_a_terminal("-d", "0.3", term="dumb")[0] == "msrtrace: tracing for 0.3 s\r\n"
+
+
+# --- what vCPUs intercept when the trace ends ---
+
+TWO_VMS = f"web-01 {os.getpid()} 2 0xc0000100\nweb-02 1 1\n"
+
+
+def test_the_state_at_the_end_is_in_the_report() -> None:
+    done = run("-d", "0.1", "--format", "json", **{VMS: TWO_VMS})
+    made = decode(done.stdout.encode())
+    assert (done.returncode, done.stderr, made.notes) == (0, "", [])
+    assert made.state
+    assert [(vm.name, vm.count) for vm in made.state.vms] == [("web-01", 2), ("web-02", 1)]
+    assert {READ, f"{READ}.{CLOSED}"} <= done.left
+    text = run("-d", "0.1", **{VMS: TWO_VMS}).stdout
+    assert "Intercepted at the end\n  2 VMs, 3 vCPUs\n" in text
+
+
+def test_the_state_of_a_process_alone() -> None:
+    made = decode(run("-d", "0.1", "--pid", str(os.getpid()), "--format", "json", **{VMS: TWO_VMS}).stdout.encode())
+    assert made.state
+    assert [vm.name for vm in made.state.vms] == ["web-01"]
+
+
+def test_without_a_module_there_is_no_vcpu() -> None:
+    command = ("sh", "-c", "rm $0/module; sleep 0.5")
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / MODULE).write_text("1")
+        (Path(directory) / VMS).write_text(TWO_VMS)
+        done = on_standin(Path(directory), "report", "-o", "-", "--format", "json", "--", *command, directory)
+    made = decode(done.stdout.encode())
+    assert made.state
+    assert (made.state.vms, made.state.notes) == ([], [])
+
+
+def test_a_state_that_cannot_be_read_is_a_note() -> None:
+    done = run("-d", "0.1", "--format", "json", **{VMS: "broken"})
+    made = decode(done.stdout.encode())
+    assert (done.returncode, done.stderr, made.state) == (0, "", None)
+    why = "what vCPUs intercept cannot be read: broken"
+    assert made.notes == [f"what vCPUs intercepted at the end is not in this report: {why}"]
+    assert made.totals.filter_updates == 101
+
+
+def test_vms_are_named_as_in_the_trace() -> None:
+    class Traced:
+        state_problem = ""
+
+        def state(self, *, steady: bool = False) -> State:
+            assert steady
+            return state(vm("renamed", 812), vm("unseen", 5))
+
+    found, notes = report_command._state_at_end(Traced(), {812: VmInfo("web-01"), 6: VmInfo("gone")})  # type: ignore[arg-type]
+    assert found
+    assert ([vm.name for vm in found.vms], notes) == (["web-01", "unseen"], ())

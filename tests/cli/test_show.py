@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from command import ROOT
-from made import patched, unpatched
+from made import patched, report, toggle, unpatched
+from made_vms import FS_BASE, denies, state, vcpu, vm
 
-from tracer.report.file import encode
+from tracer.report.file import STATE, encode, read_as
 from tracer.report.formats import OF_REPORTS, write_report
+from tracer.report.state_making import states_of_report
 
 Main = Callable[..., tuple[int, str, str]]
 
@@ -60,6 +62,19 @@ def test_a_report_may_come_from_standard_input() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, write_report(patched(), "text"), b"")
 
 
+def test_the_state_at_the_end_may_be_shown_alone(main: Main) -> None:
+    made = report(toggle(), state=states_of_report(state(vm("web-01", 812, vcpu(0, denies(FS_BASE))))))
+    Path("s.json").write_bytes(encode(made))
+    status, out, err = main("show", "--state", "s.json")
+    assert (status, err) == (0, "")
+    assert out.startswith("ada (Linux 6.1.0-53-amd64, Intel VMX): 1 VM, 1 vCPU\n\nweb-01 (pid 812): vCPU 0\n")
+    assert "not shown" not in out
+    assert main("show", "--state", "s.json", "-o", "state.json") == (0, "", "")
+    assert read_as(STATE, Path("state.json")).vms == (made.state and made.state.vms)
+    without = "msrtrace: error: that report does not have what vCPUs intercepted when the trace ended\n"
+    assert main("show", "--state", "u.json") == (1, "", without)
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [
@@ -78,6 +93,11 @@ def test_an_unreadable_report_is_an_error(main: Main, name: str, why: str) -> No
         ([], "Missing argument 'REPORT'"),
         (["u.json", "p.json"], "unexpected extra argument (p.json)"),
         (["u.json", "--format", "changelog"], "'changelog' is not one of"),
+        (["u.json", "--state", "--format", "html"], "cannot be written as html: text, markdown, json are possible"),
+        (
+            ["u.json", "--state", "-o", "x.json", "-o", "x.html"],
+            "cannot be written as html: text, markdown, json are possible",
+        ),
         (["u.json", "-o", "x.json."], "no format has the suffix . (.txt, .md, .json, .html, .htm); set --format"),
         (["u.json", "-o", "x.json.gz"], "no format has the suffix .gz (.txt, .md, .json, .html, .htm); set --format"),
         (["u.json", "-o", ""], "-o .: that is no name of a file"),

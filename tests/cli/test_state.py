@@ -24,7 +24,8 @@ from tracer.model.errors import MsrtraceError
 from tracer.model.state import State, Vm
 from tracer.model.vmx import VMX
 from tracer.report.file import STATE, decode_as, read_as
-from tracer.trace import state_reader
+from tracer.trace import state_follower, state_reader
+from tracer.trace.state_follower import StateFollower
 
 Main = Callable[..., tuple[int, str, str]]
 PID, OTHER = os.getpid(), os.getppid()
@@ -36,7 +37,7 @@ class Reader:
     def __init__(self, found: State | MsrtraceError) -> None:
         self.found, self.closed = found, False
 
-    def read(self, *, steady: bool) -> State:
+    def read(self, *, steady: bool = False) -> State:
         """Whatever was given."""
         assert steady
         if isinstance(self.found, MsrtraceError):
@@ -61,11 +62,13 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
     made = Reader(host())
 
     @contextmanager
-    def opened() -> Iterator[Reader]:
-        yield made
+    def opened(pid: int | None) -> Iterator[StateFollower]:
+        follower = StateFollower(lambda _: made, module=lambda: "loaded")
+        follower.start(Symbols.of([], VMX.module, vendor=VMX))
+        yield follower
 
-    monkeypatch.setattr(state_command, "state_reader", opened)
-    monkeypatch.setattr(state_reader, "named", lambda found, _: found)
+    monkeypatch.setattr(state_command, "following_states", opened)
+    monkeypatch.setattr(state_follower, "named", lambda found, _: found)
     return made
 
 

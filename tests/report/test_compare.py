@@ -38,7 +38,6 @@ from tracer.model.snapshot import Map, Probe, Snapshot
 from tracer.report.changelog import changelog
 from tracer.report.compare import (
     Comparison,
-    Difference,
     Incomparable,
     PerUpdate,
     Side,
@@ -48,6 +47,7 @@ from tracer.report.compare import (
 )
 from tracer.report.comparison_json import comparison_json
 from tracer.report.comparison_view import comparison_document, comparison_table, sentence
+from tracer.report.computer import Difference
 from tracer.report.creation import PerCreation
 from tracer.report.interval import timed
 from tracer.report.report import Bit, Report, by_bit

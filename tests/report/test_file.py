@@ -18,6 +18,7 @@ import jsonschema
 import pytest
 from hypothesis import given
 from made import amd, any_reports, patched, recalc, recalculated, report, svm_pass, svm_recalc, toggle, unpatched
+from made_vms import FS_BASE, denies, state, vcpu, vm
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.snapshot import Map, Snapshot
@@ -25,6 +26,7 @@ from tracer.report import file as reportfile
 from tracer.report.file import SIZE_LIMIT, decode, encode, read
 from tracer.report.report import Report
 from tracer.report.report_view import report_document
+from tracer.report.state_making import states_of_report
 
 SCHEMA = Path(reportfile.__file__).with_name("report.schema.json")
 
@@ -37,6 +39,9 @@ EXAMPLES = {
     "recalculated": report(recalculated()),
     "recalculated, by vm": report(recalculated(by_vm=True, vms={})),
     "by vm": report(toggle(pid=100)),
+    "with a state": report(
+        toggle(), state=states_of_report(state(vm("web-01", 812), vm("web-02", 844, vcpu(0, denies(FS_BASE)))))
+    ),
     "AMD": amd(),
     "AMD, recalc, by vm": amd(svm_recalc(by_vm=True, vms={})),
     "AMD, unknown": amd(svm_pass(exact=False)),
@@ -71,6 +76,12 @@ def test_reports_fit_the_schema(valid: jsonschema.protocols.Validator, name: str
 @given(made=any_reports)
 def test_all_reports_fit_the_schema(valid: jsonschema.protocols.Validator, made: Report) -> None:
     valid.validate(json.loads(encode(made)))
+
+
+def test_reports_without_a_state_are_read() -> None:
+    content = json.loads(EXAMPLE)
+    assert content.pop("state") is None
+    assert decode(json.dumps(content).encode()) == EXAMPLES["by vm"]
 
 
 def test_the_schema_refuses_what_the_reader_refuses(valid: jsonschema.protocols.Validator) -> None:

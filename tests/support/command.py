@@ -27,6 +27,19 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
+def on_standin(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """msrtrace with these arguments, in a process of its own, on a fake kernel that is files in a directory."""
+    return subprocess.run(
+        [sys.executable, "-m", "standin", directory, *arguments],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}", "COLUMNS": "80"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
 class Running:
     """`msrtrace run` in a process of its own, on a fake kernel that is files in a directory."""
 

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from typing import Any, TypeVar
 
 import msgspec
+from any_states import any_states
 from hypothesis import strategies as st
 from msgspec import UNSET
 
@@ -337,6 +338,7 @@ any_reports = st.builds(
     filter_update_seconds=st.one_of(st.none(), update_seconds),
     recalculation_seconds=st.one_of(st.none(), update_seconds),
     vms=st.one_of(st.none(), st.lists(vms, max_size=3)),
+    state=st.one_of(st.none(), any_states(names)),
     loss=losses,
     lower_bound=st.booleans(),
     verdict=st.builds(Verdict, patched=st.sampled_from([True, False, None]), why=names),

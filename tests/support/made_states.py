@@ -14,8 +14,8 @@ from vcpus import FS_BASE, GS_BASE, PERFCTR0, SPEC_CTRL, TSC, bitmap, rw, state,
 from tracer.model.msr_filter import MsrFilter
 from tracer.model.state import SAID, State, Vcpu, Vm
 from tracer.model.svm import SVM
+from tracer.report.computer import Computer
 from tracer.report.formats import OF_STATES, write_state
-from tracer.report.report import Computer
 from tracer.report.state_file import (
     AccessRow,
     Filter,

@@ -3,7 +3,8 @@
 
 The file `module` exists while the module is loaded, and a changed content means another module; the engine creates
 `attached` and `closed`. The counts for each command are fixed, so that its output is known. If the file `vendor` is
-there, the kernel is that of an AMD host.
+there, the kernel is that of an AMD host. The file `vms` has a line for each VM: its name, its pid, how many vCPUs it
+has, and the MSRs that its filter denies; each time states are read, one is read from there.
 """
 
 from __future__ import annotations
@@ -11,28 +12,32 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from made import HOOK, SVM_HOOK, svm_pass, toggle
+from made_vms import FS_BASE, denies, state, vcpu, vm
 
 from tracer.cli import main as command_line
 from tracer.cli import session
 from tracer.kernel.machine import Machine
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
-from tracer.model.msr_filter import READ, WRITE, FilterRange, MsrFilter
+from tracer.model.msr_filter import NO_FILTER
 from tracer.model.options import Options
 from tracer.model.snapshot import Call, Durations, Outcome, Probe, Snapshot
-from tracer.model.state import State, Vcpu, Vm
+from tracer.model.state import State, Vm
 from tracer.model.svm import SVM
 from tracer.model.vendor import Layout, Vendor
 from tracer.model.vmx import VMX
-from tracer.trace import engine, state_reader, tracer
+from tracer.trace import engine, state_follower, state_reader, tracer
+from tracer.trace.vm_info import VmInfos
 
 CALLS = ("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr")
 MODULE, REFUSAL, OBSTACLE, WARNING, VENDOR = "module", "refusal", "obstacle", "warning", "vendor"
+VMS, READ = "vms", "read"
 ATTACHED, CLOSED, COUNTED, BROKEN, INTERRUPT = "attached", "closed", "counted", "broken", "interrupt"
 
 
@@ -146,21 +151,42 @@ class AmdEngine(Engine):
 
 
 class States:
-    """A reader of states: of one vCPU of this process, whose filter denies FS_BASE."""
+    """A reader of states: of the VMs in the file, else of one vCPU of this process, whose filter denies FS_BASE."""
 
-    vendor: Vendor = VMX
+    directory = Path()
 
     def __init__(self, symbols: Symbols, explain: Callable[[], str], pid: int | None = None) -> None:
-        self.vendor = symbols.vendor
+        self.vendor, self.pid = symbols.vendor, pid
 
     def read(self, *, steady: bool = False) -> State:
         """The state."""
-        denied = MsrFilter(ranges=(FilterRange(READ | WRITE, 0xC0000100, 1, bytes(8)),))
-        vcpu = Vcpu(0, b"\xff" * self.vendor.bitmap_geometry.size, denied, ran=True)
-        return State(self.vendor, vms=(Vm(os.getpid(), 1, (vcpu,)),))
+        file = self.directory / VMS
+        if not file.exists():
+            one = vcpu(0, denies(FS_BASE), bitmap=b"\xff" * self.vendor.bitmap_geometry.size, shadow=None)
+            return State(self.vendor, vms=(vm("", os.getpid(), one),))
+        content = file.read_text()
+        if content == "broken":
+            raise MsrtraceError("what vCPUs intercept cannot be read: broken")
+        (self.directory / READ).touch()
+        vms = (self.vm(*line.split()) for line in content.splitlines())
+        return state(*(one for one in vms if self.pid in (None, one.pid)))
+
+    def vm(self, name: str, pid: str, vcpus: str, *denied: str) -> Vm:
+        """A VM of a line."""
+        one = denies(*(int(number, 16) for number in denied)) if denied else NO_FILTER
+        return vm(name, int(pid), *(vcpu(number, one) for number in range(int(vcpus))))
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Record that it was closed."""
+        (self.directory / f"{READ}.{CLOSED}").touch()
+
+
+def named(found: State, infos: VmInfos) -> State:
+    """The state with the names that its VMs have in the file, or else their processes."""
+    processes = ((one, infos.info(one.pid)) for one in found.vms)
+    return replace(
+        found, vms=tuple(replace(one, name=one.name or (info.name if info else "")) for one, info in processes)
+    )
 
 
 ENGINES: dict[str, type[Engine]] = {"run": RunEngine, "report": ReportEngine, "top": TopEngine}
@@ -169,8 +195,8 @@ ENGINES: dict[str, type[Engine]] = {"run": RunEngine, "report": ReportEngine, "t
 def main() -> None:
     """Install the stand-ins, and run the command."""
     directory, command = Path(sys.argv.pop(1)), sys.argv[1]
-    chosen = AmdEngine if (directory / VENDOR).exists() else ENGINES[command]
-    chosen.directory = directory
+    chosen = AmdEngine if (directory / VENDOR).exists() else ENGINES.get(command, ReportEngine)
+    chosen.directory = States.directory = directory
 
     def symbols(*_: Path) -> Symbols:
         found = (Symbol(64 + n, name, chosen.vendor.module) for n, name in enumerate(chosen.functions))
@@ -193,6 +219,9 @@ def main() -> None:
         (engine, "Engine", chosen),
         (state_reader, "StateReader", States),
         (tracer, "loaded_module", module),
+        (state_follower, "StateFollower", partial(state_follower.StateFollower, symbols=symbols, module=module)),
+        (state_follower, "named", named),
+        (tracer, "named", named),
         (tracer, "Tracer", partial(tracer.Tracer, symbols=symbols, module=module)),
     )
     for place, name, standin in places:

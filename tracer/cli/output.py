@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import click
@@ -12,7 +12,7 @@ from tracer.cli.console import columns
 from tracer.model.errors import MsrtraceError
 from tracer.model.text import COLUMNS
 from tracer.report.file import check_writable, write
-from tracer.report.formats import DEFAULT, SUFFIXES, format_of, suffix_of
+from tracer.report.formats import DEFAULT, FORMATS, SUFFIXES, format_of, suffix_of
 
 
 def output_options(formats: list[str], note: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -34,8 +34,11 @@ def output_options(formats: list[str], note: str = "") -> Callable[[Callable[...
     return with_options
 
 
-def check_outputs(outputs: tuple[Path, ...], fmt: str | None) -> None:
-    """Fail before any work is done if its result could not be written, or a suffix is not that of a format."""
+def check_outputs(outputs: tuple[Path, ...], fmt: str | None, formats: Collection[str] = FORMATS) -> None:
+    """Fail before any work is done if its result could not be written, or a suffix is not that of one of `formats`."""
+    for name in {fmt or format_of(output) or DEFAULT for output in outputs} or {fmt or DEFAULT}:
+        if name not in formats:
+            raise click.UsageError(f"what is shown cannot be written as {name}: {', '.join(formats)} are possible")
     for output in outputs:
         if str(output) == "-":
             continue

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,8 +20,13 @@ from tracer.cli.output import check_outputs, deliver, output_options
 from tracer.cli.session import ready_machine, tracing
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
+from tracer.model.snapshot import VmInfo
 from tracer.report.file import BOM, read
 from tracer.report.formats import OF_REPORTS, write_report
+from tracer.report.state_file import States
+
+if TYPE_CHECKING:
+    from tracer.trace.tracer import Tracer
 
 _LONGEST_SECONDS = 366 * 86400.0
 _TRACER_FAILED = 125  # as with env(1), timeout(1) and others that run a command
@@ -65,11 +72,13 @@ def report(  # noqa: PLR0917 (click passes them by name)
 
         from tracer.report.making import HostInfo, make
 
-        with tracing(machine, options, keep_gone=True) as tracer:
+        with tracing(machine, options, keep_gone=True, states=True) as tracer:
             for warning in tracer.warnings:
                 warn(warning)
             with _progress(duration, bool(command)) as progress:
                 recording = record(tracer, seconds=duration, command=command, by_vm=options.by_vm, progress=progress)
+            # All is counted by now, so reading the state can prevent no probe from counting.
+            state, problems = _state_at_end(tracer, recording.counted.vms)
             made = make(
                 recording.counted,
                 HostInfo.here(machine.vendor.module),
@@ -79,10 +88,31 @@ def report(  # noqa: PLR0917 (click passes them by name)
                 label=label,
                 command=command,
                 exit_status=recording.status,
-                notes=(*tracer.warnings, *recording.notes),
+                state=state,
+                notes=(*tracer.warnings, *recording.notes, *problems),
             )
         deliver(partial(write_report, made), fmt, outputs, to_stderr=bool(command))
     sys.exit(recording.status or 0)
+
+
+def _state_at_end(tracer: Tracer, infos: Mapping[int, VmInfo]) -> tuple[States | None, tuple[str, ...]]:
+    """What vCPUs intercept now; None and why, if that cannot be read.
+
+    :param infos: of VMs, as the trace has them
+    """
+    from tracer.report.state_making import states_of_report
+
+    problem = tracer.state_problem
+    try:
+        found = tracer.state(steady=True)
+        if found:
+            named = tuple(
+                replace(vm, name=infos[vm.pid].name or vm.name) if vm.pid in infos else vm for vm in found.vms
+            )
+            return states_of_report(replace(found, vms=named)), ()
+    except Exception as error:
+        problem = str(error)
+    return None, (f"what vCPUs intercepted at the end is not in this report: {problem}",)
 
 
 @contextmanager

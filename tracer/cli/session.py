@@ -18,6 +18,7 @@ from tracer.model.options import BACKENDS, Options
 
 if TYPE_CHECKING:
     from tracer.kernel.symbols import Symbols
+    from tracer.trace.state_follower import StateFollower
     from tracer.trace.state_reader import StateReader
     from tracer.trace.tracer import Tracer
 
@@ -44,19 +45,42 @@ def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> M
     return machine
 
 
-@contextmanager
-def state_reader() -> Iterator[StateReader]:
-    """A context with what reads the states of vCPUs. Raises MsrtraceError, which says what to do, if that cannot be."""
-    from tracer.trace.state_reader import StateReader, state_program_is_compiled
+def _machine_with_states() -> Machine:
+    """This machine. Raises MsrtraceError, which says what to do, if the states of vCPUs cannot be read."""
+    from tracer.trace.state_reader import state_program_is_compiled
 
     machine = Machine.here(frozenset(BACKENDS) if state_program_is_compiled() else frozenset())
     if problem := obstacle(machine, ignore=_NOT_FOR_STATES):
         raise MsrtraceError(problem)
+    return machine
+
+
+@contextmanager
+def state_reader() -> Iterator[StateReader]:
+    """A context with what reads the states of vCPUs. Raises MsrtraceError, which says what to do, if that cannot be."""
+    from tracer.trace.state_reader import StateReader
+
+    machine = _machine_with_states()
     reader = StateReader(machine.symbols, lambda: explain_eperm(machine))
     try:
         yield reader
     finally:
         reader.close()
+
+
+@contextmanager
+def following_states(pid: int | None = None) -> Iterator[StateFollower]:
+    """As `state_reader`, of vCPUs with the names of their VMs, across reloads; with `pid` of those of a process."""
+    from tracer.trace import state_reader
+    from tracer.trace.state_follower import StateFollower
+
+    machine = _machine_with_states()
+    follower = StateFollower(lambda symbols: state_reader.StateReader(symbols, lambda: explain_eperm(machine), pid))
+    follower.start(machine.symbols)
+    try:
+        yield follower
+    finally:
+        follower.close()
 
 
 def check_pid(pid: int | None) -> None:

@@ -9,18 +9,33 @@ from pathlib import Path
 import click
 
 from tracer.cli.output import check_outputs, deliver, output_options
+from tracer.model.errors import MsrtraceError
 from tracer.report.file import read
-from tracer.report.formats import OF_REPORTS, write_report
+from tracer.report.formats import OF_REPORTS, OF_STATES, write_report, write_state
+from tracer.report.state_making import state_of
+from tracer.report.state_view import Shown
 
 
 @click.command()
 @output_options(OF_REPORTS)
+@click.option(
+    "--state",
+    "state_alone",
+    is_flag=True,
+    help="Show what all vCPUs intercepted when the trace ended, as `msrtrace state --all` does; not as HTML.",
+)
 @click.argument("file", metavar="REPORT")
-def show(outputs: tuple[Path, ...], fmt: str | None, file: str) -> None:
+def show(outputs: tuple[Path, ...], fmt: str | None, state_alone: bool, file: str) -> None:
     """Show a saved report (JSON) again, in any format.
 
     REPORT is a file that `msrtrace report -o FILE.json` wrote, or `-` for standard input.
     """
-    check_outputs(outputs, fmt)
+    check_outputs(outputs, fmt, OF_STATES if state_alone else OF_REPORTS)
     report = read(Path(file))
-    deliver(partial(write_report, report), fmt, outputs)
+    if not state_alone:
+        deliver(partial(write_report, report), fmt, outputs)
+        return
+    state = state_of(report)
+    if state is None:
+        raise MsrtraceError("that report does not have what vCPUs intercepted when the trace ended")
+    deliver(partial(write_state, state, Shown(everything=True)), fmt, outputs)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -13,11 +12,13 @@ import click
 from tracer.cli.console import version
 from tracer.cli.output import check_outputs, deliver, output_options
 from tracer.cli.parameters import MSR
-from tracer.cli.session import check_pid, state_reader
+from tracer.cli.session import check_pid, following_states
 from tracer.model.errors import MsrtraceError
-from tracer.model.state import State
-from tracer.report.formats import OF_STATES, write_state
+from tracer.model.state import State, of
+from tracer.report.formats import OF_STATES, write_state, write_state_diff
 from tracer.report.state_view import Shown
+
+_INTERVAL_SECONDS, _LONGEST_SECONDS = 1.0, 86400.0
 
 
 @click.command()
@@ -33,6 +34,19 @@ from tracer.report.state_view import Shown
     help="Only this MSR, by its number (0x48) or its name (IA32_SPEC_CTRL). May be given several times.",
 )
 @click.option("--all", "everything", is_flag=True, help="Also MSRs that KVM intercepts whatever the filter says.")
+@click.option("--watch", "watched", is_flag=True, help="Then print a line for each change, until SIGINT or SIGTERM.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1, _LONGEST_SECONDS),
+    metavar="SECONDS",
+    help=f"How often --watch reads what vCPUs intercept.  [default: {_INTERVAL_SECONDS:g}]",
+)
+@click.option(
+    "--diff",
+    nargs=2,
+    metavar="A B",
+    help="Why does A exit where B does not? Two VMs of this host, by name or pid, or two files of `-o FILE.json`.",
+)
 def state(  # noqa: PLR0917 (click passes them by name)
     outputs: tuple[Path, ...],
     fmt: str | None,
@@ -40,24 +54,52 @@ def state(  # noqa: PLR0917 (click passes them by name)
     pid: int | None,
     msrs: tuple[int, ...],
     everything: bool,
+    watched: bool,
+    interval: float | None,
+    diff: tuple[str, str] | None,
 ) -> None:
     """Show which MSRs each vCPU intercepts now, and whether KVM or the VM's filter wants that.
 
     Every vCPU is found, those of VMs that started long ago, too. JSON has all MSRs, whatever the options say.
     """
-    check_outputs(outputs, fmt)
+    shown = Shown(everything, frozenset(msrs))
+    _check_usage(outputs, fmt, watched, interval, diff)
+    check_outputs(outputs, fmt, OF_STATES)
+    if diff:
+        from tracer.cli.state_comparing import compared
+
+        deliver(partial(write_state_diff, compared(diff, names, pid, shown)), fmt, outputs)
+        return
     check_pid(pid)
+    if watched:
+        from tracer.cli.state_watching import watch
+
+        watch(names, pid, shown, interval or _INTERVAL_SECONDS)
+        return
+
     from tracer.report.making import HostInfo
     from tracer.report.state_making import make_state
-    from tracer.trace.state_reader import named
-    from tracer.trace.vm_info import VmInfos
 
-    with state_reader() as reader:
-        found = named(reader.read(steady=True), VmInfos())
+    with following_states(pid) as follower:
+        found = follower.read()
     taken = datetime.now(timezone.utc)
     wanted = _chosen(found, names, pid)
     made = make_state(wanted, HostInfo.here(found.vendor.module), taken=taken, version=version(), also=msrs)
-    deliver(partial(write_state, made, Shown(everything, frozenset(msrs))), fmt, outputs)
+    deliver(partial(write_state, made, shown), fmt, outputs)
+
+
+def _check_usage(
+    outputs: tuple[Path, ...], fmt: str | None, watched: bool, interval: float | None, diff: object | None
+) -> None:
+    """Raise click.UsageError for options that exclude each other."""
+    if watched and diff:
+        raise click.UsageError("give either --watch or --diff")
+    if interval is not None and not watched:
+        raise click.UsageError("--interval is for --watch")
+    if interval is not None and not interval <= _LONGEST_SECONDS:  # NaN
+        raise click.UsageError("--interval: give a number of seconds")
+    if watched and (outputs or fmt not in (None, "text")):
+        raise click.UsageError("--watch prints text to standard output: it excludes -o and other formats")
 
 
 def _chosen(state: State, names: tuple[str, ...], pid: int | None) -> State:
@@ -69,4 +111,4 @@ def _chosen(state: State, names: tuple[str, ...], pid: int | None) -> State:
         if all(vm.name != name for vm in vms):
             others = ", ".join(sorted({vm.name for vm in vms})[:6])
             raise MsrtraceError(f"no VM is called {name}" + (f"; there are {others}" if others else ""))
-    return replace(state, vms=tuple(vm for vm in vms if not names or vm.name in names))
+    return of(state, names, pid)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -217,6 +217,12 @@ class State:
                     found.append((range(start, stop), reasoned[0]))
                 before = reasoned
         return found
+
+
+def of(state: State, names: Collection[str] = (), pid: int | None = None) -> State:
+    """The state of the VMs that have one of these names and are of this process, or of all where none is given."""
+    vms = (vm for vm in state.vms if pid in (None, vm.pid))
+    return replace(state, vms=tuple(vm for vm in vms if not names or vm.name in names))
 
 
 def seen_wishes(calls: Iterable[Call], pid: int | None = None) -> frozenset[tuple[int, int, Wish]]:

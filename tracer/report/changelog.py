@@ -13,6 +13,9 @@ from tracer.model.text import printable
 from tracer.report.compare import Comparison, Side, format_command
 from tracer.report.comparison_view import percent, sentence
 from tracer.report.report import Bit
+from tracer.report.state_diff import exits
+from tracer.report.state_file import range_text
+from tracer.report.state_view import name_of, said_text
 
 _CELL, _CHANGE = 20, 10  # characters in a column of the table, which has 75 with its indents
 _COLUMNS = 75  # Documentation/process/submitting-patches.rst: changelogs are wrapped at 75
@@ -46,12 +49,26 @@ def changelog(comparison: Comparison) -> str:
     for side, bits in ((base, only_base), (new, only_new)):
         if bits:
             lines += [*_wrapped(f"Touched by {side.title} only: {_short(bits)}."), ""]
+    for by_new, (here, there) in enumerate(((base, new), (new, base))):
+        if found := _intercepted(comparison, by_new=bool(by_new)):
+            lines += [*_wrapped(f"Intercepted at the end by {here.title}, passed by {there.title}: {found}."), ""]
     for side in (base, new):
         lines += _wrapped(f"{_capital(side.title)}: {side.origin}.")
     lines.append("")
     for warning in (*comparison.forced, *comparison.warnings):
         lines += _wrapped(f"Note: {warning}.")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _intercepted(comparison: Comparison, *, by_new: bool) -> str:
+    """What only one side intercepted when its trace ended, and who wanted that."""
+    parts = []
+    for row in comparison.intercepted:
+        words = row.new if by_new else row.base
+        if exits(words[0]):
+            letters = "".join(direction[0].upper() for direction in row.access.split("_"))
+            parts.append(f"{name_of(row.msrs) or range_text(row.msrs)} {letters} ({said_text(words)})")
+    return ", ".join(parts)
 
 
 def _creation(comparison: Comparison) -> list[str]:

@@ -19,9 +19,11 @@ from tracer.model.errors import MsrtraceError
 from tracer.model.quantity import TITLES_SHOWN, some
 from tracer.model.text import printable
 from tracer.model.verdict import PATCH, Verdict, headline
+from tracer.report.computer import Difference, differing, machines, parameters
 from tracer.report.creation import PerCreation, per_creation, spreads
 from tracer.report.interval import Time, timed
 from tracer.report.report import Bit, BitCounts, CallRow, Host, Report, by_bit
+from tracer.report.state_diff import OneSided, one_sided
 
 SCHEMA = "msrtrace-comparison/1"
 _COMMAND_SHOWN = 500
@@ -169,19 +171,11 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A property in which the two hosts differ."""
-
-    what: str
-    base: str
-    new: str
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Two sides. `unit` is what is counted: `call`, or `bit` where the kernels' functions differ.
 
-    `forced` are the reasons not to compare them that `--force` overrode.
+    `forced` are the reasons not to compare them that `--force` overrode. `intercepted`: what every vCPU that there was
+    at the end of a trace intercepted then on one side, and passed through on the other.
     """
 
     base: Side
@@ -191,6 +185,7 @@ class Comparison:
     differences: tuple[Difference, ...]
     warnings: tuple[str, ...]
     forced: tuple[str, ...] = ()
+    intercepted: tuple[OneSided, ...] = ()
 
     def per_update(self, side: Side) -> PerUpdate:
         """The sum of one side, in the unit of the comparison."""
@@ -232,6 +227,7 @@ def compare(
         differences=tuple(_differences(one, other)),
         warnings=(*_spread(one), *_spread(other), *_warnings(one, other)),
         forced=tuple(reasons),
+        intercepted=one_sided(*([r.state for r in side.reports if r.state] for side in (one, other))),
     )
 
 
@@ -360,24 +356,16 @@ def _warnings(one: Side, other: Side) -> list[str]:
 
 def _differences(base: Side, new: Side) -> list[Difference]:
     one, other = base.report, new.report
-    pairs = [
-        ("hardware", one.host.title, other.host.title),
-        ("kernel", one.host.kernel, other.host.kernel),
-        ("version", one.host.version, other.host.version),
-        ("CPU", one.host.cpu, other.host.cpu),
-        ("layout", one.host.layout, other.host.layout),
-        ("backend", one.host.backend, other.host.backend),
-        ("redundancy", one.host.redundancy, other.host.redundancy),
-        ("msrtrace", one.msrtrace, other.msrtrace),
-        ("vCPUs seen", str(one.host.vcpus_seen), str(other.host.vcpus_seen)),
-        ("VMMs seen", str(one.host.vmms_seen), str(other.host.vmms_seen)),
-    ]
-    if len(base.hosts) == len(new.hosts) == 1:  # of more, the first does not stand for all
-        pairs.insert(1, ("host", one.host.name, other.host.name))
-    if one.host.vendor == other.host.vendor:
-        before, after = one.host.module_parameters, other.host.module_parameters
-        pairs += [
-            (f"{one.host.module}.{name}", before.get(name, "-"), after.get(name, "-"))
-            for name in sorted(before.keys() | after.keys())
+    named = len(base.hosts) == len(new.hosts) == 1  # of more, the first does not stand for all
+    return differing(
+        [
+            *machines(one.host, other.host, named=named),
+            ("layout", one.host.layout, other.host.layout),
+            ("backend", one.host.backend, other.host.backend),
+            ("redundancy", one.host.redundancy, other.host.redundancy),
+            ("msrtrace", one.msrtrace, other.msrtrace),
+            ("vCPUs seen", str(one.host.vcpus_seen), str(other.host.vcpus_seen)),
+            ("VMMs seen", str(one.host.vmms_seen), str(other.host.vmms_seen)),
+            *parameters(one.host, other.host),
         ]
-    return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
+    )

@@ -13,6 +13,7 @@ from tracer.report.compare import SCHEMA, Comparison, PerUpdate, Side
 from tracer.report.comparison_view import lost_by, sentence
 from tracer.report.creation import PerCreation, vcpus_created
 from tracer.report.report import whole
+from tracer.report.state_file import range_text
 
 
 def comparison_json(comparison: Comparison) -> bytes:
@@ -62,6 +63,16 @@ def comparison_json(comparison: Comparison) -> bytes:
                 "new": per_update(row.new),
             }
             for row in comparison.rows
+        ],
+        "intercepted": [
+            {
+                "msrs": range_text(row.msrs),
+                "name": msr.name(row.msrs.start),
+                "access": row.access,
+                "base": [*row.base],
+                "new": [*row.new],
+            }
+            for row in comparison.intercepted
         ],
         "differences": [asdict(difference) for difference in comparison.differences],
         "warnings": list(comparison.warnings),

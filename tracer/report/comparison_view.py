@@ -11,6 +11,9 @@ from tracer.report.compare import Comparison, PerUpdate, Side, format_command, l
 from tracer.report.creation import recalculates, vcpus_created
 from tracer.report.document import Document, Section, Table, document
 from tracer.report.interval import Time
+from tracer.report.state_diff_view import access_text
+from tracer.report.state_file import range_text
+from tracer.report.state_view import name_of, said_text
 
 
 def sentence(comparison: Comparison) -> str:
@@ -69,6 +72,8 @@ def comparison_document(comparison: Comparison) -> Document:
         Section("Time of a filter update", tuple(_times(comparison))),
         Section("Not seen", tuple(f"{side.title}: {lost_by(side)}" for side in (base, new))),
     ]
+    if comparison.intercepted:
+        sections.append(Section("Intercepted at the end by one only, and by whom", table=_intercepted(comparison)))
     if comparison.differences:
         cells = tuple((d.what, d.base, d.new) for d in comparison.differences)
         sections.append(Section("The hosts differ in", table=Table(("", base.title, new.title), cells, names=3)))
@@ -77,6 +82,14 @@ def comparison_document(comparison: Comparison) -> Document:
         Section("Where and when", tuple(f"{side.title}: {side.origin}" for side in (base, new))),
     ]
     return document(f"{base.title} and {new.title}", sentence(comparison), lines, sections)
+
+
+def _intercepted(comparison: Comparison) -> Table:
+    cells = tuple(
+        (range_text(row.msrs), name_of(row.msrs), access_text(row.access), said_text(row.base), said_text(row.new))
+        for row in comparison.intercepted
+    )
+    return Table(("MSR", "name", "access", comparison.base.title, comparison.new.title), cells, names=5)
 
 
 def _verdict_line(side: Side) -> str:

@@ -16,13 +16,17 @@ from tracer.report.comparison_view import comparison_document
 from tracer.report.file import encode
 from tracer.report.report import Report
 from tracer.report.report_view import report_document
+from tracer.report.state_diff import StateDiff
+from tracer.report.state_diff_view import state_diff_document, state_diff_json
 from tracer.report.state_file import StateFile
 from tracer.report.state_view import Shown, state_document
 
 
 @dataclass(frozen=True)
 class Format:
-    """How to write a report, a comparison and a state in one format (None: not supported), and its file suffixes.
+    """How to write a report, a comparison, a state and a comparison of states in one format, and its file suffixes.
+
+    None: it is not supported.
 
     Writers get the width that text should have, in columns.
     """
@@ -31,6 +35,7 @@ class Format:
     comparison: Callable[[Comparison, int], bytes] | None
     suffixes: tuple[str, ...] = ()
     state: Callable[[StateFile, Shown, int], bytes] | None = None
+    state_diff: Callable[[StateDiff, int], bytes] | None = None
 
 
 def _report_html(report: Report, _: int) -> bytes:
@@ -52,24 +57,27 @@ FORMATS = {
         lambda comparison, columns: comparison_document(comparison).text(columns).encode(),
         (".txt",),
         lambda state, shown, columns: state_document(state, shown).text(columns).encode(),
+        lambda diff, columns: state_diff_document(diff).text(columns).encode(),
     ),
     "markdown": Format(
         lambda report, _: report_document(report).markdown().encode(),
         lambda comparison, _: comparison_document(comparison).markdown().encode(),
         (".md",),
         lambda state, shown, _: state_document(state, shown).markdown().encode(),
+        lambda diff, _: state_diff_document(diff).markdown().encode(),
     ),
     "json": Format(
         lambda report, _: encode(report),
         lambda comparison, _: comparison_json(comparison),
         (".json",),
         lambda state, _, __: encode(state),
+        lambda diff, _: state_diff_json(diff),
     ),
     "html": Format(_report_html, _comparison_html, (".html", ".htm")),
     "changelog": Format(None, lambda comparison, _: changelog(comparison).encode()),
 }
 DEFAULT = next(iter(FORMATS))
-#: The names of formats that reports, comparisons and states can have.
+#: The names of formats that reports, comparisons and states (and comparisons of states) can have.
 OF_REPORTS = [name for name, known in FORMATS.items() if known.report]
 OF_COMPARISONS = [name for name, known in FORMATS.items() if known.comparison]
 OF_STATES = [name for name, known in FORMATS.items() if known.state]
@@ -109,3 +117,11 @@ def write_state(state: StateFile, shown: Shown, name: str, columns: int = COLUMN
     if write is None:
         raise MsrtraceError(f"states are not written as {name}")
     return write(state, shown, columns)
+
+
+def write_state_diff(diff: StateDiff, name: str, columns: int = COLUMNS) -> bytes:
+    """The comparison of two states in the named format, one of OF_STATES; text is not wider than `columns`."""
+    write = FORMATS[name].state_diff
+    if write is None:
+        raise MsrtraceError(f"comparisons of states are not written as {name}")
+    return write(diff, columns)

@@ -16,9 +16,9 @@ from tracer.model.loss import loss_of
 from tracer.model.snapshot import Call, Durations, Outcome, Snapshot, VmInfo
 from tracer.model.vendors import vendor_named
 from tracer.model.verdict import judge
+from tracer.report.computer import NOTES, parameters_field
 from tracer.report.report import (
     ARGUMENTS,
-    NOTES,
     Bucket,
     CallRow,
     Host,
@@ -28,10 +28,10 @@ from tracer.report.report import (
     Totals,
     UpdateSeconds,
     Vm,
-    parameters_field,
     redundant_sum,
     whole,
 )
+from tracer.report.state_file import States
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def make(
     label: str = "",
     command: Sequence[str] | None = None,
     exit_status: int | None = None,
+    state: States | None = None,
     notes: Sequence[str] = (),
 ) -> Report:
     """The report on what a trace counted.
@@ -79,6 +80,7 @@ def make(
     :param started: when the trace began
     :param duration: of the trace, in seconds
     :param exit_status: of the command, as a shell gives it
+    :param state: what the vCPUs intercepted when it ended
     """
     rows = call_rows(counted.calls.items())
     updates = _host_sum(counted.updates) if counted.updates_observable else None
@@ -122,6 +124,7 @@ def make(
         filter_update_seconds=_seconds(updates) if updates else None,
         recalculation_seconds=_seconds(recalcs) if recalcs else None,
         vms=_vms(counted) if counted.by_vm else None,
+        state=state,
         loss=loss,
         lower_bound=lower_bound,
         verdict=judge(

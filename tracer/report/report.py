@@ -9,68 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType, field
+from msgspec import Meta, field
 
 from tracer.model import msr
 from tracer.model.loss import Loss
 from tracer.model.sanitized import Count, Sanitized, Text
-from tracer.model.vendors import FIRST, VENDORS, vendor_named
 from tracer.model.verdict import Verdict
+from tracer.report.computer import NOTES, ROWS, Computer
+from tracer.report.state_file import States
 
 SCHEMA = "msrtrace-report/1"
 
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 Rate = Annotated[float, Meta(ge=0, le=1e12)]
-#: Limits of a report. The tracer counts 2,048 kinds of calls, or 32,768 kinds of calls and VMs with --by-vm.
-ROWS, ARGUMENTS, NOTES = 20_000, 4096, 256
+#: Of a command.
+ARGUMENTS = 4096
 Redundancy = Literal["exact", "unknown"]
-VendorName = Annotated[str, Meta(pattern=f"^({'|'.join(vendor.name for vendor in VENDORS)})$")]
-_Parameters = Annotated[dict[Text, Text], Meta(max_length=256)]
-
-if TYPE_CHECKING:
-    _Modules = Sanitized
-else:
-    #: A field for the parameters of each vendor's module, named like the module; all but one of them are absent.
-    _Modules = msgspec.defstruct(
-        "_Modules",
-        [(vendor.module, _Parameters | UnsetType, UNSET) for vendor in VENDORS],
-        bases=(Sanitized,),
-        frozen=True,
-        kw_only=True,
-    )
-
-
-class Computer(_Modules, frozen=True, kw_only=True):
-    """A machine: `name`, `kernel` and `version` are uname(2)'s nodename, release and version.
-
-    `cpu` is /proc/cpuinfo's model name. Reports without `vendor` are from versions of msrtrace that knew only one, and
-    older ones have no `name`.
-    """
-
-    vendor: VendorName = FIRST.name
-    name: Text = ""
-    kernel: Text
-    version: Text = ""
-    cpu: Text = ""
-
-    @property
-    def title(self) -> str:
-        """The kind of hardware virtualisation, for people."""
-        return vendor_named(self.vendor).title
-
-    @property
-    def module(self) -> str:
-        """The name of KVM's module."""
-        return vendor_named(self.vendor).module
-
-    @property
-    def module_parameters(self) -> dict[str, str]:
-        """The parameters of KVM's module."""
-        found: dict[str, str] = getattr(self, self.module) or {}
-        return found
 
 
 class Host(Computer, frozen=True, kw_only=True):
@@ -86,11 +43,6 @@ class Host(Computer, frozen=True, kw_only=True):
     def functions(self) -> tuple[str, str]:
         """What says which functions of KVM are traced: only between hosts where it is the same are calls comparable."""
         return self.vendor, self.layout
-
-
-def parameters_field(vendor: str, parameters: dict[str, str]) -> dict[str, Any]:
-    """The argument of Computer for the parameters of the module of the vendor of that name."""
-    return {vendor_named(vendor).module: parameters}
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
@@ -211,7 +163,11 @@ class Vm(Sanitized, frozen=True, kw_only=True):
 
 
 class Report(Sanitized, frozen=True, kw_only=True):
-    """A report. `started` is UTC (ISO 8601), `command` what was run while tracing, `exit_status` its exit status."""
+    """A report. `started` is UTC (ISO 8601), `command` what was run while tracing, `exit_status` its exit status.
+
+    `state` is what the vCPUs that there were at the end intercepted then; absent in older reports, and null where that
+    could not be read.
+    """
 
     schema: Annotated[str, Meta(max_length=64)] = SCHEMA
     msrtrace: Text = ""
@@ -228,6 +184,7 @@ class Report(Sanitized, frozen=True, kw_only=True):
     filter_update_seconds: UpdateSeconds | None
     recalculation_seconds: UpdateSeconds | None = None
     vms: Annotated[list[Vm], Meta(max_length=ROWS)] | None = None
+    state: States | None = None
     loss: Loss
     lower_bound: bool
     verdict: Verdict

@@ -12,6 +12,7 @@ from tracer.model.verdict import headline
 from tracer.report.compare import format_command, lost
 from tracer.report.document import Document, Section, Table, document
 from tracer.report.report import CallRow, Report, UpdateSeconds, redundant_sum
+from tracer.report.state_view import section_at_end
 
 
 def report_document(report: Report) -> Document:
@@ -35,6 +36,8 @@ def report_document(report: Report) -> Document:
         sections.append(Section("Recalculation times", tuple(_time_lines(report.recalculation_seconds))))
     if report.vms is not None:
         sections.append(Section("VMs", table=_vm_table(report)))
+    if report.state is not None:
+        sections.append(section_at_end(report.state))
     sections += [
         Section("Not seen", (lost(report),)),
         *([Section("Notes", tuple(report.notes))] if report.notes else []),

@@ -14,7 +14,7 @@ from msgspec import Meta, field
 
 from tracer.model.sanitized import Count, Sanitized, Text
 from tracer.model.state import SAID
-from tracer.report.report import NOTES, ROWS, Computer
+from tracer.report.computer import NOTES, ROWS, Computer
 
 SCHEMA = "msrtrace-state/1"
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import msgspec
 
 from tracer.model import msr
 from tracer.model.msr_filter import DIRECTIONS, READ, WRITE, MsrFilter, joined
 from tracer.model.state import State, Vcpu, alike
+from tracer.report.computer import ROWS, Computer, parameters_field
 from tracer.report.making import HostInfo
-from tracer.report.report import Computer, parameters_field
+from tracer.report.report import Report
 from tracer.report.state_file import (
     Access,
     AccessRow,
@@ -26,6 +27,9 @@ from tracer.report.state_file import (
     VmState,
     range_text,
 )
+
+#: A part of what files may have (file.py); the indents of a file take as much again.
+_REPORT_BYTES = 8 << 20
 
 
 def make_state(state: State, host: HostInfo, *, taken: datetime, version: str, also: Iterable[int] = ()) -> StateFile:
@@ -70,6 +74,29 @@ def make_states(state: State, also: Iterable[int] = ()) -> States:
         shown = filters[vm.filter] if vm.filter else None
         vms.append(VmState(pid=vm.pid, name=vm.name, owned=vm.owned, kind=vm.kind, filter=shown, vcpus=groups))
     return States(vms=vms, notes=[*state.notes])
+
+
+def state_of(report: Report) -> StateFile | None:
+    """The file on the state when the trace of a report ended; None where the report has none."""
+    if report.state is None:
+        return None
+    try:
+        started = datetime.fromisoformat(report.started.replace("Z", "+00:00"))
+        taken = (started + timedelta(seconds=report.duration_seconds)).isoformat()
+    except (ValueError, OverflowError):  # in a file that was changed
+        taken = report.started
+    host = msgspec.convert(msgspec.to_builtins(report.host), Computer)
+    return StateFile(msrtrace=report.msrtrace, taken=taken, host=host, vms=report.state.vms, notes=report.state.notes)
+
+
+def states_of_report(state: State) -> States:
+    """What the vCPUs intercepted when a trace ended. A report could not be read with too much: that is left out."""
+    found = make_states(state)
+    size = len(msgspec.json.encode(found))
+    if size <= _REPORT_BYTES and len(found.vms) <= ROWS:
+        return found
+    what = f"the {len(found.vms):,} VMs are left out, as they would take {size / 1e6:.0f} MB: msrtrace state shows them"
+    return States(vms=[], notes=[*found.notes, what])
 
 
 def _group(state: State, vcpu: Vcpu, also: tuple[int, ...]) -> VcpuGroup:

@@ -12,7 +12,16 @@ from msgspec.structs import replace
 from tracer.model import msr
 from tracer.model.state import BOTH, FILTER, KVM, PASSED, PENDING_ALLOWED, PENDING_DENIED, SAID, UNKNOWN, UNRECORDED
 from tracer.report.document import Document, Section, Table, document
-from tracer.report.state_file import AccessRow, Filter, StateFile, States, VcpuGroup, VmState, msr_range
+from tracer.report.state_file import (
+    AccessRow,
+    Filter,
+    FilterRangeRow,
+    StateFile,
+    States,
+    VcpuGroup,
+    VmState,
+    msr_range,
+)
 
 #: What is said, as it is in tables.
 WORDS = {
@@ -25,8 +34,13 @@ WORDS = {
     UNRECORDED: "unrecorded",
     UNKNOWN: "unknown",
 }
+#: What a filter does with accesses that are in none of its ranges.
+DEFAULTS = {"allow": "allows", "deny": "denies"}
+#: What is said of accesses that exit, whether a filter's default denies them or not.
+_EXITS = {KVM, BOTH, UNRECORDED}
 _NAMES = 6  # of VMs in a heading
 _ROWS = 200  # of a table, unless all are asked for: a filter may deny every second MSR, and KVM intercept it anyway
+_AT_END = 12  # rows of a report
 
 
 @dataclass(frozen=True)
@@ -43,10 +57,21 @@ class Shown:
             return [replace(row, msrs=msr.hexadecimal(one), name=msr.name(one)) for one, row in asked]
         if self.everything:
             return group.msrs
-        # Most MSRs no guest ever has; unrecorded is an allowed access of a bitmap that is about to be computed anew.
-        usual = {KVM, BOTH, UNRECORDED} if vm.filter and vm.filter.default == "allow" else {KVM, BOTH}
+        usual = _usual(vm)
         rows = [row for row in group.msrs if row.in_filter or not {row.read, row.write} <= usual]
         return rows if len(rows) <= _ROWS else [row for row in rows if not {row.read, row.write} <= usual][:_ROWS]
+
+    def wants(self, found: set[str], *, in_filter: bool) -> bool:
+        """Whether an access of which this is said, by either of two sides, is shown if no MSRs were asked for."""
+        return self.everything or in_filter or not found <= _EXITS
+
+
+def _usual(vm: VmState) -> set[str]:
+    """What is said of most MSRs, which no guest ever has.
+
+    It is `unrecorded` also of an access that the filter allows if the bitmap is about to be computed anew.
+    """
+    return _EXITS if vm.filter and vm.filter.default == "allow" else {KVM, BOTH}
 
 
 def state_document(state: StateFile, shown: Shown) -> Document:
@@ -63,22 +88,61 @@ def state_document(state: StateFile, shown: Shown) -> Document:
         lines = [*_filter_lines(vm), *_group_lines(vm, group)]
         if (hidden := len(group.msrs) - len(rows)) and not shown.only:
             lines.append(f"not shown: {_count(hidden, 'range')} of other MSRs (--all)")
-        sections.append(Section(_heading(members), tuple(lines), _table(rows)))
-    legend = [f"{WORDS[said]}: {meaning}" for said, meaning in SAID.items() if said in used]
-    sections += [Section("Words", tuple(legend)), Section("Notes", tuple(state.notes))]
+        sections.append(Section(heading([(vm, group.ids) for vm, group in members]), tuple(lines), _table(rows)))
+    sections += [words(used), Section("Notes", tuple(state.notes))]
     return document(f"msrtrace state: {host.name}", lead, (), sections)
+
+
+def section_at_end(states: States) -> Section:
+    """A short section of a report: what filters intercept, and what is pending."""
+    vcpus = sum(vm.count for vm in states.vms)
+    lines = [f"{_count(len(states.vms), 'VM')}, {_count(vcpus, 'vCPU')}"] if vcpus else []
+    if not vcpus and not states.notes:
+        lines = ["there was no vCPU any more"]
+    cells = []
+    for members in _alike(states):
+        vm, group = members[0]
+        whose = heading([(one, alike.ids) for one, alike in members])
+        if group.passed is None:
+            lines.append(f"{whose}: what is intercepted cannot be read")
+        usual = _usual(vm) | {PASSED}
+        for row in (row for row in group.msrs if row.in_filter or not {row.read, row.write} <= usual):
+            cells.append((whose, row.msrs, name_of(msr_range(row.msrs), row.name), WORDS[row.read], WORDS[row.write]))
+    if len(lines) == 1 and vcpus and not cells:
+        lines.append("no filter intercepts what KVM would pass through, and nothing is pending")
+    if len(cells) > _AT_END:
+        lines.append(f"{_AT_END} of {len(cells)} rows are shown here: msrtrace show --state shows all")
+    table = Table(("vCPUs", "MSR", "name", "read", "write"), tuple(cells[:_AT_END]), names=5)
+    return Section("Intercepted at the end", (*lines, *states.notes), table)
+
+
+def said_text(found: Iterable[str]) -> str:
+    """What is said of an access, by any of several vCPUs."""
+    return ", ".join(WORDS[said] for said in found)
+
+
+def words(used: Iterable[str]) -> Section:
+    """What the words in a table mean; `used` are those of SAID that it has."""
+    found = set(used)
+    return Section("Words", tuple(f"{WORDS[said]}: {meaning}" for said, meaning in SAID.items() if said in found))
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number or 'no'} {noun}{'s' * (number > 1)}"
 
 
+def name_of(msrs: range, first: str = "") -> str:
+    """The name of the first MSR of a range, as in a file or else by its number, and how many more there are.
+
+    Empty if it has no name.
+    """
+    first, more = first or msr.name(msrs.start), len(msrs) - 1
+    name = "" if first == msr.hexadecimal(msrs.start) else first
+    return f"{name} and {more} more" if name and more > 0 else name
+
+
 def _table(rows: Sequence[AccessRow]) -> Table:
-    cells = []
-    for row in rows:
-        more = len(msr_range(row.msrs)) - 1
-        name = "" if row.name == msr.hexadecimal(msr_range(row.msrs).start) else row.name
-        cells.append((row.msrs, f"{name} and {more} more" if more else name, WORDS[row.read], WORDS[row.write]))
+    cells = [(row.msrs, name_of(msr_range(row.msrs), row.name), WORDS[row.read], WORDS[row.write]) for row in rows]
     return Table(("MSR", "name", "read", "write"), tuple(cells), names=4)
 
 
@@ -100,19 +164,25 @@ def _alike(states: States) -> list[list[tuple[VmState, VcpuGroup]]]:
     return list(found.values())
 
 
-def _heading(members: Sequence[tuple[VmState, VcpuGroup]]) -> str:
-    """Whose vCPUs they are: `web-01 (pid 812), web-02 (pid 844): vCPU 0-3`."""
-    by_ids: dict[str, Counter[str]] = {}
-    for vm, group in members:
-        by_ids.setdefault(ids_text(group.ids), Counter())[vm.title] += 1
-    return "; ".join(f"{_listed(titles)}: vCPU {ids}" for ids, titles in by_ids.items())
+def heading(members: Iterable[tuple[VmState, Iterable[int]]]) -> str:
+    """VMs and the ids of their vCPUs: `web-01 (pid 812), web-02 (pid 844): vCPU 0-3`."""
+    by_ids: dict[str, list[VmState]] = {}
+    for vm, ids in members:
+        by_ids.setdefault(ids_text(ids), []).append(vm)
+    return "; ".join(f"{titles(vms)}: vCPU {ids}" for ids, vms in by_ids.items())
 
 
-def _listed(titles: Counter[str]) -> str:
+def titles(vms: Iterable[VmState]) -> str:
     """The titles of VMs; a process that has several VMs is named once."""
-    named = [f"{title}, {count} VMs" if count > 1 else title for title, count in titles.items()]
-    more = len(named) - _NAMES
-    return ", ".join(named[:_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return listed_names(
+        [f"{title}, {count} VMs" if count > 1 else title for title, count in Counter(vm.title for vm in vms).items()]
+    )
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """The names, or the first of many."""
+    more = len(names) - _NAMES
+    return ", ".join(names[:_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def ids_text(ids: Iterable[int]) -> str:
@@ -136,22 +206,24 @@ def _filter_lines(vm: VmState) -> list[str]:
 
 def filter_lines(one: Filter) -> list[str]:
     """A filter in words, a line each for its default and its ranges."""
-    lines = [f"{'allows' if one.default == 'allow' else 'denies'} what no range decides"]
-    for row in one.ranges:
-        access = row.access.replace("_", " and ")
-        denied = [msr_range(text) for text in row.denied]
-        if row.access == "none":
-            what = "decides nothing"
-        elif not denied:
-            what = "allows all of it"
-        elif len(denied) == 1 and denied[0] == msr_range(row.msrs):
-            what = "denies all of it" if len(denied[0]) > 1 else "denies it"
-        else:
-            what = f"denies {sum(map(len, denied))} of them"
-        first = msr_range(row.msrs).start
-        name = "" if msr.name(first) == msr.hexadecimal(first) else f" {msr.name(first)}"
-        lines.append(f"{row.msrs}{name}, {access}: {what}")
-    return lines
+    return [f"{DEFAULTS[one.default]} what no range decides", *map(range_line, one.ranges)]
+
+
+def range_line(row: FilterRangeRow) -> str:
+    """A range of a filter in words."""
+    access = row.access.replace("_", " and ")
+    denied = [msr_range(text) for text in row.denied]
+    if row.access == "none":
+        what = "decides nothing"
+    elif not denied:
+        what = "allows all of it"
+    elif len(denied) == 1 and denied[0] == msr_range(row.msrs):
+        what = "denies all of it" if len(denied[0]) > 1 else "denies it"
+    else:
+        what = f"denies {sum(map(len, denied))} of them"
+    first = msr_range(row.msrs).start
+    name = "" if msr.name(first) == msr.hexadecimal(first) else f" {msr.name(first)}"
+    return f"{row.msrs}{name}, {access}: {what}"
 
 
 def _group_lines(vm: VmState, group: VcpuGroup) -> list[str]:

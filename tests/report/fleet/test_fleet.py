@@ -29,8 +29,9 @@ from made import svm_pass, svm_recalc
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.snapshot import Snapshot
-from tracer.report.compare import Difference, compare
+from tracer.report.compare import compare
 from tracer.report.comparison_view import sentence
+from tracer.report.computer import Difference
 from tracer.report.fleet.fleet import Prometheus, compared, reports
 from tracer.report.report import Report
 

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reads the states of vCPUs for a long time: across reloads of the module, as tracer.py counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from tracer.kernel.symbols import Symbols
+from tracer.model.errors import MsrtraceError
+from tracer.model.module_change import RETRY_SECONDS, ModuleChange
+from tracer.model.state import State
+from tracer.model.vendors import FIRST
+from tracer.trace.state_reader import named
+from tracer.trace.tracer import Reading, loaded_module
+from tracer.trace.vm_info import VmInfos
+
+
+class StateFollower:
+    """States of vCPUs with the names of their VMs. Without a module there is no vCPU."""
+
+    def __init__(
+        self,
+        make: Callable[[Symbols], Reading],
+        *,
+        symbols: Callable[[], Symbols] = Symbols.read,
+        module: Callable[[], object | None] = loaded_module,
+        infos: VmInfos | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Reads nothing yet.
+
+        :param make: makes a reader; its addresses are those of the modules that are loaded then
+        :param symbols: reads the symbols of the kernel
+        :param module: identifies the loaded module, as `loaded_module`
+        :param clock: returns seconds
+        """
+        self._make, self._symbols, self._module, self._clock = make, symbols, module, clock
+        self._infos = infos or VmInfos()
+        self._vendor = FIRST
+        self._reader: Reading | None = None
+        self._read_module: object | None = None
+        self._refused_module: object | None = None  # could not be read, and is not retried before:
+        self._retry_at = 0.0
+
+    def start(self, symbols: Symbols | None = None) -> None:
+        """Make the reader for the loaded module; `symbols` are the kernel's, if already read. Raises MsrtraceError."""
+        module = self._module()
+        symbols = symbols or self._symbols()
+        self._vendor = symbols.vendor
+        self._reader = self._make(symbols)
+        self._read_module = module
+
+    def follow(self) -> ModuleChange | None:
+        """Follow an unload or reload of the module; what changed, if anything. What cannot be read is tried again."""
+        module = self._module()
+        if module == self._read_module:
+            return None
+        if module is not None and module == self._refused_module and self._clock() < self._retry_at:
+            return None
+        self.close()
+        self._read_module = self._refused_module = None
+        if module is None:
+            return ModuleChange(self._vendor.module, traced=False)
+        try:
+            self.start()
+        except MsrtraceError as error:
+            self._refused_module, self._retry_at = module, self._clock() + RETRY_SECONDS
+            return ModuleChange(self._vendor.module, traced=False, problem=str(error))
+        return ModuleChange(self._vendor.module, traced=True)
+
+    def read(self) -> State:
+        """What every vCPU intercepts now: none where there is no module, or it cannot be read. Raises MsrtraceError."""
+        if self._reader is None:
+            return State(self._vendor)
+        return named(self._reader.read(steady=True), self._infos)
+
+    def close(self) -> None:
+        """Release everything in the kernel."""
+        if self._reader:
+            self._reader.close()
+            self._reader = None
