@@ -46,7 +46,7 @@ from dashboards.queries import (
     share,
     total,
 )
-from dashboards.verdict import MISSING, MISSING_CODE, PRESENT_CODE, UNDECIDED, VERDICT, VERDICTS
+from dashboards.verdict import MISSING_CODE, PRESENT_CODE, UNDECIDED_CODE, VERDICT, VERDICTS
 from tracer.model.cause import CAUSES
 
 HOST_LEGEND = "{{instance}}"
@@ -175,13 +175,15 @@ def _by_kernel() -> Json:
     """The table of kernels."""
     labels = "kernel, vendor, layout"
     hosts = f"group by ({HOST}, {labels}) ({TITLED})"
-    found = [hosts, *(f"{hosts} and on ({HOST}) ({verdict})" for verdict in (MISSING, UNDECIDED))]
+    having = (
+        f"{hosts} * on ({HOST}) group_left () ({VERDICT} == bool {code})" for code in (MISSING_CODE, UNDECIDED_CODE)
+    )
     return table(
         "Hosts by kernel",
         "How many hosts run each kernel; how many are known to lack the patch by their filter updates since msrtrace "
         "started, and of how many too little was seen to tell; their rates now. The table of hosts explains the rest.",
         [
-            *(f"count by ({labels}) {selected(some)}" for some in found),
+            *(by(labels, one) for one in (hosts, *having)),
             by(labels, joined(per_host("", UPDATES), labels)),
             per_update_by(labels),
             per_update_by(labels, REDUNDANT),

@@ -107,8 +107,8 @@ def recalculations() -> list[Json]:
         graph(
             "Filter updates and recalculations",
             "How often vCPUs recompute their bitmaps: for a changed filter; because a vCPU was created, by that or in "
-            "its first KVM_RUN; and for other reasons, such as a new CPUID. All hosts, stacked. Before 6.17 there are "
-            "no recalculations.",
+            "its first KVM_RUN; and for other reasons, such as a new CPUID. All hosts, stacked. Recalculations are "
+            "empty unless a host has Linux 6.17 or newer.",
             Query(total("", UPDATES), "filter updates"),
             Query(by("", per_host("", all_, OF_CREATIONS)), "creations of vCPUs"),
             Query(by("", per_host("", all_, 'cause="recalc"')), "other recalculations"),

@@ -168,7 +168,7 @@ def _one_line(query: str) -> str:
 
 #: One of the codes above for each selected host.
 VERDICT = selected(f"({_one_line(_PANELS.verdict())})")
-MISSING, UNDECIDED = (f"{VERDICT} == {code}" for code in (MISSING_CODE, UNDECIDED_CODE))
+MISSING = f"{VERDICT} == {MISSING_CODE}"
 
 
 # --- rules.yml ---
