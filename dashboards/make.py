@@ -19,6 +19,7 @@ from dashboards.health import health
 from dashboards.patterns import label
 from dashboards.queries import HOSTS, RECORDED, vendor_pattern
 from dashboards.savings import SPEED, savings
+from dashboards.state import intercepted_now
 from dashboards.updates import by_vendor, comparison, filter_updates, recalculations
 from dashboards.verdict import LABELS, MISSING_CODE, VERDICTS, recorded
 from tracer.model.vendors import VENDORS, layouts
@@ -50,6 +51,7 @@ def made(docs: str = DOCS) -> Json:
         "Overview": overview(),
         "By MSR": per_msr(),
         "By cause": per_cause(),
+        "Intercepted now": intercepted_now(),
         "Filter updates": filter_updates(),
         "Recalculations, and vCPUs created": recalculations(),
         "What patching would save": savings(),

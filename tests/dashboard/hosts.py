@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -15,8 +16,13 @@ from made import SVM_HOOK, created, outcome, recalc, svm_pass, svm_recalc, toggl
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from tracer.export.exposition import LabelSets
 from tracer.export.metrics import SnapshotCollector
+from tracer.export.state_metrics import state_families
+from tracer.model.msr_filter import READ, WRITE, FilterRange, MsrFilter
 from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
+from tracer.model.state import State, Vcpu, Vm
+from tracer.model.vendors import vendor_named
 
 END = 1791201585  # an hour before this lies in one of Prometheus' blocks, which hold two
 SECONDS = 3600
@@ -49,6 +55,24 @@ def bursts(per_second: float, begin: float, end: float) -> Callable[[float], int
     return lambda t: math.floor(per_second * (min(max(t, begin), end) - begin))
 
 
+@cache
+def vcpus(vendor: str, by_vm: bool, phase: int) -> list[Metric]:
+    """What four vCPUs of a VM intercept: the filter denies FS_BASE from phase 1 on, and all apply it in phase 2."""
+    kind, applied = vendor_named(vendor), (0, 2, 4)[phase]
+    denies = MsrFilter(ranges=(FilterRange(READ | WRITE, 0xC0000100, 1, bytes(8)),)) if phase else MsrFilter()
+    found = []
+    for number in range(4):
+        passed = [(0xC0000101, READ), (0xC0000101, WRITE)]
+        passed += [] if number < applied else [(0xC0000100, READ), (0xC0000100, WRITE)]
+        bits = bytearray(b"\xff" * kind.bitmap_geometry.size)
+        for at in (kind.bitmap_geometry.place(*access) for access in passed):
+            assert at is not None
+            bits[at >> 3] &= ~(1 << (at & 7))
+        found.append(Vcpu(number, bytes(bits), denies, (0b100, 0b100), ran=True))
+    state = State(kind, (0xC0000100, 0xC0000101, 0x49), (Vm(812, 1, tuple(found), name="web"),))
+    return list(state_families(state, LabelSets({}), by_vm=by_vm))
+
+
 @dataclass(frozen=True)
 class Host:
     """A scraped target: its labels, its kernel, its counts at a time, and how long it answers."""
@@ -68,6 +92,7 @@ class Host:
             if family.name == "msrtrace_build" and self.vendorless:
                 del family.samples[0].labels["vendor"]
             yield family
+        yield from vcpus(self.snapshot(t).vendor, self.snapshot(t).by_vm, min(int(t // 1200), 2))
         busy = len(self.instance) + self.snapshot(t).by_vm
         yield GaugeMetricFamily("process_resident_memory_bytes", "Memory.", 36e6 + 1.5e6 * busy + 3e5 * math.sin(t))
         yield CounterMetricFamily("process_cpu_seconds", "CPU.", 0.7 + 0.0011 * busy * t)
