@@ -16,7 +16,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ SPEC_CTRL, SYSENTER_CS, FS_BASE, GS_BASE = 0x48, 0x174, 0xC0000100, 0xC0000101
 #: Of a VM: the first has no CPUID, the second has one and SPEC_CTRL, the third the same and never runs.
 NO_CPUID, WITH_CPUID, NEVER_RUN = VCPUS = range(3)
 PR_SET_PDEATHSIG = 1
+LIMIT_SECONDS = 600.0  # of the guest's, whose clock may be too fast where it does not count instructions
 AREA = 0x2000  # MSRs
 LONGEST = 0x3000  # of a range: KVM_MSR_FILTER_MAX_BITMAP_SIZE bytes of bits
 #: What may pass of a VM whose filter denies all else: sixteen ranges are the most.
@@ -240,17 +241,20 @@ def own_bitmap_offset() -> int | None:
 def states(number: int) -> dict[str, Any]:
     """What `msrtrace state` says of all cases, of descriptors that wander, and of so many VMs more."""
     id_offset = Btf.of_kernel().offset("kvm_vcpu", "vcpu_id")
-    with BitmapTracer(own_bitmap_offset(), id_offset, OUT / "witness-states"), many_vms(number) as many:
-        by_case = {name: Process(partial(made, case)) for name, case in cases(vendor().name).items()}
+    with ExitStack() as at_end:
+        at_end.enter_context(BitmapTracer(own_bitmap_offset(), id_offset, OUT / "witness-states"))
+        many = at_end.enter_context(many_vms(number))
+        by_case = {}
+        for name, case in cases(vendor().name).items():
+            by_case[name] = Process(partial(made, case))
+            at_end.callback(by_case[name].end)
         wandering = Wandering()
+        at_end.callback(wandering.end)
         begun = time.monotonic()
-        found: dict[str, Any] = {"state": output_of("msrtrace", "state", "--format", "json")}
+        found: dict[str, Any] = {"state": output_of("msrtrace", "state", "--format", "json", timeout=LIMIT_SECONDS)}
         found["seconds"] = time.monotonic() - begun
         found |= {"cases": {name: process.pid for name, process in by_case.items()}}
         found |= {"wandering": wandering.pids, "many": many}
-        wandering.end()
-        for process in by_case.values():
-            process.end()
     return found
 
 
