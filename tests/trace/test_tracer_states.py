@@ -121,6 +121,7 @@ def test_where_nothing_is_recorded_the_calls_that_were_seen_tell(
     assert state
     first, second = state.vms[0].vcpus
     assert first.seen == ({(TSC, READ, Wish.PASS)} if known else set())
+    assert bool(state.notes) == known
     assert second.seen == set()  # whose calls were before the trace
 
 

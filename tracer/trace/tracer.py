@@ -188,7 +188,10 @@ class Tracer:
                 seen = seen_wishes(counted.calls, vm.pid) if counted.by_vm else of_all
                 known = tuple(replace(one, seen=seen) if one.key in vcpus else one for one in vm.vcpus)
                 vms.append(replace(vm, vcpus=known))
-            return replace(found, vms=tuple(vms))
+            known_of = sum(bool(one.seen) for vm in vms for one in vm.vcpus)
+            note = "this kernel does not record what KVM itself wants: it is taken from the calls that were seen"
+            notes = (f"{note} ({known_of} vCPU{'s' * (known_of != 1)})",) if known_of else ()
+            return replace(found, vms=tuple(vms), notes=(*found.notes, *notes))
 
     def follow(self) -> ModuleChange | None:
         """Follow an unload or reload of the module; returns what changed, if anything.
