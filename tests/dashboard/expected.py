@@ -58,6 +58,11 @@ OF_BLIND = {
     "CPU time in filter updates, by host",
     "Filter updates and recalculations",
     "vCPUs created, by host",
+    "Intercepted accesses, by who wants that",
+    "Denied by the filter alone",
+    "Filters that are not applied yet, by host",
+    "vCPUs, by host",
+    "Intercepted now",
 }
 #: Panels that must be silent on a host without redundancy.
 VAGUE = "kvm6:9753"
@@ -92,6 +97,9 @@ def wrong(prometheus: Prometheus, dashboard: Json, time: Range, answers: Answers
         for title, number in NUMBERS.items()
         if [round(value, 6) for value in _numbers(found[title]["A"])] != [number]
     ]
+    denied = [_value(series) for series in found["Denied by the filter alone"]["A"]]
+    if denied != [40, 40]:  # reads and writes of FS_BASE, of four vCPUs of each of ten hosts
+        differences.append(f"vCPUs with an access that the filter alone denies are {denied}")
     verdicts = _by_label(found["Hosts"]["B"])
     if verdicts != VERDICTS:
         differences.append(f"the hosts' verdicts are {verdicts}")
