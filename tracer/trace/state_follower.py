@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 
 from tracer.kernel.symbols import Symbols
-from tracer.model.errors import MsrtraceError
-from tracer.model.module_change import RETRY_SECONDS, ModuleChange
+from tracer.model.module_change import ModuleChange
 from tracer.model.state import State
 from tracer.model.vendors import FIRST
+from tracer.trace.following import Following
 from tracer.trace.state_reader import named
 from tracer.trace.tracer import Reading, loaded_module
 from tracer.trace.vm_info import VmInfos
@@ -35,39 +35,23 @@ class StateFollower:
         :param module: identifies the loaded module, as `loaded_module`
         :param clock: returns seconds
         """
-        self._make, self._symbols, self._module, self._clock = make, symbols, module, clock
+        self._make, self._symbols = make, symbols
+        self._following = Following(module, clock)
         self._infos = infos or VmInfos()
         self._vendor = FIRST
         self._reader: Reading | None = None
-        self._read_module: object | None = None
-        self._refused_module: object | None = None  # could not be read, and is not retried before:
-        self._retry_at = 0.0
 
     def start(self, symbols: Symbols | None = None) -> None:
         """Make the reader for the loaded module; `symbols` are the kernel's, if already read. Raises MsrtraceError."""
-        module = self._module()
+        module = self._following.module()
         symbols = symbols or self._symbols()
         self._vendor = symbols.vendor
         self._reader = self._make(symbols)
-        self._read_module = module
+        self._following.used = module
 
     def follow(self) -> ModuleChange | None:
         """Follow an unload or reload of the module; what changed, if anything. What cannot be read is tried again."""
-        module = self._module()
-        if module == self._read_module:
-            return None
-        if module is not None and module == self._refused_module and self._clock() < self._retry_at:
-            return None
-        self.close()
-        self._read_module = self._refused_module = None
-        if module is None:
-            return ModuleChange(self._vendor.module, traced=False)
-        try:
-            self.start()
-        except MsrtraceError as error:
-            self._refused_module, self._retry_at = module, self._clock() + RETRY_SECONDS
-            return ModuleChange(self._vendor.module, traced=False, problem=str(error))
-        return ModuleChange(self._vendor.module, traced=True)
+        return self._following.follow(lambda: self._vendor.module, self.close, self.start)
 
     def read(self) -> State:
         """What every vCPU intercepts now: none where there is no module, or it cannot be read. Raises MsrtraceError."""

@@ -15,11 +15,12 @@ from tracer.kernel.btf import kernel_btf_kept
 from tracer.kernel.layout import layout_of
 from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
-from tracer.model.module_change import RETRY_SECONDS, ModuleChange
+from tracer.model.module_change import ModuleChange
 from tracer.model.snapshot import Probe, Snapshot, VmInfo
 from tracer.model.state import State, seen_wishes
 from tracer.model.vendor import Layout
 from tracer.model.vendors import FIRST, VENDORS
+from tracer.trace.following import Following
 from tracer.trace.state_reader import named
 from tracer.trace.vm_info import VmInfos, info_of_command
 
@@ -108,16 +109,13 @@ class Tracer:
         :param states: makes what reads the states of vCPUs; without it there are none
         :param clock: returns seconds
         """
-        self._attach_engine, self._read_symbols, self._module = attach, symbols, module
+        self._attach_engine, self._read_symbols = attach, symbols
+        self._following = Following(module, clock)
         self._vms = vms or VmInfos()
-        self._clock = clock
         self._kept: dict[int, VmInfo] | None = {} if keep_gone else None
         self._lock = threading.RLock()
         self._engine: Attachment | None = None
         self._idle: Attachment | None = None  # of a module that was unloaded; usually fits the next one
-        self._traced_module: object | None = None
-        self._refused_module: object | None = None  # could not be traced, and is not retried before:
-        self._retry_at = 0.0
         self._vendor = FIRST
         self._make_states = states
         self._states: Reading | None = None
@@ -147,7 +145,7 @@ class Tracer:
     def attach(self, symbols: Symbols | None = None) -> None:
         """Attach to the loaded module; `symbols` are the kernel's, if already read. Raises MsrtraceError."""
         with self._lock, kernel_btf_kept():
-            module = self._module()
+            module = self._following.module()
             symbols = symbols or self._read_symbols()
             layout = layout_of(symbols)
             self._vendor = symbols.vendor
@@ -158,7 +156,7 @@ class Tracer:
                 if self._idle:
                     self._idle.close()
             self._idle = None
-            self._traced_module = module
+            self._following.used = module
             self._read_states(symbols)
 
     def _read_states(self, symbols: Symbols) -> None:
@@ -200,21 +198,7 @@ class Tracer:
         retried after RETRY_SECONDS, or when another one is loaded.
         """
         with self._lock:
-            module = self._module()
-            if module == self._traced_module:
-                return None
-            if module is not None and module == self._refused_module and self._clock() < self._retry_at:
-                return None
-            self._detach()
-            self._traced_module = self._refused_module = None
-            if module is None:
-                return ModuleChange(self._vendor.module, traced=False)
-            try:
-                self.attach()
-            except MsrtraceError as error:
-                self._refused_module, self._retry_at = module, self._clock() + RETRY_SECONDS
-                return ModuleChange(self._vendor.module, traced=False, problem=str(error))
-            return ModuleChange(self._vendor.module, traced=True)
+            return self._following.follow(lambda: self._vendor.module, self._detach, self.attach)
 
     def _detach(self) -> None:
         if self._states:
