@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from dashboards.grafana import WIDTH, Column, Json, Query, graph, table
-from dashboards.queries import HOST, NOW, TEN_HIGHEST, Over, by, gauge, highest, metric
+from dashboards.queries import HOST, NOW, TEN_HIGHEST, Over, by, highest, metric, per_host
 
 _INTERCEPTED = "msr_intercepted_vcpus"
 #: By whom, as the label `by` has it, and in the legend.
@@ -21,9 +22,7 @@ _WHO = {
 
 def _accesses(who: str, labels: str, over: Over = NOW) -> str:
     """The vCPUs that intercept accesses, for each MSR and direction that WHO has intercepted, by labels."""
-    series = over.gauge.format(metric(_INTERCEPTED, f'by="{who}"'))
-    kept = labels if labels.startswith(HOST) else f"{HOST}, {labels}" if labels else HOST
-    return by(labels, f"(sum by ({kept}) ({series}))", over)
+    return by(labels, _per_host(labels, _INTERCEPTED, f'by="{who}"', over=over), over)
 
 
 def intercepted_now() -> list[Json]:
@@ -87,4 +86,9 @@ def intercepted_now() -> list[Json]:
 
 
 def _vcpus(name: str, over: Over = NOW) -> str:
-    return by(HOST, f"(sum by ({HOST}) ({gauge(name, over)}))", over)
+    return by(HOST, _per_host(HOST, name, over=over), over)
+
+
+def _per_host(labels: str, name: str, *matchers: str, over: Over) -> str:
+    """As per_host(), of a gauge, which with --by-vm each VM has."""
+    return per_host(labels, name, *matchers, over=replace(over, counter=over.gauge))
