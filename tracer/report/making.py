@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from tracer.model import msr
 from tracer.model.cause import FILTER_CHANGE, VCPU_CREATE
@@ -43,6 +44,17 @@ class HostInfo:
     cpu: str
     module_parameters: dict[str, str]
     name: str = ""
+
+    def fields(self, vendor: str) -> dict[str, Any]:
+        """The arguments of Computer; `vendor` is the name of the vendor of KVM's module."""
+        return {
+            **parameters_field(vendor, self.module_parameters),
+            "vendor": vendor,
+            "name": self.name,
+            "kernel": self.kernel,
+            "version": self.version,
+            "cpu": self.cpu,
+        }
 
     @classmethod
     def here(cls, module: str, root: Path = Path("/")) -> HostInfo:
@@ -95,12 +107,7 @@ def make(
         started=started.astimezone(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
         duration_seconds=round(duration, 6),
         host=Host(
-            **parameters_field(counted.vendor, host.module_parameters),
-            vendor=counted.vendor,
-            name=host.name,
-            kernel=host.kernel,
-            version=host.version,
-            cpu=host.cpu,
+            **host.fields(counted.vendor),
             vcpus_seen=counted.vcpus_seen,
             vmms_seen=counted.vmms_seen,
             layout=counted.layout,

@@ -12,7 +12,7 @@ import msgspec
 from tracer.model import msr
 from tracer.model.msr_filter import DIRECTIONS, READ, WRITE, MsrFilter, joined
 from tracer.model.state import State, Vcpu, alike
-from tracer.report.computer import ROWS, Computer, parameters_field
+from tracer.report.computer import ROWS, Computer
 from tracer.report.making import HostInfo
 from tracer.report.report import Report
 from tracer.report.state_file import (
@@ -42,14 +42,7 @@ def make_state(state: State, host: HostInfo, *, taken: datetime, version: str, a
     return StateFile(
         msrtrace=version,
         taken=taken.isoformat(timespec="milliseconds"),
-        host=Computer(
-            vendor=state.vendor.name,
-            name=host.name,
-            kernel=host.kernel,
-            version=host.version,
-            cpu=host.cpu,
-            **parameters_field(state.vendor.name, host.module_parameters),
-        ),
+        host=Computer(**host.fields(state.vendor.name)),
         vms=found.vms,
         notes=found.notes,
     )
