@@ -187,14 +187,13 @@ class StateReader:
         vms: dict[int, list[Reading]] = {}
         for one in found.values():
             vms.setdefault(one.kvm, []).append(one)
-        made = []
+        made, no_bitmap = [], self._vendor.no_bitmap
         for kvm, readings in vms.items():
             readings.sort(key=lambda one: one.id)
             owner = next((one for one in readings if one.owned), readings[0])
-            vcpus = tuple(self._vcpu(one, sure=one.vcpu in sure) for one in readings)
-            no_bitmap = self._vendor.no_bitmap
             if self._pid not in (None, owner.tgid):
                 continue
+            vcpus = tuple(self._vcpu(one, sure=one.vcpu in sure) for one in readings)
             kind = no_bitmap[1] if no_bitmap and no_bitmap[0] == owner.vm_type else ""
             made.append(Vm(owner.tgid, kvm, vcpus, owned=owner.owned, kind=kind))
         vms_sorted = tuple(sorted(made, key=lambda vm: (vm.pid, vm.key)))
