@@ -47,7 +47,7 @@ from tracer.model.state import (
     Vm,
     Wish,
     alike,
-    said,
+    interception,
 )
 from tracer.model.svm import SVM
 from tracer.model.vendor import NO_MSR, Vendor
@@ -68,7 +68,7 @@ SET = {
 @pytest.mark.parametrize(("wish", "settled"), [*product(Wish, (True, False))])
 def test_the_table(wish: Wish, settled: bool) -> None:
     def of(intercepted: bool, allowed: bool) -> str:
-        return said(intercepted=intercepted, wish=wish, allowed=allowed, settled=settled)
+        return interception(intercepted=intercepted, wish=wish, allowed=allowed, settled=settled)
 
     assert of(False, True) == PASSED
     assert of(False, False) == PENDING_DENIED
@@ -79,7 +79,7 @@ def test_the_table(wish: Wish, settled: bool) -> None:
 
 def test_all_that_is_said_is_explained() -> None:
     found = {
-        said(intercepted=one, wish=wish, allowed=two, settled=three)
+        interception(intercepted=one, wish=wish, allowed=two, settled=three)
         for one, wish, two, three in product((True, False), Wish, (True, False), (True, False))
     }
     assert found | {UNKNOWN} == set(SAID)

@@ -12,7 +12,7 @@ from tracer.model.msr_filter import NO_FILTER, WRITE, MsrFilter
 from tracer.model.state import Vm
 from tracer.report.state_changes import Vms, changes
 from tracer.report.state_file import States
-from tracer.report.state_view import Shown
+from tracer.report.state_view import RowChoice
 
 NONE = MsrFilter()
 
@@ -21,8 +21,8 @@ def keyed(*vms: Vm) -> Vms:
     return {(vm.pid, vm.key): made for vm, made in zip(vms, file(*vms).vms, strict=True)}
 
 
-def lines(before: list[Vm], now: list[Vm], shown: Shown | None = None) -> list[str]:
-    return changes(keyed(*before), keyed(*now), shown or Shown())
+def lines(before: list[Vm], now: list[Vm], shown: RowChoice | None = None) -> list[str]:
+    return changes(keyed(*before), keyed(*now), shown or RowChoice())
 
 
 def filtered(name: str, pid: int, one: MsrFilter, applied: MsrFilter | None = None) -> Vm:
@@ -124,8 +124,8 @@ def test_which_msrs_are_shown() -> None:
     before, now = [vm("web", 1)], [filtered("web", 1, MsrFilter(default_allow=False))]
     usual = lines(before, now)
     assert not any("kvm -> both" in line or "kvm -> unrecorded" in line for line in usual)
-    assert any("kvm -> both" in line for line in lines(before, now, Shown(everything=True)))
-    assert lines(before, now, Shown(only=frozenset([FS_BASE])))[1:] == [
+    assert any("kvm -> both" in line for line in lines(before, now, RowChoice(everything=True)))
+    assert lines(before, now, RowChoice(only=frozenset([FS_BASE])))[1:] == [
         "web (pid 1): vCPU 0-1: read and write of 0xc0000100 FS_BASE: passed -> filter"
     ]
 
@@ -146,5 +146,5 @@ def test_filters_that_can_be_read_no_more() -> None:
 @given(one=any_states(names), other=any_states(names))
 def test_every_change_is_a_printable_line(one: States, other: States) -> None:
     before, now = ({(at, 0): vm for at, vm in enumerate(states.vms)} for states in (one, other))
-    assert all(line.isprintable() for line in changes(before, now, Shown()))
-    assert changes(before, before, Shown(everything=True)) == []
+    assert all(line.isprintable() for line in changes(before, now, RowChoice()))
+    assert changes(before, before, RowChoice(everything=True)) == []

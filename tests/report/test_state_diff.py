@@ -20,7 +20,7 @@ from tracer.report.formats import OF_STATES, write_state_diff
 from tracer.report.state_diff import Differing, OneSided, Side, StateDiff, compare_states, one_sided
 from tracer.report.state_diff_view import sentence, state_diff_document
 from tracer.report.state_file import StateFile, States
-from tracer.report.state_view import Shown
+from tracer.report.state_view import RowChoice
 
 RW = "read_write"
 
@@ -35,8 +35,8 @@ def side_of(title: str, made: StateFile | States, host: str = "") -> Side:
     return Side(title, machine, "2026-11-27", tuple(made.vms), tuple(made.notes))
 
 
-def compared(one: Vm, other: Vm, shown: Shown | None = None) -> StateDiff:
-    return compare_states(side("A", one), side("B", other), shown or Shown())
+def compared(one: Vm, other: Vm, shown: RowChoice | None = None) -> StateDiff:
+    return compare_states(side("A", one), side("B", other), shown or RowChoice())
 
 
 def rows(diff: StateDiff) -> list[Differing]:
@@ -112,7 +112,9 @@ def test_a_default_that_denies_is_not_a_row_for_every_msr() -> None:
     diff = compared(filtered("a", 1, MsrFilter(default_allow=False)), vm("b", 2))
     found = {(row.one, row.other) for row in rows(diff)}
     assert ("filter", "passed") in found <= {("filter", "passed"), ("unrecorded", "kvm")}
-    everything = rows(compared(filtered("a", 1, MsrFilter(default_allow=False)), vm("b", 2), Shown(everything=True)))
+    everything = rows(
+        compared(filtered("a", 1, MsrFilter(default_allow=False)), vm("b", 2), RowChoice(everything=True))
+    )
     assert ("both", "kvm") in {(row.one, row.other) for row in everything}
     assert not any(row.msrs.start in range(0x800, 0x900) for row in everything), "no filter can deny these"
 
@@ -122,12 +124,12 @@ def test_an_msr_in_no_row_of_one_side_is_what_the_default_makes_it() -> None:
     diff = compared(filtered("a", 1, denies(0x1234)), vm("b", 2))
     assert rows(diff) == [Differing(range(0x1234, 0x1235), RW, "both", "kvm")]
     other = filtered("b", 2, MsrFilter(default_allow=False))
-    named = rows(compared(filtered("a", 1, denies(0x1234)), other, Shown(only=frozenset([0x1234]))))
+    named = rows(compared(filtered("a", 1, denies(0x1234)), other, RowChoice(only=frozenset([0x1234]))))
     assert named == [], "both deny it"
 
 
 def test_only_msrs_that_are_asked_for() -> None:
-    shown = Shown(only=frozenset([0x175]))
+    shown = RowChoice(only=frozenset([0x175]))
     diff = compared(filtered("a", 1, denies(0x174, 0x175, 0x176)), vm("b", 2), shown)
     assert rows(diff) == [Differing(range(0x175, 0x176), RW, "filter", "passed")]
 

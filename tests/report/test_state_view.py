@@ -12,16 +12,16 @@ from tracer.model.errors import MsrtraceError
 from tracer.model.msr_filter import NO_FILTER, READ, MsrFilter
 from tracer.model.state import SAID, State, Vcpu, Vm
 from tracer.report.formats import FORMATS, OF_STATES, write_state
-from tracer.report.state_view import WORDS, Shown, ids_text
+from tracer.report.state_view import WORDS, RowChoice, ids_text
 
-USUALLY, EVERYTHING = Shown(), Shown(everything=True)
+USUALLY, EVERYTHING = RowChoice(), RowChoice(everything=True)
 
 
-def text(found: State, shown: Shown = USUALLY, columns: int = 80, also: tuple[int, ...] = ()) -> str:
+def text(found: State, shown: RowChoice = USUALLY, columns: int = 80, also: tuple[int, ...] = ()) -> str:
     return write_state(made(found, also), shown, "text", columns).decode()
 
 
-def rows(found: State, shown: Shown = USUALLY, also: tuple[int, ...] = ()) -> dict[str, list[str]]:
+def rows(found: State, shown: RowChoice = USUALLY, also: tuple[int, ...] = ()) -> dict[str, list[str]]:
     """The cells of each row of Markdown, by its MSRs."""
     markdown = write_state(made(found, also), shown, "markdown").decode()
     cells = [
@@ -109,9 +109,9 @@ MARKDOWN = r"""**ada (Linux 6.1.0-53-amd64, Intel VMX): 1 VM, 1 vCPU**
 
 
 @pytest.mark.parametrize("made_up", [old_host, new_host, amd_host, state], ids=lambda host: str(host.__name__))
-@pytest.mark.parametrize("shown", [Shown(), EVERYTHING], ids=["default", "all"])
+@pytest.mark.parametrize("shown", [RowChoice(), EVERYTHING], ids=["default", "all"])
 @pytest.mark.parametrize("columns", [80, 60, 200])
-def test_lines_fit(made_up: object, shown: Shown, columns: int) -> None:
+def test_lines_fit(made_up: object, shown: RowChoice, columns: int) -> None:
     assert callable(made_up)
     lines = text(made_up(), shown, columns).splitlines()
     assert [line for line in lines if len(line) > columns] == []
@@ -170,12 +170,12 @@ def test_of_a_vcpu_that_never_ran_what_kvm_may_want_is_not_shown() -> None:
 
 def test_msrs_that_are_asked_for_have_rows_of_their_own() -> None:
     asked = (0x175, 0xCE, 0x12345678)
-    found = rows(one(), Shown(only=frozenset(asked)), asked)
+    found = rows(one(), RowChoice(only=frozenset(asked)), asked)
     assert [*found] == ["0xce", "0x175", "0x12345678"]
     assert found["0x175"][1:] == ["passed", "passed"]
     assert "SYSENTER" in found["0x175"][0]
     assert found["0x12345678"] == ["", "kvm", "kvm"]
-    assert "not shown" not in text(one(), Shown(only=frozenset(asked)), also=asked)
+    assert "not shown" not in text(one(), RowChoice(only=frozenset(asked)), also=asked)
 
 
 def test_a_filter_that_denies_every_second_msr_does_not_fill_the_screen() -> None:
@@ -290,5 +290,5 @@ def test_hostile_names_stay_in_their_place() -> None:
 def test_formats() -> None:
     assert OF_STATES == ["text", "markdown", "json"]
     with pytest.raises(MsrtraceError, match=r"^states are not written as html$"):
-        write_state(made(one()), Shown(), "html")
+        write_state(made(one()), RowChoice(), "html")
     assert FORMATS["html"].state is None

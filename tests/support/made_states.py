@@ -26,7 +26,7 @@ from tracer.report.state_file import (
     VmState,
 )
 from tracer.report.state_making import make_state
-from tracer.report.state_view import Shown
+from tracer.report.state_view import RowChoice
 
 SYSCALLS = rw(FS_BASE, GS_BASE, 0xC0000102, 0x174, 0x175, 0x176)
 #: What KVM passes through on Intel from a vCPU's first entry on.
@@ -81,9 +81,9 @@ def made(found: State, also: tuple[int, ...] = ()) -> StateFile:
 
 def state_views(one: StateFile) -> dict[str, str]:
     """Every view of a state."""
-    found = {name: write_state(one, Shown(), name).decode() for name in OF_STATES}
-    found |= {f"{name}, all": write_state(one, Shown(True), name).decode() for name in OF_STATES}
-    return found | {"text, one": write_state(one, Shown(only=frozenset({TSC, 0xFFFFFFFF})), "text").decode()}
+    found = {name: write_state(one, RowChoice(), name).decode() for name in OF_STATES}
+    found |= {f"{name}, all": write_state(one, RowChoice(True), name).decode() for name in OF_STATES}
+    return found | {"text, one": write_state(one, RowChoice(only=frozenset({TSC, 0xFFFFFFFF})), "text").decode()}
 
 
 numbers = st.one_of(st.sampled_from([0, TSC, 0x174, FS_BASE, 0xFFFFFFFF]), st.integers(0, 2**32 - 1))

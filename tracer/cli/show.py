@@ -13,7 +13,7 @@ from tracer.model.errors import MsrtraceError
 from tracer.report.file import read
 from tracer.report.formats import OF_REPORTS, OF_STATES, write_report, write_state
 from tracer.report.state_making import state_of
-from tracer.report.state_view import Shown
+from tracer.report.state_view import RowChoice
 
 
 @click.command()
@@ -38,4 +38,4 @@ def show(outputs: tuple[Path, ...], fmt: str | None, state_alone: bool, file: st
     state = state_of(report)
     if state is None:
         raise MsrtraceError("that report does not have what vCPUs intercepted when the trace ended")
-    deliver(partial(write_state, state, Shown(everything=True)), fmt, outputs)
+    deliver(partial(write_state, state, RowChoice(everything=True)), fmt, outputs)

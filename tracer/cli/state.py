@@ -16,7 +16,7 @@ from tracer.cli.session import check_pid, following_states
 from tracer.model.errors import MsrtraceError
 from tracer.model.state import State, of
 from tracer.report.formats import OF_STATES, write_state, write_state_diff
-from tracer.report.state_view import Shown
+from tracer.report.state_view import RowChoice
 
 _INTERVAL_SECONDS, _LONGEST_SECONDS = 1.0, 86400.0
 
@@ -62,7 +62,7 @@ def state(  # noqa: PLR0917 (click passes them by name)
 
     Every vCPU is found, those of VMs that started long ago, too. JSON has all MSRs, whatever the options say.
     """
-    shown = Shown(everything, frozenset(msrs))
+    shown = RowChoice(everything, frozenset(msrs))
     _check_usage(outputs, fmt, watched, interval, diff)
     check_outputs(outputs, fmt, OF_STATES)
     if diff:

@@ -15,10 +15,10 @@ from tracer.report.file import STATE, read_as
 from tracer.report.formats import SUFFIXES
 from tracer.report.state_diff import Side, StateDiff, compare_states
 from tracer.report.state_file import StateFile, VmState
-from tracer.report.state_view import Shown
+from tracer.report.state_view import RowChoice
 
 
-def compared(given: tuple[str, str], names: tuple[str, ...], pid: int | None, shown: Shown) -> StateDiff:
+def compared(given: tuple[str, str], names: tuple[str, ...], pid: int | None, shown: RowChoice) -> StateDiff:
     """The comparison of two files, of their VMs those that are asked for; or of two VMs of this host."""
     files = [_is_file(text) for text in given]
     if all(files):
@@ -54,7 +54,7 @@ def _side(title: str, file: StateFile, vms: list[VmState]) -> Side:
     return Side(title, file.host, file.taken, tuple(vms), tuple(file.notes))
 
 
-def _of_vms(given: tuple[str, str], shown: Shown) -> tuple[Side, Side]:
+def _of_vms(given: tuple[str, str], shown: RowChoice) -> tuple[Side, Side]:
     from tracer.cli.session import following_states
     from tracer.report.making import HostInfo
     from tracer.report.state_making import make_state

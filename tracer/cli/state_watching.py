@@ -18,13 +18,13 @@ from tracer.report.formats import DEFAULT, write_state
 from tracer.report.making import HostInfo
 from tracer.report.state_changes import Vms, changes
 from tracer.report.state_making import make_state, make_states
-from tracer.report.state_view import Shown
+from tracer.report.state_view import RowChoice
 
 if TYPE_CHECKING:
     from tracer.trace.state_follower import StateFollower
 
 
-def watch(names: tuple[str, ...], pid: int | None, shown: Shown, interval: float) -> None:
+def watch(names: tuple[str, ...], pid: int | None, shown: RowChoice, interval: float) -> None:
     """Print the state, then what changes, until SIGINT or SIGTERM.
 
     :param names: of the VMs that are asked for, as `pid` is their process: none is all
@@ -47,7 +47,7 @@ def watch(names: tuple[str, ...], pid: int | None, shown: Shown, interval: float
 class _Watched:
     """The VMs that are watched, as they were read last."""
 
-    def __init__(self, follower: StateFollower, names: tuple[str, ...], pid: int | None, shown: Shown) -> None:
+    def __init__(self, follower: StateFollower, names: tuple[str, ...], pid: int | None, shown: RowChoice) -> None:
         self._follower, self._shown = follower, shown
         self._chosen = partial(of, names=names, pid=pid)
         self.state = self._chosen(follower.read())

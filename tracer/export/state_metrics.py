@@ -42,7 +42,7 @@ def state_families(state: State, sets: LabelSets, *, by_vm: bool) -> Iterator[Me
                 unreadable += len(group)
                 continue
             if vcpu not in known:
-                known[vcpu] = _said(state, vcpu)
+                known[vcpu] = _interceptions(state, vcpu)
             said, noted = known[vcpu]
             of_note |= noted
             for access, what in said.items():
@@ -70,7 +70,7 @@ def _parts(state: State, by_vm: bool) -> Iterable[tuple[tuple[str, ...], list[Vm
     return [((vms[0].name, str(pid)), vms) for pid, vms in found.items()]
 
 
-def _said(state: State, vcpu: Vcpu) -> tuple[dict[_Access, str], set[_Access]]:
+def _interceptions(state: State, vcpu: Vcpu) -> tuple[dict[_Access, str], set[_Access]]:
     """What is said of each access that KVM may let a guest have, or that this one has; and which KVM may not want."""
     passed = {index for direction in DIRECTIONS for run in state.passed(vcpu, direction) for index in run}
     verdicts = {index: state.verdict(vcpu, index) for index in passed.difference(X2APIC).union(state.candidates)}

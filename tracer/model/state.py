@@ -42,7 +42,7 @@ class Wish(Enum):
     UNRECORDED = "unrecorded"
 
 
-def said(*, intercepted: bool, wish: Wish, allowed: bool, settled: bool) -> str:
+def interception(*, intercepted: bool, wish: Wish, allowed: bool, settled: bool) -> str:
     """Who has an access intercepted: one of SAID.
 
     :param intercepted: the bit in the vCPU's bitmap
@@ -63,7 +63,7 @@ class Vcpu:
     """A vCPU. `bitmap` is None where it cannot be read, b"" where the CPU has none; `filter` is its VM's.
 
     `shadow`: what KVM wants to intercept of `State.recorded`, a word for reads and one for writes, in which a 1 is for
-    that; None where the kernel does not record it. `settled`: see `said`. `ran`: None where that is not known.
+    that; None where the kernel does not record it. `settled`: see `interception`. `ran`: None where that is not known.
     """
 
     id: int
@@ -169,17 +169,17 @@ class State:
     def _reasoned(self, vcpu: Vcpu, msr: int) -> tuple[Verdict, list[bool | None]]:
         """What is said of an MSR, and whether the filter allows reading and writing it, if that is known."""
         allowed = [vcpu.filter.allows(msr, direction) if vcpu.filter else None for direction in DIRECTIONS]
-        said_of = (self._said(vcpu, msr, *pair) for pair in zip(DIRECTIONS, allowed, strict=True))
-        return Verdict(*said_of), allowed
+        words = (self._interception(vcpu, msr, *pair) for pair in zip(DIRECTIONS, allowed, strict=True))
+        return Verdict(*words), allowed
 
-    def _said(self, vcpu: Vcpu, msr: int, direction: int, allowed: bool | None) -> str:
+    def _interception(self, vcpu: Vcpu, msr: int, direction: int, allowed: bool | None) -> str:
         if vcpu.bitmap is None:
             return UNKNOWN
         intercepted = self.vendor.bitmap_geometry.intercepted(vcpu.bitmap, msr, direction)
         if allowed is None:
             return UNKNOWN if intercepted else PASSED
         wish = self.wish(vcpu, msr, direction)
-        return said(intercepted=intercepted, wish=wish, allowed=allowed, settled=vcpu.settled)
+        return interception(intercepted=intercepted, wish=wish, allowed=allowed, settled=vcpu.settled)
 
     def passed(self, vcpu: Vcpu, direction: int) -> list[range]:
         """The MSRs that the bitmap lets pass."""

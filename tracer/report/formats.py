@@ -19,7 +19,7 @@ from tracer.report.report_view import report_document
 from tracer.report.state_diff import StateDiff
 from tracer.report.state_diff_view import state_diff_document, state_diff_json
 from tracer.report.state_file import StateFile
-from tracer.report.state_view import Shown, state_document
+from tracer.report.state_view import RowChoice, state_document
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Format:
     report: Callable[[Report, int], bytes] | None
     comparison: Callable[[Comparison, int], bytes] | None
     suffixes: tuple[str, ...] = ()
-    state: Callable[[StateFile, Shown, int], bytes] | None = None
+    state: Callable[[StateFile, RowChoice, int], bytes] | None = None
     state_diff: Callable[[StateDiff, int], bytes] | None = None
 
 
@@ -111,7 +111,7 @@ def write_comparison(comparison: Comparison, name: str, columns: int = COLUMNS) 
     return write(comparison, columns)
 
 
-def write_state(state: StateFile, shown: Shown, name: str, columns: int = COLUMNS) -> bytes:
+def write_state(state: StateFile, shown: RowChoice, name: str, columns: int = COLUMNS) -> bytes:
     """The state in the named format, one of OF_STATES; text is not wider than `columns`."""
     write = FORMATS[name].state
     if write is None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 from tracer.report.state_diff import Compared, Comparer, FilterDifference, VmDifference, exits
 from tracer.report.state_diff_view import access_text, is_none
 from tracer.report.state_file import Filter, VmState, range_text
-from tracer.report.state_view import DEFAULTS, WORDS, Shown, filter_lines, heading, name_of, range_line, titles
+from tracer.report.state_view import DEFAULTS, WORDS, RowChoice, filter_lines, heading, name_of, range_line, titles
 
 _T = TypeVar("_T")
 _RANGES = 8  # of MSRs in a line
@@ -18,7 +18,7 @@ _RANGES = 8  # of MSRs in a line
 Vms = Mapping[tuple[int, int], VmState]
 
 
-def changes(before: Vms, now: Vms, shown: Shown) -> list[str]:
+def changes(before: Vms, now: Vms, shown: RowChoice) -> list[str]:
     """The lines: VMs that are gone, new ones, vCPUs that are gone or new, filters that were replaced, then accesses."""
     comparer = Comparer(shown)
     both = [comparer.vms(before[key], vm) for key, vm in now.items() if key in before]

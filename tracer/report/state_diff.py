@@ -15,12 +15,12 @@ from tracer.model.msr_filter import X2APIC
 from tracer.model.state import BOTH, KVM, PASSED, PENDING_DENIED, UNKNOWN
 from tracer.report.computer import Computer, Difference, differing, machines, parameters
 from tracer.report.state_file import Filter, FilterRangeRow, States, VcpuGroup, VmState, msr_range
-from tracer.report.state_view import Shown
+from tracer.report.state_view import RowChoice
 
 SCHEMA = "msrtrace-state-comparison/1"
 _T = TypeVar("_T")
 _Key = TypeVar("_Key", bound=Hashable)
-_ALL = Shown(everything=True)
+_ALL = RowChoice(everything=True)
 
 
 def exits(said: str) -> bool | None:
@@ -171,12 +171,12 @@ def _joined(parts: Iterable[tuple[range, _Key]]) -> list[tuple[range, _Key]]:
     return found
 
 
-def compare_vcpus(one: _Said, other: _Said, shown: Shown = _ALL) -> tuple[Differing, ...]:
+def compare_vcpus(one: _Said, other: _Said, shown: RowChoice = _ALL) -> tuple[Differing, ...]:
     """The accesses of which something else is said, in the order of MSRs."""
     return tuple(Differing(msrs, *key) for msrs, key in _joined(_different(one, other, shown)))
 
 
-def _different(one: _Said, other: _Said, shown: Shown) -> Iterator[tuple[range, tuple[str, str, str]]]:
+def _different(one: _Said, other: _Said, shown: RowChoice) -> Iterator[tuple[range, tuple[str, str, str]]]:
     bounds = {*one.bounds, *other.bounds, X2APIC.start, X2APIC.stop}
     bounds |= {bound for msr in shown.only for bound in (msr, msr + 1)}
     for start, stop in pairwise(sorted(bounds)):
@@ -214,7 +214,7 @@ def compare_filters(one: Filter | None, other: Filter | None) -> FilterDifferenc
 class Comparer:
     """Compares VMs; what many of them have in common is compared once."""
 
-    def __init__(self, shown: Shown = _ALL) -> None:
+    def __init__(self, shown: RowChoice = _ALL) -> None:
         self._shown = shown
         self._said: dict[object, _Said] = {}
         self._rows: dict[object, tuple[Differing, ...]] = {}
@@ -258,7 +258,7 @@ class Comparer:
         return self._rows[key]
 
 
-def compare_states(one: Side, other: Side, shown: Shown = _ALL) -> StateDiff:
+def compare_states(one: Side, other: Side, shown: RowChoice = _ALL) -> StateDiff:
     """Compare two sides: VMs by their names, or, where each has only one VM, these."""
     comparer = Comparer(shown)
     found = [comparer.vms(*pair) for pair in _pairs(one, other)]

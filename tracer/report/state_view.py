@@ -44,7 +44,7 @@ _AT_END = 12  # rows of a report
 
 
 @dataclass(frozen=True)
-class Shown:
+class RowChoice:
     """Which MSRs: `only` these, if there are any; else, unless `everything`, those of note."""
 
     everything: bool = False
@@ -74,7 +74,7 @@ def _usual(vm: VmState) -> set[str]:
     return _EXITS if vm.filter and vm.filter.default == "allow" else {KVM, BOTH}
 
 
-def state_document(state: StateFile, shown: Shown) -> Document:
+def state_document(state: StateFile, shown: RowChoice) -> Document:
     """The state as a document."""
     host = state.host
     vcpus = sum(vm.count for vm in state.vms)
