@@ -14,6 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 from filters import BOTH, allowing, denying
+from hostile import replaced
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from made import patched
@@ -221,19 +222,7 @@ def test_the_schema_refuses_what_the_reader_refuses(
 
 def changed(*changes: tuple[tuple[Any, ...], object]) -> Any:
     """The example with values replaced (...: taken away)."""
-    content = json.loads(EXAMPLE)
-    for place, value in changes:
-        at = content
-        try:
-            for key in place[:-1]:
-                at = at[key]
-            if value is ...:
-                del at[place[-1]]
-            else:
-                at[place[-1]] = value
-        except (KeyError, IndexError, TypeError):
-            continue  # an earlier change took it away
-    return content
+    return replaced(EXAMPLE, changes)
 
 
 def survives(data: bytes) -> None:
