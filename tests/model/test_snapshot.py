@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tracer.model.exits import RESULTS, Exit
 from tracer.model.snapshot import DURATION_BOUNDS, Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
 
 TSC = Call(0x10, "read", "disable", "vcpu_create", "vmx_vcpu_create")
@@ -34,6 +35,15 @@ durations = st.builds(
     seconds=st.integers(0, 10**12).map(lambda n: n / 1e9),
     buckets=st.tuples(st.integers(0, 24), counts).map(lambda at: (*[0] * at[0], at[1], *[0] * (24 - at[0]))),
 )
+exits = st.builds(
+    Exit,
+    msr=st.sampled_from([0x10, 0x48, 0xC0000100]),
+    access=st.sampled_from(["read", "write"]),
+    path=st.sampled_from(["fast", "slow"]),
+    result=st.sampled_from(list(RESULTS)),
+    guest=st.sampled_from(["l1", "l2"]),
+    pid=pids,
+)
 by_pid = st.dictionaries(pids, durations, max_size=3)
 quick = settings(max_examples=40)
 
@@ -51,11 +61,13 @@ def snapshots(known: bool) -> st.SearchStrategy[Snapshot]:
         calls=st.dictionaries(kinds, outcomes(known), max_size=4),
         updates=by_pid,
         recalcs=by_pid,
+        exits=st.dictionaries(exits, st.integers(1, 10**6), max_size=4),
         probes=st.tuples(
             *[st.builds(Probe, st.just(f), st.just(f), st.just(True), st.just(f), counts) for f in FUNCTIONS]
         ),
         maps=st.tuples(*[st.builds(Map, st.just(name), counts, st.just(10**6), counts) for name in MAPS]),
         unpaired_returns=counts,
+        unpaired_refusals=counts,
         read_failures=counts,
         vcpus_seen=counts,
         vmms_seen=counts,
@@ -68,12 +80,12 @@ two = st.booleans().flatmap(lambda known: st.tuples(snapshots(known), snapshots(
 one = st.booleans().flatmap(snapshots)
 
 
-def totals(snapshot: Snapshot) -> tuple[Outcome | None, Durations, Durations]:
+def totals(snapshot: Snapshot) -> tuple[Outcome | None, Durations, Durations, int]:
     """All that was counted, over all VMs."""
     values = list(snapshot.calls.values())
     calls = sum(values[1:], values[0]) if values else None
     updates, recalcs = (sum(of.values(), Durations()) for of in (snapshot.updates, snapshot.recalcs))
-    return calls, updates, recalcs
+    return calls, updates, recalcs, sum((snapshot.exits or {}).values())
 
 
 def test_outcomes_add_and_subtract() -> None:
@@ -130,9 +142,18 @@ def test_the_order_of_a_sum_does_not_matter(pair: tuple[Snapshot, Snapshot]) -> 
     one, other = pair
     whole, turned = one.after(other), other.after(one)
     assert (whole.calls, whole.updates, whole.recalcs) == (turned.calls, turned.updates, turned.recalcs)
+    assert whole.exits == turned.exits
     assert [p.missed for p in whole.probes] == [p.missed for p in turned.probes]
     assert [m.dropped for m in whole.maps] == [m.dropped for m in turned.maps]
-    for name in ("unpaired_returns", "read_failures", "vcpus_seen", "vmms_seen", "vcpus_created", "creation_recalcs"):
+    for name in (
+        "unpaired_returns",
+        "unpaired_refusals",
+        "read_failures",
+        "vcpus_seen",
+        "vmms_seen",
+        "vcpus_created",
+        "creation_recalcs",
+    ):
         assert getattr(whole, name) == getattr(one, name) + getattr(other, name)
 
 
@@ -140,7 +161,7 @@ def test_the_order_of_a_sum_does_not_matter(pair: tuple[Snapshot, Snapshot]) -> 
 @given(one)
 def test_a_snapshot_since_itself_is_empty(snapshot: Snapshot) -> None:
     nothing = snapshot.since(snapshot)
-    assert (nothing.calls, nothing.updates, nothing.recalcs) == ({}, {}, {})
+    assert (nothing.calls, nothing.updates, nothing.recalcs, nothing.exits) == ({}, {}, {}, {})
     assert not nothing.lower_bound
     assert (nothing.vcpus_seen, nothing.layout, nothing.redundancy) == (0, snapshot.layout, snapshot.redundancy)
     assert [(m.entries, m.capacity) for m in nothing.maps] == [(m.entries, m.capacity) for m in snapshot.maps]
@@ -152,13 +173,23 @@ def test_vms_that_are_gone_stay_in_the_totals(snapshot: Snapshot, gone: set[int]
     snapshot = replace(snapshot, by_vm=True, vms={100: VmInfo("web"), 200: VmInfo("db")})
     folded = snapshot.without_vms(gone)
     assert totals(folded) == totals(snapshot)
-    left = {call.pid for call in folded.calls} | folded.updates.keys() | folded.recalcs.keys()
-    assert left & gone <= {0}
+    assert folded.pids & gone <= {0}
     assert set(folded.vms) == {100, 200} - gone
     alive = {100, 200, 300} - gone
     for before, after in ((snapshot.updates, folded.updates), (snapshot.recalcs, folded.recalcs)):
         assert {pid: before[pid] for pid in alive & before.keys()} == {pid: after[pid] for pid in alive & after.keys()}
     assert folded.without_vms(gone) == folded
+
+
+def test_exits_that_are_not_counted_are_none_and_not_0() -> None:
+    kind = Exit(0x48, "write", "slow", "filtered", "l1", 100)
+    without, counted = Snapshot("toggle"), Snapshot("toggle", exits={kind: 7})
+    assert without.after(without).exits is None
+    assert without.since(without).exits is None
+    assert without.without_vms({100}).exits is None
+    assert counted.after(without).exits == without.after(counted).exits == {kind: 7}
+    assert counted.without_vms({100}).exits == {replace(kind, pid=0): 7}
+    assert counted.pids == {100}
 
 
 def test_a_vm_that_is_gone_is_counted_under_pid_0() -> None:

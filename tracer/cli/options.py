@@ -22,15 +22,20 @@ _OPTIONS = (
         help="How to probe functions; auto: by fentry, which is cheaper, where the kernel supports it. While fentry is "
         "in use, KVM's module cannot be unloaded.",
     ),
+    click.option(
+        "--exits",
+        is_flag=True,
+        help="Count the exits of guests' RDMSR and WRMSR, too. It makes each of them slower: see docs/exits.md.",
+    ),
 )
 
 
 def tracing_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command with --by-vm, --pid and --backend, which it gets as `options`."""
+    """Decorate a command with --by-vm, --pid, --backend and --exits, which it gets as `options`."""
 
     @wraps(function)
-    def with_options(by_vm: bool, pid: int | None, backend: str, **others: Any) -> None:
-        function(options=Options(by_vm=by_vm, pid=pid, backend=backend), **others)
+    def with_options(by_vm: bool, pid: int | None, backend: str, exits: bool, **others: Any) -> None:
+        function(options=Options(by_vm=by_vm, pid=pid, backend=backend, exits=exits), **others)
 
     result: Callable[..., None] = with_options
     for option in reversed(_OPTIONS):

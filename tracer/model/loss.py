@@ -20,8 +20,10 @@ class Loss(Sanitized, frozen=True, kw_only=True):
     dropped_updates: Annotated[dict[Text, Count], Meta(max_length=256)] = field(default_factory=dict)
     probe_missed: Annotated[dict[Text, Count], Meta(max_length=256)] = field(default_factory=dict)
     unpaired_returns: Count = 0
+    unpaired_refusals: Count = 0
     read_failures: Count = 0
     open_calls: Count = 0
+    open_exits: Count = 0
     module_unloads: Count = 0
     not_probed: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
     uncounted: Annotated[list[Text], Meta(max_length=256)] = field(default_factory=list)
@@ -32,10 +34,14 @@ class Loss(Sanitized, frozen=True, kw_only=True):
         found += [f"{count:,} runs of {name} missed" for name, count in self.probe_missed.items()]
         if self.unpaired_returns:
             found.append(f"{self.unpaired_returns:,} unpaired returns")
+        if self.unpaired_refusals:
+            found.append(f"{self.unpaired_refusals:,} refused accesses whose exit was not seen")
         if self.read_failures:
             found.append(f"{self.read_failures:,} bitmaps not read")
         if self.open_calls:
             found.append(f"{self.open_calls:,} calls still in progress")
+        if self.open_exits:
+            found.append(f"{self.open_exits:,} exits still in progress")
         return found + self.uncounted
 
 
@@ -45,8 +51,10 @@ def loss_of(counted: Snapshot) -> Loss:
         dropped_updates={m.name: m.dropped for m in counted.maps if m.dropped},
         probe_missed={p.function: p.missed for p in counted.probes if p.missed},
         unpaired_returns=counted.unpaired_returns,
+        unpaired_refusals=counted.unpaired_refusals,
         read_failures=counted.read_failures,
         open_calls=counted.open_calls,
+        open_exits=counted.open_exits,
         uncounted=list(counted.uncounted),
         module_unloads=counted.module_unloads,
         not_probed=[p.function for p in counted.probes if not p.attached],

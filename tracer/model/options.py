@@ -10,8 +10,12 @@ BACKENDS = ("kprobe", "fentry")
 
 @dataclass(frozen=True)
 class Options:
-    """Whether to break counts down by VM, the pid of the only VMM to trace (None: all), one of BACKENDS or `auto`."""
+    """Whether to break counts down by VM, the pid of the only VMM to trace (None: all), one of BACKENDS or `auto`.
+
+    `exits`: whether to count the exits of guests' accesses, too.
+    """
 
     by_vm: bool = False
     pid: int | None = None
     backend: str = "auto"
+    exits: bool = False

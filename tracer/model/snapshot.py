@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from typing import TypeVar
 
+from tracer.model.exits import Exit
 from tracer.model.vendors import FIRST, vendor_named
 
 #: Upper bounds of the buckets of an update's duration, in seconds; bpf/msrtrace.c counts in powers of two.
@@ -93,7 +94,7 @@ def _nanoseconds(seconds: float) -> float:
 
 
 _K = TypeVar("_K")
-_V = TypeVar("_V", Outcome, Durations)
+_V = TypeVar("_V", Outcome, Durations, int)
 
 
 def _sums(pairs: Iterable[tuple[_K, _V]]) -> dict[_K, _V]:
@@ -105,6 +106,10 @@ def _sums(pairs: Iterable[tuple[_K, _V]]) -> dict[_K, _V]:
 
 def _merged(one: Mapping[_K, _V], other: Mapping[_K, _V]) -> dict[_K, _V]:
     return _sums(chain(one.items(), other.items()))
+
+
+def _new(later: Mapping[Exit, int] | None, earlier: Mapping[Exit, int]) -> Mapping[Exit, int] | None:
+    return later and {kind: count for kind, count in _subtracted(later, earlier).items() if count}
 
 
 def _subtracted(later: Mapping[_K, _V], earlier: Mapping[_K, _V]) -> dict[_K, _V]:
@@ -149,7 +154,8 @@ class Snapshot:
     """Counts since the tracer was attached, and what limits their accuracy.
 
     `updates` are filter changes applied by a vCPU, `recalcs` recomputations of a bitmap for any other reason; both are
-    keyed by the pid of the VMM, 0 where counts are not broken down by VM. `vms` has the pids that still run.
+    keyed by the pid of the VMM, 0 where counts are not broken down by VM. `vms` has the pids that still run. `exits` is
+    None where exits are not counted.
     """
 
     layout: str
@@ -158,11 +164,14 @@ class Snapshot:
     calls: Mapping[Call, Outcome] = field(default_factory=dict)
     updates: Mapping[int, Durations] = field(default_factory=dict)
     recalcs: Mapping[int, Durations] = field(default_factory=dict)
+    exits: Mapping[Exit, int] | None = None
     probes: tuple[Probe, ...] = ()
     maps: tuple[Map, ...] = ()
     unpaired_returns: int = 0
+    unpaired_refusals: int = 0  # of accesses whose exit was not seen
     read_failures: int = 0
     open_calls: int = 0  # in progress when this was taken: not counted yet
+    open_exits: int = 0
     uncounted: tuple[str, ...] = ()  # what is known not to be counted, a phrase each
     vendor: str = FIRST.name
     vcpus_seen: int = 0
@@ -180,7 +189,7 @@ class Snapshot:
     @property
     def lower_bound(self) -> bool:
         """Whether something was lost, so that the true counts may be higher."""
-        lost = self.unpaired_returns + self.read_failures + len(self.uncounted)
+        lost = self.unpaired_returns + self.unpaired_refusals + self.read_failures + len(self.uncounted)
         return bool(lost + sum(m.dropped for m in self.maps) + sum(p.missed for p in self.probes))
 
     @property
@@ -192,7 +201,8 @@ class Snapshot:
     @property
     def pids(self) -> set[int]:
         """The VMMs that anything was counted for; 0 where counts are not broken down by VM."""
-        return {call.pid for call in self.calls} | self.updates.keys() | self.recalcs.keys()
+        kinds: Iterable[Call | Exit] = chain(self.calls, self.exits or ())
+        return {kind.pid for kind in kinds} | self.updates.keys() | self.recalcs.keys()
 
     def after(self, earlier: Snapshot) -> Snapshot:
         """This snapshot plus the counts of `earlier`, from a previous attachment of the same tracer."""
@@ -207,9 +217,11 @@ class Snapshot:
             calls=_merged(earlier.calls, self.calls),
             updates=_merged(earlier.updates, self.updates),
             recalcs=_merged(earlier.recalcs, self.recalcs),
+            exits=None if self.exits is earlier.exits is None else _merged(earlier.exits or {}, self.exits or {}),
             probes=tuple(probes),
             maps=tuple(maps),
             unpaired_returns=self.unpaired_returns + earlier.unpaired_returns,
+            unpaired_refusals=self.unpaired_refusals + earlier.unpaired_refusals,
             read_failures=self.read_failures + earlier.read_failures,
             uncounted=tuple(dict.fromkeys((*earlier.uncounted, *self.uncounted))),
             vcpus_seen=self.vcpus_seen + earlier.vcpus_seen,
@@ -230,9 +242,11 @@ class Snapshot:
             calls={k: v for k, v in _subtracted(self.calls, earlier.calls).items() if v.calls},
             updates={k: v for k, v in _subtracted(self.updates, earlier.updates).items() if v.count},
             recalcs={k: v for k, v in _subtracted(self.recalcs, earlier.recalcs).items() if v.count},
+            exits=_new(self.exits, earlier.exits or {}),
             probes=tuple(replace(p, missed=p.missed - missed.get(p.function, 0)) for p in self.probes),
             maps=tuple(replace(m, dropped=m.dropped - dropped.get(m.name, 0)) for m in self.maps),
             unpaired_returns=self.unpaired_returns - earlier.unpaired_returns,
+            unpaired_refusals=self.unpaired_refusals - earlier.unpaired_refusals,
             read_failures=self.read_failures - earlier.read_failures,
             vcpus_seen=self.vcpus_seen - earlier.vcpus_seen,
             vmms_seen=self.vmms_seen - earlier.vmms_seen,
@@ -248,5 +262,7 @@ class Snapshot:
             return _sums((0 if pid in pids else pid, value) for pid, value in durations.items())
 
         calls = _sums((replace(c, pid=0) if c.pid in pids else c, outcome) for c, outcome in self.calls.items())
+        exits = self.exits and _sums((replace(e, pid=0) if e.pid in pids else e, n) for e, n in self.exits.items())
         vms = {pid: vm for pid, vm in self.vms.items() if pid not in pids}
-        return replace(self, calls=calls, updates=folded(self.updates), recalcs=folded(self.recalcs), vms=vms)
+        updates, recalcs = folded(self.updates), folded(self.recalcs)
+        return replace(self, calls=calls, exits=exits, updates=updates, recalcs=recalcs, vms=vms)

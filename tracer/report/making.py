@@ -100,7 +100,7 @@ def make(
     loss = loss_of(counted)
     counting = vendor_named(counted.vendor).counted_functions(counted.layout)
     incomplete = counted.lower_bound or bool(counting.intersection(loss.not_probed))
-    lower_bound = incomplete or bool(loss.module_unloads or loss.open_calls)
+    lower_bound = incomplete or bool(loss.module_unloads or loss.open_calls or loss.open_exits)
     return Report(
         msrtrace=version,
         label=label,
