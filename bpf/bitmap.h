@@ -9,12 +9,6 @@
 #define WRITE_BITS 0xff00
 #define FAILED 0x10000
 
-/*
- * bpf_rdonly_cast(), kernel/bpf/helpers.c: with a type for which reading is allowed, a load is an instruction instead of
- * 80. The number is a placeholder: BCC can call helpers alone, so tracer/program/relocation.py puts that of the kernel's in.
- */
-static void *(*rdonly_cast)(u64 address, u32 type) = (void *)0x7f000001;
-
 static __always_inline u64 byte_at(u64 address)
 {
 	return *(volatile u8 *)rdonly_cast(address, VALUE(cast_type));

@@ -1,11 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What is counted, where readers find it: in arrays that they have mapped into their memory. A system call on a map would
- * keep the kernel from running kprobe programs on that CPU until it is done, and it may be preempted in the middle of it
- * (bpf_disable_instrumentation(), include/linux/bpf.h; trace_call_bpf(), kernel/trace/bpf_trace.c).
- *
- * They know these structs by the names of their members (tracer/program/structs.py). Capacities are powers of two; those of
- * counters and updates are smaller where processes are not told apart (tracer/trace/plan.py).
+ * What is counted, where readers find it: in mapped arrays. They know these structs by the names of their members
+ * (tracer/program/structs.py). Capacities are powers of two; those of counters and updates are smaller where processes are
+ * not told apart (tracer/trace/plan.py).
  */
 #define COUNTERS_CAPACITY 32768
 #define UPDATES_CAPACITY 4096
@@ -120,28 +117,15 @@ struct counts {
 	u64 follow_creations; /* set by a reader: the functions that begin and end one are probed */
 };
 
-#define MAPPED_ARRAY(name, type, capacity) BPF_F_TABLE("array", u32, type, name, capacity, BPF_F_MMAPABLE)
+/* The arrays whose places are taken; and claim() takes some. */
+enum table { COUNTERS, UPDATES, VCPUS };
+#define PLACES (COUNTERS_CAPACITY + UPDATES_CAPACITY + 2 * VCPUS_CAPACITY)
+#include "places.h"
 
 MAPPED_ARRAY(counters, struct counter, COUNTERS_CAPACITY);
 MAPPED_ARRAY(updates, struct update, UPDATES_CAPACITY);
 MAPPED_ARRAY(vcpus, struct vcpu, VCPUS_CAPACITY);
 MAPPED_ARRAY(vmms, struct vmm, VMMS_CAPACITY);
-MAPPED_ARRAY(counts, struct counts, 1);
-
-/* Which places of those arrays are taken: of two that want the same, one gets it. */
-enum table { COUNTERS, UPDATES, VCPUS };
-BPF_HASH(taken, u64, u8, COUNTERS_CAPACITY + UPDATES_CAPACITY + 2 * VCPUS_CAPACITY); /* and claim() */
-
-#define COUNT(name) add_to_count(offsetof(struct counts, name) / sizeof(u64))
-
-static __always_inline void add_to_count(u32 word)
-{
-	u32 zero = 0;
-	u64 *words = (u64 *)counts.lookup(&zero);
-
-	if (words)
-		__sync_fetch_and_add(words + word, 1);
-}
 
 static __always_inline bool creations_are_followed(void)
 {
@@ -151,26 +135,7 @@ static __always_inline bool creations_are_followed(void)
 	return read && read->follow_creations;
 }
 
-static __always_inline bool take(enum table table, u32 index)
-{
-	u64 place = (u64)table << 32 | index;
-	u8 one = 1;
-
-	return !taken.insert(&place, &one);
-}
-
-static __always_inline void give_back(enum table table, u32 index)
-{
-	u64 place = (u64)table << 32 | index;
-
-	taken.delete(&place);
-}
-
 /* In how many places of its array something may be. */
 #define COUNTER_WAYS 16
 #define UPDATE_WAYS 16
-#define VCPU_WAYS 8
 #define VMM_WAYS 4
-#define NOWHERE (~0u)
-
-#define PID_FACTOR 0x9e3779b1

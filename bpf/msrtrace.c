@@ -327,15 +327,6 @@ int update_returned(context *ctx)
 
 /* --- processes that have ended, by BPF_PROG_TEST_RUN --- */
 
-/* Nothing that is added to FROM meanwhile is lost. */
-static __always_inline void move(u64 *to, u64 *from)
-{
-	u64 value = *(volatile u64 *)from;
-
-	__sync_fetch_and_add(to, value);
-	__sync_fetch_and_add(from, -value);
-}
-
 /* The counter in place args[0] is of a process that has ended: add it to that of all those, and free its place. */
 int counter_ended(struct bpf_raw_tracepoint_args *ctx)
 {

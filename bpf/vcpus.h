@@ -1,40 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/*
- * A slot for each vCPU. The functions that are probed run on a thread that has the vCPU to itself (vcpu->mutex, or its
- * creation), never nested and never from an interrupt: so there is nothing else to lock.
- */
+/* vCPUs: which are seen, and the calls for them that are open. */
 
-static __always_inline u32 first_slot(u64 vcpu)
-{
-	return vcpu * 0x9e3779b97f4a7c15 >> 50 & (VCPUS_CAPACITY - VCPU_WAYS);
-}
-
-static __always_inline bool wanted(void)
-{
-	return !VALUE(wanted_pid) || bpf_get_current_pid_tgid() >> 32 == VALUE(wanted_pid);
-}
-
-/* The slot of VCPU if it has one, and its INDEX. None has that of a process that is not wanted. */
-static __always_inline struct vcpu *known_vcpu(u64 vcpu, u32 *index)
-{
-	u32 first = first_slot(vcpu);
-	struct vcpu *v;
-
-	*index = first;
-	v = vcpus.lookup(index);
-	if (v && v->vcpu == vcpu)
-		return v;
-	if (!wanted())
-		return NULL;
-#pragma clang loop unroll(disable)
-	for (u32 way = 1; way < VCPU_WAYS; way++) {
-		*index = first + way;
-		v = vcpus.lookup(index);
-		if (v && v->vcpu == vcpu)
-			return v;
-	}
-	return NULL;
-}
+#include "slots.h"
 
 /* The command of the process that makes a vCPU: not of its thread, whose name QEMU says to be `CPU 0/KVM`. */
 static __always_inline void read_command(char *command, u32 size)
@@ -48,7 +15,7 @@ static __always_inline void read_command(char *command, u32 size)
 	bpf_get_current_comm(command, size);
 }
 
-static __always_inline void vcpu_seen(void)
+static __always_inline void slot_taken(void)
 {
 	u32 pid = bpf_get_current_pid_tgid() >> 32, first = pid * PID_FACTOR >> 20 & (VMMS_CAPACITY - 1), index;
 	char command[16] = {};
@@ -84,32 +51,13 @@ static __always_inline void vcpu_seen(void)
 	COUNT(vmms_seen);
 }
 
-/* The slot of VCPU, and its INDEX; NULL if its places are taken, or its process is not wanted. */
-static __always_inline struct vcpu *slot_of(u64 vcpu, u32 *index)
+static __always_inline void reset_slot(struct vcpu *v)
 {
-	u32 first = first_slot(vcpu);
-	struct vcpu *v = known_vcpu(vcpu, index);
-
-	if (v || !wanted())
-		return v;
-#pragma clang loop unroll(disable)
-	for (u32 way = 0; way < VCPU_WAYS; way++) {
-		*index = first + way;
-		v = vcpus.lookup(index);
-		if (v && !v->vcpu && take(VCPUS, *index)) {
-			v->inside = INSIDE(NONE);
-			v->filter = 0;
-			v->started = 0;
-			v->creating = 0;
-			v->uncomputed = 0;
-			barrier();
-			v->vcpu = vcpu;
-			vcpu_seen();
-			return v;
-		}
-	}
-	COUNT(dropped_vcpus);
-	return NULL;
+	v->inside = INSIDE(NONE);
+	v->filter = 0;
+	v->started = 0;
+	v->creating = 0;
+	v->uncomputed = 0;
 }
 
 /* The thread that has the vCPU V. */

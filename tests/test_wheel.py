@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-PROGRAMS = ("msrtrace.bin", "msrtrace-fentry.bin", "state.bin")
+PROGRAMS = ("msrtrace.bin", "msrtrace-fentry.bin", "exits.bin", "exits-fentry.bin", "state.bin")
 
 
 @pytest.fixture

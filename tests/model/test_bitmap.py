@@ -32,6 +32,7 @@ enum { bitmap_offset = 1, cast_type = 0 };
 static int msrpm;
 #define VALUE(name) (name)
 static long read_kernel(void *to, u64 size, u64 from) { memcpy(to, (void *)from, size); return 0; }
+static void *(*rdonly_cast)(u64 address, u32 type);
 #include "bitmap.h"
 /* Whether the bits for FLAGS are set; -1: there are none. */
 int intercepted(int of_svm, void *bitmap, u32 msr, int flags)

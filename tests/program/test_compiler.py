@@ -170,13 +170,13 @@ def test_a_variant_that_cannot_be_compiled_is_passed_over_for_one_that_is(
 def test_each_program_is_compiled_or_not_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path / "compiled"))
     sources = {name: tmp_path / name for name, _ in PROGRAMS}
-    assert [*sources] == ["msrtrace.c", "state.c"]
+    assert [*sources] == ["msrtrace.c", "exits.c", "state.c"]
     for source in sources.values():
         source.write_text("one\n")
         assert not is_compiled(source, {})
     state = sources["state.c"]
     shipped_file(state, {}).write_bytes(shipped_content(state, {}, ANY))
-    assert [is_compiled(source, {}) for source in sources.values()] == [False, True]
+    assert [is_compiled(source, {}) for source in sources.values()] == [False, False, True]
 
 
 @pytest.mark.parametrize("change", ["text", "content", "cut"])

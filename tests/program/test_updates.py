@@ -33,10 +33,11 @@ def test_an_update_whose_return_is_not_seen_is_counted_without_its_time(toggle: 
     vcpu, engine = toggle.vcpu(), toggle.engine
     toggle.inside(lambda: None)
     toggle.counted()
-    os.close(engine._links[HOOK][0])  # that of the return
+    os.close(engine._probes._links[HOOK][0])  # that of the return
     toggle.update(vcpu)
     toggle.update(vcpu)
-    engine._links[HOOK][0] = toggle.link(HOOK, engine._functions["update_returned"], at_return=True)
+    program = engine._built.loaded.functions["update_returned"]
+    engine._probes._links[HOOK][0] = toggle.link(HOOK, program, at_return=True)
     toggle.update(vcpu)
     counted = toggle.counted()
     [durations] = counted.updates.values()

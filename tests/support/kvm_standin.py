@@ -33,6 +33,7 @@ from tracer.program.resources import resource
 from tracer.program.source import whole_text
 from tracer.trace.engine import Engine
 from tracer.trace.plan import variants
+from tracer.trace.probes import Probes
 
 SOURCE = resource("bpf/msrtrace.c")
 
@@ -300,12 +301,12 @@ def running(
             raise BtfError("none")
         return btf
 
-    def link(engine: Engine, symbol: Symbol, program: str, at_return: bool) -> int:
-        return stand_in.link(symbol.name, engine._functions[program], at_return)
+    def link(probes: Probes, symbol: Symbol, _: Symbols, program: str, at_return: bool) -> int:
+        return stand_in.link(symbol.name, probes._functions[program], at_return)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tracer.trace.engine.resource", lambda _: source)
-        patch.setattr(Engine, "_link", link)
+        patch.setattr(Probes, "_link", link)
         patch.setattr(Btf, "of_module", of_module)
         if btf is None:
             patch.setattr(Btf, "of_kernel", of_module)

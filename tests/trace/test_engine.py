@@ -24,6 +24,7 @@ from tracer.model.snapshot import Call, Durations, Map, Outcome
 from tracer.model.vendor import VCPU_CREATED
 from tracer.trace.engine import Engine, expected_backends
 from tracer.trace.plan import preemptible, values, variants
+from tracer.trace.probes import Probes
 from tracer.trace.reader import Reader
 
 
@@ -34,7 +35,7 @@ class Probing:
         self.refused: set[str] = set()
         self.held = Counter[str]()
         self._of: dict[int, str] = {}
-        monkeypatch.setattr(Engine, "_link", lambda _, symbol, program, at_return: self.link(symbol.name))
+        monkeypatch.setattr(Probes, "_link", lambda _, symbol, symbols, program, at_return: self.link(symbol.name))
         monkeypatch.setattr(Btf, "of_module", lambda *_: KnownBtf())
         close = os.close
 
@@ -43,7 +44,7 @@ class Probing:
                 self.held[self._of.pop(fd)] -= 1
             close(fd)
 
-        monkeypatch.setattr("tracer.trace.engine.os.close", closing)
+        monkeypatch.setattr("tracer.trace.probes.os.close", closing)
 
     def link(self, symbol: str) -> int:
         if symbol in self.refused:
@@ -164,7 +165,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
             gone.maps[0].entries == 7
         )  # six kinds of ended processes, and one that was put where it is not looked for
 
-        functions = engine._functions
+        functions = engine._built.loaded.functions
         engine.detach()
         assert engine.reattach(TOGGLE, symbols(TOGGLE, TOGGLE.writers[0]))
         fresh_snapshot = engine.snapshot()
@@ -173,7 +174,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fresh_snapshot.maps == (Map("calls", 0, 32768), Map("vcpus", 0, 16384), Map("updates", 0, 4096))
         assert engine._built.loaded.maps["taken"].keys() == []
         assert not engine.reattach(RECALC, symbols(RECALC))
-        assert engine._functions is functions
+        assert engine._built.loaded.functions is functions
     finally:
         engine.close()
 
@@ -236,7 +237,7 @@ def test_engine_beside_a_livepatch() -> None:
 def test_runs_that_were_skipped_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """bpf_prog->stats.misses goes on counting while the program stays loaded."""
     misses = {"update_entered": 2, "update_returned": 1, "writer_entered": 4, "disable_entered": 8}
-    monkeypatch.setattr(Engine, "_misses", lambda _, program: misses.get(program, 0))
+    monkeypatch.setattr(Probes, "_misses", lambda _, program: misses.get(program, 0))
     there = Symbols.of(
         Symbol(0x100 * n, name, "kvm_intel")
         for n, name in enumerate((HOOK, CREATE, VCPU_CREATED, FREE, ENABLE, DISABLE, *TOGGLE.inlined_into))

@@ -93,6 +93,14 @@ class Btf:
         """The offset, in bytes, of nested members, given as pairs of structure and member. Raises BtfError."""
         return sum(self.offset(structure, member) for structure, member in path)
 
+    def size(self, structure: str) -> int:
+        """The size of a structure, in bytes. Raises BtfError if there is no such structure."""
+        names = self._name_offset(structure)
+        for types in (self._types, *((self.base._types,) if self.base else ())):
+            for size in types.sizes(names):
+                return int(size)
+        raise BtfError(f"the BTF has no struct {structure}")
+
     def kernel_ids(self, function: str, structure: str) -> tuple[int, int]:
         """The BTF ids of a function and a structure of the kernel image. Raises BtfError unless it has both."""
         kernel = self.base or self
@@ -195,6 +203,11 @@ class _Types:
         for _, at in self.of(_KIND_STRUCT, wanted):
             info, start = _TYPE.unpack_from(self._section, at)[1], at + _TYPE.size
             yield self._section[start : start + _MEMBER.size * (info & 0xFFFF)], bool(info >> 31)
+
+    def sizes(self, wanted: set[int]) -> Iterator[int]:
+        """The size of each structure of that name."""
+        for _, at in self.of(_KIND_STRUCT, wanted):
+            yield _TYPE.unpack_from(self._section, at)[2]
 
 
 def _sections(blob: bytes) -> tuple[bytes, bytes]:

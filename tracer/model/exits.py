@@ -48,5 +48,11 @@ class ExitFunctions:
     #: Runs where the access is refused: kvm_msr_user_space(vcpu, index, exit_reason, data, completion, r)
     refused: str = "kvm_msr_user_space"
 
+    @property
+    def all(self) -> frozenset[str]:
+        """Every name of them: without a probe on one that a kernel has, exits are missing, or their results."""
+        slow = (self.read, self.write, self.read_imm, self.write_imm, self.refused)
+        return frozenset((*slow, *self.write_fast, self.write_fast_imm))
+
 
 EXIT_FUNCTIONS = ExitFunctions()

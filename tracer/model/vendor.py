@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from tracer.model.bitmap import Geometry
@@ -146,12 +146,18 @@ class Vendor:
     bitmap_geometry: Geometry
     shadow: Shadow
     passable: tuple[Passable, ...]
+    #: By which an exit of a nested guest becomes its guest's: bpf/exits.c knows its arguments.
+    nested_exit: str
     #: Callers, as regular expressions that match whole names, and their causes; the first match wins.
     callers: tuple[tuple[str, str], ...]
     #: None: KVM never had the patch for this vendor.
     filter_loop: FilterLoop | None = None
     #: The kind of VM (KVM_CREATE_VM's type) whose vCPUs have no bitmap of KVM's, and its name.
     no_bitmap: tuple[int, str] | None = None
+    #: Where the structure around a vCPU has the address of what says why its guest exited, and where it is there; None:
+    #: the arguments of `nested_exit` say it. Before 5.11, without BTF, it is next to the vCPU.
+    control_block: tuple[str, str] | None = None
+    control_block_values: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def module_name(self) -> str:

@@ -15,7 +15,7 @@ from tracer.program.program import (
 )
 
 _CACHE = Path("/var/cache/msrtrace")
-_KEPT = 16  # programs: three of a kernel
+_KEPT = 16  # programs: five of a kernel
 _DIGEST = 32  # bytes of SHA-256
 
 

@@ -33,6 +33,8 @@ from tracer.program.source import whole_text
 PROGRAMS: tuple[tuple[str, Mapping[str, int]], ...] = (
     ("msrtrace.c", {}),
     ("msrtrace.c", {"FENTRY": 1}),
+    ("exits.c", {}),
+    ("exits.c", {"FENTRY": 1}),
     ("state.c", {}),
 )
 

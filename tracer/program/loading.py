@@ -51,6 +51,12 @@ class Loaded:
     #: of the values of each of `maps`
     members: dict[str, Mapping[str, Member]] = field(default_factory=dict)
 
+    def free_places(self) -> None:
+        """Free the places of arrays that are taken (bpf/places.h), while no program runs."""
+        taken = self.maps["taken"]
+        for place in taken.keys():  # noqa: SIM118 (a BPF map)
+            taken.delete(place)
+
     def close(self) -> None:
         """Let go of all of it."""
         for array in self.arrays.values():

@@ -13,6 +13,7 @@ from typing import Any
 
 from tracer.model import msr
 from tracer.model.cause import FILTER_CHANGE, VCPU_CREATE
+from tracer.model.exits import EXIT_FUNCTIONS
 from tracer.model.loss import loss_of
 from tracer.model.snapshot import Call, Durations, Outcome, Snapshot, VmInfo
 from tracer.model.vendors import vendor_named
@@ -98,7 +99,10 @@ def make(
     updates = _host_sum(counted.updates) if counted.updates_observable else None
     recalcs = _host_sum(counted.recalcs) if counted.recalcs_observable else None
     loss = loss_of(counted)
-    counting = vendor_named(counted.vendor).counted_functions(counted.layout)
+    vendor = vendor_named(counted.vendor)
+    counting = vendor.counted_functions(counted.layout)
+    if counted.exits is not None:
+        counting |= EXIT_FUNCTIONS.all | {vendor.nested_exit}
     incomplete = counted.lower_bound or bool(counting.intersection(loss.not_probed))
     lower_bound = incomplete or bool(loss.module_unloads or loss.open_calls or loss.open_exits)
     return Report(

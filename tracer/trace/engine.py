@@ -3,28 +3,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.copies import holders
 from tracer.kernel.headers import header_settings
 from tracer.kernel.layout import layout_of, places
-from tracer.kernel.symbols import Symbol, Symbols
+from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
 from tracer.model.snapshot import Probe, Snapshot
 from tracer.model.vendor import VCPU_CREATED, Layout
-from tracer.program import syscalls
-from tracer.program.bcc_library import attach_tracing
 from tracer.program.compiler import PROGRAMS, Built, build, is_compiled
-from tracer.program.program import NotPermitted, not_permitted
+from tracer.program.program import NotPermitted
 from tracer.program.resources import resource
 from tracer.trace.capabilities import raised
-from tracer.trace.kprobe import attach_kprobe
-from tracer.trace.plan import Point, points, preemptible, values, variants
+from tracer.trace.exits import ExitCounter
+from tracer.trace.plan import points, preemptible, values, variants
+from tracer.trace.probes import Probes, joined
 from tracer.trace.reader import Reader
 
 SOURCE = "bpf/msrtrace.c"
@@ -61,14 +58,14 @@ class Engine:
             self._built: Built = build(resource(SOURCE), wanted, header_settings)
         except NotPermitted:
             raise MsrtraceError(explain()) from None
-        self._functions = self._built.loaded.functions
-        self._reader = Reader(
-            self._built.loaded.arrays, self._functions, exact=self.redundancy == "exact", by_vm=options.by_vm
-        )
-        self._links: dict[str, list[int]] = {}
+        loaded = self._built.loaded
+        self._reader = Reader(loaded.arrays, loaded.functions, exact=self.redundancy == "exact", by_vm=options.by_vm)
+        self._probes = Probes(self._built, explain)
+        self._exits: ExitCounter | None = None
         self.probes: list[Probe] = []
-        self._missed_before: dict[str, int] = {}
         try:
+            if options.exits:
+                self._exits = ExitCounter(symbols, options, explain)
             self._attach_all()
         except MsrtraceError:
             self.close()
@@ -82,20 +79,25 @@ class Engine:
         given, problem, _ = _planned(layout, symbols, self._options)
         if self._built.backend != "kprobe" or (layout, given) != (self._layout, self._values):
             return False
+        if self._exits and not self._exits.fits(symbols):
+            return False
         self._symbols, self._btf_problem = symbols, problem
         self._attach_all()
         return True
 
     def _attach_all(self) -> None:
-        self._points = points(self._layout, self._symbols, exact="exact" in self._values)
+        layout, symbols = self._layout, self._symbols
         with raised():
             # Calls come last: whatever settles them is there by then.
-            self.probes = [self._attach(point) for point in self._points]
-        counted = (self._layout.update, *self._layout.calls)
-        if not self._attached(*counted):
-            reasons = "; ".join(f"{p.function}: {p.detail}" for p in self.probes if p.function in counted)
-            self._remove_probes()
-            raise MsrtraceError(f"no probe could be attached ({reasons})")
+            wanted = points(layout, symbols, exact="exact" in self._values)
+            self.probes = self._probes.attach(wanted, symbols, lambda function: places(layout, symbols, function))
+            counted = (layout.update, *layout.calls)
+            if not self._attached(*counted):
+                reasons = "; ".join(f"{p.function}: {p.detail}" for p in self.probes if p.function in counted)
+                self._probes.remove()
+                raise MsrtraceError(f"no probe could be attached ({reasons})")
+            if self._exits:
+                self.probes = joined(self.probes + self._exits.attach(symbols))
         if self._creations_observable:
             self._reader.follow_creations()
         self._uncounted = tuple(holder.loss for holder in holders(self._symbols) if holder.loss)
@@ -103,17 +105,11 @@ class Engine:
 
     def detach(self) -> None:
         """Remove the probes and forget what they counted; the program stays loaded, for `reattach`."""
-        self._remove_probes()
-        self._missed_before = {name: self._misses(name) for name in self._functions}
+        self._probes.remove()
         self._reader.clear()
-        taken = self._built.loaded.maps["taken"]
-        for place in taken.keys():  # noqa: SIM118 (a BPF map)
-            taken.delete(place)
-
-    def _remove_probes(self) -> None:
-        for fd in (fd for links in self._links.values() for fd in links):
-            os.close(fd)
-        self._links = {}
+        self._built.loaded.free_places()
+        if self._exits:
+            self._exits.detach()
 
     @property
     def backend(self) -> str:
@@ -152,33 +148,6 @@ class Engine:
             )
         return lines
 
-    def _attach(self, point: Point) -> Probe:
-        clones = places(self._layout, self._symbols, point.function)
-        if not clones:
-            return Probe(point.function, None, False, "no such function in this kernel")
-        symbol = clones[0]
-        where = symbol.place
-        links: list[int] = []
-        try:
-            for program in reversed(point.programs):  # the return first: then nothing is seen half
-                links.append(self._link(symbol, program, at_return=program == point.returned))
-        except (OSError, KeyError) as error:
-            for fd in links:
-                os.close(fd)
-            reason = self._explain() if not_permitted(error) else str(error)
-            return Probe(point.function, symbol.name, False, f"{where}: {reason}")
-        self._links[point.function] = links
-        others = f", not on its clones {', '.join(s.name for s in clones[1:])}" if clones[1:] else ""
-        if copies := self._symbols.copies(point.function):
-            others += f", not on {', '.join(s.place for s in copies)}"
-        return Probe(point.function, symbol.name, True, where + others)
-
-    def _link(self, symbol: Symbol, program: str, *, at_return: bool) -> int:
-        fd = self._functions[program]
-        if self._built.backend == "fentry":
-            return attach_tracing(fd)
-        return attach_kprobe(symbol, self._symbols, fd, at_return=at_return)
-
     @property
     def _updates_observable(self) -> bool:
         needed = [f for f in (self._layout.update, self._layout.filter_set) if f]
@@ -200,7 +169,7 @@ class Engine:
         A call is counted when its outcome is known; `patience`: how many seconds to wait for those that are open.
         """
         counted = self._reader.read(self._symbols, patience)
-        return Snapshot(
+        taken = Snapshot(
             layout=self._layout.name,
             vendor=self._symbols.vendor.name,
             backend=self.backend,
@@ -208,10 +177,7 @@ class Engine:
             calls=counted.calls,
             updates=counted.updates,
             recalcs=counted.recalcs,
-            probes=tuple(
-                replace(probe, missed=sum(counted.counts[c] for c in point.unpaired) + self._recursions(point))
-                for point, probe in zip(self._points, self.probes, strict=True)
-            ),
+            probes=self._probes.counted(counted.counts),
             maps=counted.maps,
             unpaired_returns=counted.counts["unpaired_return"],
             read_failures=counted.counts["read_failed"],
@@ -227,6 +193,7 @@ class Engine:
             creations_observable=self._creations_observable,
             by_vm=self._options.by_vm,
         )
+        return self._exits.added_to(taken, patience) if self._exits else taken
 
     def wishes_seen(self) -> frozenset[int]:
         """The vCPUs of which all calls of an update were seen, where calls say what KVM wants and not the filter."""
@@ -238,19 +205,15 @@ class Engine:
         """Make room: the counts of `pids`, processes that have ended, become those of pid 0. None is lost."""
         if self._options.by_vm:
             self._reader.forget(pids)
-
-    def _recursions(self, point: Point) -> int:
-        """Runs of `point`'s programs that the kernel skipped because another BPF program ran on that CPU."""
-        return sum(self._misses(name) - self._missed_before.get(name, 0) for name in point.programs)
-
-    def _misses(self, program: str) -> int:
-        fd = self._functions.get(program)
-        return 0 if fd is None else syscalls.misses(fd)
+            if self._exits:
+                self._exits.forget(pids)
 
     def close(self) -> None:
         """Detach everything."""
-        self._remove_probes()
+        self._probes.remove()
         self._built.loaded.close()
+        if self._exits:
+            self._exits.close()
 
 
 def _planned(layout: Layout, symbols: Symbols, options: Options) -> tuple[dict[str, int], str, Btf | None]:

@@ -5,24 +5,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.layout import places
-from tracer.kernel.symbols import Symbols
+from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
 from tracer.model.vendor import VCPU_CREATED, Layout
 from tracer.program.program import Target, Variant
+from tracer.trace.probes import Point
 from tracer.trace.reader import WITHIN_FILTER_CHANGE, WITHIN_RECALC
 
 #: How many places there are where processes are not told apart: bpf/counters.h and updates.h make no index beyond.
 _OF_ONE = {"counters": 2048, "updates": 16}
 _OF_ONE["taken"] = sum(_OF_ONE.values()) + 2 * 16384  # and the vCPUs'
-_RDONLY_CAST = 0x7F000001  # the number by which bpf/bitmap.h calls it
+_RDONLY_CAST = 0x7F000001  # the number by which bpf/context.h calls it
 _CAST = ("bpf_rdonly_cast", "timespec64")
 
 #: The BPF functions that run at Layout.writers.
@@ -30,22 +31,6 @@ _WRITERS = ("writer_entered", "other_writer_entered")
 #: struct kvm_vcpu -> stat.exits
 _EXITS = (("kvm_vcpu", "stat"), ("kvm_vcpu_stat", "exits"))
 _PREEMPTION_MODEL = Path("/sys/kernel/debug/sched/preempt")
-
-
-@dataclass(frozen=True)
-class Point:
-    """A function to probe, and the BPF functions that run at its entry and at its return."""
-
-    function: str
-    entry: str
-    returned: str | None = None
-    #: of tracer.reader.COUNTS, those that say that a return was missed
-    unpaired: tuple[str, ...] = ()
-
-    @property
-    def programs(self) -> tuple[str, ...]:
-        """The BPF functions."""
-        return (self.entry, self.returned) if self.returned else (self.entry,)
 
 
 def points(layout: Layout, symbols: Symbols, exact: bool) -> list[Point]:
@@ -90,8 +75,7 @@ def values(layout: Layout, btf: Btf | None, symbols: Symbols, options: Options) 
                 raise
         with suppress(BtfError):
             found["exits_offset"] = btf.nested_offset(_EXITS)
-        with suppress(BtfError):
-            found["cast_type"] = btf.kernel_ids(*_CAST)[1]
+        found |= cast_type(btf)
     if layout.pass_ or "bitmap_offset" in found:
         found["exact"] = 1
     if layout.filter_set and symbols.find(layout.filter_set):
@@ -139,10 +123,12 @@ def variants(
     found = [Variant("kprobe", {}, kprobe | reader, given, capacities={} if options.by_vm else _OF_ONE, cmpxchg=exact)]
     if exact and layout.pass_:  # of the layouts whose outcomes are seen, the only one that kernels before 5.12 have
         found.append(replace(found[0], values={**given, "claims": 1}, cmpxchg=False))
-    problem = _no_fentry(layout, symbols, wanted, exact and "bitmap_offset" in given)
+    problem = ""
+    if not (exact and "bitmap_offset" in given):
+        problem = f"it needs the BTF of {symbols.vendor.module}, and a layout whose calls can be counted"
     if btf and not problem:
         try:
-            tracing = _tracing(layout, symbols, wanted, btf)
+            tracing = fentry_targets(wanted, symbols, lambda function: places(layout, symbols, function), btf)
         except BtfError as error:
             problem = str(error)
         else:
@@ -151,20 +137,36 @@ def variants(
             functions, filled = tracing | reader, {**given, **at}
             fentry = replace(found[0], backend="fentry", definitions={"FENTRY": 1}, functions=functions, values=filled)
             found.insert(0, fentry)
-    if problem and options.backend == "fentry":
-        raise MsrtraceError(f"the backend fentry cannot be used here: {problem}; --backend kprobe can")
+    return chosen(found, options, problem, btf)
+
+
+def chosen(found: Sequence[Variant], options: Options, no_fentry: str, btf: Btf | None) -> list[Variant]:
+    """Those of the user's backend, with bpf_rdonly_cast() where the kernel has it, and then without.
+
+    :param no_fentry: why none of them is for fentry, if so
+    :raises MsrtraceError: if the user's choice cannot be
+    """
+    if no_fentry and options.backend == "fentry":
+        raise MsrtraceError(f"the backend fentry cannot be used here: {no_fentry}; --backend kprobe can")
     if options.backend == "auto":
         found = [v for v in found if v.backend == "kprobe" or not preemptible()]
     else:
         found = [v for v in found if v.backend == options.backend]
-    if not btf or "cast_type" not in given:
-        return found
+    if not btf or not any("cast_type" in v.values for v in found):
+        return list(found)
     kfuncs = {_RDONLY_CAST: btf.kernel_ids(*_CAST)[0]}
     return [
         either
         for variant in found
         for either in (replace(variant, kfuncs=kfuncs), replace(variant, values={**variant.values, "cast_type": 0}))
     ]
+
+
+def cast_type(btf: Btf) -> dict[str, int]:
+    """The value for bpf_rdonly_cast(), where the kernel has that."""
+    with suppress(BtfError):
+        return {"cast_type": btf.kernel_ids(*_CAST)[1]}
+    return {}
 
 
 def _command_offsets(btf: Btf | None) -> dict[str, int]:
@@ -179,11 +181,26 @@ def _command_offsets(btf: Btf | None) -> dict[str, int]:
         return {}
 
 
-def _tracing(layout: Layout, symbols: Symbols, wanted: list[Point], btf: Btf) -> dict[str, Target]:
-    """What fentry and fexit programs are loaded for. Raises BtfError."""
+def fentry_targets(
+    wanted: Sequence[Point], symbols: Symbols, places: Callable[[str], list[Symbol]], btf: Btf
+) -> dict[str, Target]:
+    """What fentry and fexit programs are loaded for, at the first of the `places` of each function.
+
+    Raises BtfError with the reason why fentry cannot be used, as far as that can be known without trying.
+    """
+    probed = [symbol for point in wanted for symbol in places(point.function)[:1]]
+    clones = [symbol.name for symbol in probed if symbol.name != symbol.function]
+    if clones:
+        raise BtfError(f"BTF does not describe {', '.join(clones)}")
+    # Old kernels look their addresses up by the names alone (6.1: bpf_check_attach_target(), kernel/bpf/verifier.c), or
+    # cannot have a trampoline and a livepatch on one function (before 6.0: kernel/trace/ftrace.c).
+    copies = {symbol.place for point in wanted for symbol in symbols.copies(point.function)}
+    patches = {patch.module for point in wanted for patch in symbols.replacing(point.function)}
+    if copies or patches:
+        raise BtfError(f"livepatches or others have functions that are probed: {', '.join(sorted(copies or patches))}")
     found = {}
     for point in wanted:
-        for symbol in places(layout, symbols, point.function)[:1]:
+        for symbol in places(point.function)[:1]:
             if symbol.module == symbols.module:
                 origin = btf
             else:  # kvm, which may be in the kernel image although kvm_intel is not
@@ -192,20 +209,3 @@ def _tracing(layout: Layout, symbols: Symbols, wanted: list[Point], btf: Btf) ->
             for kind, program in zip(("fentry", "fexit"), point.programs, strict=False):
                 found[program] = Target(kind, function, symbol.module)
     return found
-
-
-def _no_fentry(layout: Layout, symbols: Symbols, wanted: list[Point], exact: bool) -> str:
-    """Why fentry cannot be used, as far as can be known without trying."""
-    if not exact:
-        return f"it needs the BTF of {symbols.vendor.module}, and a layout whose calls can be counted"
-    probed = [symbol for point in wanted for symbol in places(layout, symbols, point.function)[:1]]
-    clones = [symbol.name for symbol in probed if symbol.name != symbol.function]
-    if clones:
-        return f"BTF does not describe {', '.join(clones)}"
-    # Old kernels look their addresses up by the names alone (6.1: bpf_check_attach_target(), kernel/bpf/verifier.c), or
-    # cannot have a trampoline and a livepatch on one function (before 6.0: kernel/trace/ftrace.c).
-    copies = {symbol.place for point in wanted for symbol in symbols.copies(point.function)}
-    patches = {patch.module for point in wanted for patch in symbols.replacing(point.function)}
-    if copies or patches:
-        return f"livepatches or others have functions that are probed: {', '.join(sorted(copies or patches))}"
-    return ""

@@ -28,7 +28,7 @@ _PLACES = {
 }
 
 _INIT_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
-_SETTLE_PAUSE_SECONDS = 0.002
+SETTLE_PAUSE_SECONDS = 0.002
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Reader:
         self._in_use: dict[str, tuple[int, list[int]]] = {}
         self._symbols: Symbols | None = None
         self._called: dict[tuple[int, int], Call] = {}
-        self._sees_threads = _reads_init_pids()
+        self._sees_threads = reads_init_pids()
 
     def read(self, symbols: Symbols, patience: float = 0) -> Counted:
         """What is counted now; `symbols` say who called. `patience`: the seconds to wait for calls that are open."""
@@ -146,7 +146,7 @@ class Reader:
             indices = [index for index in indices if self._is_open(program, index)]
             if not indices or time.monotonic() >= deadline:
                 return len(indices)
-            time.sleep(_SETTLE_PAUSE_SECONDS)
+            time.sleep(SETTLE_PAUSE_SECONDS)
 
     def _is_open(self, program: int, index: int) -> bool:
         vcpus = self._arrays["vcpus"]
@@ -154,7 +154,7 @@ class Reader:
         if not seq & 1:
             return False
         # That was read before the thread is looked at: where it is now, it has left that call behind.
-        returned = self._sees_threads and _is_at_rest(tid)
+        returned = self._sees_threads and is_at_rest(tid)
         return bool(run_program(program, index, seq, returned))
 
     def _places(self, array: str) -> list[int]:
@@ -228,12 +228,12 @@ def is_in_init_pid_namespace() -> bool:
         return False
 
 
-def _reads_init_pids() -> bool:
+def reads_init_pids() -> bool:
     """Whether /proc shows the thread ids that BPF programs see, and all of them."""
     return is_in_init_pid_namespace() and sees_processes()
 
 
-def _is_at_rest(tid: int) -> bool:
+def is_at_rest(tid: int) -> bool:
     """Whether a thread is not on a CPU and does not wait for one, so that it is in no function that never sleeps."""
     try:
         text = Path(f"/proc/{tid}/stat").read_text()
