@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What goes into a guest beside its image: the checkout as an installed wheel, the workload, a module built here."""
+"""What goes into a guest beside its image: the checkout as an installed wheel, programs that drive KVM, a module."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ PARTS = ["tracer", "bpf", "dashboards"]
 
 
 def guest_programs() -> Path:
-    """A directory of programs for the guest: the workload, static so that it runs under any userland."""
-    source = HERE / "workload.c"
+    """A directory of programs for the guest, static so that they run under any userland."""
+    headers = [HERE / "program.h", *sorted((HERE / "accesses").glob("*.h"))]
+    sources = {"workload": [HERE / "workload.c"], "accesses": sorted((HERE / "accesses").glob("*.[cS]"))}
 
     def make(work: Path) -> None:
         options = ["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
-        sh(["gcc", *options, "-o", work / "workload", source])
+        for program, files in sources.items():
+            sh(["gcc", *options, "-o", work / program, *files])
 
-    return cached("programs", [source], make)
+    return cached("programs", [*headers, *(file for files in sources.values() for file in files)], make)
 
 
 def pip() -> list[str | Path]:
@@ -94,7 +96,8 @@ def guest_bin(host: Host) -> Path:
     site, programs = guest_site(host), guest_programs()
 
     def make(work: Path) -> None:
-        shutil.copy(programs / "workload", work)
+        for program in programs.iterdir():
+            shutil.copy(program, work)
         script = (site / "bin/msrtrace").read_text()
         (work / "msrtrace").write_text(re.sub(r"\A#!.*", "#!/usr/bin/python3", script))
         (work / "msrtrace").chmod(0o755)
