@@ -132,8 +132,8 @@ def events(pages: Sequence[bytes], formats: str, kallsyms: str) -> Iterator[Even
     for _, cpu, data in heapq.merge(*map(of_cpu, range(len(pages))), key=lambda record: record[:2]):
         kind = described[int.from_bytes(data[:2], "little")]
         values, arrays = kind.values(data)
-        # Of a return probe, where it returns to.
-        address = values["__probe_ret_ip"] if "__probe_ret_ip" in values else values["__probe_ip"]
+        # Of a return probe, where it returns to; a tracepoint has no place.
+        address = values.get("__probe_ret_ip", values.get("__probe_ip", 0))
         yield Event(cpu, values["common_pid"], kind.name, symbols.name(address), values, arrays)
 
 

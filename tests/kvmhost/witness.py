@@ -183,11 +183,16 @@ def _settle(counts: Counts, entry: Event, returns: dict[str, Event], within: str
         counts.refused[key] += 1
 
 
-def recorded(folder: Path, updates_are_filters: bool) -> Counts:
-    """The counts of what a KernelTracer left in FOLDER. Fails if the kernel lost an event."""
+def lost_nothing(folder: Path) -> None:
+    """Fail unless the kernel's tracer says of what it left in FOLDER that this is all."""
     lost = re.findall(r"^(?:overrun|commit overrun|dropped events): (\d+)$", (folder / "stats").read_text(), re.M)
     assert lost, "the kernel's tracer left no statistics"
     assert not any(map(int, lost)), f"the kernel's tracer lost events: {lost}"
+
+
+def recorded(folder: Path, updates_are_filters: bool) -> Counts:
+    """The counts of what a KernelTracer left in FOLDER. Fails if the kernel lost an event."""
+    lost_nothing(folder)
     profile = (folder / "profile").read_text()
     # 5.10 also counts what could not be fetched (kprobe_fault_handler()), as through a register that holds anything.
     # A return that is missing is found by count().

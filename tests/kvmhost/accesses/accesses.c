@@ -17,7 +17,8 @@
  *                   intercept them: what exits does so for L0, which resumes L2. But to L1, too, an MSR without a bit
  *                   in the bitmap always exits: those are reflected.
  *   --reflect MSR   L1 does intercept it, reads and writes: KVM reflects L2's exit to L1, which counts and skips it.
- *   --deny MSR      A filter (KVM_X86_SET_MSR_FILTER) denies it, reads and writes; all others are allowed.
+ *   --deny MSR, --deny-read MSR, --deny-write MSR
+ *                   A filter (KVM_X86_SET_MSR_FILTER) denies it; all others are allowed.
  *   --to-user filter,unknown,invalid
  *                   Which refused accesses end KVM_RUN (KVM_CAP_X86_USER_SPACE_MSR). They are counted and completed:
  *                   reads give 0. --user-error: with an error, so the guest gets #GP.
@@ -28,7 +29,7 @@
  *   --ready FILE    is created when the VMs exist; then --go FILE is waited for (looked for every 10 ms).
  *   --rounds N (1)  The list again and again, or --forever until SIGINT or SIGTERM; --interval MS apart.
  *   --stay-in-l2    After the last round each vCPU enters L2 once more and does not come back: an `out` of L2, which L1
- *                   does not intercept, ends KVM_RUN, and the vCPU stays as it is.
+ *                   does not intercept, ends KVM_RUN, and the vCPU stays as it is (at the end KVM is asked).
  *   --done FILE     is created then; after it, --hold SECONDS keeps the VMs (--forever: or until another signal).
  *   --name NAME     sets the process name (comm); after -- anything may follow.
  *
@@ -86,7 +87,7 @@ struct wanted {
 };
 
 struct msr_list {
-	uint32_t msrs[MAX_MSRS];
+	struct { uint32_t msr, flags; } msrs[MAX_MSRS]; /* KVM_MSR_FILTER_... */
 	unsigned int n;
 };
 
@@ -224,9 +225,9 @@ static void prepare_l2(struct vcpu *vcpu)
 		prepare_vmcs(vcpu->guest, vcpu->base, capabilities);
 	}
 	for (unsigned int i = 0; i < opt.reflect.n; i++)
-		if (!(svm ? reflect_svm : reflect_vmx)(vcpu->guest, opt.reflect.msrs[i]))
+		if (!(svm ? reflect_svm : reflect_vmx)(vcpu->guest, opt.reflect.msrs[i].msr))
 			fail(EXIT_USAGE, "--reflect: MSR %#x has no bit, so L1 gets its exits anyway (see --help)",
-			     opt.reflect.msrs[i]);
+			     opt.reflect.msrs[i].msr);
 }
 
 static void create_vcpu(const struct vm *vm, struct vcpu *vcpu)
@@ -258,9 +259,9 @@ static void set_filter(const struct vm *vm)
 
 	for (unsigned int i = 0; i < opt.deny.n; i++)
 		filter.ranges[i] = (struct kvm_msr_filter_range){
-			.flags = KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE,
+			.flags = opt.deny.msrs[i].flags,
 			.nmsrs = 1,
-			.base = opt.deny.msrs[i],
+			.base = opt.deny.msrs[i].msr,
 			.bitmap = (uint8_t *)&none,
 		};
 	KVM(vm->fd, KVM_X86_SET_MSR_FILTER, &filter);
@@ -310,7 +311,8 @@ static void complete(struct vcpu *vcpu)
 	case KVM_MSR_EXIT_REASON_FILTER: vcpu->user[nth].filter++; break;
 	case KVM_MSR_EXIT_REASON_UNKNOWN: vcpu->user[nth].unknown++; break;
 	case KVM_MSR_EXIT_REASON_INVAL: vcpu->user[nth].invalid++; break;
-	default: bad_exit(vcpu, "MSR %#x came to user space for reason %u", run->msr.index, run->msr.reason);
+	default:
+		bad_exit(vcpu, "MSR %#x came to user space for reason %u", run->msr.index, run->msr.reason);
 	}
 	run->msr.error = opt.user_error;
 	if (!write)
@@ -350,6 +352,19 @@ static void run_vcpu(struct vcpu *vcpu)
 			bad_exit(vcpu, "exit reason %u, not 2 (IO)", run->exit_reason);
 		}
 	}
+}
+
+/* What KVM says of it. */
+static bool is_in_l2(const struct vcpu *vcpu)
+{
+	static struct {
+		struct kvm_nested_state state; /* the head */
+		uint8_t data[4 * PAGE]; /* more than any vendor's */
+	} nested_state;
+
+	nested_state.state.size = sizeof(nested_state);
+	KVM(vcpu->fd, KVM_GET_NESTED_STATE, &nested_state);
+	return nested_state.state.flags & KVM_STATE_NESTED_GUEST_MODE;
 }
 
 static void *vcpu_thread(void *vcpu)
@@ -442,12 +457,17 @@ static void work(void)
 	if (opt.done)
 		create_file(opt.done);
 	pause_for(opt.hold);
+	if (opt.stay_in_l2)
+		for_each_vcpu(vcpu, vms)
+			if (!is_in_l2(vcpu))
+				bad_exit(vcpu, "it did not stay in L2");
 	print(vms, rounds);
 }
 
 static const char usage[] =
 	"usage: accesses [--read MSR=COUNT]... [--write MSR=COUNT[:VALUE]]... [--l2-read MSR=COUNT]...\n"
-	"                [--l2-write MSR=COUNT[:VALUE]]... [--reflect MSR]... [--deny MSR]...\n"
+	"                [--l2-write MSR=COUNT[:VALUE]]... [--reflect MSR]...\n"
+	"                [--deny MSR]... [--deny-read MSR]... [--deny-write MSR]...\n"
 	"                [--to-user filter,unknown,invalid] [--user-error] [--irqchip]\n"
 	"                [--vms N] [--vcpus N] [--threads] [--name NAME] [--ready FILE] [--go FILE]\n"
 	"                [--rounds N | --forever] [--interval MS] [--stay-in-l2] [--done FILE] [--hold SECONDS]\n"
@@ -463,6 +483,8 @@ static const struct option longopts[] = {
 	{ "l2-write", 1, NULL, '3' },
 	{ "reflect", 1, NULL, 'f' },
 	{ "deny", 1, NULL, 'd' },
+	{ "deny-read", 1, NULL, 'e' },
+	{ "deny-write", 1, NULL, 'E' },
 	{ "to-user", 1, NULL, 't' },
 	{ "user-error", 0, &opt.user_error, 1 },
 	{ "irqchip", 0, &opt.irqchip, 1 },
@@ -505,11 +527,12 @@ static void add_op(const struct option *option, unsigned int level, bool write)
 		fail(EXIT_USAGE, "--%s: '%s' has '%s' after its numbers (see --help)", option->name, optarg, at);
 }
 
-static void add_msr(const struct option *option, struct msr_list *list)
+static void add_msr(const struct option *option, struct msr_list *list, uint32_t flags)
 {
 	if (list->n == MAX_MSRS)
 		fail(EXIT_USAGE, "--%s: more than %d MSRs (see --help)", option->name, MAX_MSRS);
-	list->msrs[list->n++] = number(option, 0, UINT32_MAX);
+	list->msrs[list->n].flags = flags;
+	list->msrs[list->n++].msr = number(option, 0, UINT32_MAX);
 }
 
 static uint64_t reasons(char *names)
@@ -543,8 +566,10 @@ static void parse(int argc, char **argv)
 		case 'W': add_op(o, 1, true); break;
 		case '2': add_op(o, 2, false); break;
 		case '3': add_op(o, 2, true); break;
-		case 'f': add_msr(o, &opt.reflect); break;
-		case 'd': add_msr(o, &opt.deny); break;
+		case 'f': add_msr(o, &opt.reflect, KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE); break;
+		case 'd': add_msr(o, &opt.deny, KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE); break;
+		case 'e': add_msr(o, &opt.deny, KVM_MSR_FILTER_READ); break;
+		case 'E': add_msr(o, &opt.deny, KVM_MSR_FILTER_WRITE); break;
 		case 't': opt.to_user = reasons(optarg); break;
 		case 'm': opt.vms = number(o, 1, 4096); break;
 		case 'c': opt.vcpus = number(o, 1, 4096); break;

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from attaching import attach_and_be_killed
+from exits import exits
 from guest import (
     OUT,
     Msrtrace,
@@ -54,6 +55,8 @@ ARGS = ARGUMENTS.parse_args()
 VARIANTS: list[str] = ARGS.variants
 STOCK = VARIANTS[0]
 HUNDRED, FEW = 100, 3
+#: Command lines of what a scenario that breaks may leave running.
+LEFT_BEHIND = "^(/usr/bin/python3 /usr/local/bin/msrtrace|workload|accesses)"
 
 
 @contextmanager
@@ -318,7 +321,8 @@ def not_root() -> Any:
 
 def main() -> None:
     """Run every scenario; what they return goes to /out/NAME.json. Ends with a status that pytest looks for."""
-    scenarios: list[Callable[[], Any]] = [host, counts, fentry, stress, reports, state, unknown_redundancy, killed]
+    scenarios: list[Callable[[], Any]] = [host, counts, fentry, stress, reports, state, exits]
+    scenarios += [unknown_redundancy, killed]
     if not ARGS.vendor:
         scenarios += [attaching, closing]
     if not (ARGS.vendor or ARGS.kernel):
@@ -335,7 +339,7 @@ def main() -> None:
         except Exception:
             found = {"broken": traceback.format_exc()}
             print(found["broken"], flush=True)
-            subprocess.run(["pkill", "-9", "-f", "^(/usr/bin/python3 /usr/local/bin/msrtrace|workload)"], check=False)
+            subprocess.run(["pkill", "-9", "-f", LEFT_BEHIND], check=False)
         record(name, found)
         print(
             f"{name}: {'BROKEN' if 'broken' in found else 'collected'} in {time.monotonic() - started:.1f} s",

@@ -48,6 +48,15 @@ def workload(*options: str | int) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", done["stdout"].splitlines()[-1])}
 
 
+def accesses(*options: str) -> list[dict[str, int | str]]:
+    """Run `accesses` (tests/kvmhost/accesses/accesses.c); what it says of each operation. Raises if it failed."""
+    done = output_of("accesses", *options)
+    if done["status"]:
+        raise RuntimeError(f"accesses {options}: {done}")
+    lines = [dict(re.findall(r"(\w+)=(\w+)", line)) for line in done["stdout"].splitlines()[:-1]]
+    return [{key: value if key == "access" else int(value, 0) for key, value in line.items()} for line in lines]
+
+
 def ticks_workload() -> list[str]:
     """The command that measures filter updates: one vCPU, one MSR denied and allowed in turn."""
     return ["workload", "--updates", str(MEASURED_UPDATES), "--initial-run", "--ticks"]
