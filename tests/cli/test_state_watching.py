@@ -3,62 +3,41 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import ROOT, on_standin
+from command import ON_STANDIN, Running, on_standin
 from standin import CLOSED, MODULE, OBSTACLE, READ, VMS
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}", "COLUMNS": "80"}
 WATCHING = re.compile(r"\n\n\d\d:\d\d:\d\d\.\d{3} watching for changes, every 0\.1 s\n")
 DENIED = "web-01 812 2 0xc0000100\n"
 
 
-class Watching:
+class Watching(Running):
     """A process that watches."""
 
     def __init__(self, directory: Path, *arguments: str, vms: str = "") -> None:
         self.directory = directory
-        self.out, self.err = directory / "out", directory / "err"
         self.set(vms)
-        with self.out.open("w") as out, self.err.open("w") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "standin", directory, "state", "--watch", "--interval", "0.1", *arguments],
-                env=ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-            )
+        super().__init__(directory, "--watch", "--interval", "0.1", *arguments, command="state")
 
     def set(self, vms: str) -> None:
         """The VMs of now."""
         (self.directory / "next").write_text(vms)
         (self.directory / "next").replace(self.directory / VMS)
 
-    def until(self, text: str, file: Path | None = None) -> str:
-        """Wait until stdout (or a file) has the text; returns all of it."""
-        end = time.monotonic() + 30
-        while text not in (content := (file or self.out).read_text()):
-            assert time.monotonic() < end, f"no {text!r} in {content!r}; stderr: {self.err.read_text()}"
-            assert self.process.poll() is None, f"ended: {content!r}; stderr: {self.err.read_text()}"
-            time.sleep(0.05)
-        return content
-
     def lines(self) -> list[str]:
         """The lines so far on changes, without their times."""
         return [line.partition(" ")[2] for line in WATCHING.split(self.out.read_text())[1].splitlines()]
 
-    def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
-        """The exit status, and standard error."""
-        self.process.send_signal(number)
-        return self.process.wait(30), self.err.read_text()
+    def ended(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """End it: the exit status, and standard error."""
+        return self.end(number), self.err.read_text()
 
 
 @pytest.fixture
@@ -87,7 +66,7 @@ def test_the_state_then_its_changes(watching: Watching) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_in_order(watching: Watching, number: signal.Signals) -> None:
-    assert watching.end(number) == (0, "")
+    assert watching.ended(number) == (0, "")
     assert (watching.directory / f"{READ}.{CLOSED}").exists()
 
 
@@ -102,7 +81,7 @@ def test_a_reload_of_the_module_is_followed(watching: Watching) -> None:
     (watching.directory / MODULE).write_text("2")
     watching.until("new VM, filter: none\n")
     assert watching.lines()[2:] == ["kvm_intel was loaded again", "web-02 (pid 5): vCPU 0: new VM, filter: none"]
-    assert watching.end() == (0, "")
+    assert watching.ended() == (0, "")
 
 
 def test_an_error_ends_it_in_one_line(watching: Watching) -> None:
@@ -121,7 +100,7 @@ def test_only_what_is_asked_for(directory: Path) -> None:
         assert made.lines()[1:] == [
             "web-01 (pid 812): vCPU 0-1: read and write of 0xc0000100 FS_BASE: passed -> filter"
         ]
-        assert made.end() == (0, "")
+        assert made.ended() == (0, "")
     finally:
         made.process.kill()
         made.process.wait()
@@ -133,7 +112,7 @@ def test_a_vm_that_is_not_there_yet(directory: Path) -> None:
         made.until("watching")
         made.set(DENIED)
         made.until("web-01 (pid 812): vCPU 0-1: new VM, filter: ")
-        assert made.end() == (0, "msrtrace: warning: no VM is called web-01 now\n")
+        assert made.ended() == (0, "msrtrace: warning: no VM is called web-01 now\n")
     finally:
         made.process.kill()
         made.process.wait()
@@ -143,7 +122,7 @@ def test_a_reader_that_leaves_ends_it(directory: Path) -> None:
     (directory / VMS).write_text(DENIED)
     process = subprocess.Popen(
         [sys.executable, "-m", "standin", directory, "state", "--watch", "--interval", "0.1"],
-        env=ENVIRONMENT,
+        env=ON_STANDIN,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

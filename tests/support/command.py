@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+#: For msrtrace on a fake kernel.
+ON_STANDIN = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}", "COLUMNS": "80"}
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +33,7 @@ def on_standin(directory: Path, *arguments: str) -> subprocess.CompletedProcess[
     """msrtrace with these arguments, in a process of its own, on a fake kernel that is files in a directory."""
     return subprocess.run(
         [sys.executable, "-m", "standin", directory, *arguments],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}", "COLUMNS": "80"},
+        env=ON_STANDIN,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -41,15 +43,15 @@ def on_standin(directory: Path, *arguments: str) -> subprocess.CompletedProcess[
 
 
 class Running:
-    """`msrtrace run` in a process of its own, on a fake kernel that is files in a directory."""
+    """A command of msrtrace in a process of its own, on a fake kernel that is files in a directory."""
 
-    def __init__(self, directory: Path, *arguments: str) -> None:
+    def __init__(self, directory: Path, *arguments: str, command: str = "run") -> None:
         self.directory = directory
         self.out, self.err = directory / "out", directory / "err"
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "standin", directory, "run", *arguments],
-                env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"},
+                [sys.executable, "-m", "standin", directory, command, *arguments],
+                env=ON_STANDIN,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

@@ -14,7 +14,7 @@ from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot
 from tracer.model.vendor import Layout
-from tracer.trace.tracer import Reading, Tracer
+from tracer.trace.tracer import StateSource, Tracer
 from tracer.trace.vm_info import VmInfos
 
 ENABLE, DISABLE, HOOK = "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_msr_filter_changed"
@@ -35,7 +35,7 @@ class Kernel:
         *,
         by_vm: bool = False,
         keep_gone: bool = False,
-        states: Callable[[Symbols], Reading] | None = None,
+        states: Callable[[Symbols], StateSource] | None = None,
     ) -> None:
         self.by_vm = by_vm
         self.loads = self.loaded = 1

@@ -12,7 +12,7 @@ from tracer.model.state import State
 from tracer.model.vendors import FIRST
 from tracer.trace.following import Following
 from tracer.trace.state_reader import named
-from tracer.trace.tracer import Reading, loaded_module
+from tracer.trace.tracer import StateSource, loaded_module
 from tracer.trace.vm_info import VmInfos
 
 
@@ -21,7 +21,7 @@ class StateFollower:
 
     def __init__(
         self,
-        make: Callable[[Symbols], Reading],
+        make: Callable[[Symbols], StateSource],
         *,
         symbols: Callable[[], Symbols] = Symbols.read,
         module: Callable[[], object | None] = loaded_module,
@@ -39,7 +39,7 @@ class StateFollower:
         self._following = Following(module, clock)
         self._infos = infos or VmInfos()
         self._vendor = FIRST
-        self._reader: Reading | None = None
+        self._reader: StateSource | None = None
 
     def start(self, symbols: Symbols | None = None) -> None:
         """Make the reader for the loaded module; `symbols` are the kernel's, if already read. Raises MsrtraceError."""

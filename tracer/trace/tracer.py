@@ -61,7 +61,7 @@ class Attachment(Protocol):
         """Release everything in the kernel."""
 
 
-class Reading(Protocol):
+class StateSource(Protocol):
     """The part of `StateReader` that this module needs."""
 
     def read(self, *, steady: bool = False) -> State:
@@ -97,7 +97,7 @@ class Tracer:
         module: Callable[[], object | None] = loaded_module,
         vms: VmInfos | None = None,
         keep_gone: bool = False,
-        states: Callable[[Symbols], Reading] | None = None,
+        states: Callable[[Symbols], StateSource] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Does not attach yet.
@@ -118,7 +118,7 @@ class Tracer:
         self._idle: Attachment | None = None  # of a module that was unloaded; usually fits the next one
         self._vendor = FIRST
         self._make_states = states
-        self._states: Reading | None = None
+        self._states: StateSource | None = None
         self.state_problem = ""  #: why the states of vCPUs cannot be read, if so
         self._earlier: Snapshot | None = None  # the counts of earlier attachments and of VMs that are gone
 
