@@ -95,42 +95,22 @@ def savings() -> list[Json]:
     amd = " KVM has no such patch for AMD: it is what one of the same idea would save (docs/cost.md)."
     return [
         text("How this is estimated", "Where each number comes from.", READING, size=(WIDTH, 7)),
-        stat(
-            "Avoidable calls a day, Intel",
+        *_a_day(
+            PATCHABLE,
+            "Intel",
             "Enables of MSRs that are intercepted already, in filter updates of the hosts known to lack the patch by "
             "what they did since msrtrace started: counted in the time shown, multiplied to a day.",
-            f"{by('', PATCHABLE.saved(), RANGE)} {_A_DAY}",
-            unit="short",
-            absent="no host known to lack it",
-            decimals=1,
-            size=(6, 5),
-        ),
-        stat(
-            "Avoidable CPU time a day, Intel",
             "CPU time of the calls on the left, of hosts that lack the patch by what they did since msrtrace started."
             + source,
-            _cpu_time(PATCHABLE),
-            unit="s",
             absent="no host known to lack it",
-            size=(6, 5),
         ),
-        stat(
-            "Avoidable calls a day, AMD",
+        *_a_day(
+            UNPATCHABLE,
+            "AMD",
             "Calls of filter updates, before 6.17, for MSRs that KVM intercepts for reads and writes anyway: counted "
             "in the time shown, multiplied to a day." + amd,
-            f"{by('', UNPATCHABLE.saved(), RANGE)} {_A_DAY}",
-            unit="short",
-            absent="no such host",
-            decimals=1,
-            size=(6, 5),
-        ),
-        stat(
-            "Avoidable CPU time a day, AMD",
             "CPU time of the calls on the left." + source + amd,
-            _cpu_time(UNPATCHABLE),
-            unit="s",
             absent="no such host",
-            size=(6, 5),
         ),
         table(
             "What patching would save, by kernel",
@@ -153,6 +133,16 @@ def savings() -> list[Json]:
             absent="no such host",
             size=(WIDTH, 7),
         ),
+    ]
+
+
+def _a_day(kind: Kind, vendor: str, of_calls: str, of_time: str, *, absent: str) -> list[Json]:
+    """The panels on the calls and the CPU time that a kind of hosts would save, with their descriptions."""
+    calls = f"{by('', kind.saved(), RANGE)} {_A_DAY}"
+    size = (6, 5)
+    return [
+        stat(f"Avoidable calls a day, {vendor}", of_calls, calls, unit="short", absent=absent, decimals=1, size=size),
+        stat(f"Avoidable CPU time a day, {vendor}", of_time, _cpu_time(kind), unit="s", absent=absent, size=size),
     ]
 
 
