@@ -16,6 +16,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from hostile import foreign, nested, oversized
 from hypothesis import given
 from made import amd, any_reports, patched, recalc, recalculated, report, svm_pass, svm_recalc, toggle, unpatched
 from made_vms import FS_BASE, denies, state, vcpu, vm
@@ -120,57 +121,10 @@ def edited(old: bytes, new: bytes) -> bytes:
     return EXAMPLE.replace(old, new)
 
 
-def with_schema(schema: Any) -> bytes:
-    return json.dumps(json.loads(EXAMPLE) | {"schema": schema}).encode()
-
-
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"", "is empty"),
-        (b" \n\t", "is empty"),
-        (b"{", "is not JSON: "),
-        (b"no report", "is not JSON: "),
-        (b"\xef\xbb\xbf", "is empty"),
-        (b"\xef\xbb\xbf{}", "is not an msrtrace report: "),
-        (b"\xef\xbb\xbf\xef\xbb\xbf{}", "is not JSON: "),
-        (b"\0\0\0{\0\0\0", "is not JSON: "),
-        (b'{"schema": "\xff"}', "is not JSON: "),
-        (b'{"schema": "msrtrace-report/1"', "is not JSON: "),
-        *(
-            (EXAMPLE.decode().encode(codec), f"is {name} text, and reports are UTF-8: convert it with iconv -f {name} ")
-            for codec, name in {
-                "utf-16": "UTF-16",
-                "utf-16-le": "UTF-16LE",
-                "utf-16-be": "UTF-16BE",
-                "utf-32": "UTF-32",
-            }.items()
-        ),
-        (b"\x1f\x8b\x08\0", "is compressed (gzip): use gunzip first"),
-        (b"\x28\xb5\x2f\xfd\0", "is compressed (zstd): use unzstd first"),
-        (b"\xfd7zXZ\0\0", "is compressed (xz): use unxz first"),
-        (b"BZh91AY", "is compressed (bzip2): use bunzip2 first"),
-        (b"\n<!DOCTYPE html>\n<html>", "is an HTML page: reports are read in JSON (-o NAME.json)"),
-        (
-            b"patch missing: 1,717 calls",
-            "is not JSON: JSON is malformed: invalid character (byte 0); reports are read in",
-        ),
-        (b'{"schema": "msrtrace-report/1", "label": "\xe4"}', "is a damaged report: it is not UTF-8"),
-        (b'{"schema": NaN}', "is not JSON: "),
-        (b"{}", "is not an msrtrace report: Object missing required field `schema`"),
-        (b"[]", "is not an msrtrace report: Expected `object`, got `array`"),
-        (b"null", "is not an msrtrace report: "),
-        (b'{"schema": 1}', "is not an msrtrace report: "),
-        (b'{"schema": "msrtrace-comparison/1"}', "is not an msrtrace report: its schema is msrtrace-comparison/1"),
-        (b'{"schema": ""}', "is not an msrtrace report: its schema is "),
-        (b'{"schema": "\\u001b[2J\\n' + b"x" * 999 + b'"}', "is not an msrtrace report: its schema is \\x1b[2J\\nxx"),
-        (b'{"schema": "msrtrace-report/1"}', "is a damaged report: Object missing required field "),
-        (with_schema("msrtrace-report/2"), "is a report of another version (msrtrace-report/2); this msrtrace reads "),
-        (with_schema("msrtrace-report/10"), "is a report of another version (msrtrace-report/10); "),
-        (with_schema("msrtrace-report/"), "is a report of another version (msrtrace-report/); "),
-        (with_schema("msrtrace-report"), "is a report of another version (msrtrace-report); "),
-        (with_schema("msrtrace-report/1/1"), "is a report of another version "),
-        (with_schema("MSRTRACE-REPORT/1"), "is not an msrtrace report: its schema is "),
+        *foreign(EXAMPLE, "msrtrace-report/1", "report"),
         (edited(b'"calls": 1320', b'"calls": 1e999'), "is a damaged report: "),
         (edited(b"2.5,", b"1e999,"), "is "),
         (edited(b"2.5,", b"-1,"), "is a damaged report: "),
@@ -184,7 +138,6 @@ def with_schema(schema: Any) -> bytes:
         (edited(b'"label": ""', b'"label": "' + b"x" * 4097 + b'"'), "is a damaged report: "),
         (edited(b'"label": ""', b'"label": "\\ud800"'), "is "),
         (edited(b'"label": ""', b'"label": "\x1b"'), "is not JSON: "),
-        (EXAMPLE + EXAMPLE, "is not JSON: "),
     ],
 )
 def test_what_is_no_report_is_refused_with_the_reason(data: bytes, why: str) -> None:
@@ -243,31 +196,16 @@ def test_the_last_of_duplicate_fields_counts() -> None:
     assert decode(edited(b'"label": ""', b'"label": "a", "label": "b"')).label == "b"
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        edited(b'"label": ""', b'"future": ' + b"[" * 10**5 + b"]" * 10**5),
-        edited(b'"notes": []', b'"notes": ' + b"[" * 10**5),
-        edited(b'"label": ""', b'"label": ' + b'{"a":' * 10**5 + b"1" + b"}" * 10**5),
-    ],
-)
+@pytest.mark.parametrize("data", nested(EXAMPLE))
 def test_deep_nesting_is_refused(data: bytes) -> None:
     assert "too deeply" in refusal(data)
-    refusal(b"[" * 10**5)
-    refusal(b'{"schema":' * 10**5)
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        b"x" * (SIZE_LIMIT + 1),
-        b'{"schema": "' + b"s" * (SIZE_LIMIT - 99) + b'"}',
-        b'{"schema": "' + b"\\n" * (SIZE_LIMIT // 2 - 99) + b'"}',
-        b'{"schema": ' + b"1" * (SIZE_LIMIT - 99) + b"}",
-        edited(b'"notes": []', b'"notes": [' + b'"",' * (SIZE_LIMIT // 4) + b'""]'),
-        edited(b'"notes": []', b'"future": [' + b"{}," * (SIZE_LIMIT // 4) + b"0"),
+        *oversized(EXAMPLE, SIZE_LIMIT),
         edited(b'"duration_seconds": 2.5', b'"duration_seconds": 0.' + b"1" * (SIZE_LIMIT - 99_999) + b"x"),
-        b" " * SIZE_LIMIT,
     ],
 )
 def test_an_oversized_file_is_refused(data: bytes) -> None:

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-from hostile import replaced
+from hostile import anything, places, replaced
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from made import any_reports, report, toggle, views
@@ -32,27 +31,6 @@ def survives(data: bytes) -> None:
     else:
         views(found)
         assert decode(encode(found)) == found
-
-
-anything = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(),
-        st.floats(),
-        st.text(max_size=20),
-        st.sampled_from([0, -1, 2**63, 10**400, 1e308, "toggle", "\ud800", "\x1b[31m", "x" * 5000, float("nan")]),
-    ),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=9), inner, max_size=3)),
-    max_leaves=6,
-)
-
-
-def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path to every value inside a JSON value."""
-    yield at
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from places(inner, (*at, key))
 
 
 PLACES = [place for place in places(json.loads(EXAMPLE)) if place and (place[0] != "calls" or place[1:2] in ((), (0,)))]
