@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.state import State, Vm
 from tracer.model.vmx import VMX
+from tracer.report import file as reportfile
 from tracer.report.file import STATE, decode_as, read_as
 from tracer.trace import state_follower, state_reader
 from tracer.trace.state_follower import StateFollower
@@ -124,6 +126,18 @@ def test_files(main: Main, reader: Reader, tmp_path: Path) -> None:
     assert "| 0x20" in files[1].read_text()
     assert json.loads(files[0].read_text())["schema"] == "msrtrace-state/1"
     assert files[2].read_text().startswith(f"{os.uname().nodename} (")
+
+
+def test_one_that_is_too_large_for_a_file_is_written_as_text(
+    main: Main, reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reportfile, "SIZE_LIMIT", 1 << 10)
+    json_file, text_file = tmp_path / "a.json", tmp_path / "a.txt"
+    status, out, err = main("state", "-o", str(json_file), "-o", str(text_file))
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert re.match(r"msrtrace: error: the state takes \d+ MB as JSON, and files of more than 0 MB cannot be read", err)
+    assert text_file.read_text().count("vCPU 0") == 3
+    assert not json_file.exists()
 
 
 def test_no_vm(main: Main, reader: Reader) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 from filters import BOTH, allowing, denying
 from hostile import anything, foreign, nested, oversized, places, replaced
@@ -147,6 +148,37 @@ def test_a_state_without_names_and_notes() -> None:
     assert found.vms[0].title == "VM (pid 1)"
     assert {(row.read, row.write) for row in found.vms[0].vcpus[0].msrs} == {("kvm", "kvm")}
     assert {TSC, SPEC_CTRL} <= {msr for row in found.vms[0].vcpus[0].msrs for msr in msr_range(row.msrs)}
+
+
+# --- large ones ---
+
+
+def of_size(size: int) -> StateFile:
+    """A state that takes as many bytes, to the byte, as JSON without indents."""
+    filler = msgspec.structs.replace(EXAMPLES["none"], notes=["x" * 4000])
+    missing = size - len(msgspec.json.encode(filler))
+    vms, one = EXAMPLES["new"].vms[:1], len(msgspec.json.encode(EXAMPLES["new"].vms[0])) + 1
+    full, rest = divmod(missing, one)
+    large = msgspec.structs.replace(filler, vms=vms * full)
+    # The first VM has no comma before it, and notes are shorter where a piece of a VM is missing.
+    return msgspec.structs.replace(large, msrtrace="y" * (len(large.msrtrace) + rest + 1))
+
+
+def test_a_large_state_is_written_without_indents() -> None:
+    small, large = of_size(reportfile.SIZE_LIMIT // 4), of_size(reportfile.SIZE_LIMIT - 1)
+    assert encode(small).count(b"\n") > 1000
+    text = encode(large)
+    assert (len(text), text.count(b"\n")) == (reportfile.SIZE_LIMIT, 1)
+    assert decode_as(STATE, text) == large
+
+
+def test_a_state_that_could_not_be_read_is_not_written() -> None:
+    with pytest.raises(MsrtraceError) as error:
+        encode(of_size(reportfile.SIZE_LIMIT))
+    assert str(error.value) == (
+        "the state takes 33 MB as JSON, and files of more than 32 MB cannot be read: "
+        "select VMs (--vm, --pid), or write text"
+    )
 
 
 # --- what is no state ---

@@ -57,18 +57,23 @@ def deliver(
 
     A file that cannot be written is reported after all others are; its content is printed, so that it is not lost.
 
-    :param render: returns the result in a format, given by name, with text that is at most so many columns wide
+    :param render: returns the result in a format, given by name, with text that is at most so many columns wide; raises
+        MsrtraceError where the format cannot have it
     """
 
     if not outputs:
         click.echo(render(fmt or DEFAULT, columns()), nl=False, err=to_stderr)
     failure = None
     for output in outputs:
-        name = fmt or format_of(output) or DEFAULT
-        if str(output) == "-":
-            click.echo(render(name, columns()), nl=False)
+        to_stdout = str(output) == "-"
+        try:
+            text = render(fmt or format_of(output) or DEFAULT, columns() if to_stdout else COLUMNS)
+        except MsrtraceError as error:
+            failure = error
             continue
-        text = render(name, COLUMNS)
+        if to_stdout:
+            click.echo(text, nl=False)
+            continue
         try:
             write(output, text)
         except MsrtraceError as error:

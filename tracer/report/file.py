@@ -41,15 +41,19 @@ _T = TypeVar("_T", Report, StateFile)
 
 @dataclass(frozen=True)
 class Kind(Generic[_T]):
-    """A kind of file: its schema with the major version, the type that defines it, and what it is called."""
+    """A kind of file: its schema with the major version, the type that defines it, and what it is called.
+
+    `smaller`: how a user gets a smaller one.
+    """
 
     schema: str
     type: type[_T]
     noun: str
+    smaller: str
 
 
-REPORT = Kind(report.SCHEMA, Report, "report")
-STATE = Kind(state_file.SCHEMA, StateFile, "state")
+REPORT = Kind(report.SCHEMA, Report, "report", "trace one process (--pid)")
+STATE = Kind(state_file.SCHEMA, StateFile, "state", "select VMs (--vm, --pid), or write text")
 KINDS: tuple[Kind[Any], ...] = (REPORT, STATE)
 
 
@@ -58,8 +62,19 @@ class _Head(msgspec.Struct):
 
 
 def encode(content: Report | StateFile) -> bytes:
-    """The content as the text of a JSON file."""
-    return msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
+    """The content as the text of a JSON file; indented, unless it could not be read back then.
+
+    Raises MsrtraceError if it could not be read back at all.
+    """
+    compact = msgspec.json.encode(content)
+    text = msgspec.json.format(compact, indent=1) + b"\n"
+    if len(text) > SIZE_LIMIT:
+        text = compact + b"\n"
+    if len(text) > SIZE_LIMIT:
+        kind = next(kind for kind in KINDS if isinstance(content, kind.type))
+        size = f"{-(-len(text) >> 20)} MB as JSON, and files of more than {SIZE_LIMIT >> 20} MB cannot be read"
+        raise MsrtraceError(f"the {kind.noun} takes {size}: {kind.smaller}")
+    return text
 
 
 def write(path: Path, text: bytes) -> None:
