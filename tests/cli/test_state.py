@@ -31,6 +31,7 @@ from tracer.trace.state_follower import StateFollower
 
 Main = Callable[..., tuple[int, str, str]]
 PID, OTHER = os.getpid(), os.getppid()
+UUID = "6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f0001"
 
 
 class Reader:
@@ -55,7 +56,7 @@ def host() -> State:
     return state(
         Vm(PID, 1, (vcpu(USUAL),), name="web"),
         Vm(PID, 2, (vcpu(USUAL - rw(FS_BASE), denying(FS_BASE)),), name="web"),
-        Vm(OTHER, 3, (vcpu(USUAL - rw(0x176)),), name="db"),
+        Vm(OTHER, 3, (vcpu(USUAL - rw(0x176)),), name="db", uuid=UUID),
     )
 
 
@@ -92,6 +93,8 @@ def test_vms_that_are_asked_for(main: Main, reader: Reader) -> None:
     for arguments, count in (
         (["--vm", "web"], 2),
         (["--vm", "db"], 1),
+        (["--vm", UUID], 1),
+        (["--vm", "web", "--vm", UUID.upper()], 3),
         (["--vm", "web", "--vm", "db"], 3),
         (["--pid", str(PID)], 2),
         (["--pid", str(OTHER), "--vm", "db"], 1),
@@ -150,6 +153,7 @@ def test_no_vm(main: Main, reader: Reader) -> None:
     [
         (["--vm", "none"], "no VM is called none; there are db, web"),
         (["--vm", "db", "--pid", str(PID)], "no VM is called db; there are web"),
+        (["--vm", UUID[:8]], f"no VM is called {UUID[:8]}; there are db, web"),
         (["--pid", "1"], "process 1 has no vCPU"),
         (["--pid", "4194305"], "there is no process 4194305"),
         (["-o", "/nowhere/state.json"], "cannot write /nowhere/state.json: "),

@@ -14,8 +14,10 @@ from standin import READ, VMS
 
 from tracer.report.file import encode
 
+UUID = "6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f0001"
 VM_LINES = (
-    "web-01 812 2 0xc0000100\nweb-02 844 2\ntwin 1 1\ntwin 2 1 0x10\nsame 3 1\nsame 4 1\npair 5 1\npair 5 1 0x10\n"
+    f"web-01 812 2 0xc0000100\nweb-02@{UUID} 844 2\ntwin 1 1\ntwin 2 1 0x10\n"
+    "same 3 1\nsame 4 1\npair 5 1\npair 5 1 0x10\n"
 )
 ANSWER = "web-01 exits on 2 accesses where web-02 does not (FS_BASE): the filter alone\n  denies 2\n"
 
@@ -24,14 +26,16 @@ ANSWER = "web-01 exits on 2 accesses where web-02 does not (FS_BASE): the filter
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two files in the current directory, and what is none."""
     denied = vcpu(0, denies(FS_BASE))
-    (tmp_path / "a.json").write_bytes(encode(file(vm("web", 1, denied), vm("db", 2, vcpu(0)))))
-    (tmp_path / "b.json").write_bytes(encode(file(vm("web", 7, vcpu(0)), vm("db", 8, denied))))
+    (tmp_path / "a.json").write_bytes(encode(file(vm("web", 1, denied), vm("db", 2, vcpu(0), uuid=UUID))))
+    (tmp_path / "b.json").write_bytes(encode(file(vm("web", 7, vcpu(0)), vm("db", 8, denied, uuid=UUID))))
     (tmp_path / "damaged.json").write_text('{"schema": "msrtrace-state/1"}')
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("pair", [("web-01", "web-02"), ("812", "844"), ("web-01", "844"), ("812", "same")])
-def test_two_vms_by_name_or_pid(directory: Path, pair: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "pair", [("web-01", "web-02"), ("812", "844"), ("web-01", "844"), ("812", "same"), ("812", UUID)]
+)
+def test_two_vms_by_name_uuid_or_pid(directory: Path, pair: tuple[str, str]) -> None:
     (directory / VMS).write_text(VM_LINES)
     done = on_standin(directory, "state", "--diff", *pair)
     assert (done.returncode, done.stderr) == (0, "")
@@ -52,7 +56,8 @@ def test_vms_that_are_alike_differ_in_nothing(directory: Path) -> None:
     [
         (
             "none",
-            "none is neither a file nor the name or the process of a VM; there are pair, same, twin, web-01, web-02",
+            "none is neither a file nor the name, the UUID or the process of a VM; "
+            "there are pair, same, twin, web-01, web-02",
         ),
         ("twin", "2 VMs are called twin, and differ: give one of the pids 1, 2"),
         ("5", "the 2 VMs of process 5 differ (msrtrace state --pid 5)"),
@@ -81,6 +86,8 @@ def test_some_vms_of_files(directory: Path) -> None:
     made = json.loads(done.stdout)
     assert [found["a"]["name"] for found in made["vms"]] == ["web"]
     assert (made["a"]["vms"], made["b"]["vms"]) == (1, 1)
+    by_uuid = on_standin(directory, "state", "--diff", "a.json", "b.json", "--vm", UUID, "--format", "json")
+    assert [(found["a"]["name"], found["b"]["uuid"]) for found in json.loads(by_uuid.stdout)["vms"]] == [("db", UUID)]
     done = on_standin(directory, "state", "--diff", "a.json", "b.json", "--pid", "1")
     assert (done.returncode, done.stderr) == (1, "msrtrace: error: b.json has no VM of process 1\n")
     done = on_standin(directory, "state", "--diff", "a.json", "b.json", "--msr", "0x10")

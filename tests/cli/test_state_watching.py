@@ -15,6 +15,7 @@ from command import ON_STANDIN, Running, on_standin
 from standin import CLOSED, MODULE, OBSTACLE, READ, VMS
 
 WATCHING = re.compile(r"\n\n\d\d:\d\d:\d\d\.\d{3} watching for changes, every 0\.1 s\n")
+UUID = "6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f0001"
 DENIED = "web-01 812 2 0xc0000100\n"
 
 
@@ -107,7 +108,7 @@ def test_only_what_is_asked_for(directory: Path) -> None:
 
 
 def test_a_vm_that_is_not_there_yet(directory: Path) -> None:
-    made = Watching(directory, "--vm", "web-01", vms="db 900 1\n")
+    made = Watching(directory, "--vm", "web-01", "--vm", UUID, vms=f"db@{UUID} 900 1\n")
     try:
         made.until("watching")
         made.set(DENIED)

@@ -43,8 +43,8 @@ def rows(diff: StateDiff) -> list[Differing]:
     return [row for group in diff.differing for vcpus in group[0].vcpus for row in vcpus.rows]
 
 
-def filtered(name: str, pid: int, one: MsrFilter, **changes: Any) -> Vm:
-    return vm(name, pid, vcpu(0, one, **changes), vcpu(1, one, **changes))
+def filtered(name: str, pid: int, one: MsrFilter, uuid: str = "", **changes: Any) -> Vm:
+    return vm(name, pid, vcpu(0, one, **changes), vcpu(1, one, **changes), uuid=uuid)
 
 
 # --- accesses ---
@@ -251,6 +251,36 @@ def test_of_vms_with_one_name_those_of_a_process_are_matched_then_those_alike() 
     assert (len(others.alike), others.differing) == (2, ())
 
 
+Given = tuple[str, int, str]
+A, B, C = (f"6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f000{number}" for number in range(3))
+
+
+def matched(one: list[Given], other: list[Given], *hosts: str) -> set[tuple[int, int]]:
+    """The pids of VMs that are compared, of VMs with these names, pids and UUIDs; all differ."""
+    vms = [filtered(name, pid, denies(FS_BASE), uuid=uuid) for name, pid, uuid in one]
+    others = [vm(name, pid, uuid=uuid) for name, pid, uuid in other]
+    diff = compare_states(side("a", *vms, host=hosts[0]), side("b", *others, host=hosts[-1]))
+    return {(found.one.pid, found.other.pid) for group in diff.differing for found in group}
+
+
+@pytest.mark.parametrize("hosts", [("h",), ("h", "i")])
+def test_vms_of_one_uuid_are_matched_whatever_their_names_and_pids(hosts: tuple[str, ...]) -> None:
+    one = [("web", 1, A), ("web", 2, B), ("db", 3, C)]
+    assert matched(one, [("web", 2, A), ("web", 1, B), ("old", 4, C)], *hosts) == {(1, 2), (2, 1), (3, 4)}
+
+
+def test_of_vms_with_one_uuid_those_of_a_process_are_matched() -> None:
+    """One that moves within a host."""
+    assert matched([("web", 1, A), ("web", 2, A)], [("web", 2, A), ("web", 1, A)], "h") == {(1, 1), (2, 2)}
+
+
+def test_vms_without_a_uuid_are_matched_by_name_and_pid() -> None:
+    """As in files of an older msrtrace."""
+    one = [("web", 1, ""), ("web", 2, ""), ("db", 3, "")]
+    assert matched(one, [("web", 2, B), ("web", 1, A), ("x", 4, "")], "h") == {(1, 1), (2, 2)}
+    assert matched(one, [("web", 2, B), ("web", 1, A), ("x", 4, "")], "h", "i") == {(1, 2), (2, 1)}
+
+
 def test_a_single_vm_of_each_side_is_compared_whatever_its_name() -> None:
     assert compared(vm("a", 1), vm("b", 2)).matched == 1
     several = compare_states(side("a.json", vm("a", 1)), side("b.json", vm("b", 2), vm("c", 3)))
@@ -289,7 +319,7 @@ def test_json_has_it_all() -> None:
     assert (made["schema"], made["sentence"]) == ("msrtrace-state-comparison/1", sentence(diff))
     assert (made["a"]["title"], made["a"]["vms"], made["a"]["host"]["kernel"]) == ("a.json", 3, "6.1.0-53-amd64")
     (found,) = made["vms"]
-    assert found["a"] == {"name": "db", "pid": 2, "vcpus": [0, 1], "only_here": [1]}
+    assert found["a"] == {"name": "db", "uuid": "", "pid": 2, "vcpus": [0, 1], "only_here": [1]}
     assert [row["msrs"] for row in found["filter"]["only_a"]] == ["0xc0000100"]
     access = {"msrs": "0xc0000100", "name": "FS_BASE", "access": "read_write", "a": "filter", "b": "passed"}
     assert found["differences"] == [{"vcpus": [0], "unreadable": {"a": False, "b": False}, "msrs": [access]}]

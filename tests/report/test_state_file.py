@@ -155,13 +155,11 @@ def test_a_state_without_names_and_notes() -> None:
 
 def of_size(size: int) -> StateFile:
     """A state that takes as many bytes, to the byte, as JSON without indents."""
-    filler = msgspec.structs.replace(EXAMPLES["none"], notes=["x" * 4000])
-    missing = size - len(msgspec.json.encode(filler))
-    vms, one = EXAMPLES["new"].vms[:1], len(msgspec.json.encode(EXAMPLES["new"].vms[0])) + 1
-    full, rest = divmod(missing, one)
-    large = msgspec.structs.replace(filler, vms=vms * full)
-    # The first VM has no comma before it, and notes are shorter where a piece of a VM is missing.
-    return msgspec.structs.replace(large, msrtrace="y" * (len(large.msrtrace) + rest + 1))
+    filler = msgspec.structs.replace(EXAMPLES["none"], notes=["", ""])
+    vm = EXAMPLES["new"].vms[0]
+    vms, rest = divmod(size - len(msgspec.json.encode(filler)) + 1, len(msgspec.json.encode(vm)) + 1)  # and a comma
+    notes = ["x" * (rest // 2), "x" * (rest - rest // 2)]
+    return msgspec.structs.replace(filler, vms=[vm] * vms, notes=notes)
 
 
 def test_a_large_state_is_written_without_indents() -> None:

@@ -231,6 +231,16 @@ def test_vms_of_one_process_are_named_once() -> None:
     assert heading(*(Vm(1, key, (vcpu(USUAL),), name="a") for key in range(3))) == ["a (pid 1), 3 VMs: vCPU 0"]
 
 
+def test_uuids_are_those_of_the_vms_that_are_named() -> None:
+    uuids = [f"6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f00{number:02}" for number in range(8)]
+    vms = [Vm(pid, pid, (vcpu(USUAL),), name="web", uuid=uuids[pid]) for pid in range(1, 8)]
+    assert f"web (pid 3): vCPU 0\n  UUID: {uuids[3]}\n  filter: none\n" in text(state(vms[2]))
+    both = text(state(vms[0], Vm(2, 2, (vcpu(USUAL),), name="web"), vms[2]))
+    assert f"\n  UUID of web (pid 1): {uuids[1]}\n  UUID of web (pid 3): {uuids[3]}\n  filter: none\n" in both
+    assert [uuid in text(state(*vms)) for uuid in uuids] == [False, *[True] * 6, False]
+    assert "UUID" not in text(state(Vm(1, 1, (vcpu(USUAL),), name="web")))
+
+
 @pytest.mark.parametrize(("ids", "shown"), [([], ""), ([3], "3"), ([0, 1, 2, 8, 10, 11], "0-2, 8, 10-11")])
 def test_ids(ids: list[int], shown: str) -> None:
     assert ids_text(ids) == shown

@@ -48,6 +48,7 @@ def any_states(names: st.SearchStrategy[str]) -> st.SearchStrategy[States]:
         VmState,
         pid=st.integers(0, 3),
         name=names,
+        uuid=st.sampled_from(["", "a", "b"]),
         owned=st.booleans(),
         kind=st.one_of(st.just(""), names),
         filter=st.one_of(st.none(), filters),

@@ -110,6 +110,7 @@ vms = st.builds(
     VmState,
     pid=counts,
     name=names,
+    uuid=names,
     owned=st.booleans(),
     kind=names,
     filter=st.one_of(st.none(), filters),

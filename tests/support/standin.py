@@ -3,8 +3,8 @@
 
 The file `module` exists while the module is loaded, and a changed content means another module; the engine creates
 `attached` and `closed`. The counts for each command are fixed, so that its output is known. If the file `vendor` is
-there, the kernel is that of an AMD host. The file `vms` has a line for each VM: its name, its pid, how many vCPUs it
-has, and the MSRs that its filter denies; each time states are read, one is read from there.
+there, the kernel is that of an AMD host. The file `vms` has a line for each VM: its name, or NAME@UUID, its pid, how
+many vCPUs it has, and the MSRs that its filter denies; each time states are read, one is read from there.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ class States:
     def vm(self, name: str, pid: str, vcpus: str, *denied: str) -> Vm:
         """A VM of a line."""
         one = denies(*(int(number, 16) for number in denied)) if denied else NO_FILTER
-        return vm(name, int(pid), *(vcpu(number, one) for number in range(int(vcpus))))
+        name, _, uuid = name.partition("@")
+        return vm(name, int(pid), *(vcpu(number, one) for number in range(int(vcpus))), uuid=uuid)
 
     def close(self) -> None:
         """Record that it was closed."""

@@ -58,15 +58,16 @@ class Reader:
         self.closed = True
 
 
-def test_states_have_the_names_of_vms(tmp_path: Path) -> None:
+def test_states_have_the_names_and_uuids_of_vms(tmp_path: Path) -> None:
+    uuid = "6f1d7d5e-0c1b-4b6e-9a58-2d0a6f4f0001"
     process = tmp_path / "812"
     process.mkdir()
     (process / "stat").write_text(f"812 (qemu) S {' '.join(map(str, range(30)))}")
     (process / "comm").write_text("qemu-system-x86\n")
-    (process / "cmdline").write_bytes(b"qemu-system-x86_64\0-name\0web-01\0")
+    (process / "cmdline").write_bytes(f"qemu-system-x86_64\0-name\0web-01\0-uuid\0{uuid.upper()}\0".encode())
     follower = Host().follower(tmp_path)
     follower.start()
-    assert [vm.name for vm in follower.read().vms] == ["web-01"]
+    assert [(vm.name, vm.uuid) for vm in follower.read().vms] == [("web-01", uuid)]
 
 
 def test_a_module_that_is_loaded_again_has_a_reader_of_its_own() -> None:

@@ -14,7 +14,7 @@ from tracer.cli.output import check_outputs, deliver, output_options
 from tracer.cli.parameters import MSR
 from tracer.cli.session import check_pid, following_states
 from tracer.model.errors import MsrtraceError
-from tracer.model.state import State, of
+from tracer.model.state import State, is_called, of
 from tracer.report.formats import OF_STATES, write_state, write_state_diff
 from tracer.report.state_view import RowChoice
 
@@ -23,7 +23,9 @@ _INTERVAL_SECONDS, _LONGEST_SECONDS = 1.0, 86400.0
 
 @click.command()
 @output_options(OF_STATES)
-@click.option("--vm", "names", multiple=True, metavar="NAME", help="Only VMs of this name. May be given several times.")
+@click.option(
+    "--vm", "names", multiple=True, metavar="NAME", help="Only VMs with this name or UUID. May be given several times."
+)
 @click.option("--pid", type=click.IntRange(min=1), help="Only the VMs of this process.")
 @click.option(
     "--msr",
@@ -45,7 +47,8 @@ _INTERVAL_SECONDS, _LONGEST_SECONDS = 1.0, 86400.0
     "--diff",
     nargs=2,
     metavar="A B",
-    help="Why does A exit where B does not? Two VMs of this host, by name or pid, or two files of `-o FILE.json`.",
+    help="Why does A exit where B does not? Two VMs of this host, by name, UUID or pid, or two files of "
+    "`-o FILE.json`.",
 )
 def state(  # noqa: PLR0917 (click passes them by name)
     outputs: tuple[Path, ...],
@@ -108,7 +111,7 @@ def _chosen(state: State, names: tuple[str, ...], pid: int | None) -> State:
     if pid is not None and not vms:
         raise MsrtraceError(f"process {pid} has no vCPU")
     for name in names:
-        if all(vm.name != name for vm in vms):
+        if not any(is_called(vm, [name]) for vm in vms):
             others = ", ".join(sorted({vm.name for vm in vms})[:6])
             raise MsrtraceError(f"no VM is called {name}" + (f"; there are {others}" if others else ""))
     return of(state, names, pid)

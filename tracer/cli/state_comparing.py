@@ -11,6 +11,7 @@ import msgspec
 
 from tracer.cli.console import version
 from tracer.model.errors import MsrtraceError
+from tracer.model.state import is_called
 from tracer.report.file import STATE, read_as
 from tracer.report.formats import SUFFIXES
 from tracer.report.state_diff import Side, StateDiff, compare_states
@@ -42,7 +43,7 @@ def _of_files(given: tuple[str, str], names: tuple[str, ...], pid: int | None) -
         short = list(given) if given[0] != given[1] else ["A", "B"]
     found = []
     for title, file in zip(short, (one, other), strict=True):
-        vms = [vm for vm in file.vms if (not names or vm.name in names) and pid in (None, vm.pid)]
+        vms = [vm for vm in file.vms if (not names or is_called(vm, names)) and pid in (None, vm.pid)]
         if not vms:
             which = f" called {' or '.join(names)}" if names else ""
             raise MsrtraceError(f"{title} has no VM{which}" + (f" of process {pid}" if pid is not None else ""))
@@ -72,12 +73,12 @@ def _of_vms(given: tuple[str, str], shown: RowChoice) -> tuple[Side, Side]:
 
 
 def _vm(state: StateFile, text: str) -> VmState:
-    """The VM of a pid or a name. Raises MsrtraceError unless there is one, or several that are alike."""
+    """The VM of a pid, a name or a UUID. Raises MsrtraceError unless there is one, or several that are alike."""
     number = int(text) if text.isascii() and text.isdigit() else None
-    found = [vm for vm in state.vms if vm.pid == number] or [vm for vm in state.vms if vm.name == text]
+    found = [vm for vm in state.vms if vm.pid == number] or [vm for vm in state.vms if is_called(vm, [text])]
     if not found:
         others = ", ".join(sorted({vm.name for vm in state.vms if vm.name})[:6])
-        what = f"{text} is neither a file nor the name or the process of a VM"
+        what = f"{text} is neither a file nor the name, the UUID or the process of a VM"
         raise MsrtraceError(what + (f"; there are {others}" if others else ""))
     if len({msgspec.json.encode((vm.filter, vm.vcpus)) for vm in found}) > 1:
         pids = sorted({vm.pid for vm in found})

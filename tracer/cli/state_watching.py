@@ -13,7 +13,7 @@ import click
 from tracer.cli.console import columns, version, warn
 from tracer.cli.session import EndSignals, following_states
 from tracer.model.module_change import RETRY_SECONDS, ModuleChange
-from tracer.model.state import of
+from tracer.model.state import is_called, of
 from tracer.report.formats import DEFAULT, write_state
 from tracer.report.making import HostInfo
 from tracer.report.state_changes import Vms, changes
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def watch(names: tuple[str, ...], pid: int | None, shown: RowChoice, interval: float) -> None:
     """Print the state, then what changes, until SIGINT or SIGTERM.
 
-    :param names: of the VMs that are asked for, as `pid` is their process: none is all
+    :param names: or UUIDs of the VMs that are asked for, as `pid` is their process: none is all
     :param interval: how often to read the state, in seconds
     """
     with EndSignals() as signals, following_states(pid) as follower:
@@ -36,7 +36,7 @@ def watch(names: tuple[str, ...], pid: int | None, shown: RowChoice, interval: f
         made = make_state(watched.state, host, taken=datetime.now(timezone.utc), version=version(), also=shown.only)
         click.echo(write_state(made, shown, DEFAULT, columns()))
         for name in names:
-            if all(vm.name != name for vm in watched.state.vms):
+            if not any(is_called(vm, [name]) for vm in watched.state.vms):
                 warn(f"no VM is called {name} now")
         _say(f"watching for changes, every {interval:g} s", interval)
         while not signals.wait(interval):

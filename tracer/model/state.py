@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from itertools import pairwise
+from typing import Protocol
 
 from tracer.model.msr_filter import DIRECTIONS, NO_FILTER, READ, WRITE, X2APIC, MsrFilter, joined
 from tracer.model.snapshot import Call
@@ -88,7 +89,7 @@ class Vm:
     """A VM of process `pid`, in the order of its vCPUs' ids. `key` tells VMs of one process apart.
 
     Unless it is `owned`, the process did not make the VM, and only has a descriptor: KVM does not let it run a vCPU.
-    `kind` is the name of a kind of VM whose bitmaps are not KVM's.
+    `kind` is the name of a kind of VM whose bitmaps are not KVM's. `uuid` as in VmInfo.
     """
 
     pid: int
@@ -97,6 +98,7 @@ class Vm:
     owned: bool = True
     kind: str = ""
     name: str = ""
+    uuid: str = ""
 
     @property
     def filter(self) -> MsrFilter | None:
@@ -219,10 +221,30 @@ class State:
         return found
 
 
+class Named(Protocol):
+    """A VM with what it is called."""
+
+    @property
+    def name(self) -> str:
+        """Its name; VMs of a host may share it."""
+
+    @property
+    def uuid(self) -> str:
+        """Its UUID, in lower case; "" where it has none."""
+
+
+def is_called(vm: Named, names: Collection[str]) -> bool:
+    """Whether one of these is the VM's name or its UUID."""
+    return any(given == vm.name or (vm.uuid and given.lower() == vm.uuid) for given in names)
+
+
 def of(state: State, names: Collection[str] = (), pid: int | None = None) -> State:
-    """The state of the VMs that have one of these names and are of this process, or of all where none is given."""
+    """The state of the VMs that are called by one of these names and are of this process, or all where none is given.
+
+    Names as in `is_called`.
+    """
     vms = (vm for vm in state.vms if pid in (None, vm.pid))
-    return replace(state, vms=tuple(vm for vm in vms if not names or vm.name in names))
+    return replace(state, vms=tuple(vm for vm in vms if not names or is_called(vm, names)))
 
 
 def seen_wishes(calls: Iterable[Call], pid: int | None = None) -> frozenset[tuple[int, int, Wish]]:

@@ -259,7 +259,7 @@ class Comparer:
 
 
 def compare_states(one: Side, other: Side, shown: RowChoice = _ALL) -> StateDiff:
-    """Compare two sides: VMs by their names, or, where each has only one VM, these."""
+    """Compare two sides: VMs by their UUIDs, else by their names, or, where each has only one VM, these."""
     comparer = Comparer(shown)
     found = [comparer.vms(*pair) for pair in _pairs(one, other)]
     folded: dict[str, list[VmDifference]] = {}
@@ -284,24 +284,30 @@ def compare_states(one: Side, other: Side, shown: RowChoice = _ALL) -> StateDiff
 
 
 def _pairs(one: Side, other: Side) -> Iterator[tuple[VmState, VmState]]:
-    """VMs that are compared.
+    """VMs that are compared: those of one UUID, then those of one name.
 
-    VMs of one name are matched by their pids if the sides are of one host, then those that are alike, then by order.
+    Of several, first those with the same pid, if the sides are of one host; of one name, then those that are alike.
     """
     if len(one.vms) == len(other.vms) == 1:
         yield one.vms[0], other.vms[0]
         return
-    ways: list[Callable[[VmState], object]] = [lambda vm: msgspec.json.encode((vm.filter, vm.vcpus)), lambda _: None]
-    if one.host.name == other.host.name:
-        ways.insert(0, lambda vm: vm.pid)
+    ways: list[Callable[[VmState], Hashable]] = [
+        lambda vm: vm.uuid and (vm.uuid, vm.pid),
+        lambda vm: vm.uuid,  # "": not in this way
+        lambda vm: (vm.name, vm.pid),
+        lambda vm: (vm.name, msgspec.json.encode((vm.filter, vm.vcpus))),
+        lambda vm: (vm.name,),
+    ]
+    if one.host.name != other.host.name:
+        ways = ways[1:2] + ways[3:]  # pids say nothing
     left, right = list(one.vms), list(other.vms)
     for way in ways:
-        waiting: dict[tuple[str, object], list[VmState]] = {}
+        waiting: dict[Hashable, list[VmState]] = {}
         for vm in right:
-            waiting.setdefault((vm.name, way(vm)), []).append(vm)
+            waiting.setdefault(way(vm), []).append(vm)
         taken = set()
         for vm in left:
-            if found := waiting.get((vm.name, way(vm))):
+            if (key := way(vm)) and (found := waiting.get(key)):
                 match = found.pop(0)
                 taken |= {id(vm), id(match)}
                 yield vm, match

@@ -223,7 +223,7 @@ def state_diff_json(diff: StateDiff) -> bytes:
         return {"title": one.title, "host": one.host, "taken": one.taken, "vms": len(one.vms), "notes": [*one.notes]}
 
     def vm(one: VmState, only: Sequence[int] = ()) -> dict[str, object]:
-        return {"name": one.name, "pid": one.pid, "vcpus": _ids(one), "only_here": [*only]}
+        return {"name": one.name, "uuid": one.uuid, "pid": one.pid, "vcpus": _ids(one), "only_here": [*only]}
 
     def rows(found: Iterable[Differing]) -> list[dict[str, object]]:
         return [

@@ -85,10 +85,12 @@ class VmState(Sanitized, frozen=True, kw_only=True):
     """A VM of process `pid`; unless `owned`, that only holds a descriptor, and the process that made the VM is gone.
 
     `kind` is not empty for VMs whose bitmaps are not KVM's, such as TDX. `filter` is null where it cannot be read.
+    `uuid` is "" where unknown, and in older files.
     """
 
     pid: Count
     name: Text
+    uuid: Text = ""
     owned: bool = True
     kind: Text = ""
     filter: Filter | None

@@ -65,7 +65,8 @@ def make_states(state: State, also: Iterable[int] = ()) -> States:
         if vm.filter and vm.filter not in filters:
             filters[vm.filter] = _filter(vm.filter)
         shown = filters[vm.filter] if vm.filter else None
-        vms.append(VmState(pid=vm.pid, name=vm.name, owned=vm.owned, kind=vm.kind, filter=shown, vcpus=groups))
+        made = VmState(pid=vm.pid, name=vm.name, uuid=vm.uuid, owned=vm.owned, kind=vm.kind, filter=shown, vcpus=groups)
+        vms.append(made)
     return States(vms=vms, notes=[*state.notes])
 
 

@@ -85,7 +85,7 @@ def state_document(state: StateFile, shown: RowChoice) -> Document:
         vm, group = members[0]
         rows = shown.of(vm, group)
         used |= {said for row in rows for said in (row.read, row.write)}
-        lines = [*_filter_lines(vm), *_group_lines(vm, group)]
+        lines = [*_uuid_lines([vm for vm, _ in members]), *_filter_lines(vm), *_group_lines(vm, group)]
         if (hidden := len(group.msrs) - len(rows)) and not shown.only:
             lines.append(f"not shown: {_count(hidden, 'range')} of other MSRs (--all)")
         sections.append(Section(heading([(vm, group.ids) for vm, group in members]), tuple(lines), _table(rows)))
@@ -194,6 +194,13 @@ def ids_text(ids: Iterable[int]) -> str:
         else:
             runs.append([number])
     return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def _uuid_lines(vms: Sequence[VmState]) -> list[str]:
+    """The UUIDs of those VMs that a heading names."""
+    if len(vms) == 1:
+        return [f"UUID: {vms[0].uuid}"] if vms[0].uuid else []
+    return [f"UUID of {vm.title}: {vm.uuid}" for vm in vms[:_NAMES] if vm.uuid]
 
 
 def _filter_lines(vm: VmState) -> list[str]:

@@ -13,6 +13,7 @@ from tracer.kernel.headers import header_settings
 from tracer.kernel.symbols import VCPU_RELEASE, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.msr_filter import FilterRange, MsrFilter
+from tracer.model.snapshot import VmInfo
 from tracer.model.state import State, Vcpu, Vm
 from tracer.model.vendor import SHADOWED
 from tracer.program import syscalls
@@ -64,9 +65,9 @@ def state_program_is_compiled() -> bool:
 
 
 def named(state: State, infos: VmInfos) -> State:
-    """The state with the names of its VMs; those of processes that are gone have none."""
-    found = ((vm, infos.info(vm.pid)) for vm in state.vms)
-    return replace(state, vms=tuple(replace(vm, name=info.name if info else "") for vm, info in found))
+    """The state with the names and UUIDs of its VMs; those of processes that are gone have none."""
+    found = ((vm, infos.info(vm.pid) or VmInfo("")) for vm in state.vms)
+    return replace(state, vms=tuple(replace(vm, name=info.name, uuid=info.uuid) for vm, info in found))
 
 
 class StateReader:
