@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from attaching import attach_and_be_killed
+from changing import compared, watched
 from exits import exits
 from guest import (
     OUT,
@@ -41,7 +42,7 @@ from guest import (
 )
 from kerneltracer import KernelTracer
 from reporting import make_reports, report_command
-from states import closing, states
+from states import closing, own_bitmap_offset, states
 from stress import stressed
 
 import tracer
@@ -193,6 +194,12 @@ def state() -> Any:
     return states(FEW if ARGS.vendor else HUNDRED)
 
 
+def changing() -> Any:
+    """What `msrtrace state --watch` and `--diff` say of VMs that change one thing at a time."""
+    load(STOCK)
+    return {"watched": watched(readable=own_bitmap_offset() is not None), "compared": compared()}
+
+
 def unknown_redundancy() -> Any:
     """A module without BTF: calls are counted; what they changed is known only where they name the bitmap."""
     load("nobtf")
@@ -324,7 +331,7 @@ def main() -> None:
     scenarios: list[Callable[[], Any]] = [host, counts, fentry, stress, reports, state, exits]
     scenarios += [unknown_redundancy, killed]
     if not ARGS.vendor:
-        scenarios += [attaching, closing]
+        scenarios += [attaching, closing, changing]
     if not (ARGS.vendor or ARGS.kernel):
         scenarios += [by_vm, one_pid, waits, not_root, report_command, compiles]
     only = os.environ.get("ONLY", "").split()
