@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator as Iterable
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from filters import BOTH, allowing
@@ -73,7 +74,7 @@ class Vcpu:
         # Where the value is in the struct is found by what it holds.
         self._load(given | {"kvm_mm": KVM_MM})
         self.put(0, MAGIC)
-        self.address = self.read_raw()["vcpu"][0]
+        self.address = self.read_raw()["vcpu"]
         inside = self.copy(self.address, 1024).index(MAGIC)
         self.value = self.address + inside
         self.close_program()
@@ -124,14 +125,14 @@ class Vcpu:
         assert run_program(self.loaded.functions["copy_memory"], address, size) == 0
         return self.loaded.arrays["copies"].raw(0, size)
 
-    def all(self) -> Iterable[tuple[Mapping[str, tuple[int, ...]], bytes, list[bytes]]]:
+    def all(self) -> Iterable[tuple[Mapping[str, Any], bytes, list[bytes]]]:
         """Every record that the program writes: its members, the bitmap and the bits of ranges."""
         content, at = self.iterator.read(), 0
         while at < len(content):
             members = self.record.read(content, at)
             at += self.record.size
             parts = []
-            for size in (members["bitmap_bytes"][0], *members["range_bytes"][: members["ranges"][0]]):
+            for size in (members["bitmap_bytes"], *members["range_bytes"][: members["ranges"]]):
                 parts.append(content[at : at + size])
                 at += size
             yield members, parts[0], parts[1:]
@@ -140,13 +141,13 @@ class Vcpu:
     def read(self, pid: int = 0) -> tuple[dict[str, int], bytes, list[bytes]]:
         """The record of a process' descriptor, its arrays left out; the bitmap; the bits of ranges."""
         pid = pid or os.getpid()
-        [found] = [one for one in self.all() if (one[0]["tgid"][0], one[0]["fd"][0]) == (pid, self.array.fd)]
+        [found] = [one for one in self.all() if (one[0]["tgid"], one[0]["fd"]) == (pid, self.array.fd)]
         members, bitmap, ranges = found
-        self.columns = {name: numbers for name, numbers in members.items() if len(numbers) > 1}
-        return {name: numbers[0] for name, numbers in members.items() if len(numbers) == 1}, bitmap, ranges
+        self.columns = {name: numbers for name, numbers in members.items() if isinstance(numbers, tuple)}
+        return {name: value for name, value in members.items() if isinstance(value, int)}, bitmap, ranges
 
-    def read_raw(self) -> Mapping[str, tuple[int, ...]]:
-        [found] = [m for m, _, _ in self.all() if (m["tgid"][0], m["fd"][0]) == (os.getpid(), self.array.fd)]
+    def read_raw(self) -> Mapping[str, Any]:
+        [found] = [m for m, _, _ in self.all() if (m["tgid"], m["fd"]) == (os.getpid(), self.array.fd)]
         return found
 
 

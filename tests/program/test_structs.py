@@ -46,7 +46,7 @@ def test_a_record_is_read_by_the_names_of_its_members() -> None:
     record = Record({"b": Member(8, 8), "a": Member(0, 4), "c": Member(18, 2, 3), "d": Member(24, 1)})
     content = bytes.fromhex("ffff78563412 00000000 0100000000000080 0000 0100 0200 ffff 07")
     assert record.size == 25
-    assert record.read(content, 2) == {"a": (0x12345678,), "b": (1 << 63 | 1,), "c": (1, 2, 0xFFFF), "d": (7,)}
+    assert record.read(content, 2) == {"a": 0x12345678, "b": 1 << 63 | 1, "c": (1, 2, 0xFFFF), "d": 7}
 
 
 def test_a_record_that_is_not_whole_is_an_error() -> None:

@@ -25,7 +25,7 @@ _MEMBERS = (
 
 def reading(filter_: MsrFilter = NO_FILTER, **members: int) -> Reading:
     """Of a vCPU whose bitmap lets nothing pass."""
-    told = {name: (members.get(name, 0),) for name in _MEMBERS}
+    told = {name: members.get(name, 0) for name in _MEMBERS}
     return Reading(told, b"\xff" * SVM.bitmap_geometry.size, filter_)
 
 

@@ -43,10 +43,10 @@ class Record:
     def __init__(self, members: Mapping[str, Member]) -> None:
         """`members`: all of them, without unions."""
         form, end, first = "<", 0, 0
-        self._places: dict[str, slice] = {}
+        self._places: dict[str, int | slice] = {}
         for name, member in sorted(members.items(), key=lambda item: item[1].offset):
             form += f"{member.offset - end}x{member.length}{_CODES[member.size]}"
-            self._places[name] = slice(first, first + member.length)
+            self._places[name] = first if member.length == 1 else slice(first, first + member.length)
             end, first = member.offset + member.bytes, first + member.length
         self._struct = struct.Struct(form)
 
@@ -55,8 +55,8 @@ class Record:
         """In bytes."""
         return self._struct.size
 
-    def read(self, content: bytes, at: int) -> Mapping[str, tuple[int, ...]]:
-        """The members of the struct at a byte, each as a tuple. Raises ValueError where it is not whole."""
+    def read(self, content: bytes, at: int) -> Mapping[str, Any]:
+        """The members of the struct at a byte, numbers and tuples of them. Raises ValueError where it is not whole."""
         try:
             numbers = self._struct.unpack_from(content, at)
         except struct.error as error:

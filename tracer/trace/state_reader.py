@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.headers import header_settings
@@ -220,18 +221,18 @@ class StateReader:
 class Reading:
     """A record of bpf/state.c, and what follows it."""
 
-    def __init__(self, members: Mapping[str, tuple[int, ...]], bitmap: bytes, filter_: MsrFilter) -> None:
-        def one(name: str) -> int:
-            return members[name][0]
-
-        self.vcpu, self.kvm, self.tgid, self.id = one("vcpu"), one("kvm"), one("tgid"), one("vcpu_id")
-        self.owned, self.vm_type, self.exits = bool(one("owned")), one("vm_type"), one("exits")
-        self.bitmap, self.failed, self.shadow = bitmap, one("failed"), (one("shadow_read"), one("shadow_write"))
-        self.requested = bool(one("requests") & _REQUEST)
-        ahead = (one("gp_seq_needed") - one("gp_seq")) % (1 << 64)
-        self._grace_periods = one("gp_seq")
-        waits = bool(one("gp_seq") & _RCU_SEQ_STATE) or 0 < ahead < 1 << 63
-        self._address, replaced = one("filter"), one("filter") != one("filter_after")
+    def __init__(self, members: Mapping[str, Any], bitmap: bytes, filter_: MsrFilter) -> None:
+        self.vcpu, self.kvm = members["vcpu"], members["kvm"]
+        self.tgid, self.id = members["tgid"], members["vcpu_id"]
+        self.owned, self.vm_type, self.exits = bool(members["owned"]), members["vm_type"], members["exits"]
+        self.bitmap, self.failed = bitmap, members["failed"]
+        self.shadow = members["shadow_read"], members["shadow_write"]
+        self.requested = bool(members["requests"] & _REQUEST)
+        self._grace_periods = members["gp_seq"]
+        ahead = (members["gp_seq_needed"] - self._grace_periods) % (1 << 64)
+        waits = bool(self._grace_periods & _RCU_SEQ_STATE) or 0 < ahead < 1 << 63
+        self._address = members["filter"]
+        replaced = self._address != members["filter_after"]
         #: Its filter may be a new one without a request yet, which follows a grace period; others wait for those, too.
         self.moves = replaced or waits
         self.filter = None if replaced or self.failed & _FILTER_FAILED else filter_
@@ -263,9 +264,9 @@ def readings(content: bytes, record: Record) -> dict[int, Reading]:
     while at < len(content):
         members = record.read(content, at)
         at += record.size
-        bitmap, at = content[at : at + members["bitmap_bytes"][0]], at + members["bitmap_bytes"][0]
+        bitmap, at = content[at : at + members["bitmap_bytes"]], at + members["bitmap_bytes"]
         allowed = []
-        for size in members["range_bytes"][: members["ranges"][0]]:
+        for size in members["range_bytes"][: members["ranges"]]:
             allowed.append(content[at : at + size])
             at += size
         one = Reading(members, bitmap, _filter(members, allowed, filters))
@@ -274,12 +275,10 @@ def readings(content: bytes, record: Record) -> dict[int, Reading]:
     return found
 
 
-def _filter(
-    members: Mapping[str, tuple[int, ...]], allowed: Sequence[bytes], known: dict[object, MsrFilter]
-) -> MsrFilter:
+def _filter(members: Mapping[str, Any], allowed: Sequence[bytes], known: dict[object, MsrFilter]) -> MsrFilter:
     """The filter of a record; equal ones are one object."""
     columns = (members[name] for name in ("range_flags", "range_base", "range_nmsrs"))
-    key = (members["default_allow"][0], tuple(zip(*columns, allowed, strict=False)))
+    key = (members["default_allow"], tuple(zip(*columns, allowed, strict=False)))
     if key not in known:
         ranges = tuple(FilterRange(flags, base, count, bits) for flags, base, count, bits in key[1])
         known[key] = MsrFilter(bool(key[0]), ranges)
