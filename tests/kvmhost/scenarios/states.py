@@ -50,11 +50,13 @@ SIXTEEN = [
 class Case:
     """A VM: the filters that its first two vCPUs apply one after the other, and one that nobody has applied yet.
 
+    :param spec_ctrl_again: user space writes SPEC_CTRL once more under the first filter
     :param svme: KVM makes a second bitmap for each vCPU then, for guests of its guest
     """
 
     filters: tuple[Filter, ...] = ()
     unapplied: Filter | None = None
+    spec_ctrl_again: bool = False
     svme: bool = False
 
     @property
@@ -68,6 +70,7 @@ def denied(base: int, count: int = 1, flags: int = READ | WRITE) -> Range:
     return Range.of(base, [False] * count, flags)
 
 
+SPEC_CTRL_DENIED, SPEC_CTRL_ALLOWED = "SPEC_CTRL, then denied", "SPEC_CTRL while denied, then allowed"
 #: By name. `none` has no filter: it is what KVM itself wants.
 CASES = {
     "none": Case(),
@@ -95,6 +98,8 @@ CASES = {
     "beyond the bitmap": Case((Filter([denied(0x1FF0, 32), denied(0xC0001FFF, 2), denied(0xFFFFFFF0, 15)]),)),
     "replaced": Case((Filter([denied(FS_BASE)]), Filter([denied(GS_BASE)]))),
     "denied, not applied": Case((Filter(),), Filter([denied(FS_BASE), denied(0x175), denied(SPEC_CTRL)])),
+    SPEC_CTRL_DENIED: Case((Filter([denied(SPEC_CTRL)]),)),
+    SPEC_CTRL_ALLOWED: Case((Filter([denied(SPEC_CTRL)]), Filter()), spec_ctrl_again=True),
     "allowed, not applied": Case((Filter([denied(FS_BASE), denied(0x175), denied(SPEC_CTRL)]),), Filter()),
 }
 #: For guests of guests, where there is SVM.
@@ -115,11 +120,14 @@ def made(case: Case) -> Vm:
         vcpu.set_msr(SPEC_CTRL, 1)
         if case.svme:
             vcpu.set_svme(on=True)
-    for wanted in case.filters or (None,):
+    for number, wanted in enumerate(case.filters or (None,)):
         if wanted:
             vm.set_filter(wanted)
         for vcpu in vm.vcpus[:NEVER_RUN]:
             vcpu.run()
+        if case.spec_ctrl_again and number == 0:
+            for vcpu in vm.vcpus[WITH_CPUID:]:
+                vcpu.set_msr(SPEC_CTRL, 1)
     if case.unapplied:
         vm.set_filter(case.unapplied)
     return vm
