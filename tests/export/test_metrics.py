@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tracer.export.metrics import SnapshotCollector, UnattachedCollector
+from tracer.model.exits import L1, OK, SLOW, Exit
 from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
 
 Samples = dict[str, float]
@@ -342,7 +343,10 @@ def check(exposition: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     "snapshot",
-    [SNAPSHOT, BY_VM, replace(SNAPSHOT, redundancy="unknown"), Snapshot("toggle"), RECALC, RECALC_BY_VM],
+    [
+        *(SNAPSHOT, BY_VM, replace(SNAPSHOT, redundancy="unknown"), Snapshot("toggle"), RECALC, RECALC_BY_VM),
+        replace(BY_VM, exits={Exit(0x48, "write", SLOW, OK, L1, pid): 7 for pid in (0, 100)}),
+    ],
 )
 def test_promtool_finds_nothing_wrong(snapshot: Snapshot) -> None:
     exposition = text(lambda: snapshot)

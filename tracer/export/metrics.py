@@ -21,6 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from tracer.export.exit_metrics import ExitFamily, exit_losses
 from tracer.export.exposition import Known, LabelSets
 from tracer.export.state_metrics import state_families
 from tracer.model import msr
@@ -51,6 +52,7 @@ class SnapshotCollector(Collector):
         self._lock = threading.Lock()
         self._last: Snapshot | None = None
         self._known: Known = {}
+        self._exits = {all_vms: ExitFamily("host_" if all_vms else "") for all_vms in (False, True)}
         self._failures = 0
 
     def describe(self) -> Iterable[Metric]:
@@ -68,12 +70,14 @@ class SnapshotCollector(Collector):
             for all_vms in (False, True) if snapshot.by_vm else (False,):
                 yield from _calls(snapshot, sets, all_vms)
                 yield from _updates(snapshot, sets, all_vms)
+                yield from self._exits[all_vms].collect(snapshot, sets, _vms(snapshot, all_vms))
             yield from _recalculations(snapshot, sets)
             yield from _creations(snapshot)
             if state:
                 yield from state_families(state, sets, by_vm=snapshot.by_vm)
             self._known = sets.now
             yield from _health(snapshot)
+            yield from exit_losses(snapshot)
         yield CounterMetricFamily(
             "msrtrace_scrape_failures",
             "Failed readings: of counts, of which older ones are shown, or of what vCPUs intercept, which is absent.",
