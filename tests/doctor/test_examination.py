@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 from machines import (
     AMD_NAMES,
+    EXITS,
     FAILED,
     MODPROBE,
     NAMES,
@@ -40,6 +41,8 @@ def test_a_good_host_needs_no_fix(host: Host) -> None:
         "cpu": "Xeon Gold 6338 has VMX",
         "kvm-intel": "loaded nested=Y enable_apicv=N",
         "symbols": f"layout toggle (kernels 5.13-6.16): {', '.join(TOGGLE)}",
+        "exits": f"--exits probes {', '.join(EXITS)}; "
+        "no exits: accesses that pass, that the virtual APIC serves, or that a guest's user space tries",
         "livepatch": "no livepatch or other module has a function that msrtrace probes",
         "library": "libbcc.so.0",
         "headers": f"/lib/modules/{RELEASE}/build",
@@ -112,6 +115,7 @@ def test_what_an_empty_machine_cannot_show_is_unknown(tmp_path: Path) -> None:
         "cpu",
         "kvm-intel",
         "symbols",
+        "exits",
         "livepatch",
         "btf",
         "capabilities",
@@ -130,7 +134,7 @@ def test_symbols_are_read_once_before_tracing(host: Host, monkeypatch: pytest.Mo
     assert read.call_count == 1
     host.remove("proc/kallsyms")
     unknown = {check.name for check in examine(host.machine) if check.state is UNKNOWN}
-    assert unknown == {"symbols", "livepatch", "btf"}  # read again
+    assert unknown == {"symbols", "exits", "livepatch", "btf"}  # read again
 
 
 def test_the_checks_import_neither_bcc_nor_click() -> None:

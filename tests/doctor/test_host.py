@@ -12,6 +12,7 @@ from machines import (
     BOTH,
     BPF_AND_PERFMON,
     DISABLED,
+    EXITS,
     FAILED,
     KVM,
     MODPROBE,
@@ -420,9 +421,42 @@ def test_built_into_a_kernel_whose_functions_have_suffixes(host: Host) -> None:
 def test_kvm_built_in_without_kvm_intel(host: Host) -> None:
     image = ["kvm_vcpu_ioctl", "kvm_vm_ioctl_set_msr_filter"]
     lines = "".join(f"ffffffff8106{n}f30 t {name}\n" for n, name in enumerate(image))
-    host.write("proc/kallsyms", lines + kallsyms(*RECALC[:2]).partition("\n")[2])
+    host.write("proc/kallsyms", lines + kallsyms(*RECALC[:2], exits=()).partition("\n")[2])
     check = host.check("symbols")
     assert (check.state, check.detail) == (OK, f"layout recalc (kernels 6.18+): {', '.join(RECALC)}")
+
+
+def exits(host: Host, *functions: str) -> Check:
+    """The check, where kvm has these functions."""
+    host.write("proc/kallsyms", kallsyms(*TOGGLE, exits=functions))
+    return host.check("exits")
+
+
+def test_exits_are_counted_at_what_the_kernel_has(host: Host) -> None:
+    newer = ("handle_fastpath_wrmsr", "kvm_emulate_rdmsr_imm", "kvm_emulate_wrmsr_imm", "handle_fastpath_wrmsr_imm")
+    read, write, fast, refused = EXITS
+    check = exits(host, *EXITS[:2], refused, *newer)
+    assert (check.state, check.fix) == (OK, None)
+    assert check.detail.startswith(f"--exits probes {read}, {write}, {newer[0]}, {refused}, {', '.join(newer[1:])}; no")
+    assert exits(host, fast, read, refused, write).detail.startswith(f"--exits probes {', '.join(EXITS)}; no exits: ")
+
+
+@pytest.mark.parametrize("lacking", EXITS)
+def test_a_function_that_exits_need_and_the_kernel_lacks(host: Host, lacking: str) -> None:
+    there = [function for function in EXITS if function != lacking]
+    assert exits(host, *there) == Check(
+        "exits",
+        WARNING,
+        f"--exits probes {', '.join(there)}; not found, so what they do is not counted: {lacking}",
+        f"report the output of: grep -E '{lacking}' /proc/kallsyms",
+    )
+    assert obstacle(host.machine) is None
+
+
+def test_a_kernel_without_any_of_them(host: Host) -> None:
+    assert exits(host).detail.startswith("--exits probes nothing; not found, so what they do is not counted: kvm_emul")
+    host.unload()
+    assert host.found("exits") == (UNKNOWN, "fix symbols first")
 
 
 COPY = "ffffffffc0d00000 t vmx_msr_filter_changed\t[kpatch_x]\n"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tracer.kernel.machine import Machine
 RELEASE = "6.1.0-56-amd64"
 
 
-OTHERS = ["symbols", "livepatch", "library", "headers", "bcc", "btf"]
+OTHERS = ["symbols", "exits", "livepatch", "library", "headers", "bcc", "btf"]
 OTHERS += ["lockdown", "capabilities", "perf-event-paranoid", "bpf", "tracefs"]
 NAMES = ["cpu", "kvm-intel", *OTHERS]
 AMD_NAMES = ["cpu", "kvm-amd", *OTHERS]
@@ -36,6 +37,8 @@ MODPROBE_AMD = f"sudo modprobe kvm_amd; if that fails, {DISABLED}"
 
 
 TOGGLE = ("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr", "vmx_msr_filter_changed")
+#: Of kvm, 6.1: what `--exits` probes.
+EXITS = ("kvm_emulate_rdmsr", "kvm_emulate_wrmsr", "handle_fastpath_set_msr_irqoff", "kvm_msr_user_space")
 PASS = ("set_msr_interception_bitmap", "svm_msr_filter_changed")
 
 
@@ -62,10 +65,14 @@ KVM = {"loaded_vmcs": ("msr_bitmap", 0x18), "vcpu_vmx": ("vmcs01", 0x1AA0)}
 KVM_AMD = {"vcpu_svm": ("msrpm", 0x1AF8)}
 
 
-def kallsyms(*functions: str, address: int = 0xFFFFFFFFC0A81F30, module: str = "kvm_intel") -> str:
+def kallsyms(
+    *functions: str, address: int = 0xFFFFFFFFC0A81F30, module: str = "kvm_intel", exits: Sequence[str] = EXITS
+) -> str:
+    """The functions of KVM, and `exits`, unless there are none."""
+    functions += tuple(exits) if functions else ()
     lines = ["ffffffff81000000 T _text" if address else "0000000000000000 T _text"]
     for index, function in enumerate(functions):
-        home = "kvm" if function.startswith("kvm_") else module
+        home = "kvm" if function.startswith("kvm_") or function in exits else module
         lines.append(f"{address + 64 * index if address else 0:016x} t {function}\t[{home}]")
     return "\n".join(lines) + "\n"
 

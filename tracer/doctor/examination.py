@@ -17,6 +17,7 @@ _CHECKS: dict[str, Callable[[Machine], Found]] = {
     "cpu": host.check_cpu,
     MODULE: host.check_module,
     SYMBOLS: host.check_symbols,
+    "exits": host.check_exits,
     "livepatch": host.check_livepatch,
     "library": tools.check_library,
     "headers": tools.check_headers,

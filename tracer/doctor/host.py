@@ -9,8 +9,13 @@ from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.copies import describe
 from tracer.kernel.layout import choose, places
 from tracer.kernel.machine import Machine
+from tracer.model.exits import EXIT_FUNCTIONS
 from tracer.model.vendor import Vendor
 from tracer.model.vendors import VENDORS
+
+#: Of a check that needs the functions which check_symbols() finds.
+_FIRST = "fix symbols first"
+_NO_EXITS = "no exits: accesses that pass, that the virtual APIC serves, or that a guest's user space tries"
 
 
 def check_cpu(machine: Machine) -> Found:
@@ -108,7 +113,7 @@ def check_btf(machine: Machine) -> Found:
     """The types that locate the MSR bitmap of a vCPU, where calls do not say where it is."""
     layout = choose(machine.symbols)
     if layout is None:
-        return State.UNKNOWN, "its types can be looked up once its functions are found", "fix symbols first"
+        return State.UNKNOWN, "its types can be looked up once its functions are found", _FIRST
     if not layout.calls:
         return State.OK, "not needed where calls are not observable", None
     directory, module, path = machine.at("/sys/kernel/btf"), machine.symbols.module, machine.symbols.vendor.bitmap
@@ -121,3 +126,19 @@ def check_btf(machine: Machine) -> Found:
         fix = "boot a kernel with CONFIG_DEBUG_INFO_BTF=y and CONFIG_DEBUG_INFO_BTF_MODULES=y (Debian: 6.1 and newer)"
         return State.WARNING, f"{error}: calls are counted, but which were redundant is unknown", fix
     return State.OK, f"{'.'.join(member for _, member in path)} is at {offset:#x} in struct {path[0][0]}", None
+
+
+def check_exits(machine: Machine) -> Found:
+    """The functions that `--exits` probes. Which others tell exits apart is known when they are probed."""
+    symbols, functions = machine.symbols, EXIT_FUNCTIONS
+    if choose(symbols) is None:
+        return State.UNKNOWN, "its functions can be looked up once those of symbols are found", _FIRST
+    fast = next((name for name in functions.write_fast if symbols.find(name)), functions.write_fast[-1])
+    wanted = (functions.read, functions.write, fast, functions.refused)
+    missing = [function for function in wanted if not symbols.find(function)]
+    probed = [function for function in (*wanted, *functions.immediate) if symbols.find(function)]
+    detail = f"--exits probes {', '.join(probed) or 'nothing'}"
+    if missing:
+        detail += f"; not found, so what they do is not counted: {', '.join(missing)}"
+        return State.WARNING, detail, f"report the output of: grep -E '{'|'.join(missing)}' /proc/kallsyms"
+    return State.OK, f"{detail}; {_NO_EXITS}", None

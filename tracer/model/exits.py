@@ -51,8 +51,12 @@ class ExitFunctions:
     @property
     def all(self) -> frozenset[str]:
         """Every name of them: without a probe on one that a kernel has, exits are missing, or their results."""
-        slow = (self.read, self.write, self.read_imm, self.write_imm, self.refused)
-        return frozenset((*slow, *self.write_fast, self.write_fast_imm))
+        return frozenset((self.read, self.write, *self.write_fast, *self.immediate, self.refused))
+
+    @property
+    def immediate(self) -> tuple[str, ...]:
+        """Those for instructions that contain the MSR."""
+        return (self.read_imm, self.write_imm, self.write_fast_imm)
 
 
 EXIT_FUNCTIONS = ExitFunctions()
