@@ -9,6 +9,7 @@ from dashboards.grafana import BAD, GREEN, ORANGE, RED, SHARE, Column, Json, Que
 from dashboards.queries import (
     BUILD,
     HOST,
+    LOSS_OF_EXITS,
     LOSSES,
     LOST,
     NOW,
@@ -44,8 +45,9 @@ def _of_host(name: str, over: Over = NOW) -> str:
 
 
 def _lost(over: Over) -> str:
-    """All counts that each host lost."""
-    return " + ".join(total(HOST, kind, over) for kind in LOSSES)
+    """All counts that each host lost; those of exits are absent where these are not counted."""
+    first, *others = (total(HOST, kind, over) for kind in LOSSES if kind != LOSS_OF_EXITS)
+    return " + ".join((first, *others, f"({total(HOST, LOSS_OF_EXITS, over)} or 0 * {first})"))
 
 
 #: Targets of jobs named as the alerts in rules.yml want it, and all others that are msrtrace.
@@ -163,7 +165,8 @@ def health() -> list[Json]:
         graph(
             "Counts lost",
             "What was not counted, in each step of the graph: runs of a function that its probes missed, updates of a "
-            "BPF map that was full, returns without an entry, bitmaps that could not be read. Normally 0.",
+            "BPF map that was full, returns without an entry, bitmaps that could not be read; refused accesses without "
+            "an exit (empty unless a host runs `msrtrace run --exits`). Normally 0.",
             *(Query(total("", kind, STEP), what) for kind, what in LOSSES.items()),
             unit="none",
             size=(12, 8),

@@ -14,6 +14,7 @@ from pathlib import Path
 from textwrap import indent
 
 from dashboards.activity import overview, per_cause, per_msr, per_vm
+from dashboards.exits import exits
 from dashboards.grafana import Json, choice, dashboard, laid_out, link, variable
 from dashboards.health import health
 from dashboards.patterns import label
@@ -52,6 +53,7 @@ def made(docs: str = DOCS) -> Json:
         "By MSR": per_msr(),
         "By cause": per_cause(),
         "Intercepted now": intercepted_now(),
+        "Exits": exits(),
         "Filter updates": filter_updates(),
         "Recalculations, and vCPUs created": recalculations(),
         "What patching would save": savings(),

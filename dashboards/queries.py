@@ -20,6 +20,7 @@ from tracer.model.verdict import JUDGED
 GROUP = "patch"
 HOST = "job, instance"
 CALLS, REDUNDANT, UPDATES = "intercept_calls_total", "intercept_redundant_calls_total", "filter_updates_total"
+EXITS = "msr_exits_total"
 #: The series of rules.yml that has the verdict on the patch as its label `verdict`, for each host.
 RECORDED = "instance:msrtrace_patch_verdict:info"
 #: The most lines in a graph with one for each host, and what its description then says.
@@ -91,7 +92,7 @@ def count(name: str, *matchers: str, over: Over = NOW) -> str:
 
 
 def _all_vms(name: str, *matchers: str) -> list[str]:
-    if not name.startswith(("intercept_", "filter_update")):
+    if not name.startswith(("intercept_", "filter_update", EXITS)):
         return [metric(name, *matchers)]
     return [metric(f"host_{name}", *matchers), metric(name, 'vm=""', *matchers)]
 
@@ -205,12 +206,15 @@ def mean_update(labels: str, over: Over = NOW, *, only: str = "", of: str = "fil
     return ratio(*(by(labels, part + only, over) for part in parts))
 
 
+#: A counter of losses that is there only with --exits.
+LOSS_OF_EXITS = "unpaired_refusals_total"
 #: The counters of losses, and their names in the legend.
 LOSSES = {
     "probe_missed_total": "runs that probes missed",
     "dropped_updates_total": "full maps",
     "unpaired_returns_total": "returns without an entry",
     "read_failures_total": "bitmaps not read",
+    LOSS_OF_EXITS: "refused accesses without an exit",
 }
 _COUNTERS = "|".join(LOSSES)
 LOST = f'{{__name__=~"msrtrace_({_COUNTERS})", {_TARGET}}}'

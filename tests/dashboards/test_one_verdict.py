@@ -103,6 +103,7 @@ def probed(counted: Snapshot, lacking: str) -> Snapshot:
 
 LOSSES = {
     "unpaired": {"unpaired_returns": 1},
+    "refused unpaired": {"exits": {}, "unpaired_refusals": 1},
     "unread": {"read_failures": 1},
     "dropped": {"maps": (Map("calls", 9, 9, 1),)},
     "missed": {"probes": (Probe(HOOK, HOOK, True, HOOK, 1),)},

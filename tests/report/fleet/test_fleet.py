@@ -107,6 +107,9 @@ def test_losses_and_lost_probes_make_a_lower_bound() -> None:
     target = {"job": "msrtrace", "instance": "a"}
     lossy = fine | {"msrtrace_dropped_updates_total": [(target | {"map": "calls"}, {SCRAPES[0]: 1.0, SCRAPES[4]: 3.0})]}
     assert reported(lossy)[0].loss.dropped_updates == {"calls": 2}
+    unpaired = fine | {"msrtrace_unpaired_refusals_total": [(target, {SCRAPES[0]: 1.0, SCRAPES[4]: 4.0})]}
+    [report] = reported(unpaired)
+    assert (report.loss.unpaired_refusals, report.lower_bound) == (3, True)
     function = {"function": "vmx_enable_intercept_for_msr"}
     blind = fine | {"msrtrace_probe_attached": [(target | function, {SCRAPES[0]: 1.0, SCRAPES[1]: 0.0})]}
     found = reported(blind)[0]

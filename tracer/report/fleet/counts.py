@@ -136,6 +136,7 @@ def snapshot(info: Mapping[str, str], grown: Sequence[Grown]) -> Snapshot:
             Map(labels.get("map", ""), 0, 0, round(value)) for labels, value in family("msrtrace_dropped_updates_total")
         ),
         unpaired_returns=_sum(family("msrtrace_unpaired_returns_total")),
+        unpaired_refusals=_sum(family("msrtrace_unpaired_refusals_total")),
         read_failures=_sum(family("msrtrace_read_failures_total")),
         module_unloads=_sum(family("msrtrace_module_unloads_total")),
         calls_observable=bool(layout is None or layout.calls),

@@ -36,6 +36,7 @@ LOSSES: Mapping[str, tuple[str, ...]] = {
     "msrtrace_probe_missed_total": ("function",),
     "msrtrace_dropped_updates_total": ("map",),
     "msrtrace_unpaired_returns_total": (),
+    "msrtrace_unpaired_refusals_total": (),
     "msrtrace_read_failures_total": (),
     "msrtrace_module_unloads_total": (),
 }
