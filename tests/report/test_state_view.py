@@ -10,9 +10,9 @@ from vcpus import FS_BASE, SPEC_CTRL, TSC, rw, state, vcpu
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.msr_filter import NO_FILTER, READ, MsrFilter
-from tracer.model.state import SAID, State, Vcpu, Vm
+from tracer.model.state import SAID, WORDS, State, Vcpu, Vm
 from tracer.report.formats import FORMATS, OF_STATES, write_state
-from tracer.report.state_view import WORDS, RowChoice, ids_text
+from tracer.report.state_view import RowChoice, ids_text
 
 USUALLY, EVERYTHING = RowChoice(), RowChoice(everything=True)
 

@@ -31,6 +31,22 @@ SAID = {
     UNRECORDED: "intercepted; this kernel does not record whether KVM itself wants that",
     UNKNOWN: "what this vCPU intercepts, or its filter, cannot be read",
 }
+#: The same, as it is in tables.
+WORDS = {
+    PASSED: "passed",
+    KVM: "kvm",
+    FILTER: "filter",
+    BOTH: "both",
+    PENDING_DENIED: "pending deny",
+    PENDING_ALLOWED: "pending allow",
+    UNRECORDED: "unrecorded",
+    UNKNOWN: "unknown",
+}
+
+
+def does_exit(said: str) -> bool | None:
+    """Whether an access of which this is said exits now; None if that is unknown."""
+    return None if said == UNKNOWN else said not in (PASSED, PENDING_DENIED)
 
 
 class Wish(Enum):

@@ -9,11 +9,11 @@ from fractions import Fraction
 
 from tracer.model import msr
 from tracer.model.quantity import rate
+from tracer.model.state import does_exit
 from tracer.model.text import printable
 from tracer.report.compare import Comparison, Side, format_command
 from tracer.report.comparison_view import percent, sentence
 from tracer.report.report import Bit
-from tracer.report.state_diff import exits
 from tracer.report.state_file import range_text
 from tracer.report.state_view import name_of, said_text
 
@@ -65,7 +65,7 @@ def _intercepted(comparison: Comparison, *, by_new: bool) -> str:
     parts = []
     for row in comparison.intercepted:
         words = row.new if by_new else row.base
-        if exits(words[0]):
+        if does_exit(words[0]):
             letters = "".join(direction[0].upper() for direction in row.access.split("_"))
             parts.append(f"{name_of(row.msrs) or range_text(row.msrs)} {letters} ({said_text(words)})")
     return ", ".join(parts)

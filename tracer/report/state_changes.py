@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
-from tracer.report.state_diff import Compared, Comparer, FilterDifference, VmDifference, exits
+from tracer.model.state import WORDS, does_exit
+from tracer.report.state_diff import Compared, Comparer, FilterDifference, VmDifference
 from tracer.report.state_diff_view import access_text, is_none
 from tracer.report.state_file import Filter, VmState, range_text
-from tracer.report.state_view import DEFAULTS, WORDS, RowChoice, filter_lines, heading, name_of, range_line, titles
+from tracer.report.state_view import DEFAULTS, RowChoice, filter_lines, heading, name_of, range_line, titles
 
 _T = TypeVar("_T")
 _RANGES = 8  # of MSRs in a line
@@ -83,7 +84,7 @@ def _accesses(found: VmDifference, vcpus: Compared) -> Iterator[tuple[bool, str,
         more = sum(map(len, ranges[_RANGES:]))
         listed = ", ".join(named) + (f" and {more} more MSRs" if more else "")
         line = f"{access_text(access)} of {listed}: {WORDS[before]} -> {WORDS[now]}"
-        yield exits(before) == exits(now), line, (found.other, vcpus.ids)
+        yield does_exit(before) == does_exit(now), line, (found.other, vcpus.ids)
 
 
 def _by_vm(members: Iterable[tuple[VmState, tuple[int, ...]]]) -> list[tuple[VmState, list[int]]]:

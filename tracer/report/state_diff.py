@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from tracer.model.msr_filter import X2APIC
-from tracer.model.state import BOTH, KVM, PASSED, PENDING_DENIED, UNKNOWN
+from tracer.model.state import BOTH, KVM, UNKNOWN, does_exit
 from tracer.report.computer import Computer, Difference, differing, machines, parameters
 from tracer.report.state_file import Filter, FilterRangeRow, States, VcpuGroup, VmState, msr_range
 from tracer.report.state_view import RowChoice
@@ -21,11 +21,6 @@ SCHEMA = "msrtrace-state-comparison/1"
 _T = TypeVar("_T")
 _Key = TypeVar("_Key", bound=Hashable)
 _ALL = RowChoice(everything=True)
-
-
-def exits(said: str) -> bool | None:
-    """Whether an access of which this is said exits now; None if that is unknown."""
-    return None if said == UNKNOWN else said not in (PASSED, PENDING_DENIED)
 
 
 def readable(vm: VmState) -> bool:
@@ -345,7 +340,7 @@ def _all_or_none(*sides: Sequence[_Said]) -> Iterator[tuple[range, tuple[str, tu
         read = [tuple(sorted({row[0] for row in side})) for side in said]
         write = [tuple(sorted({row[1] for row in side})) for side in said]
         for access, (base, new) in _by_access(read, write).items():
-            ways = [{exits(word) for word in words} for words in (base, new)]
+            ways = [{does_exit(word) for word in words} for words in (base, new)]
             if ways in ([{True}, {False}], [{False}, {True}]):
                 yield range(start, stop), (access, base, new)
 

@@ -11,7 +11,7 @@ import msgspec
 from tracer.model import msr
 from tracer.model.msr_filter import joined
 from tracer.model.quantity import listed
-from tracer.model.state import BOTH, FILTER, KVM, PENDING_ALLOWED, UNRECORDED
+from tracer.model.state import BOTH, FILTER, KVM, PENDING_ALLOWED, UNRECORDED, WORDS, does_exit
 from tracer.report.document import Document, Section, Table, document
 from tracer.report.state_diff import (
     SCHEMA,
@@ -21,13 +21,11 @@ from tracer.report.state_diff import (
     Side,
     StateDiff,
     VmDifference,
-    exits,
     readable,
 )
 from tracer.report.state_file import Filter, VmState, range_text
 from tracer.report.state_view import (
     DEFAULTS,
-    WORDS,
     filter_lines,
     heading,
     ids_text,
@@ -85,7 +83,7 @@ def _exits(diff: StateDiff, one: str, other: str, *, swapped: bool) -> str:
     for found, vcpus in ((group[0], vcpus) for group in diff.differing for vcpus in group[0].vcpus):
         for row in vcpus.rows:
             here, there = (row.other, row.one) if swapped else (row.one, row.other)
-            if exits(here) and exits(there) is False:
+            if does_exit(here) and does_exit(there) is False:
                 by_reason.setdefault(here, []).append(row)
                 everywhere &= len(vcpus.ids) == len(found.common)
     if not by_reason:

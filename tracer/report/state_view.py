@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from tracer.model import msr
-from tracer.model.state import BOTH, FILTER, KVM, PASSED, PENDING_ALLOWED, PENDING_DENIED, SAID, UNKNOWN, UNRECORDED
+from tracer.model.state import BOTH, KVM, PASSED, SAID, UNRECORDED, WORDS
 from tracer.report.document import Document, Section, Table, document
 from tracer.report.state_file import (
     AccessRow,
@@ -23,17 +23,6 @@ from tracer.report.state_file import (
     msr_range,
 )
 
-#: What is said, as it is in tables.
-WORDS = {
-    PASSED: "passed",
-    KVM: "kvm",
-    FILTER: "filter",
-    BOTH: "both",
-    PENDING_DENIED: "pending deny",
-    PENDING_ALLOWED: "pending allow",
-    UNRECORDED: "unrecorded",
-    UNKNOWN: "unknown",
-}
 #: What a filter does with accesses that are in none of its ranges.
 DEFAULTS = {"allow": "allows", "deny": "denies"}
 #: What is said of accesses that exit, whether a filter's default denies them or not.
