@@ -22,6 +22,15 @@ def rate(value: Fraction | float | None) -> str:
     return f"{int(value):,}" if value == int(value) else f"{float(value):,.2f}"
 
 
+def per_second(value: float | None) -> str:
+    """A rate: whole numbers if it is high, and never 0 if it is not; `?` where it is not known."""
+    if value is None:
+        return "?"
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 0.1 or not value else f"{value:.1g}"
+
+
 def share(part: Fraction | float | None, of: Fraction | float | None) -> str:
     """`part` as a percentage of `of`; empty where either is unknown, or `of` is 0."""
     return "" if part is None or not of else f"{float(part / of):.1%}"
