@@ -348,6 +348,38 @@ def test_a_state_that_cannot_be_read_is_a_note() -> None:
     assert made.totals.filter_updates == 101
 
 
+@pytest.mark.parametrize("options", [(), ("--by-vm",)])
+def test_exits_are_joined_with_the_state_at_the_end(options: tuple[str, ...]) -> None:
+    done = run("-d", "0.2", "--exits", "--format", "json", *options)
+    made = decode(done.stdout.encode())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert made.totals.exits
+    assert made.exits
+    readings = made.totals.exits // 100  # with --by-vm they are read in between, too
+    assert made.totals.exits_by_filter == 70 * readings
+    assert [(row.name, row.exits, row.interceptors) for row in made.exits] == [
+        ("FS_BASE", 70 * readings, "filter"),
+        ("PLATFORM_INFO", 30 * readings, "kvm"),
+    ]
+    of_vms = [(vm.exits, vm.exits_by_filter) for vm in made.vms or ()]
+    assert of_vms == ([(made.totals.exits, made.totals.exits_by_filter)] if options else [])
+    text = run("-d", "0.2", "--exits", *options).stdout
+    assert " exits/s on FS_BASE (0xc0000100), write: the VM's filter alone denies it\n" in " ".join(text.split(" "))
+    assert "Exits\n  MSR " in text
+
+
+def test_of_a_state_that_cannot_be_read_exits_are_unknown() -> None:
+    made = decode(run("-d", "0.1", "--exits", "--format", "json", **{VMS: "broken"}).stdout.encode())
+    assert (made.totals.exits, made.totals.exits_by_filter, made.totals.exits_perhaps_by_filter) == (100, 0, 70)
+    assert made.exits
+    assert {row.interceptors for row in made.exits} == {"unknown"}
+
+
+def test_without_the_option_exits_are_not_counted() -> None:
+    made = decode(run("-d", "0.1", "--format", "json").stdout.encode())
+    assert (made.exits, made.totals.exits) == (None, None)
+
+
 def test_vms_are_named_as_in_the_trace() -> None:
     class Traced:
         state_problem = ""
@@ -356,6 +388,8 @@ def test_vms_are_named_as_in_the_trace() -> None:
             assert steady
             return state(vm("renamed", 812), vm("unseen", 5))
 
-    found, notes = report_command._state_at_end(Traced(), {812: VmInfo("web-01"), 6: VmInfo("gone")})  # type: ignore[arg-type]
+    whole, found, notes = report_command._state_at_end(Traced(), {812: VmInfo("web-01"), 6: VmInfo("gone")})  # type: ignore[arg-type]
     assert found
+    assert whole
+    assert [vm.name for vm in whole.vms] == ["web-01", "unseen"]
     assert ([vm.name for vm in found.vms], notes) == (["web-01", "unseen"], ())

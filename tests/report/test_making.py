@@ -82,7 +82,8 @@ def test_calls_per_filter_update_need_calls_and_updates(change: dict[str, Any]) 
 def test_totals_are_sums_over_the_rows() -> None:
     totals = as_json(toggle(patched=False, vcpus=2))["totals"]
     counts = {"calls": 30 * 101 + 14, "redundant": 28 * 101, "filter_updates": 101, "recalculations": None}
-    creations = {"creation_recalculations": None, "vcpus_created": 2}
+    creations = {"creation_recalculations": None, "vcpus_created": 2, "exits": None, "exits_by_filter": None}
+    creations["exits_perhaps_by_filter"] = None
     assert totals == counts | creations | {"vcpus_seen": 2}
     assert as_json(toggle(exact=False))["totals"]["redundant"] is None
     unseen = as_json(Snapshot("filter-only", updates={0: times(7)}, calls_observable=False))

@@ -15,8 +15,10 @@ from msgspec import UNSET
 
 from tracer.model.loss import Loss
 from tracer.model.snapshot import Call, Durations, Outcome, Snapshot, VmInfo
+from tracer.model.state import SAID
 from tracer.model.verdict import Verdict
 from tracer.report.compare import compare
+from tracer.report.exit_rows import ExitRow
 from tracer.report.formats import OF_COMPARISONS, OF_REPORTS, write_comparison, write_report
 from tracer.report.making import HostInfo, make
 from tracer.report.report import Bucket, CallRow, Host, PerCreation, PerUpdate, Report, Totals, UpdateSeconds, Vm
@@ -259,6 +261,23 @@ def rows(draw: st.DrawFn) -> CallRow:
     )
 
 
+@st.composite
+def exit_rows(draw: st.DrawFn) -> ExitRow:
+    exits = draw(counts)
+    return ExitRow(
+        msr=f"{draw(st.one_of(st.sampled_from([TSC, FS_BASE]), st.integers(0, 2**32 - 1))):#x}",
+        name=draw(names),
+        access=draw(st.sampled_from(["read", "write"])),
+        path=draw(st.sampled_from(["fast", "slow"])),
+        result=draw(st.one_of(st.sampled_from(["ok", "filtered"]), names)),
+        guest=draw(st.sampled_from(["l1", "l2"])),
+        exits=exits,
+        exits_by_filter=(sure := draw(st.integers(0, exits))),
+        exits_perhaps_by_filter=draw(st.integers(0, exits - sure)),
+        intercepted_by=draw(st.one_of(st.none(), st.dictionaries(st.sampled_from([*SAID]), counts, max_size=3))),
+    )
+
+
 hosts = st.builds(
     Host,
     name=names,
@@ -307,6 +326,9 @@ vms = st.builds(
     filter_updates=maybe_counts,
     recalculations=maybe_counts,
     filter_update_seconds_sum=seconds,
+    exits=maybe_counts,
+    exits_by_filter=maybe_counts,
+    exits_perhaps_by_filter=maybe_counts,
 )
 any_reports = st.builds(
     Report,
@@ -326,6 +348,9 @@ any_reports = st.builds(
         creation_recalculations=maybe_counts,
         vcpus_seen=counts,
         vcpus_created=maybe_counts,
+        exits=maybe_counts,
+        exits_by_filter=maybe_counts,
+        exits_perhaps_by_filter=maybe_counts,
     ),
     per_filter_update=st.one_of(st.none(), per_update),
     per_vcpu_creation=st.one_of(
@@ -338,6 +363,7 @@ any_reports = st.builds(
     filter_update_seconds=st.one_of(st.none(), update_seconds),
     recalculation_seconds=st.one_of(st.none(), update_seconds),
     vms=st.one_of(st.none(), st.lists(vms, max_size=3)),
+    exits=st.one_of(st.none(), st.lists(exit_rows(), max_size=4)),
     state=st.one_of(st.none(), any_states(names)),
     loss=losses,
     lower_bound=st.booleans(),

@@ -26,6 +26,7 @@ from tracer.report.formats import OF_REPORTS, write_report
 from tracer.report.state_file import States
 
 if TYPE_CHECKING:
+    from tracer.model.state import State
     from tracer.trace.tracer import Tracer
 
 _LONGEST_SECONDS = 366 * 86400.0
@@ -78,7 +79,7 @@ def report(  # noqa: PLR0917 (click passes them by name)
             with _progress(duration, bool(command)) as progress:
                 recording = record(tracer, seconds=duration, command=command, by_vm=options.by_vm, progress=progress)
             # All is counted by now, so reading the state can prevent no probe from counting.
-            state, problems = _state_at_end(tracer, recording.counted.vms)
+            at_end, state, problems = _state_at_end(tracer, recording.counted.vms)
             made = make(
                 recording.counted,
                 HostInfo.here(machine.vendor.module),
@@ -89,14 +90,15 @@ def report(  # noqa: PLR0917 (click passes them by name)
                 command=command,
                 exit_status=recording.status,
                 state=state,
+                at_end=at_end,
                 notes=(*tracer.warnings, *recording.notes, *problems),
             )
         deliver(partial(write_report, made), fmt, outputs, to_stderr=bool(command))
     sys.exit(recording.status or 0)
 
 
-def _state_at_end(tracer: Tracer, infos: Mapping[int, VmInfo]) -> tuple[States | None, tuple[str, ...]]:
-    """What vCPUs intercept now; None and why, if that cannot be read.
+def _state_at_end(tracer: Tracer, infos: Mapping[int, VmInfo]) -> tuple[State | None, States | None, tuple[str, ...]]:
+    """What vCPUs intercept now, and that as a report has it; None and why, if that cannot be read.
 
     :param infos: of VMs, as the trace has them
     """
@@ -109,10 +111,11 @@ def _state_at_end(tracer: Tracer, infos: Mapping[int, VmInfo]) -> tuple[States |
             named = tuple(
                 replace(vm, name=infos[vm.pid].name or vm.name) if vm.pid in infos else vm for vm in found.vms
             )
-            return states_of_report(replace(found, vms=named)), ()
+            found = replace(found, vms=named)
+            return found, states_of_report(found), ()
     except Exception as error:
         problem = str(error)
-    return None, (f"what vCPUs intercepted at the end is not in this report: {problem}",)
+    return None, None, (f"what vCPUs intercepted at the end is not in this report: {problem}",)
 
 
 @contextmanager

@@ -13,12 +13,15 @@ from typing import Any
 
 from tracer.model import msr
 from tracer.model.cause import FILTER_CHANGE, VCPU_CREATE
+from tracer.model.exit_table import NO_BLAME, ExitTable, OfVm
 from tracer.model.exits import EXIT_FUNCTIONS
 from tracer.model.loss import loss_of
 from tracer.model.snapshot import Call, Durations, Outcome, Snapshot, VmInfo
+from tracer.model.state import State
 from tracer.model.vendors import vendor_named
 from tracer.model.verdict import judge
 from tracer.report.computer import NOTES, parameters_field
+from tracer.report.exit_rows import exit_rows
 from tracer.report.report import (
     ARGUMENTS,
     Bucket,
@@ -86,6 +89,7 @@ def make(
     command: Sequence[str] | None = None,
     exit_status: int | None = None,
     state: States | None = None,
+    at_end: State | None = None,
     notes: Sequence[str] = (),
 ) -> Report:
     """The report on what a trace counted.
@@ -94,10 +98,13 @@ def make(
     :param duration: of the trace, in seconds
     :param exit_status: of the command, as a shell gives it
     :param state: what the vCPUs intercepted when it ended
+    :param at_end: the same as it was read, which says who caused exits; None: unknown
     """
     rows = call_rows(counted.calls.items())
     updates = _host_sum(counted.updates) if counted.updates_observable else None
     recalcs = _host_sum(counted.recalcs) if counted.recalcs_observable else None
+    table = None if counted.exits is None else ExitTable(counted.exits, at_end, counted.by_vm)
+    exits, exit_notes = exit_rows(table) if table else (None, [])
     loss = loss_of(counted)
     vendor = vendor_named(counted.vendor)
     counting = vendor.counted_functions(counted.layout)
@@ -128,13 +135,17 @@ def make(
             creation_recalculations=counted.creation_recalcs if recalcs and counted.creations_observable else None,
             vcpus_seen=counted.vcpus_seen,
             vcpus_created=counted.vcpus_created if counted.creations_observable else None,
+            exits=table.total if table else None,
+            exits_by_filter=table.blame.sure if table else None,
+            exits_perhaps_by_filter=table.blame.perhaps if table else None,
         ),
         per_filter_update=_per_update(counted, rows, updates.count if updates else 0),
         per_vcpu_creation=_per_creation(counted, rows),
         calls=rows,
         filter_update_seconds=_seconds(updates) if updates else None,
         recalculation_seconds=_seconds(recalcs) if recalcs else None,
-        vms=_vms(counted) if counted.by_vm else None,
+        vms=_vms(counted, table) if counted.by_vm else None,
+        exits=exits,
         state=state,
         loss=loss,
         lower_bound=lower_bound,
@@ -147,7 +158,7 @@ def make(
             updates=updates.count if updates else None,
             rows=rows,
         ),
-        notes=list(notes[:NOTES]),
+        notes=[*exit_notes, *notes][:NOTES],
     )
 
 
@@ -238,12 +249,16 @@ def _seconds(updates: Durations) -> UpdateSeconds:
     )
 
 
-def _vms(counted: Snapshot) -> list[Vm]:
+def _vms(counted: Snapshot, table: ExitTable | None) -> list[Vm]:
+    exits = table.of_vms() if table else {}
+    none = OfVm(0, 0, NO_BLAME) if table else None
+
     def of(pid: int) -> Vm:
         outcomes = [outcome for call, outcome in counted.calls.items() if call.pid == pid]
         exact = counted.calls_observable and counted.redundancy == "exact"
         updates = counted.updates.get(pid, Durations())
         vm = counted.vms.get(pid, VmInfo(""))
+        its_exits = exits.get(pid, none)
         return Vm(
             pid=pid,
             name=vm.name,
@@ -254,6 +269,9 @@ def _vms(counted: Snapshot) -> list[Vm]:
             filter_updates=updates.count if counted.updates_observable else None,
             recalculations=counted.recalcs.get(pid, Durations()).count if counted.recalcs_observable else None,
             filter_update_seconds_sum=updates.seconds,
+            exits=its_exits.exits if its_exits else None,
+            exits_by_filter=its_exits.blame.sure if its_exits else None,
+            exits_perhaps_by_filter=its_exits.blame.perhaps if its_exits else None,
         )
 
     return [of(pid) for pid in sorted(counted.pids)]

@@ -19,6 +19,7 @@ from tracer.model.loss import Loss
 from tracer.model.sanitized import Count, Sanitized, Text
 from tracer.model.verdict import Verdict
 from tracer.report.computer import NOTES, ROWS, Computer
+from tracer.report.exit_rows import ExitRow
 from tracer.report.state_file import States
 
 SCHEMA = "msrtrace-report/1"
@@ -46,10 +47,11 @@ class Host(Computer, frozen=True, kw_only=True):
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
-    """Sums over all calls and updates; null where they cannot be observed on that kernel.
+    """Sums over all calls, updates and exits; null where they cannot be observed on that kernel.
 
     `recalculations` are recomputations of a bitmap for another reason than a new filter, since 6.17; the creation of
-    vCPUs asked for `creation_recalculations` of them.
+    vCPUs asked for `creation_recalculations` of them. `exits` is null unless they were counted; filters alone caused
+    `exits_by_filter` of them, and of `exits_perhaps_by_filter` more that is unknown.
     """
 
     calls: Count | None
@@ -59,6 +61,9 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     creation_recalculations: Count | None = None
     vcpus_seen: Count = 0
     vcpus_created: Count | None = None
+    exits: Count | None = None
+    exits_by_filter: Count | None = None
+    exits_perhaps_by_filter: Count | None = None
 
 
 class _Rates(msgspec.Struct, frozen=True):
@@ -160,13 +165,17 @@ class Vm(Sanitized, frozen=True, kw_only=True):
     filter_updates: Count | None
     recalculations: Count | None = None
     filter_update_seconds_sum: Seconds = 0.0
+    exits: Count | None = None
+    exits_by_filter: Count | None = None
+    exits_perhaps_by_filter: Count | None = None
 
 
 class Report(Sanitized, frozen=True, kw_only=True):
     """A report. `started` is UTC (ISO 8601), `command` what was run while tracing, `exit_status` its exit status.
 
-    `state` is what the vCPUs that there were at the end intercepted then; absent in older reports, and null where that
-    could not be read.
+    `exits` are those of guests' RDMSR and WRMSR, with `--exits`: null unless they were counted, and absent in older
+    reports. `state` is what the vCPUs that there were at the end intercepted then: absent in older reports, and null
+    where that could not be read.
     """
 
     schema: Annotated[str, Meta(max_length=64)] = SCHEMA
@@ -184,6 +193,7 @@ class Report(Sanitized, frozen=True, kw_only=True):
     filter_update_seconds: UpdateSeconds | None
     recalculation_seconds: UpdateSeconds | None = None
     vms: Annotated[list[Vm], Meta(max_length=ROWS)] | None = None
+    exits: Annotated[list[ExitRow], Meta(max_length=ROWS)] | None = None
     state: States | None = None
     loss: Loss
     lower_bound: bool
