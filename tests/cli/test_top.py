@@ -151,6 +151,20 @@ def test_keys_control_the_screen(start: Start) -> None:
     assert (terminal.directory / "closed").exists()
 
 
+def test_a_key_switches_between_exits_and_calls(start: Start) -> None:
+    terminal = start("--exits")
+    drawn = terminal.until("FS_BASE ", "PLATFORM_INFO ", "sorted by what a filter alone causes, then exits")
+    assert re.search(r"filtered +\d.* 70.0%  filter *\n", drawn)
+    terminal.type("m")
+    assert terminal.until("sorted by msr").find("PLATFORM_INFO") < terminal.screen().find("FS_BASE")
+    terminal.type("e")
+    terminal.until("sorted by calls", "redundant", "exits ")
+    terminal.type("ef")
+    terminal.until("intercepted by", "sorted by what")
+    terminal.type("q")
+    assert terminal.end() == 0
+
+
 def test_a_pause_keeps_the_screen(start: Start) -> None:
     terminal = start()
     terminal.until("IA32_TSC")

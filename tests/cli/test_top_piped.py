@@ -47,6 +47,37 @@ def test_an_amd_host_is_shown_as_one(directory: Path) -> None:
     assert found[2] == "47 calls per filter update, 46 of them redundant"
 
 
+@pytest.mark.parametrize(("sort", "first"), [("filter", "FS_BASE"), ("exits", "FS_BASE"), ("msr", "PLATFORM_INFO")])
+def test_exits_in_a_pipe(directory: Path, sort: str, first: str) -> None:
+    done = piped(directory, "-n", "2", "--exits", "--sort", sort)
+    assert (done.returncode, done.stderr) == (0, b"")
+    found = done.stdout.decode().splitlines()
+    assert len(found) == 2 * 9
+    for lines in (found[:9], found[9:]):
+        assert re.fullmatch(r"exits .*/s, 70.0% of them since a filter alone denies the access", lines[3])
+        assert re.fullmatch(r"MSR .* exits/s +share +intercepted by", lines[5])
+        assert lines[6].split()[0] == first
+        ends = {line.split()[0]: line.split()[-2:] for line in lines[6:8]}
+        assert ends == {"FS_BASE": ["70.0%", "filter"], "PLATFORM_INFO": ["30.0%", "kvm"]}
+    assert (directory / "read.closed").exists()
+
+
+def test_without_exits_no_state_is_read(directory: Path) -> None:
+    found = piped(directory, "-n", "1").stdout.decode()
+    assert "exits" not in found
+    assert not (directory / "read.closed").exists()
+
+
+def test_a_state_that_cannot_be_read_does_not_end_it(directory: Path) -> None:
+    (directory / "vms").write_text("broken")
+    done = piped(directory, "-n", "1", "--exits")
+    text = " ".join(done.stdout.decode().split())
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "who intercepts an access is unknown: what vCPUs intercept cannot be read: broken" in text
+    assert "exits" in text
+    assert text.count("unknown") == 3
+
+
 def test_a_pipe_has_the_width_of_columns(directory: Path) -> None:
     assert b"pid VM" in piped(directory, "-n", "1", "--by-vm", COLUMNS="200").stdout
     narrow = piped(directory, "-n", "1", COLUMNS="40").stdout.decode()
@@ -90,7 +121,10 @@ def test_a_closed_pipe_ends_it(directory: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["-d", "0"], ["-d", "nan"], ["-d", "inf"], ["-d", "0.01"], ["-n", "0"], ["--sort", "name"], ["--pid", "0"]],
+    [
+        *(["-d", "0"], ["-d", "nan"], ["-d", "inf"], ["-d", "0.01"], ["-n", "0"], ["--pid", "0"]),
+        *(["--sort", "name"], ["--sort", "exits"], ["--exits", "--sort", "share"]),
+    ],
 )
 def test_wrong_usage_is_explained(arguments: list[str]) -> None:
     done = subprocess.run(

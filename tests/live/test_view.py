@@ -14,9 +14,10 @@ from made import svm_pass
 from sampled import FS_READ, HOST, PROBE, TSC, UNKNOWN, Kernel, outcome, shown, snapshot, times
 
 from tracer.cli.top import look
+from tracer.live.table import Look, View
 from tracer.live.terminal import Screen, Signals
 from tracer.live.top import Sample, frame
-from tracer.live.view import Look, View, lines
+from tracer.live.view import lines
 from tracer.model.snapshot import Durations, Map, Probe, Snapshot, VmInfo
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tracer.live.table import Look, View
 from tracer.live.top import Frame, Sample, Sampler
-from tracer.live.view import Look, View, lines
+from tracer.live.view import lines
 from tracer.model.module_change import ModuleChange
 from tracer.model.snapshot import Call, Durations, Outcome, Probe, Snapshot
+from tracer.model.state import State
 
 TSC = Call(0x10, "read", "disable", "filter_change", "vmx_msr_filter_changed")
 
@@ -60,6 +62,7 @@ class Kernel:
         self.readings = list(readings)
         self.now = 1000.0
         self.events: list[ModuleChange] = []
+        self.states: list[State | Exception | None] = []
 
     def snapshot(self, patience: float = 0) -> Snapshot:
         reading = self.readings.pop(0)
@@ -70,6 +73,15 @@ class Kernel:
 
     def follow(self) -> ModuleChange | None:
         return self.events.pop(0) if self.events else None
+
+    state_problem = ""
+
+    def state(self) -> State | None:
+        """The next state."""
+        reading = self.states.pop(0)
+        if isinstance(reading, Exception):
+            raise reading
+        return reading
 
     def sampler(self) -> Sampler:
         return Sampler(self, lambda: self.now, lambda: "15:04:05")

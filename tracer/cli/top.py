@@ -20,14 +20,16 @@ from tracer.model.module_change import FOLLOW_SECONDS
 from tracer.model.options import Options
 
 if TYPE_CHECKING:
+    from tracer.live.table import Look, View
     from tracer.live.terminal import Screen, Signals
     from tracer.live.top import Sampler
-    from tracer.live.view import Look, View
 
 _KEYS, _SCREEN = 0, 1  # file descriptors
 _LONGEST_DELAY = 86400.0
 _SORTS = ("calls", "redundant", "share", "msr", "cause")
+_SORTS_OF_EXITS = ("filter", "exits", "msr")
 _SORT_KEYS = {"c": "calls", "r": "redundant", "s": "share", "m": "msr", "u": "cause"}
+_EXIT_SORT_KEYS = {"f": "filter", "c": "exits", "m": "msr"}
 _SCROLL = {"up": -1, "down": 1, "page up": -10, "page down": 10}
 _CONSOLE = re.compile(r"vt\d|linux|ansi|cons")  # ASCII, and no second screen
 _NO_COLOR = re.compile(r"vt\d")
@@ -45,32 +47,48 @@ _NO_COLOR = re.compile(r"vt\d")
 )
 @click.option("-n", "--iterations", type=click.IntRange(min=1), metavar="N", help="Stop after N intervals.")
 @tracing_options
-@click.option("--sort", type=click.Choice(_SORTS), default="calls", show_default=True, help="The order of the rows.")
-def top(delay: float, iterations: int | None, options: Options, sort: str) -> None:
+@click.option(
+    "--sort",
+    type=click.Choice([*_SORTS, *_SORTS_OF_EXITS[:2]]),
+    metavar="ORDER",
+    help=f"The order of the rows: {', '.join(_SORTS)} (default: calls); with --exits {', '.join(_SORTS_OF_EXITS)} "
+    "(default: filter, what a filter alone causes first).",
+)
+def top(delay: float, iterations: int | None, options: Options, sort: str | None) -> None:
     """Show live which MSR intercepts KVM updates, why, and how many of the calls change nothing.
+
+    With --exits, first the exits of guests' accesses to MSRs, and who has these intercepted.
 
     In a terminal, `?` shows the keys and q quits. Elsewhere, and with TERM=dumb, the intervals are printed one after
     another, until Ctrl-C or -n. NO_COLOR is respected.
     """
     if not delay <= _LONGEST_DELAY:  # NaN
         raise click.UsageError("-d: give a number of seconds")
+    orders = _SORTS_OF_EXITS if options.exits else _SORTS
+    if sort and sort not in orders:
+        option = "with --exits" if options.exits else "without --exits"
+        raise click.UsageError(f"--sort {sort}: {option}, one of {', '.join(orders)}")
 
     from tracer.live.terminal import Screen, Signals
 
     with Signals() as signals:
         machine = ready_machine(options)
 
+        from tracer.live.table import View
         from tracer.live.top import Sampler
-        from tracer.live.view import View
 
         term = os.environ.get("TERM", "")
         live = os.isatty(_KEYS) and os.isatty(_SCREEN) and not is_dumb()
         if live:
             click.echo("msrtrace: attaching the probes", err=True)
-        with tracing(machine, options) as tracer:
+        with tracing(machine, options, states=options.exits) as tracer:
             for warning in tracer.warnings:
                 warn(warning)
-            sampler, view = Sampler(tracer), View(sort=sort)
+            sampler, view = Sampler(tracer), View(exits=options.exits)
+            if options.exits:
+                view.exits_sort = sort or view.exits_sort
+            else:
+                view.sort = sort or view.sort
             if not live:
                 _print(sampler, signals, view, delay, iterations)
                 return
@@ -80,7 +98,7 @@ def top(delay: float, iterations: int | None, options: Options, sort: str) -> No
 
 def look(width: int, height: int | None, environment: Mapping[str, str], encoding: str) -> Look:
     """What a terminal, or (without a height) a pipe, can show with this environment and output encoding."""
-    from tracer.live.view import Look
+    from tracer.live.table import Look
 
     term = environment.get("TERM", "")
     locale = next((value for name in ("LC_ALL", "LC_CTYPE", "LANG") if (value := environment.get(name))), "")
@@ -152,7 +170,7 @@ class _Live:
 
     def __init__(self, sampler: Sampler, screen: Screen, view: View) -> None:
         self._sampler, self._screen, self._view = sampler, screen, view
-        self._shown = sampler.sample
+        self._shown, self._exits = sampler.sample, view.exits
         self._environment, self._host = environment(), host()
 
     def run(self, signals: Signals, delay: float, iterations: int | None) -> None:
@@ -181,8 +199,12 @@ class _Live:
 
     def _press(self, key: str) -> None:
         view = self._view
-        if key in _SORT_KEYS:
+        if view.exits and key in _EXIT_SORT_KEYS:
+            view.exits_sort, view.offset = _EXIT_SORT_KEYS[key], 0
+        elif not view.exits and key in _SORT_KEYS:
             view.sort, view.offset = _SORT_KEYS[key], 0
+        elif key == "e" and self._exits:
+            view.exits, view.offset = not view.exits, 0
         elif key in _SCROLL:
             view.offset = max(0, view.offset + _SCROLL[key])
         elif key == "b":

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Protocol
 
 from tracer.model import msr
 from tracer.model.cause import FILTER_CHANGE
+from tracer.model.exit_table import ExitTable
 from tracer.model.loss import loss_of
 from tracer.model.module_change import ModuleChange
-from tracer.model.quantity import listed
+from tracer.model.quantity import listed, per_second
 from tracer.model.snapshot import Durations, Outcome, Snapshot
+from tracer.model.state import State
 from tracer.model.vendors import FIRST, vendor_named
 
 SORTS = ("calls", "redundant", "share", "msr", "cause")
@@ -60,6 +62,7 @@ class Frame:
     traced: bool = True  # whether any probe is attached at the end
     lost: str = ""  # in words
     not_probed: tuple[str, ...] = ()
+    exits: ExitTable | None = None  # None: not counted
 
     @property
     def calls(self) -> Outcome | None:
@@ -89,6 +92,19 @@ class Frame:
     def rate(self, count: int) -> float | None:
         """The count per second; None if no time has passed."""
         return count / self.seconds if self.seconds > 0 else None
+
+    def amount(self, count: int) -> str:
+        """The count if this is all the time since the start, else the count per second."""
+        return f"{count:,}" if self.whole else per_second(self.rate(count))
+
+    @property
+    def unit(self) -> str:
+        """What follows the name of an amount."""
+        return "" if self.whole else "/s"
+
+    def figure(self, count: int) -> str:
+        """The amount with its unit."""
+        return f"{self.amount(count)}{self.unit}"
 
     def grouped(self, parts: Collection[str], sort: str) -> list[Row]:
         """The rows summed over all but the given parts, sorted by one of SORTS."""
@@ -127,8 +143,12 @@ def lost(counted: Snapshot) -> str:
     return ", ".join(parts)
 
 
-def frame(counted: Snapshot, seconds: float, *, whole: bool = False) -> Frame:
-    """The frame of the counts of so many seconds; `whole`: these are all since the start."""
+def frame(counted: Snapshot, seconds: float, *, whole: bool = False, state: State | None = None) -> Frame:
+    """The frame of the counts of so many seconds.
+
+    :param whole: these are all since the start
+    :param state: what vCPUs intercepted afterwards; None: unknown
+    """
     sums: dict[tuple[int, int, str, str, str], Outcome] = {}
     for call, outcome in counted.calls.items():  # summed over callers with the same cause
         key = (call.pid, call.msr, call.access, call.action, call.cause)
@@ -149,6 +169,7 @@ def frame(counted: Snapshot, seconds: float, *, whole: bool = False) -> Frame:
         traced=traced,
         lost=lost(counted),
         not_probed=tuple(p.function for p in probes if not p.attached) if traced else (),
+        exits=None if counted.exits is None else ExitTable(counted.exits, state, counted.by_vm),
     )
 
 
@@ -183,9 +204,19 @@ class Source(Protocol):
     def follow(self) -> ModuleChange | None:
         """Follow a reload of the module."""
 
+    def state(self) -> State | None:
+        """What vCPUs intercept now; None if that cannot be read."""
+
+    @property
+    def state_problem(self) -> str:
+        """Why not, if so."""
+
 
 class Sampler:
-    """Takes snapshots and keeps the newest sample. The first is taken at once, to begin the first interval."""
+    """Takes snapshots and keeps the newest sample. The first is taken at once, to begin the first interval.
+
+    Where exits are counted, what vCPUs intercept is read, too.
+    """
 
     def __init__(
         self,
@@ -197,15 +228,15 @@ class Sampler:
         self._source, self._clock, self._wall = source, clock, wall
         self._started = clock()
         self._last: tuple[float, Snapshot] | None = None
-        self._failure = self._module = ""
+        self._failure = self._state_failure = self._module = ""
         self._sample = Sample(wall())
         self.take()
 
     @property
     def sample(self) -> Sample:
         """The last sample, with the present notes."""
-        s = self._sample
-        return Sample(s.at, s.interval, s.whole, tuple(filter(None, (self._failure, self._module))))
+        notes = (self._failure, self._state_failure, self._module)
+        return replace(self._sample, notes=tuple(filter(None, notes)))
 
     def take(self) -> None:
         """Read the counts. If that fails, the last sample stays, with a note."""
@@ -216,12 +247,23 @@ class Sampler:
             self._failure = f"reading failed at {self._wall()}, the numbers are older: {type(error).__name__}: {error}"
             return
         self._failure = ""
+        state = self._read_state() if now.exits is not None else None
         interval = None
         if self._last:
             then, before = self._last
-            interval = frame(between(now, before), began - then)
+            interval = frame(between(now, before), began - then, state=state)
         self._last = (began, now)
-        self._sample = Sample(self._wall(), interval, frame(now, began - self._started, whole=True))
+        self._sample = Sample(self._wall(), interval, frame(now, began - self._started, whole=True, state=state))
+
+    def _read_state(self) -> State | None:
+        """What vCPUs intercept now. If that fails, a note says so: exits are shown without it."""
+        try:
+            state = self._source.state()
+            problem = "" if state is not None else self._source.state_problem
+        except Exception as error:
+            state, problem = None, str(error) or type(error).__name__
+        self._state_failure = f"who intercepts an access is unknown: {problem}" if problem else ""
+        return state
 
     def follow(self) -> None:
         """Follow a reload of the module; a note says so."""

@@ -3,73 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from fractions import Fraction
 from io import StringIO
 
 from rich.console import Console
 from rich.text import Text
 
+from tracer.live import exits_view
+from tracer.live.exits_view import exits_line, exits_table
+from tracer.live.table import LONGEST_NAME, LONGEST_VM, Column, Look, View, fitting, table
 from tracer.live.top import Frame, Row, Sample, msr_name, not_probed_line, vm_name
 from tracer.model.quantity import duration, share
 from tracer.model.snapshot import Durations, Outcome
-from tracer.model.text import printable
 from tracer.model.vendors import vendor_named
 
 HELP = "sort by c calls, r redundant calls, s their share, m MSR, u cause; t totals or rates; "
+HELP_EXITS = "e exits; "
 HELP_VM = "b MSRs by VM, VMs, or MSRs of all VMs; "
 HELP_MORE = "arrows scroll; space pauses; ^L redraws; q quits"
-_GAP = 2
-_LONGEST_NAME = 36  # in tracer/model/msr/table.py
-_LONGEST_VM = 40
 #: What is too long for its column, shortened as in the kernel's MSR_TYPE_R and MSR_TYPE_W.
 _SHORT = {"read_write": "both", "disable_read": "disable R", "disable_write": "disable W"}
-_TEXT = 240  # characters of a note that are shown
-
-
-@dataclass(frozen=True)
-class Look:
-    """What a terminal can show; without `height`, whole frames one after another, and no keys."""
-
-    width: int = 80
-    height: int | None = None
-    ascii: bool = False
-    styles: bool = False  # bold and reverse
-    colors: bool = False
-
-    def clean(self, text: str, limit: int = _TEXT) -> str:
-        """The text without control characters, and in ASCII if necessary: names are not trusted."""
-        text = printable(text.replace("µ", "u") if self.ascii else text, limit)
-        return text.encode("ascii", "replace").decode() if self.ascii else text
-
-
-@dataclass
-class View:
-    """What the user chose by keys and options. `level` is an index of `LEVELS`."""
-
-    sort: str = "calls"
-    level: int = 0
-    whole: bool = False
-    paused: bool = False
-    help: bool = False
-    offset: int = 0  # rows scrolled over
 
 
 _MSR_PARTS = ("msr", "access", "action", "cause")
 #: The parts that rows are broken down by, with --by-vm: `b` goes from one to the next.
 LEVELS: tuple[tuple[str, ...], ...] = (("pid", *_MSR_PARTS), ("pid",), _MSR_PARTS)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column; `part` is what it breaks down by, if anything. Those with the highest `drop` are left out first."""
-
-    title: str
-    width: int
-    cell: Callable[[Row], str]
-    drop: int = 0
-    part: str | None = None
 
 
 def lines(sample: Sample, view: View, look: Look, host: str) -> list[str]:
@@ -141,7 +99,7 @@ def _figures(shown: Frame) -> list[str]:
         found = f"filter updates {_timed(shown, updates)}"
     counted = "calls not observable on this kernel"
     if calls is not None:
-        counted = f"calls {_figure(shown, calls.calls)}"
+        counted = f"calls {shown.figure(calls.calls)}"
         if calls.calls:
             counted += f", {'?' if calls.redundant is None else share(calls.redundant, calls.calls)} redundant"
     result = [f"{found}; {counted}"]
@@ -149,6 +107,8 @@ def _figures(shown: Frame) -> list[str]:
         result.append(_per_update(*each))
     elif calls is not None and updates is not None and not updates.count:
         result.append("no filter update")
+    if shown.exits is not None:
+        result.append(exits_line(shown, shown.exits))
     if recalcs is not None:
         result.append(f"recalculations for other reasons than a new filter {_timed(shown, recalcs)}")
     return result
@@ -157,7 +117,7 @@ def _figures(shown: Frame) -> list[str]:
 def _timed(shown: Frame, durations: Durations) -> str:
     """Their number, and the mean duration."""
     each = f", {duration(durations.seconds / durations.timed)} each" if durations.timed else ""
-    return f"{_figure(shown, durations.count)}{each}"
+    return f"{shown.figure(durations.count)}{each}"
 
 
 def _per_update(calls: Fraction, redundant: Fraction | None) -> str:
@@ -177,24 +137,8 @@ def _warnings(sample: Sample, shown: Frame) -> list[str]:
     return result + [line for line in (not_probed_line(shown),) if line]
 
 
-def _figure(shown: Frame, count: int) -> str:
-    return f"{count:,}" if shown.whole else f"{_rate(shown, count)}/s"
-
-
-def _rate(shown: Frame, count: int) -> str:
-    value = shown.rate(count)
-    if value is None:
-        return "?"
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 0.1 or not value else f"{value:.1g}"
-
-
-def _columns(shown: Frame, level: tuple[str, ...], look: Look) -> list[Column]:
+def _columns(shown: Frame, level: tuple[str, ...], look: Look) -> list[Column[Row]]:
     """The columns that fit. That of the MSR, or else of the VM, gets the remaining width."""
-
-    def amount(count: int) -> str:
-        return f"{count:,}" if shown.whole else _rate(shown, count)
 
     def redundant(row: Row) -> str:
         return share(row.share, 1) if row.share is not None else "?" if row.outcome.calls else ""
@@ -206,25 +150,24 @@ def _columns(shown: Frame, level: tuple[str, ...], look: Look) -> list[Column]:
         of = updates(row)
         return duration(of.seconds / of.timed) if of.timed else ""
 
-    unit = "" if shown.whole else "/s"
     actions = {"disable", *(_short(row.action) for row in shown.rows or ())}
     calls, seen = shown.rows is not None, shown.updates is not None
-    columns = [
-        Column("pid VM", 18, lambda row: vm_name(shown, row.pid or 0), 1 if "msr" in level else 0, "pid"),
-        Column("MSR", 20, msr_name, 0, "msr"),
+    columns: list[Column[Row]] = [
+        Column("pid VM", 18, lambda row: vm_name(shown, row.pid or 0), 1 if "msr" in level else 0, "pid", LONGEST_VM),
+        Column("MSR", 20, msr_name, 0, "msr", LONGEST_NAME),
         Column("access", 6, lambda row: _short(row.access), 4, "access"),
         Column("action", max(map(len, actions)), lambda row: _short(row.action), 3, "action"),
         Column("cause", 13, lambda row: row.cause or "", 2, "cause"),
     ]
     columns = [column for column in columns if column.part in level]
     if level == ("pid",):
-        columns.append(Column(f"updates{unit}", 10, lambda row: amount(updates(row).count) if seen else "?", 2))
+        columns.append(
+            Column(f"updates{shown.unit}", 10, lambda row: shown.amount(updates(row).count) if seen else "?", 2)
+        )
         columns.append(Column("each", 8, mean, 3))
-    columns.append(Column(f"calls{unit}", 10, lambda row: amount(row.outcome.calls) if calls else "?"))
+    columns.append(Column(f"calls{shown.unit}", 10, lambda row: shown.amount(row.outcome.calls) if calls else "?"))
     columns.append(Column("redundant", 9, redundant))
-    while _width(columns) > look.width and (drop := max(column.drop for column in columns)):
-        columns = [column for column in columns if column.drop != drop]
-    return columns
+    return fitting(columns, look)
 
 
 def _short(word: str | None) -> str:
@@ -232,13 +175,11 @@ def _short(word: str | None) -> str:
     return _SHORT.get(word or "", word or "")
 
 
-def _width(columns: list[Column]) -> int:
-    return sum(column.width for column in columns) + _GAP * (len(columns) - 1)
-
-
 def _table(shown: Frame, view: View, look: Look, room: int | None) -> list[Text]:
     """The titles and the rows that fit into `room` lines (None: all), and how many there are if not all fit."""
     level = LEVELS[view.level % len(LEVELS)] if shown.by_vm else _MSR_PARTS
+    if view.exits:
+        return exits_table(shown, view, look, room, level)
     if shown.rows is None and level != ("pid",):
         return [Text("" if not shown.traced else "calls not observable on this kernel")]
     columns = _columns(shown, level, look)
@@ -248,38 +189,7 @@ def _table(shown: Frame, view: View, look: Look, room: int | None) -> list[Text]
         rows += [Row(Outcome(0, 0), pid=pid) for pid in sorted(missing)]
     if not rows:
         return [Text("no calls" if shown.traced else "")]
-    first, count = 0, len(rows)
-    if room is not None and count > room:
-        room = max(1, room - 1)
-        first = view.offset = max(0, min(view.offset, count - room))
-        rows = rows[first : first + room]
-    else:
-        view.offset = 0
-    left = look.width - _width(columns)
-    fitted = []
-    for column in columns:
-        most = {"msr": _LONGEST_NAME, "pid": _LONGEST_VM}.get(column.part or "", column.width)
-        extra = max(min(left, most - column.width), min(0, left) if column is columns[0] else 0)
-        left -= extra
-        fitted.append(replace(column, width=max(1, column.width + extra)))
-    table = [_line(fitted, [Text(column.title) for column in fitted], style="reverse")]
-    for row in rows:
-        *cells, last = (look.clean(column.cell(row)) for column in fitted)
-        table.append(_line(fitted, [*map(Text, cells), Text(last, style=_style(row))]))
-    if len(rows) < count:
-        caption = f"rows {first + 1} to {first + len(rows)} of {count}"
-        table.append(Text(caption, style="dim italic", no_wrap=True, overflow="crop"))
-    return table
-
-
-def _line(columns: list[Column], cells: list[Text], style: str = "") -> Text:
-    """A line of the table. Not rich's own table: up to 14.2 that takes the gap from the width of the last columns."""
-    for column, cell in zip(columns, cells, strict=True):
-        cell.truncate(column.width, overflow="crop")
-        (cell.pad_right if column.part else cell.pad_left)(column.width - cell.cell_len)
-    line = Text(" " * _GAP, no_wrap=True, overflow="crop").join(cells)
-    line.stylize(style)
-    return line
+    return table(columns, rows, view, look, room, style=_style)
 
 
 def _style(row: Row) -> str:
@@ -292,5 +202,9 @@ def _footer(shown: Frame | None, view: View) -> Text:
     if view.paused:
         line.append("PAUSED", style="reverse").append(" ")
     if view.help:
-        return line.append(HELP + (HELP_VM if shown and shown.by_vm else "") + HELP_MORE)
-    return line.append(f"sorted by {view.sort}; ? for help, q to quit", style="dim")
+        of_vms = HELP_VM if shown and shown.by_vm else ""
+        if view.exits:
+            return line.append(exits_view.HELP + of_vms + HELP_MORE)
+        return line.append((HELP_EXITS if shown and shown.exits else "") + HELP + of_vms + HELP_MORE)
+    order = exits_view.SORTS[view.exits_sort] if view.exits else view.sort
+    return line.append(f"sorted by {order}; ? for help, q to quit", style="dim")
