@@ -32,13 +32,13 @@ from made import (
 )
 from tabulate import tabulate
 
-from tracer.model.quantity import duration, listed, number, rate, share
+from tracer.model.quantity import duration, listed, number, per_second, percent, rate, share
 from tracer.model.snapshot import Map, Snapshot, VmInfo
 from tracer.model.text import LIMIT, printable
 from tracer.report.changelog import changelog
 from tracer.report.compare import Comparison, compare
 from tracer.report.comparison_json import comparison_json
-from tracer.report.comparison_view import comparison_document, percent
+from tracer.report.comparison_view import comparison_document
 from tracer.report.document import Document, Section, Table
 from tracer.report.formats import OF_COMPARISONS, write_comparison
 from tracer.report.report import Bucket, Report, UpdateSeconds
@@ -54,6 +54,8 @@ def test_figures_as_text() -> None:
     assert [share(*pair) for pair in ((11, 13), (0, 7), (None, 7), (3, 0), (3, None))] == ["84.6%", "0.0%", "", "", ""]
     assert [percent(Fraction(30), Fraction(n)) for n in (13, 30, 60)] == ["-56.7%", "0.0%", "+100.0%"]
     assert (percent(Fraction(0), Fraction(1)), percent(None, None)) == ("", "")
+    rates = (12345.6, 1000, 999.94, 0.1, 0.0123, 0, None)
+    assert [per_second(value) for value in rates] == ["12,346", "1,000", "999.9", "0.1", "0.01", "0.0", "?"]
     assert (listed(["a"]), listed(["a", "b", "c"])) == ("a", "a, b and c")
 
 

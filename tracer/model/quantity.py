@@ -36,6 +36,13 @@ def share(part: Fraction | float | None, of: Fraction | float | None) -> str:
     return "" if part is None or not of else f"{float(part / of):.1%}"
 
 
+def percent(one: Fraction | None, other: Fraction | None) -> str:
+    """The relative change from `one` to `other`, with its sign; empty where it is unknown or `one` is 0."""
+    if not one or other is None:
+        return ""
+    return "0.0%" if one == other else f"{float((other - one) / one):+.1%}"
+
+
 def duration(seconds: float | None) -> str:
     """A time with its unit, to three significant digits."""
     if seconds is None:

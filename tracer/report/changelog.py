@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from tracer.model import msr
-from tracer.model.quantity import rate
+from tracer.model.quantity import percent, rate
 from tracer.model.state import does_exit
 from tracer.model.text import printable
 from tracer.report.compare import Comparison, Side, format_command
-from tracer.report.comparison_view import percent, sentence
+from tracer.report.comparison_view import sentence
 from tracer.report.report import Bit
 from tracer.report.state_file import range_text
 from tracer.report.state_view import name_of, said_text

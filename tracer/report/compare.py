@@ -21,6 +21,7 @@ from tracer.model.text import printable
 from tracer.model.verdict import PATCH, Verdict, headline
 from tracer.report.computer import Difference, differing, machines, parameters
 from tracer.report.creation import PerCreation, per_creation, spreads
+from tracer.report.exit_comparing import SideExits, exits_of
 from tracer.report.interval import Time, timed
 from tracer.report.report import Bit, BitCounts, CallRow, Host, Report, by_bit
 from tracer.report.state_diff import OneSided, one_sided
@@ -162,6 +163,11 @@ class Side:
         calls = Fraction(sum(c.calls for c in found), self.updates)
         known = self.exact and all(c.redundant is not None for c in found)
         return PerUpdate(calls, Fraction(sum(c.redundant or 0 for c in found), self.updates) if known else None)
+
+    @cached_property
+    def exits(self) -> SideExits | None:
+        """The exits of guests' accesses to MSRs; None unless all of its reports counted them."""
+        return exits_of(self.reports)
 
     def time(self) -> Time | None:
         """Seconds per filter update."""

@@ -12,6 +12,7 @@ from tracer.model import msr
 from tracer.report.compare import SCHEMA, Comparison, PerUpdate, Side
 from tracer.report.comparison_view import lost_by, sentence
 from tracer.report.creation import PerCreation, vcpus_created
+from tracer.report.exit_comparison_view import exits_json
 from tracer.report.report import whole
 from tracer.report.state_file import range_text
 
@@ -44,6 +45,7 @@ def comparison_json(comparison: Comparison) -> bytes:
             "verdict": which.verdict,
             "per_filter_update": per_update(comparison.per_update(which)),
             "per_vcpu_creation": per_creation(comparison.per_creation(which)),
+            "exits": which.exits.total if which.exits else None,
             "filter_update_seconds": asdict(time) if time else None,
             "lost": lost_by(which),
         }
@@ -74,6 +76,7 @@ def comparison_json(comparison: Comparison) -> bytes:
             }
             for row in comparison.intercepted
         ],
+        "exits": exits_json(comparison.base, comparison.new),
         "differences": [asdict(difference) for difference in comparison.differences],
         "warnings": list(comparison.warnings),
         "forced": list(comparison.forced),

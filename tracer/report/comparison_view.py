@@ -6,10 +6,11 @@ from __future__ import annotations
 from fractions import Fraction
 
 from tracer.model import msr
-from tracer.model.quantity import duration, number, rate
+from tracer.model.quantity import duration, number, percent, rate
 from tracer.report.compare import Comparison, PerUpdate, Side, format_command, layouts, lost
 from tracer.report.creation import recalculates, vcpus_created
 from tracer.report.document import Document, Section, Table, document
+from tracer.report.exit_comparison_view import exit_sections
 from tracer.report.interval import Time
 from tracer.report.state_diff_view import access_text
 from tracer.report.state_file import range_text
@@ -40,13 +41,6 @@ def _change(one: Fraction, other: Fraction, unit: str) -> str:
     return f"{units}, {percent(one, other)}"
 
 
-def percent(one: Fraction | None, other: Fraction | None) -> str:
-    """The relative change from `one` to `other`, with its sign; empty where it is unknown or `one` is 0."""
-    if not one or other is None:
-        return ""
-    return "0.0%" if one == other else f"{float((other - one) / one):+.1%}"
-
-
 def difference(one: Fraction | None, other: Fraction | None) -> str:
     """The change from `one` to `other`, with its sign; `?` where either is unknown."""
     if one is None or other is None:
@@ -69,6 +63,7 @@ def comparison_document(comparison: Comparison) -> Document:
         Section("Verdicts", tuple(_verdict_line(side) for side in (base, new))),
         Section("Calls per filter update that name a bit (of them redundant)", table=comparison_table(comparison)),
         *_creation(comparison),
+        *exit_sections(base, new),
         Section("Time of a filter update", tuple(_times(comparison))),
         Section("Not seen", tuple(f"{side.title}: {lost_by(side)}" for side in (base, new))),
     ]
