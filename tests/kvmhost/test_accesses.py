@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Collected
-from exits import CASES, FS_BASE, PASSED, Case, Fate, Op, deny
+from exits import CASES, FS_BASE, PASSED, SLOW_WRITE, Case, Fate, Op, deny
 from ringbuffer import Event, read
 from witness import lost_nothing
 
@@ -29,6 +29,7 @@ class Exits:
     of_l2: Counter[str] = field(default_factory=Counter)
     to_l1: Counter[str] = field(default_factory=Counter)
     emulated: Counter[tuple[int, str, bool]] = field(default_factory=Counter)
+    slow_writes: int = field(default=0, compare=False)
 
     @classmethod
     def seen(cls, folder: Path) -> Exits:
@@ -42,7 +43,9 @@ class Exits:
         }
         for event in read(folder):
             values = event.values
-            if event.name == "kvm_msr":
+            if event.name == SLOW_WRITE:
+                found.slow_writes += 1
+            elif event.name == "kvm_msr":
                 key = (values["ecx"], "write" if values["write"] else "read", bool(values["exception"]))
                 found.emulated[key] += 1
             else:

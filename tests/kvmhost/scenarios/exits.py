@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests access MSRs a known number of times (tests/kvmhost/accesses/), watched by KVM's own tracepoints.
+"""Guests access MSRs a known number of times (tests/kvmhost/accesses/), watched by KVM's tracepoints and by msrtrace.
 
 What each access is to come to is said here, so that tests/kvmhost/test_accesses.py holds what the guest counted, and
-what the tracepoints saw, against it. Leaves /out/exits/CASE, as ringbuffer.py reads it.
+what the tracepoints saw, against it; test_exits.py what msrtrace counted. Leaves /out/exits/CASE, as ringbuffer.py
+reads it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from guest import OUT, STOCK, accesses, load, vendor
-from kerneltracer import TRACING, pages
+from kerneltracer import TRACING, define, pages
+
+from tracer.kernel.layout import layout_of
+from tracer.kernel.symbols import Symbols
+from tracer.model.errors import MsrtraceError
+from tracer.model.options import BACKENDS, Options
+from tracer.model.snapshot import Snapshot
+from tracer.trace.engine import Engine
 
 INSTANCE = TRACING / "instances/exits"
 #: KVM's tracepoints, and their filter by vendor: exit reasons 31 and 32 (SDM vol. 3, appendix C), 0x7c (APM vol. 2, C).
@@ -24,6 +33,8 @@ EVENTS = {
     "kvm_nested_vmexit_inject": "exit_code",
     "kvm_msr": "",
 }
+#: A probe of the kernel's: the slow path of WRMSR. No tracepoint tells the paths apart.
+GROUP, SLOW_WRITE = "exits", "slow_write"
 TSC, SYSENTER_CS, PAT, TSC_DEADLINE, X2APIC_ID, ICR = 0x10, 0x174, 0x277, 0x6E0, 0x802, 0x830
 EFER, FS_BASE = 0xC0000080, 0xC0000100
 #: That KVM does not know: with bits in the bitmaps of both vendors, and without.
@@ -204,10 +215,12 @@ CASES = {
 
 
 class ExitTracer:
-    """KVM's tracepoints of MSR exits, on from `with` to its end."""
+    """KVM's tracepoints of MSR exits, and SLOW_WRITE, on from `with` to its end."""
 
     def __enter__(self) -> ExitTracer:
+        define([f"p:{GROUP}/{SLOW_WRITE} kvm:kvm_emulate_wrmsr"])
         INSTANCE.mkdir()
+        (INSTANCE / "events" / GROUP / SLOW_WRITE / "enable").write_text("1")
         for name, member in EVENTS.items():
             event = INSTANCE / "events/kvm" / name
             if member:
@@ -218,12 +231,15 @@ class ExitTracer:
     def __exit__(self, *_: object) -> None:
         for name in EVENTS:
             (INSTANCE / "events/kvm" / name / "enable").write_text("0")
+        (INSTANCE / "events" / GROUP / SLOW_WRITE / "enable").write_text("0")
         INSTANCE.rmdir()
+        define([f"-:{GROUP}/{SLOW_WRITE}"])
 
     def take(self, out: Path) -> None:
         """Leave in OUT what was seen since the last time."""
         out.mkdir(parents=True)
-        formats = [(TRACING / "events/kvm" / name / "format").read_text() for name in EVENTS]
+        events = [f"kvm/{name}" for name in EVENTS] + [f"{GROUP}/{SLOW_WRITE}"]
+        formats = [(TRACING / "events" / event / "format").read_text() for event in events]
         (out / "formats").write_text("".join(formats))
         (out / "symbols").write_text("")
         (out / "stats").write_text("".join(path.read_text() for path in sorted(INSTANCE.glob("per_cpu/cpu*/stats"))))
@@ -231,13 +247,45 @@ class ExitTracer:
             (out / f"{cpu.name}.raw").write_bytes(pages(cpu / "trace_pipe_raw"))
 
 
+def engines(stack: ExitStack) -> dict[str, Engine]:
+    """Engines that count at once: by each backend that this kernel has, and one without exits."""
+    symbols, found = Symbols.read(), {}
+    wanted = {backend: Options(backend=backend, exits=True, by_vm=True) for backend in BACKENDS}
+    for name, options in (wanted | {"without": Options(backend="kprobe", by_vm=True)}).items():
+        try:
+            found[name] = Engine(layout_of(symbols), symbols, options)
+        except MsrtraceError as error:
+            if "--backend kprobe can" not in str(error):
+                raise
+        else:
+            stack.callback(found[name].close)
+    return found
+
+
+def counted(now: Snapshot, before: Snapshot | None) -> dict[str, Any]:
+    """What an engine counted in between."""
+    new = now.since(before) if before else now
+    exits = [asdict(kind) | {"exits": count} for kind, count in (new.exits or {}).items()]
+    calls = sorted([*map(str, asdict(call).values()), outcome.calls] for call, outcome in new.calls.items())
+    lost = {"open": now.open_exits, "refusals": new.unpaired_refusals, "dropped": sum(m.dropped for m in new.maps)}
+    missed = {probe.function: probe.missed for probe in new.probes if probe.missed}
+    unattached = [probe.function for probe in new.probes if not probe.attached]
+    return {"exits": exits, "calls": calls, **lost, "missed": missed, "unattached": unattached}
+
+
 def exits() -> Any:
-    """Each of CASES: what the guest counted."""
+    """Each of CASES: what the guest counted, and what each engine did."""
     load(STOCK[vendor().name])
-    found: dict[str, Any] = {"vendor": vendor().name, "counted": {}}
-    with ExitTracer() as tracer:
+    found: dict[str, Any] = {"vendor": vendor().name, "counted": {}, "engines": {}}
+    before: dict[str, Snapshot] = {}
+    with ExitStack() as stack, ExitTracer() as tracer:
+        running = engines(stack)
         for name, case in CASES.items():
             arguments = [word for op in case.ops for word in op.arguments()]
             found["counted"][name] = accesses(*case.options.split(), *arguments)
             tracer.take(OUT / "exits" / name)
+            for engine, one in running.items():
+                now = one.snapshot(5.0)
+                found["engines"].setdefault(engine, {})[name] = counted(now, before.get(engine))
+                before[engine] = now
     return found | {"left": INSTANCE.exists()}
