@@ -18,6 +18,8 @@ def guest_programs() -> Path:
     """A directory of programs for the guest, static so that they run under any userland."""
     headers = [HERE / "program.h", *sorted((HERE / "accesses").glob("*.h"))]
     sources = {"workload": [HERE / "workload.c"], "accesses": sorted((HERE / "accesses").glob("*.[cS]"))}
+    for files in sources.values():
+        files.append(HERE / "program.c")
 
     def make(work: Path) -> None:
         options = ["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]

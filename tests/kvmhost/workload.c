@@ -3,7 +3,7 @@
  * workload: make kvm_intel or kvm_amd change MSR intercepts a known number of times, by the plain KVM API.
  * Tests run it on a host of either vendor and compare what the tracer counted with the line it prints last.
  *
- *     gcc -O2 -Wall -Wextra -Werror -static -pthread -o workload workload.c
+ *     gcc -O2 -Wall -Wextra -Werror -static -pthread -o workload workload.c program.c
  *
  * A filter update is KVM_X86_SET_MSR_FILTER on every VM, then one KVM_RUN of every vCPU. The ioctl only leaves a request
  * with each vCPU, which edits its MSR bitmap (SVM: its MSR permission map) inside its next KVM_RUN: so every vCPU applies
@@ -58,30 +58,18 @@
  * or process that failed).
  */
 #define _GNU_SOURCE
-#include <ctype.h>
-#include <errno.h>
 #include <fcntl.h>
-#include <getopt.h>
-#include <linux/kvm.h>
 #include <pthread.h>
-#include <sched.h>
-#include <signal.h>
 #include <stdatomic.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <strings.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
-#include <unistd.h>
 #include <x86intrin.h>
 
-enum { EXIT_SYSTEM = 1, EXIT_BAD_EXIT = 2, EXIT_CPU_LACKS = 3, EXIT_USAGE = 64 };
+#include "program.h"
 
 #define GUEST_PAGE 0x1000 /* guest-physical address and size of the only page */
 #define APIC_BASE_X2APIC (1ULL << 10)
@@ -117,53 +105,12 @@ static struct {
 } opt = { .vms = 1, .vcpus = 1, .updates = 10 };
 
 static int kvm_fd, run_size;
-static unsigned long *ticks;  /* --ticks: [update][vm][vcpu] */
-static sigset_t stop_signals; /* --forever: blocked, so that they never interrupt a KVM_RUN */
-static bool stop;             /* one came */
+static unsigned long *ticks; /* --ticks: [update][vm][vcpu] */
 static pthread_barrier_t round_start, round_end;
 
 #define for_each_vcpu(vcpu, vms, n)            \
 	for (unsigned long v_ = 0; v_ < (n); v_++) \
 		for (struct vcpu *vcpu = (vms)[v_].vcpus; vcpu < (vms)[v_].vcpus + opt.vcpus; vcpu++)
-
-/* _exit(), as it may be a thread or a child: no atexit handlers, no second flush of stdout. */
-#define fail(status, format, ...)                                         \
-	do {                                                              \
-		fprintf(stderr, "workload: " format "\n", ##__VA_ARGS__); \
-		_exit(status);                                            \
-	} while (0)
-
-static int named_ioctl(int fd, unsigned long request, const char *name, unsigned long arg)
-{
-	int r = ioctl(fd, request, arg);
-
-	if (r < 0)
-		fail(EXIT_SYSTEM, "%s: %s", name, strerror(errno));
-	return r;
-}
-#define KVM(fd, request, arg) named_ioctl(fd, request, #request, (unsigned long)(arg))
-
-/* Zeroed memory, or that of a vCPU. */
-static void *map(size_t size, int flags, int fd)
-{
-	void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | flags, fd, 0);
-
-	if (p == MAP_FAILED)
-		fail(EXIT_SYSTEM, "mmap of %zu bytes: %s", size, strerror(errno));
-	return p;
-}
-
-/* Sleeps; with --forever it is also where a stop signal is noticed. */
-static void pause_for(double seconds)
-{
-	struct timespec ts = { .tv_sec = (time_t)seconds, .tv_nsec = (long)((seconds - (time_t)seconds) * 1e9) };
-
-	if (opt.forever)
-		stop |= sigtimedwait(&stop_signals, NULL, &ts) > 0;
-	else if (seconds > 0)
-		while (nanosleep(&ts, &ts) && errno == EINTR)
-			;
-}
 
 static void create_vcpu(struct vm *vm, struct vcpu *vcpu)
 {
@@ -265,27 +212,6 @@ static void *vcpu_thread(void *vcpu)
 	return NULL;
 }
 
-static void start_thread(struct vcpu *vcpu)
-{
-	unsigned long nth = vcpu->vm * opt.vcpus + vcpu->index;
-	cpu_set_t allowed, one;
-	pthread_t thread;
-	int cpu = 0, r;
-
-	if (sched_getaffinity(0, sizeof(allowed), &allowed))
-		fail(EXIT_SYSTEM, "sched_getaffinity: %s", strerror(errno));
-	nth %= CPU_COUNT(&allowed);
-	while (!CPU_ISSET(cpu, &allowed) || nth--)
-		cpu++;
-	CPU_ZERO(&one);
-	CPU_SET(cpu, &one);
-	r = pthread_create(&thread, NULL, vcpu_thread, vcpu);
-	if (!r)
-		r = pthread_setaffinity_np(thread, sizeof(one), &one);
-	if (r)
-		fail(EXIT_SYSTEM, "starting a thread on CPU %d: %s", cpu, strerror(r));
-}
-
 static void run_all(struct vm *vms, unsigned long n)
 {
 	if (opt.threads) {
@@ -297,34 +223,17 @@ static void run_all(struct vm *vms, unsigned long n)
 	}
 }
 
-static struct kvm_cpuid2 *supported_cpuid(void)
-{
-	static struct {
-		struct kvm_cpuid2 head;
-		struct kvm_cpuid_entry2 entries[256]; /* the most any kernel gives */
-	} table;
-
-	if (!table.head.nent) {
-		table.head.nent = 256;
-		KVM(kvm_fd, KVM_GET_SUPPORTED_CPUID, &table);
-	}
-	return &table.head;
-}
-
 static void set_cpuid(struct vcpu *vcpu, unsigned long times)
 {
 	for (unsigned long i = 0; i < times; i++, shared->cpuid++)
-		KVM(vcpu->fd, KVM_SET_CPUID2, supported_cpuid());
+		KVM(vcpu->fd, KVM_SET_CPUID2, supported_cpuid(kvm_fd));
 }
 
 static bool has_svm(void)
 {
-	const struct kvm_cpuid2 *table = supported_cpuid();
+	const struct kvm_cpuid_entry2 *leaf = cpuid_leaf(supported_cpuid(kvm_fd), 0x80000001);
 
-	for (unsigned int i = 0; i < table->nent; i++)
-		if (table->entries[i].function == 0x80000001)
-			return table->entries[i].ecx & 4;
-	return false;
+	return leaf && leaf->ecx & 4;
 }
 
 /* KVM would let its host go from x2APIC straight to xAPIC, but a CPU may not, and 6.1 keeps the x2APIC ID then. */
@@ -390,13 +299,11 @@ static unsigned long run_updates(struct vm *vms, unsigned long n)
 /* --ready and --go. Returns whether to start. */
 static bool may_start(void)
 {
-	static int ready_fd = -1;
+	static bool ready;
 
-	if (opt.ready && ready_fd < 0) {
-		ready_fd = open(opt.ready, O_CREAT | O_WRONLY | O_CLOEXEC, 0644);
-		if (ready_fd < 0)
-			fail(EXIT_SYSTEM, "%s: %s", opt.ready, strerror(errno));
-	}
+	if (opt.ready && !ready)
+		create_file(opt.ready);
+	ready = true;
 	return !opt.go || access(opt.go, F_OK) == 0;
 }
 
@@ -412,7 +319,7 @@ static void work(unsigned long first, unsigned long n)
 		pthread_barrier_init(&round_start, NULL, n * opt.vcpus + 1);
 		pthread_barrier_init(&round_end, NULL, n * opt.vcpus + 1);
 		for_each_vcpu(vcpu, vms, n)
-			start_thread(vcpu);
+			start_pinned(vcpu->vm * opt.vcpus + vcpu->index, vcpu_thread, vcpu);
 	}
 	shared->ready++;
 	while (!(opt.processes ? shared->go : may_start())) {
@@ -541,24 +448,10 @@ static const struct option longopts[] = {
 	{ 0 },
 };
 
-/* The value of the option just read: decimal, or hexadecimal after 0x. */
-static unsigned long number(const struct option *option, unsigned long min, unsigned long max)
-{
-	unsigned long value;
-	char *end;
-
-	errno = 0;
-	value = strtoul(optarg, &end, strncasecmp(optarg, "0x", 2) ? 10 : 16);
-	if (!isdigit((unsigned char)*optarg) || *end || errno || value < min || value > max)
-		fail(EXIT_USAGE, "--%s: '%s' is not a number from %lu to %lu (see --help)", option->name, optarg, min, max);
-	return value;
-}
-
 static void parse(int argc, char **argv)
 {
 	const unsigned long many = 1000000000;
 	const struct option *o;
-	char *end;
 	int c, i = 0;
 
 	while ((c = getopt_long(argc, argv, "+", longopts, &i)) != -1) {
@@ -579,11 +472,7 @@ static void parse(int argc, char **argv)
 		case 'S': opt.svme = number(o, 0, many); break;
 		case 's': opt.spec_ctrl = number(o, 0, many); break;
 		case 'V': opt.create_vms = number(o, 0, many); break;
-		case 'H':
-			opt.hold = strtod(optarg, &end);
-			if (end == optarg || *end || !(opt.hold >= 0 && opt.hold <= many))
-				fail(EXIT_USAGE, "--hold: '%s' is not a number of seconds (see --help)", optarg);
-			break;
+		case 'H': opt.hold = seconds(o); break;
 		case 'r': opt.ready = optarg; break;
 		case 'g': opt.go = optarg; break;
 		case 'n': prctl(PR_SET_NAME, optarg); break;
@@ -613,12 +502,8 @@ int main(int argc, char **argv)
 	samples = opt.ticks ? opt.updates * opt.vms * opt.vcpus : 0;
 	if (samples)
 		ticks = map(samples * sizeof(*ticks), MAP_ANONYMOUS | MAP_POPULATE, -1);
-	sigemptyset(&stop_signals);
-	if (opt.forever) {
-		sigaddset(&stop_signals, SIGINT);
-		sigaddset(&stop_signals, SIGTERM);
-		sigprocmask(SIG_BLOCK, &stop_signals, NULL);
-	}
+	if (opt.forever)
+		be_stoppable();
 	if (opt.processes)
 		status = supervise();
 	else
