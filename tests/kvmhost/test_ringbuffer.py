@@ -31,6 +31,13 @@ format:
 \tfield:unsigned long __probe_ret_ip;\toffset:16;\tsize:8;\tsigned:0;
 
 print fmt: "(%lx <- %lx)", REC->__probe_func, REC->__probe_ret_ip
+name: kvm_msr
+ID: 1502
+format:
+{COMMON}\tfield:unsigned write;\toffset:8;\tsize:4;\tsigned:0;
+\tfield:u32 ecx;\toffset:12;\tsize:4;\tsigned:0;
+
+print fmt: "msr_%s %x", REC->write ? "write" : "read", REC->ecx
 """
 KALLSYMS = """\
 ffffffffc0001000 t vmx_set_msr\t[kvm_intel]
@@ -74,6 +81,11 @@ def test_a_return_is_placed_where_it_returns_to() -> None:
     assert (first.place, second.place) == ("vmx_set_msr+0x42", "")
 
 
+def test_a_tracepoint_has_no_place() -> None:
+    [one] = found(page(record(struct.pack("<HBBiII", 1502, 0, 1, 7, 1, 0x277))))
+    assert (one.name, one.place, one.values["write"], one.values["ecx"]) == ("kvm_msr", "", 1, 0x277)
+
+
 def test_data_is_no_function() -> None:
     assert Symbols(KALLSYMS).name(0xFFFFFFFFC0001190) == "vmx_enable_intercept_for_msr+0x90"
 
@@ -104,4 +116,4 @@ def test_events_that_the_kernel_lost_are_said() -> None:
 
 def test_an_event_that_no_format_describes_is_not_passed_over() -> None:
     with pytest.raises(KeyError):
-        found(page(record(struct.pack("<HBBi", 1502, 0, 0, 7))))
+        found(page(record(struct.pack("<HBBi", 1503, 0, 0, 7))))

@@ -101,17 +101,19 @@ static void print(struct vm *vms, unsigned long rounds)
 			unknown += vcpu->user[i].unknown;
 			invalid += vcpu->user[i].invalid;
 		}
-		printf("op=%u level=%u access=%s msr=%#x executed=%lu completed=%lu gp=%lu reflected=%lu user=%lu filter=%lu "
-		       "unknown=%lu invalid=%lu\n", i, sum.level, sum.write ? "write" : "read", sum.msr, sum.executed,
-		       sum.completed, sum.gp, sum.reflected, filter + unknown + invalid, filter, unknown, invalid);
+		printf("op=%u level=%u access=%s msr=%#x executed=%lu completed=%lu gp=%lu reflected=%lu user=%lu "
+		       "filter=%lu unknown=%lu invalid=%lu\n", i, sum.level, sum.write ? "write" : "read", sum.msr,
+		       sum.executed, sum.completed, sum.gp, sum.reflected, filter + unknown + invalid, filter, unknown,
+		       invalid);
 		all.executed += sum.executed;
 		all.completed += sum.completed;
 		all.gp += sum.gp;
 		all.reflected += sum.reflected;
 		all.user += filter + unknown + invalid;
 	}
-	printf("accesses: vms=%lu vcpus=%lu rounds=%lu ops=%u executed=%lu completed=%lu gp=%lu reflected=%lu user=%lu\n",
-	       opt.vms, opt.vcpus, rounds, opt.n_ops, all.executed, all.completed, all.gp, all.reflected, all.user);
+	printf("accesses: vms=%lu vcpus=%lu rounds=%lu ops=%u executed=%lu completed=%lu gp=%lu reflected=%lu "
+	       "user=%lu\n", opt.vms, opt.vcpus, rounds, opt.n_ops, all.executed, all.completed, all.gp, all.reflected,
+	       all.user);
 	if (fflush(stdout))
 		fail(EXIT_SYSTEM, "standard output: %s", strerror(errno));
 }
@@ -162,8 +164,8 @@ static const char usage[] =
 	"                [--vms N] [--vcpus N] [--threads] [--name NAME] [--ready FILE] [--go FILE]\n"
 	"                [--rounds N | --forever] [--interval MS] [--stay-in-l2] [--done FILE] [--hold SECONDS]\n"
 	"                [-- ignored...]\n\n"
-	"Lets guests of KVM, and guests of these (l2), execute RDMSR and WRMSR, and prints how often each was executed and\n"
-	"what became of it. The head of accesses.c explains every option.\n\n"
+	"Lets guests of KVM, and guests of these (l2), execute RDMSR and WRMSR, and prints how often each was executed\n"
+	"and what became of it. The head of accesses.c explains every option.\n\n"
 	"Exit status: 0 done, 1 a system call failed, 2 unexpected KVM exit, 3 the CPU lacks it, 64 wrong usage.\n";
 
 static const struct option longopts[] = {
@@ -279,7 +281,7 @@ static void parse(int argc, char **argv)
 	for (unsigned int op = 0; op < opt.n_ops; op++)
 		opt.nested |= opt.ops[op].op.level == 2;
 	if (!opt.n_ops && !opt.stay_in_l2)
-		fail(EXIT_USAGE, "nothing to do: no --read, --write, --l2-read, --l2-write or --stay-in-l2 (see --help)");
+		fail(EXIT_USAGE, "nothing to do: no --read, --write, --l2-read, --l2-write, --stay-in-l2 (see --help)");
 }
 
 int main(int argc, char **argv)

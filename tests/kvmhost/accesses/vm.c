@@ -47,7 +47,8 @@ static bool host_msr(const struct vcpu *vcpu, unsigned long request, uint32_t ms
 	int r = ioctl(vcpu->fd, request, &one);
 
 	if (r < 0)
-		fail(EXIT_SYSTEM, "KVM_%s_MSRS of %#x: %s", request == KVM_GET_MSRS ? "GET" : "SET", msr, strerror(errno));
+		fail(EXIT_SYSTEM, "KVM_%s_MSRS of %#x: %s", request == KVM_GET_MSRS ? "GET" : "SET", msr,
+		     strerror(errno));
 	*value = r == 1 ? one.entry.data : 0;
 	return r == 1;
 }
