@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain, repeat
 
 import pytest
 
 from tracer.model.msr_filter import NO_FILTER, MsrFilter
-from tracer.model.state import KVM, UNRECORDED
+from tracer.model.state import BOTH, KVM, UNKNOWN, UNRECORDED
 from tracer.model.svm import SVM
 from tracer.trace.state_reader import Reading, StateReader
 
@@ -68,6 +68,16 @@ def test_a_request_may_come_late(said: Callable[..., tuple[str, int]]) -> None:
 def test_filters_may_be_where_others_were(said: Callable[..., tuple[str, int]]) -> None:
     swapped = (reading(gp_seq=4 * n, gp_seq_needed=4 * n) for n in range(100))
     assert said(swapped)[0] == UNRECORDED
+
+
+@pytest.mark.parametrize("replaced", [[0, 6], [5, 6], range(1, 7), range(6)])
+def test_one_whose_filter_is_replaced_while_it_is_read_is_as_it_was_before(
+    said: Callable[..., tuple[str, int]], replaced: Collection[int]
+) -> None:
+    swapped = (reading(DENIES, filter=n, filter_after=n + (n in replaced), gp_seq=4 * n) for n in range(100))
+    assert said(swapped, recorded=(ESP,)) == (BOTH, 7)
+    always = (reading(DENIES, filter=n, filter_after=n + 1, gp_seq=4 * n) for n in range(100))
+    assert said(always, recorded=(ESP,)) == (UNKNOWN, 7)
 
 
 def test_a_filter_that_denies_is_to_blame_at_once(said: Callable[..., tuple[str, int]]) -> None:

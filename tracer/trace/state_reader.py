@@ -156,12 +156,14 @@ class StateReader:
         """What every vCPU intercepts, without names. Raises MsrtraceError.
 
         :param steady: read again while anything changes, with pauses of 0.2 s at most; what still does is not
-            `settled`. Else there may be filters that were just set, and nothing says yet that no vCPU applied them
+            `settled`, and as it was when its filter could last be read. Else there may be filters that were just set,
+            and nothing says yet that no vCPU applied them
         """
         found = self._read()
         if not steady:
             return self._state(found, {key for key, one in found.items() if not one.moves})
         sure: dict[int, Reading] = {}
+        whole = _with_filter(found)
         same: dict[int, int] = {}
         most, needed = (_READS, _EQUAL) if self.recorded else (_UNRECORDED_READS, _UNRECORDED_EQUAL)
         for _ in range(most):
@@ -169,9 +171,11 @@ class StateReader:
             before, found = found, self._read()
             same = {key: same.get(key, 0) + 1 if one.same_as(before.get(key)) else 0 for key, one in found.items()}
             sure |= {key: one for key, one in found.items() if same[key] >= needed}
+            whole |= _with_filter(found)
             if found.keys() <= sure.keys():
                 break
-        return self._state({key: sure.get(key, one) for key, one in found.items()}, sure.keys())
+        best = whole | sure
+        return self._state({key: best.get(key, one) for key, one in found.items()}, sure.keys())
 
     def _read(self) -> dict[int, Reading]:
         """What is read of each vCPU, by its address."""
@@ -245,6 +249,11 @@ class Reading:
     def _content(self) -> tuple[object, ...]:
         # A filter may be where the one before the last was, and the same.
         return self.bitmap, self.failed, self.shadow, self.requested, self.filter, self._address, self._grace_periods
+
+
+def _with_filter(found: Mapping[int, Reading]) -> dict[int, Reading]:
+    """Those whose filter was not replaced, and so freed perhaps, while it was read."""
+    return {key: one for key, one in found.items() if one.filter is not None}
 
 
 def _grace_periods(btf: Btf) -> dict[str, int]:
