@@ -39,11 +39,15 @@ WHOLE = ["bookworm-amd"]
 ON_SEVERAL_CPUS = [*AMD, "sid", "backports"]
 #: Hosts with both variants of kvm_intel: there the patch is a question.
 PATCHABLE = ["bookworm", "trixie"]
-#: Fixtures that give what the scenarios found, and on which hosts; `collected` is every host.
+CPUS = 2
+#: Boots of Intel's other hosts with CPUS, for scenarios/swapping.py alone: in Bochs each takes 80 s of a CPU, too much
+#: for `make test`, so they are asked for by these names (`--hosts trixie-2-cpus`).
+ON_REQUEST = {f"{host}-{CPUS}-cpus": host for host in PATCHABLE}
+#: Fixtures that give what the scenarios found, and on which hosts; `collected` is every host with one CPU.
 FIXTURES = {
     "several_cpus": ON_SEVERAL_CPUS,
     "stressed": [host for host in LAYOUTS if host not in AMD],
-    "swapping_on": [host for host in ON_SEVERAL_CPUS if not host.startswith("filter-only")],
+    "swapping_on": [*(host for host in ON_SEVERAL_CPUS if not host.startswith("filter-only")), *ON_REQUEST],
     "with_ibpb": AMD,  # those of several CPUs
     "of_amd": AMD,
     "whole": WHOLE,
@@ -74,7 +78,6 @@ TIMEOUT_SECONDS = 3600
 LIMIT_SECONDS = 2 * TIMEOUT_SECONDS
 #: What one that is told to end may take for that.
 END_SECONDS = 60
-CPUS = 2
 #: One per core; each takes 2 GB of memory and more.
 AT_ONCE = max(2, min(len(os.sched_getaffinity(0)), 4))
 
@@ -94,7 +97,7 @@ class Boot(NamedTuple):
 #: In this order they start, and what boots beside them after them: what ends last is short, and leaves no core idle.
 LONGEST_FIRST = [
     *(Boot("trixie"), Boot("bookworm"), Boot("sid"), Boot("backports"), Boot("filter-only")),
-    *(Boot("sid", CPUS), Boot("backports", CPUS)),
+    *(Boot(host, CPUS) for host in ("sid", "backports", *ON_REQUEST.values())),
     *(Boot(host, cpus) for host in AMD for cpus in (1, CPUS)),
 ]
 
@@ -145,7 +148,7 @@ def _boot(boot: Boot, folder: Path) -> Collected:
     if cpus == 1 and host in PACKED:
         options.insert(0, "--packed")
     if cpus > 1:
-        what = ["python3", "/in/stress.py"]
+        what = ["python3", "/in/stress.py", *(["--swapping"] if host in ON_REQUEST.values() else [])]
     else:
         part = [] if host in WHOLE else ["--kernel"] if host in AMD else ["--vendor"]
         what = ["python3", "/in/everything.py", *part, f"--stress={','.join(stress_runs(host))}", *variants(host)]
@@ -245,6 +248,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     looked_at = {boot for item in session.items for boot in _looks_at(item)}
     asked_for = [Boot(host, cpus) for cpus in (1, CPUS) for host in _hosts(session.config)]
+    asked_for += [Boot(ON_REQUEST[name], CPUS) for name in _hosts(session.config) if name in ON_REQUEST]
     hosts = sorted({*asked_for} & looked_at, key=LONGEST_FIRST.index)
     marked = [_beside(item) for item in session.items if not item.get_closest_marker("skip")]
     beside = list(dict.fromkeys(function for function in marked if function))
@@ -265,6 +269,8 @@ def _looks_at(item: pytest.Item) -> list[Boot]:
 
 
 def _boot_of(fixture: str, host: str) -> Boot:
+    if host in ON_REQUEST:
+        return Boot(ON_REQUEST[host], CPUS)
     return Boot(host, CPUS if fixture in ("several_cpus", "swapping_on", "with_ibpb") else 1)
 
 
@@ -278,7 +284,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     hosts = _hosts(metafunc.config)
     for name in metafunc.fixturenames:
         if name == "collected" or name in FIXTURES:
-            wanted = [host for host in hosts if host in FIXTURES.get(name, hosts)]
+            wanted = [host for host in hosts if host in FIXTURES.get(name, LAYOUTS)]
             metafunc.parametrize(name, wanted, indirect=True)
 
 

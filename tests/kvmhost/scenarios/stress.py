@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Everything at once, under the eyes of the kernel's own tracer: `stress.py` does all of RUNS.
+"""Everything at once, under the eyes of the kernel's own tracer: `stress.py [--swapping]` does all of RUNS, and swaps.
 
 VMs in threads and VMs in processes, vCPUs that are born and end, filter changes, x2APIC modes, CPUID updates and MSR
 writes, while two clients scrape without a pause, in a kernel that may preempt them.
@@ -80,6 +80,7 @@ def stressed(name: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     load(STOCK[vendor().name])
-    record("stress", {name: stressed(name) for name in RUNS})
+    if "--swapping" not in sys.argv:  # alone
+        record("stress", {name: stressed(name) for name in RUNS})
     record("swapping", swapped())
     sys.exit(0)
