@@ -156,6 +156,12 @@ def test_no_exit_is_said() -> None:
     assert shown(gone, View(exits=True))[1:] == ["nothing is traced now", "", ""]
 
 
+def test_an_exit_in_progress_is_not_lost() -> None:
+    """It is in the next interval; one of each vCPU that runs is in progress at any time."""
+    found = shown(frame(replace(exiting(), open_exits=4), 1.0, state=STATE), View(exits=True))
+    assert "LOWER BOUND" not in " ".join(found)
+
+
 def test_exits_that_are_not_counted_are_not_0() -> None:
     found = shown(frame(snapshot(), 1.0), View(exits=True))
     assert found[-1] == "exits are not counted"

@@ -136,8 +136,11 @@ def _order(row: Row, sort: str) -> tuple[object, ...]:
 
 
 def lost(counted: Snapshot) -> str:
-    """What the snapshot missed, in words; empty if nothing."""
-    parts = loss_of(counted).words()
+    """What the snapshot missed, in words; empty if nothing.
+
+    Exits that are still in progress, as the last one of a vCPU that runs may be, are in the next interval.
+    """
+    parts = loss_of(replace(counted, open_exits=0)).words()
     if counted.module_unloads:
         parts.append(f"{vendor_named(counted.vendor).module} unloaded: {counted.module_unloads:,}")
     return ", ".join(parts)
