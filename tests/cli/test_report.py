@@ -375,6 +375,22 @@ def test_of_a_state_that_cannot_be_read_exits_are_unknown() -> None:
     assert {row.interceptors for row in made.exits} == {"unknown"}
 
 
+def test_exits_of_a_vm_that_ended_are_joined_with_what_was_read_of_it_last() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / MODULE).write_text("1")
+        (Path(directory) / VMS).write_text(f"guarded {os.getpid()} 2 0xc0000100\n")
+        command = ("sh", "-c", "sleep 0.7; : > $0/vms", directory)
+        done = on_standin(Path(directory), "report", "--exits", "-o", "-", "--format", "json", "--", *command)
+    made = decode(done.stdout.encode())
+    assert made.state
+    assert made.state.vms == []
+    assert made.exits
+    assert [(row.name, row.intercepted_by) for row in made.exits] == [
+        ("FS_BASE", {"filter": 2}),
+        ("PLATFORM_INFO", {"kvm": 2}),
+    ]
+
+
 def test_without_the_option_exits_are_not_counted() -> None:
     made = decode(run("-d", "0.1", "--format", "json").stdout.encode())
     assert (made.exits, made.totals.exits) == (None, None)

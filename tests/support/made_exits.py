@@ -50,4 +50,4 @@ def exiting(*, by_vm: bool = False, counts: dict[Exit, int] | None = None, **cha
 def with_exits(counted: Snapshot | None = None, at_end: State | None = STATE, **details: Any) -> Report:
     """The report on a trace of 2.5 seconds with exits."""
     states = states_of_report(at_end) if at_end else None
-    return report(counted or exiting(), state=states, at_end=at_end, **details)
+    return report(counted or exiting(), state=states, intercepted=at_end, **details)

@@ -66,6 +66,7 @@ def report(  # noqa: PLR0917 (click passes them by name)
         check_outputs(outputs, fmt)
         machine = ready_machine(options)
 
+        from tracer.trace.last_states import LastStates
         from tracer.trace.recording import check_command, record
 
         if command:
@@ -76,8 +77,15 @@ def report(  # noqa: PLR0917 (click passes them by name)
         with tracing(machine, options, keep_gone=True, states=True) as tracer:
             for warning in tracer.warnings:
                 warn(warning)
+            last = LastStates(tracer)
             with _progress(duration, bool(command)) as progress:
-                recording = record(tracer, seconds=duration, command=command, by_vm=options.by_vm, progress=progress)
+
+                def passed(seconds: float) -> None:
+                    if options.exits:
+                        last.look()
+                    progress(seconds)
+
+                recording = record(tracer, seconds=duration, command=command, by_vm=options.by_vm, progress=passed)
             # All is counted by now, so reading the state can prevent no probe from counting.
             at_end, state, problems = _state_at_end(tracer, recording.counted.vms)
             made = make(
@@ -90,7 +98,7 @@ def report(  # noqa: PLR0917 (click passes them by name)
                 command=command,
                 exit_status=recording.status,
                 state=state,
-                at_end=at_end,
+                intercepted=last.with_gone(at_end) if at_end else None,
                 notes=(*tracer.warnings, *recording.notes, *problems),
             )
         deliver(partial(write_report, made), fmt, outputs, to_stderr=bool(command))

@@ -18,7 +18,7 @@ NESTED, GONE = "nested", "gone"
 SAID_OF_EXITS = {
     PASSED: "passed through by now; it exited before that",
     NESTED: "of a guest's own guest (L2): its hypervisor may want the exit, which the vCPU's own bitmap does not say",
-    GONE: "no vCPU that there is now makes such exits: its VM has ended, or its filter was replaced",
+    GONE: "no vCPU that was read makes such exits: its VM ended before that, or its filter was replaced",
 }
 _WORDS = WORDS | {NESTED: "nested", GONE: "gone"}
 #: What rows may be broken down by, besides MSR, access and guest.

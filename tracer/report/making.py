@@ -89,7 +89,7 @@ def make(
     command: Sequence[str] | None = None,
     exit_status: int | None = None,
     state: States | None = None,
-    at_end: State | None = None,
+    intercepted: State | None = None,
     notes: Sequence[str] = (),
 ) -> Report:
     """The report on what a trace counted.
@@ -98,12 +98,12 @@ def make(
     :param duration: of the trace, in seconds
     :param exit_status: of the command, as a shell gives it
     :param state: what the vCPUs intercepted when it ended
-    :param at_end: the same as it was read, which says who caused exits; None: unknown
+    :param intercepted: the same as it was read, and of VMs that ended before: who caused exits; None: unknown
     """
     rows = call_rows(counted.calls.items())
     updates = _host_sum(counted.updates) if counted.updates_observable else None
     recalcs = _host_sum(counted.recalcs) if counted.recalcs_observable else None
-    table = None if counted.exits is None else ExitTable(counted.exits, at_end, counted.by_vm)
+    table = None if counted.exits is None else ExitTable(counted.exits, intercepted, counted.by_vm)
     exits, exit_notes = exit_rows(table) if table else (None, [])
     loss = loss_of(counted)
     vendor = vendor_named(counted.vendor)
