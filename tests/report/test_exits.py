@@ -280,14 +280,26 @@ def test_the_page_has_a_table() -> None:
     assert ["0xc0000100", "FS_BASE", "write", "filtered", "filter", "31,000", "12,400"] in found.all("table")[0].rows()
 
 
-def test_vms_have_columns_only_if_exits_were_counted() -> None:
-    def headers(made: Report) -> tuple[str, ...]:
-        (found,) = (one for one in report_document(made).sections if one.title == "VMs")
-        assert found.table
-        return found.table.headers
+def test_exits_per_vm() -> None:
+    def table(made: Report) -> list[tuple[str, ...]]:
+        return [
+            row
+            for one in report_document(made).sections
+            if one.title == "Exits per VM" and one.table
+            for row in one.table.rows
+        ]
 
-    assert headers(with_exits(exiting(by_vm=True)))[-3:] == ("exits", "by filter alone", "perhaps")
-    assert "exits" not in headers(report(replace(exiting(by_vm=True), exits=None)))
+    assert table(with_exits(exiting(by_vm=True))) == [
+        ("guarded", "901", "71,500", "28,600", "31,000"),
+        ("plain", "812", "20,087", "8,035", "0"),
+    ]
+    assert table(with_exits(exiting(by_vm=True), None))[0] == ("guarded", "901", "71,500", "28,600", "0 to 31,500")
+    for made in (
+        with_exits(),
+        report(replace(exiting(by_vm=True), exits=None)),
+        with_exits(exiting(by_vm=True, counts={})),
+    ):
+        assert table(made) == []
 
 
 def test_a_result_of_a_later_version_is_shown_as_it_is() -> None:

@@ -9,7 +9,7 @@ from tracer.model.quantity import number, per_second
 from tracer.model.state import BOTH, FILTER, KVM, SAID, WORDS
 from tracer.report.document import Section, Table
 from tracer.report.exit_rows import ExitRow
-from tracer.report.report import Report
+from tracer.report.report import Report, Vm
 
 _FINDINGS = 3
 _ROWS = 40  # of the table; guests choose the MSRs
@@ -42,8 +42,28 @@ def _rate(report: Report, exits: int) -> str:
     return per_second(exits / report.duration_seconds if report.duration_seconds else None)
 
 
-def exit_section(report: Report) -> Section:
-    """The table, with what its words mean."""
+def exit_sections(report: Report) -> list[Section]:
+    """The tables, of MSRs and of VMs."""
+    sections = [_msr_section(report)]
+    vms = [vm for vm in report.vms or () if vm.exits]
+    if vms:
+        vms.sort(key=lambda vm: (-(vm.exits_by_filter or 0), -(vm.exits or 0)))
+        cells = tuple(
+            (vm.title, str(vm.pid), number(vm.exits), _rate(report, vm.exits or 0), _by_filter(vm)) for vm in vms
+        )
+        headers = ("VM", "pid", "exits", "per second", "by the filter alone")
+        sections.append(Section("Exits per VM", table=Table(headers, cells)))
+    return sections
+
+
+def _by_filter(vm: Vm) -> str:
+    """How many of its exits the filter alone caused, or the least and the most."""
+    sure, perhaps = vm.exits_by_filter or 0, vm.exits_perhaps_by_filter or 0
+    return f"{sure:,} to {sure + perhaps:,}" if perhaps else f"{sure:,}"
+
+
+def _msr_section(report: Report) -> Section:
+    """The table of MSRs, with what its words mean."""
     rows = report.exits or []
     if not rows:
         return Section("Exits", ("none were seen",))

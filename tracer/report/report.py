@@ -169,6 +169,11 @@ class Vm(Sanitized, frozen=True, kw_only=True):
     exits_by_filter: Count | None = None
     exits_perhaps_by_filter: Count | None = None
 
+    @property
+    def title(self) -> str:
+        """The name, or why there is none."""
+        return self.name or ("(ended before it could be named)" if self.pid else "(no known VM)")
+
 
 class Report(Sanitized, frozen=True, kw_only=True):
     """A report. `started` is UTC (ISO 8601), `command` what was run while tracing, `exit_status` its exit status.

@@ -11,7 +11,7 @@ from tracer.model.quantity import duration, number, rate, share
 from tracer.model.verdict import headline
 from tracer.report.compare import format_command, lost
 from tracer.report.document import Document, Section, Table, document
-from tracer.report.exit_view import exit_lines, exit_section
+from tracer.report.exit_view import exit_lines, exit_sections
 from tracer.report.report import CallRow, Report, UpdateSeconds, redundant_sum
 from tracer.report.state_view import section_at_end
 
@@ -37,7 +37,7 @@ def report_document(report: Report) -> Document:
     if report.recalculation_seconds and report.recalculation_seconds.count:
         sections.append(Section("Recalculation times", tuple(_time_lines(report.recalculation_seconds))))
     if report.exits is not None:
-        sections.append(exit_section(report))
+        sections += exit_sections(report)
     if report.vms is not None:
         sections.append(Section("VMs", table=_vm_table(report)))
     if report.state is not None:
@@ -134,20 +134,14 @@ def _cause_table(report: Report) -> Table:
 def _vm_table(report: Report) -> Table:
     rows = []
     recalculations = any(vm.recalculations is not None for vm in report.vms or [])
-    exits = any(vm.exits is not None for vm in report.vms or [])
     for vm in report.vms or []:
-        name = vm.name or ("(ended before it could be named)" if vm.pid else "(no known VM)")
         mean = vm.filter_update_seconds_sum / vm.filter_updates if vm.filter_updates else None
-        cells = [name, str(vm.pid), number(vm.filter_updates), duration(mean) if mean else ""]
+        cells = [vm.title, str(vm.pid), number(vm.filter_updates), duration(mean) if mean else ""]
         if recalculations:
             cells.append(number(vm.recalculations))
-        cells += [number(vm.calls), number(vm.redundant)]
-        if exits:
-            cells += [number(vm.exits), number(vm.exits_by_filter), number(vm.exits_perhaps_by_filter)]
-        rows.append(tuple(cells))
+        rows.append((*cells, number(vm.calls), number(vm.redundant)))
     more = ("recalculations",) if recalculations else ()
-    of_exits = ("exits", "by filter alone", "perhaps") if exits else ()
-    return Table(("VM", "pid", "filter updates", "mean", *more, "calls", "redundant", *of_exits), tuple(rows))
+    return Table(("VM", "pid", "filter updates", "mean", *more, "calls", "redundant"), tuple(rows))
 
 
 def quantile(times: UpdateSeconds, part: float) -> float | None:
