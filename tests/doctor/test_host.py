@@ -402,10 +402,11 @@ def test_addresses_hidden_from_who_may_trace(host: Host, kptr_restrict: str, fix
 
 
 def test_built_into_the_kernel(host: Host) -> None:
-    image = "\n".join(f"ffffffff8106{n}f30 t {f}" for n, f in enumerate(("vmx_vcpu_run", *TOGGLE)))
+    image = "\n".join(f"ffffffff8106{n}f30 t {f}" for n, f in enumerate(("vmx_vcpu_run", *TOGGLE, *EXITS)))
     host.write("proc/kallsyms", image + "\n")
     host.remove("sys/kernel/btf/kvm_intel")
     assert host.found("symbols") == (OK, None)
+    assert host.found("exits") == (OK, None)
     assert host.check("btf").detail.startswith("the BTF has no struct vcpu_vmx: calls are counted")
     host.write("sys/kernel/btf/vmlinux", btf(KVM))
     assert host.found("btf") == (OK, None)

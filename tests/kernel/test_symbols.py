@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tracer.kernel.layout import choose
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
+from tracer.model.exits import EXIT_FUNCTIONS
 from tracer.model.symbol_name import plain_name
 from tracer.model.vmx import VMX
 
@@ -166,6 +167,14 @@ def test_kvm_built_into_the_kernel_is_found(tmp_path: Path) -> None:
     hidden = read(tmp_path, "".join(f"{0:016x}{line[16:]}\n" for line in image.splitlines()))
     assert hidden.functions[0].address == 0
     assert hidden.caller(0xFFFFFFFF81064F31) == ("0xffffffff81064f31", "")
+
+
+def test_functions_of_exits_are_found_in_the_image(tmp_path: Path) -> None:
+    wanted = sorted({*EXIT_FUNCTIONS.all, *EXIT_FUNCTIONS.completions.values(), "nested_vmx_vmexit"})
+    names = ["vmx_vcpu_run", *wanted, "kvm_emulate_cpuid", "nested_svm_vmloadsave"]
+    symbols = read(tmp_path, "".join(f"ffffffff8106{n:02x}30 t {name}\n" for n, name in enumerate(names)))
+    assert [s.name for s in symbols.functions] == names[:-2]  # each once
+    assert all(len(symbols.find(name)) == 1 for name in wanted)
 
 
 def test_without_the_module_there_are_no_functions(tmp_path: Path) -> None:

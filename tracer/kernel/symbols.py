@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +17,7 @@ from tracer.kernel.cpu import Cpu
 from tracer.kernel.kallsyms import ADDRESS, bounds, lines_with, loaded_modules, module_of, places_of, rows_of, scan
 from tracer.kernel.livepatch import IMAGE, LIVEPATCHES, Livepatch, read_livepatches
 from tracer.model.errors import MsrtraceError
+from tracer.model.exits import EXIT_FUNCTIONS
 from tracer.model.symbol_name import plain_name
 from tracer.model.vendor import Vendor
 from tracer.model.vendors import FIRST, VENDORS
@@ -44,11 +45,12 @@ _REPLACEMENT = "klpp_"
 _UNKNOWN_END = 1 << 64
 
 
-def _prefixes() -> Iterator[str]:
-    """The vendors' prefixes, and the functions to probe that have none of them."""
-    prefixes = tuple(vendor.prefix for vendor in VENDORS)
-    yield from prefixes
-    yield from (name for vendor in VENDORS for name in vendor.probed if not name.startswith(prefixes))
+def _prefixes() -> list[str]:
+    """The vendors' prefixes, and the functions to probe that have none of them: no two find the same line."""
+    names = [vendor.prefix for vendor in VENDORS]
+    names += [name for vendor in VENDORS for name in (*vendor.probed, vendor.nested_exit)]
+    names += sorted((*EXIT_FUNCTIONS.all, *EXIT_FUNCTIONS.completions.values()))
+    return [name for name in names if not any(name.startswith(other) for other in names if other != name)]
 
 
 #: Where a vCPU's file is released, and what KVM wants is recorded: see Symbols.objects.

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 FAST, SLOW = "fast", "slow"
 OK, FILTERED, UNKNOWN, INVALID, REFLECTED = "ok", "filtered", "unknown", "invalid", "reflected"
@@ -47,6 +48,16 @@ class ExitFunctions:
     write_fast_imm: str = "handle_fastpath_wrmsr_imm"
     #: Runs where the access is refused: kvm_msr_user_space(vcpu, index, exit_reason, data, completion, r)
     refused: str = "kvm_msr_user_space"
+
+    #: What `refused` is to have run later: of exits, and not of the instruction emulator's accesses. Before 5.11 there
+    #: is no difference. By the members of struct values in bpf/exits.c.
+    completions: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "complete_read": "complete_fast_rdmsr",
+            "complete_write": "complete_fast_msr_access",
+            "complete_read_imm": "complete_fast_rdmsr_imm",
+        }
+    )
 
     @property
     def all(self) -> frozenset[str]:

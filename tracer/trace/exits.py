@@ -32,13 +32,6 @@ _ACCESS = {1: "read", 2: "write"}
 _RESULTS = (OK, FILTERED, UNKNOWN, INVALID, REFLECTED)
 _RCX = 8  # bytes: enum kvm_reg, arch/x86/include/asm/kvm_host.h
 _HF_GUEST_MASK = 1 << 5  # the same, before 5.15
-#: What kvm_msr_user_space() is to have run later: of exits, and not of the instruction emulator's accesses. Before 5.11
-#: there is no difference.
-_COMPLETIONS = {
-    "complete_read": "complete_fast_rdmsr",
-    "complete_write": "complete_fast_msr_access",
-    "complete_read_imm": "complete_fast_rdmsr_imm",
-}
 _FAILED = "exits cannot be counted"
 
 
@@ -90,7 +83,7 @@ def exit_values(symbols: Symbols, options: Options) -> tuple[dict[str, int], Btf
     except BtfError as error:
         raise MsrtraceError(f"{_FAILED}: {error}") from None
     found |= cast_type(btf)
-    completions = {name: symbols.find(function) for name, function in _COMPLETIONS.items()}
+    completions = {name: symbols.find(function) for name, function in EXIT_FUNCTIONS.completions.items()}
     if completions["complete_read"] and completions["complete_write"]:
         found |= {name: places[0].address for name, places in completions.items() if places}
     if options.pid is not None:
