@@ -17,6 +17,7 @@
 # make start-cost  what a start costs here, by step
 # make state-cost  what a read of the states of 1,000 vCPUs costs: instructions on an emulated host, ms here
 # make bench      what tracing costs, in instructions: msrtrace, its peers and empty probes, on the emulated hosts
+# make bench-exits  what --exits adds to an exit there, beside its peers and empty probes
 # make bench-parts  what each thing that a BPF program may do costs there
 SHELL := /bin/bash
 VENV := build/venv
@@ -29,7 +30,7 @@ HOST :=
 # This machine's KVM module, if its CPU has VMX or SVM and no emulated host is asked for.
 KVM := $(if $(HOST),,$(shell sed -n '/^flags/{s/.*\b\(vmx\|svm\)\b.*/\1/p;q}' /proc/cpuinfo | sed 's/vmx/kvm_intel/; s/svm/kvm_amd/'))
 
-.PHONY: run wheel check check-versions test test-all lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts test-dashboard
+.PHONY: run wheel check check-versions test test-all lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts bench-exits test-dashboard
 
 # What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
 build/packages: Makefile
@@ -115,6 +116,9 @@ state-cost: $(VENV)/ready
 
 bench: $(VENV)/ready
 	@$(SUDO) $(VENV)/bin/python tests/kvmhost/bench.py
+
+bench-exits: $(VENV)/ready
+	@$(SUDO) $(VENV)/bin/python tests/kvmhost/exits_cost.py
 
 bench-parts: $(VENV)/ready
 	@$(SUDO) $(VENV)/bin/python tests/kvmhost/bench.py --parts

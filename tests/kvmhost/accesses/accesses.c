@@ -36,12 +36,13 @@
  * Output, if all went well: a line for each operation, with totals over all vCPUs; the last line is of all operations.
  *
  *     op=0 level=1 access=write msr=0x48 executed=14 completed=0 gp=14 reflected=0 user=0 filter=0 unknown=0 invalid=0
- *     accesses: vms=1 vcpus=2 rounds=1 ops=1 executed=14 completed=0 gp=14 reflected=0 user=0
+ *     accesses: vms=1 vcpus=2 rounds=1 ops=1 executed=14 completed=0 gp=14 reflected=0 user=0 ticks=61302
  *
  *   executed        how often the guest tried: completed + gp + reflected
  *   gp              #GP in the level that tried
  *   reflected       exits of L2 that L1 got
  *   user            exits to the VMM, by reason: filter, unknown, invalid
+ *   ticks           of the TSC, in the round that took the fewest; 0 without a round
  *
  * Exit status: 0 done; 1 a system call failed; 2 KVM_RUN ended as it should not, or counts do not add up; 3 this CPU
  * lacks what the options need; 64 wrong usage. A failure is one line on stderr.
@@ -50,6 +51,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <x86intrin.h>
 
 #include "accesses.h"
 
@@ -79,7 +81,7 @@ static void run_all(struct vm *vms)
 }
 
 /* Prints what became of each operation, over all vCPUs, and all together. */
-static void print(struct vm *vms, unsigned long rounds)
+static void print(struct vm *vms, unsigned long rounds, unsigned long ticks)
 {
 	struct { unsigned long executed, completed, gp, reflected, user; } all = { 0 };
 
@@ -112,8 +114,8 @@ static void print(struct vm *vms, unsigned long rounds)
 		all.user += filter + unknown + invalid;
 	}
 	printf("accesses: vms=%lu vcpus=%lu rounds=%lu ops=%u executed=%lu completed=%lu gp=%lu reflected=%lu "
-	       "user=%lu\n", opt.vms, opt.vcpus, rounds, opt.n_ops, all.executed, all.completed, all.gp, all.reflected,
-	       all.user);
+	       "user=%lu ticks=%lu\n", opt.vms, opt.vcpus, rounds, opt.n_ops, all.executed, all.completed, all.gp, all.reflected,
+	       all.user, ticks);
 	if (fflush(stdout))
 		fail(EXIT_SYSTEM, "standard output: %s", strerror(errno));
 }
@@ -121,7 +123,7 @@ static void print(struct vm *vms, unsigned long rounds)
 static void work(void)
 {
 	struct vm *vms = map(opt.vms * sizeof(*vms), MAP_ANONYMOUS, -1);
-	unsigned long rounds = 0;
+	unsigned long rounds = 0, ticks = 0, begun, taken;
 
 	for (unsigned long v = 0; v < opt.vms; v++)
 		create_vm(&vms[v], v);
@@ -136,7 +138,10 @@ static void work(void)
 	while (opt.go && access(opt.go, F_OK) && !stop)
 		pause_for(0.01);
 	while (!stop && (opt.forever || rounds < opt.rounds)) {
+		begun = __rdtsc();
 		run_all(vms);
+		taken = __rdtsc() - begun;
+		ticks = rounds && ticks < taken ? ticks : taken;
 		rounds++;
 		if (opt.forever || rounds < opt.rounds)
 			pause_for(opt.interval_ms / 1e3);
@@ -153,7 +158,7 @@ static void work(void)
 		for_each_vcpu(vcpu, vms)
 			if (!is_in_l2(vcpu))
 				bad_exit(vcpu, "it did not stay in L2");
-	print(vms, rounds);
+	print(vms, rounds, ticks);
 }
 
 static const char usage[] =

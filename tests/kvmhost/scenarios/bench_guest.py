@@ -17,7 +17,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -239,7 +239,7 @@ def scrapes() -> dict[str, float]:
 
 
 def tool(*command: str) -> str:
-    """Run one of TOOLS, which runs the workload; what both printed. Raises with what it said instead."""
+    """Run one of TOOLS, which runs a program; what both printed. Raises with what it said instead."""
     environment = {**os.environ, "LD_LIBRARY_PATH": f"{TOOLS}/lib"}
     done = output_of(f"{TOOLS}/bin/{command[0]}", *command[1:], env=environment)
     if done["status"]:
@@ -320,12 +320,19 @@ def programs() -> Program:
 
 def attached(*kinds: str, function: str = "empty") -> Any:
     """A program at every function, by KINDS: `kprobe`, `kretprobe`, `fentry`, `fexit`. It counts nothing."""
-    btf = Btf.of_module(HERE.module)
+    with programs_at(HERE.module, HERE.functions, *kinds, function=function):
+        return {"ticks": filter_update_ticks()}
+
+
+@contextmanager
+def programs_at(module: str, functions: Sequence[str], *kinds: str, function: str = "empty") -> Iterator[None]:
+    """A program at each of a module's functions, by KINDS."""
+    btf = Btf.of_module(module)
     links, everything = [], []
     for kind in kinds:
-        for traced in HERE.functions:
+        for traced in functions:
             tracing = kind.startswith("f")
-            target = Target(kind, btf.function_id(traced), HERE.module) if tracing else Target("kprobe")
+            target = Target(kind, btf.function_id(traced), module) if tracing else Target("kprobe")
             loaded = load(programs(), Variant(kind, {}, {function: target}))
             everything.append(loaded)
             for one in loaded.maps.values():
@@ -333,12 +340,11 @@ def attached(*kinds: str, function: str = "empty") -> Any:
             fd = loaded.functions[function]
             returns = kind == "kretprobe"
             links.append(attach_tracing(fd) if tracing else attach_kprobe(fd, traced, at_return=returns))
-    ticks = filter_update_ticks()
+    yield
     for link in links:
         os.close(link)
     for loaded in everything:  # a loaded fentry program holds the module
         loaded.close()
-    return {"ticks": ticks}
 
 
 def tracers() -> dict[str, Callable[[], Any]]:
@@ -386,4 +392,5 @@ def main() -> None:
     )
 
 
-main()
+if __name__ == "__main__":
+    main()
