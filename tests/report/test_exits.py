@@ -20,6 +20,7 @@ from tracer.report import exit_rows
 from tracer.report.document import Document
 from tracer.report.file import decode, encode
 from tracer.report.formats import OF_REPORTS, write_report
+from tracer.report.html import _exit_chart
 from tracer.report.report import Report
 from tracer.report.report_view import report_document
 
@@ -272,6 +273,31 @@ def test_every_format_has_them(fmt: str) -> None:
     if fmt != "json":
         assert FINDING in " ".join(text.replace("&#39;", "'").split())
     assert "IA32_TSC_DEADLINE" not in write_report(patched(), fmt).decode()
+
+
+def test_the_page_has_a_chart() -> None:
+    drawn = _exit_chart(with_exits())
+    assert drawn
+    bars = {(row.name, row.detail): dict(row.bars[0].amounts) for row in drawn.rows}
+    assert list(bars.items())[:3] == [
+        (("IA32_TSC_DEADLINE", "write"), {"calls": 60_070, "redundant": 0}),
+        (("FS_BASE", "write"), {"calls": 2, "redundant": 31_000}),
+        (("IA32_XFD", "write"), {"calls": 500, "redundant": 0}),
+    ]
+    assert drawn.rows[1].bars[0].spoken == (
+        "FS_BASE write: 31,002 exits, 31,000 of them since a filter alone denies it"
+    )
+    root = page(with_exits())
+    (found,) = (one for one in root.all("section") if one.all("h2")[0].text == "Exits")
+    assert "exits since the VM's filter alone denies the access" in found.text
+    assert _exit_chart(patched()) is _exit_chart(with_exits(exiting(counts={}))) is None
+
+
+def test_a_chart_of_many_accesses_has_the_largest() -> None:
+    kinds = {Exit(0x10000 + n, "read", SLOW, "invalid", L1): n + 1 for n in range(100)}
+    drawn = _exit_chart(with_exits(exiting(counts=kinds)))
+    assert drawn
+    assert [row.name for row in drawn.rows] == [f"{0x10000 + n:#x}" for n in range(99, 59, -1)]
 
 
 def test_the_page_has_a_table() -> None:

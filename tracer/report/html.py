@@ -117,6 +117,7 @@ def report_html(report: Report) -> str:
     charts = [
         _msr_chart(report),
         _cause_chart(report),
+        _exit_chart(report),
         _time_chart("Filter update times", report.filter_update_seconds, "filter updates"),
         _time_chart("Recalculation times", report.recalculation_seconds, "recalculations"),
     ]
@@ -238,6 +239,24 @@ def _cause_chart(report: Report) -> Chart | None:
     for row in report.calls:
         groups[row.cause].append(row)
     return _sums_chart(report, "Calls per cause", ((Row(cause), found) for cause, found in sorted(groups.items())))
+
+
+def _exit_chart(report: Report) -> Chart | None:
+    """A chart of the exits of each access, the most first, with what filters alone caused set apart."""
+    sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for row in report.exits or ():
+        pair = sums[row.name, row.access]
+        pair[0] += row.exits
+        pair[1] += row.exits_by_filter
+    if not sums:
+        return None
+    rows = []
+    for (name, access), (exits, by_filter) in sorted(sums.items(), key=lambda item: -item[1][0])[:MOST_ROWS]:
+        amounts = ((_CALLS, exits - by_filter), (_REDUNDANT, by_filter))
+        spoken = f"{name} {access}: {number(exits)} exits, {number(by_filter)} of them since a filter alone denies it"
+        rows.append(Row(name, access, (Bar(amounts, number(exits), spoken),)))
+    legend = ((_CALLS, "exits"), (_REDUNDANT, "exits since the VM's filter alone denies the access"))
+    return Chart("Exits", tuple(rows), legend)
 
 
 def _time_chart(title: str, times: UpdateSeconds | None, what: str) -> Chart | None:
