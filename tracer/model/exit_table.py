@@ -103,8 +103,9 @@ def interceptors_text(guest: str, by: Mapping[str, int] | None) -> str:
 def may_have_made(kind: Exit, allowed: bool | None) -> bool:
     """Whether a vCPU whose filter allows or denies the access can have made such exits, unless the filter has changed.
 
-    KVM asks the filter before anything else, but not on the fast path: kvm_get_msr_with_filter() and
-    kvm_set_msr_with_filter(), handle_fastpath_wrmsr(), arch/x86/kvm/x86.c (7.3: msrs.c).
+    KVM asks the filter before anything else (kvm_get_msr_with_filter(), kvm_set_msr_with_filter(); 7.2:
+    kvm_emulate_msr_read(), kvm_emulate_msr_write()), but not on the fast path (handle_fastpath_wrmsr()):
+    arch/x86/kvm/x86.c, 7.3: msrs.c.
 
     :param allowed: None: unknown
     """
