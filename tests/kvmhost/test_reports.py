@@ -198,6 +198,40 @@ def test_the_command_keeps_its_status_and_an_interrupted_trace_reports(whole: Co
     assert WHY[whole.host] in interrupted["verdict"]["why"]
 
 
+def test_exits_are_joined_with_who_wants_them(whole: Collected) -> None:
+    """Also where the VM has ended before the report is made; what the filter does not deny passes, and has no exit."""
+    done = whole.scenario("report_command")["exits"]
+    assert done["status"] == 0, done
+    made = read(whole.folder / "reports/exits.json")
+    assert made.exits
+    assert [
+        (row.name, row.access, row.result, row.exits, row.exits_by_filter, row.interceptors) for row in made.exits
+    ] == [
+        ("FS_BASE", "write", "filtered", 6 * 13, 6 * 13, "filter"),
+        ("EFER", "read", "ok", 6 * 7, 0, "kvm"),
+    ]
+    totals = made.totals
+    assert (totals.exits, totals.exits_by_filter, totals.exits_perhaps_by_filter) == (6 * 20, 6 * 13, 0)
+    assert made.vms
+    [vm] = made.vms
+    assert (vm.name, vm.exits, vm.exits_by_filter) == ("guarded", 6 * 20, 6 * 13)
+    assert (made.lower_bound, made.state and made.state.vms) == (False, [])
+    text = msrtrace("show", whole.folder / "reports/exits.json").stdout
+    assert re.search(r"\d exits/s on FS_BASE \(0xc0000100\), write: the VM's filter alone denies it\n", text)
+
+
+def test_top_shows_exits(whole: Collected) -> None:
+    top = whole.scenario("report_command")["top_exits"]
+    assert (top["status"], top["stderr"]) == (0, "")
+    lines = top["stdout"].splitlines()
+    assert all(len(line) <= 80 and line.isprintable() for line in lines)
+    assert [
+        line for line in lines if re.match(r"exits [\d.,]+/s, 6\d\.\d% of them since a filter alone denies the", line)
+    ]
+    assert [line for line in lines if re.match(r"FS_BASE +write +filtered +[\d.,]+ +6\d\.\d%  filter$", line)]
+    assert [line for line in lines if re.match(r"EFER +read +ok +[\d.,]+ +3\d\.\d%  kvm$", line)]
+
+
 def test_top_shows_what_goes_on(whole: Collected) -> None:
     """In a pipe: one interval, plain."""
     top = whole.scenario("report_command")["top"]

@@ -61,8 +61,19 @@ def make_reports(variants: Sequence[str]) -> dict[str, list[str]]:
     return {"variants": list(variants), "cases": list(CASES)}
 
 
+#: What `accesses` is told: on two vCPUs, writes that only the filter has intercepted, reads that pass, and reads that
+#: KVM intercepts; three times. Then the VM stays for a while, but it is gone when the report is made.
+EXITING = (
+    "--vcpus 2 --deny-write 0xc0000100 --write 0xc0000100=13 --read 0xc0000100=5 --read 0xc0000080=7 --name guarded"
+)
+ROUNDS = "--rounds 3 --done /tmp/guarded --hold 15"
+
+
 def report_command() -> Any:
-    """`msrtrace report` as a user types it: around a command that fails in the end, and interrupted. And `top`."""
+    """`msrtrace report` as a user types it: around a command that fails in the end, and interrupted. And `top`.
+
+    And both with exits.
+    """
     outputs = ("-o", "/out/reports/cli.json", "-o", "/out/reports/cli.html")
     around = output_of(
         "msrtrace", "report", "--label", "cli", *outputs, "--", "sh", "-c", "workload --updates 5; exit 7"
@@ -73,4 +84,10 @@ def report_command() -> Any:
     interrupted = output_of("timeout", "--foreground", "-s", "INT", str(INTERRUPTED_SECONDS), *forever)
     vm.terminate()
     vm.wait()
-    return {"around": around, "top": top, "interrupted": interrupted}
+    with_exits = ("--exits", "--by-vm", "-o", "/out/reports/exits.json")
+    exits = output_of("msrtrace", "report", *with_exits, "--", "accesses", *EXITING.split(), *ROUNDS.split())
+    vm = subprocess.Popen(["accesses", *EXITING.split(), "--forever", "--interval", "20"], stdout=subprocess.DEVNULL)
+    top_exits = output_of("msrtrace", "top", "--exits", "-n", "1", "-d", "2")
+    vm.terminate()
+    vm.wait()
+    return {"around": around, "top": top, "interrupted": interrupted, "exits": exits, "top_exits": top_exits}
