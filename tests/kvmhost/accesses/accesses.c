@@ -17,6 +17,7 @@
  *                   intercept them: what exits does so for L0, which resumes L2. But to L1, too, an MSR without a bit
  *                   in the bitmap always exits: those are reflected.
  *   --reflect MSR   L1 does intercept it, reads and writes: KVM reflects L2's exit to L1, which counts and skips it.
+ *   --no-msr-bitmap L1 has no bitmap for L2: SVM intercepts no MSR for it then, VMX all.
  *   --deny MSR, --deny-read MSR, --deny-write MSR
  *                   A filter (KVM_X86_SET_MSR_FILTER) denies it; all others are allowed.
  *   --to-user filter,unknown,invalid
@@ -30,6 +31,8 @@
  *   --rounds N (1)  The list again and again, or --forever until SIGINT or SIGTERM; --interval MS apart.
  *   --stay-in-l2    After the last round each vCPU enters L2 once more and does not come back: an `out` of L2, which L1
  *                   does not intercept, ends KVM_RUN, and the vCPU stays as it is (at the end KVM is asked).
+ *   --deny-in-l2 MSR
+ *                   When all have stayed there, a filter that denies it, too, is set, and each vCPU runs on in L2.
  *   --done FILE     is created then; after it, --hold SECONDS keeps the VMs (--forever: or until another signal).
  *   --name NAME     sets the process name (comm); after -- anything may follow.
  *
@@ -151,6 +154,13 @@ static void work(void)
 			vcpu->guest->control.stay = 1;
 		run_all(vms);
 	}
+	if (opt.deny_in_l2.n) {
+		for (unsigned int i = 0; i < opt.deny_in_l2.n; i++)
+			opt.deny.msrs[opt.deny.n++] = opt.deny_in_l2.msrs[i];
+		for (unsigned long v = 0; v < opt.vms; v++)
+			set_filter(&vms[v]);
+		run_all(vms);
+	}
 	if (opt.done)
 		create_file(opt.done);
 	pause_for(opt.hold);
@@ -163,12 +173,12 @@ static void work(void)
 
 static const char usage[] =
 	"usage: accesses [--read MSR=COUNT]... [--write MSR=COUNT[:VALUE]]... [--l2-read MSR=COUNT]...\n"
-	"                [--l2-write MSR=COUNT[:VALUE]]... [--reflect MSR]...\n"
+	"                [--l2-write MSR=COUNT[:VALUE]]... [--reflect MSR]... [--no-msr-bitmap]\n"
 	"                [--deny MSR]... [--deny-read MSR]... [--deny-write MSR]...\n"
 	"                [--to-user filter,unknown,invalid] [--user-error] [--irqchip]\n"
 	"                [--vms N] [--vcpus N] [--threads] [--name NAME] [--ready FILE] [--go FILE]\n"
-	"                [--rounds N | --forever] [--interval MS] [--stay-in-l2] [--done FILE] [--hold SECONDS]\n"
-	"                [-- ignored...]\n\n"
+	"                [--rounds N | --forever] [--interval MS] [--stay-in-l2 [--deny-in-l2 MSR]...] [--done FILE]\n"
+	"                [--hold SECONDS] [-- ignored...]\n\n"
 	"Lets guests of KVM, and guests of these (l2), execute RDMSR and WRMSR, and prints how often each was executed\n"
 	"and what became of it. The head of accesses.c explains every option.\n\n"
 	"Exit status: 0 done, 1 a system call failed, 2 unexpected KVM exit, 3 the CPU lacks it, 64 wrong usage.\n";
@@ -179,9 +189,11 @@ static const struct option longopts[] = {
 	{ "l2-read", 1, NULL, '2' },
 	{ "l2-write", 1, NULL, '3' },
 	{ "reflect", 1, NULL, 'f' },
+	{ "no-msr-bitmap", 0, &opt.no_msr_bitmap, 1 },
 	{ "deny", 1, NULL, 'd' },
 	{ "deny-read", 1, NULL, 'e' },
 	{ "deny-write", 1, NULL, 'E' },
+	{ "deny-in-l2", 1, NULL, 'l' },
 	{ "to-user", 1, NULL, 't' },
 	{ "user-error", 0, &opt.user_error, 1 },
 	{ "irqchip", 0, &opt.irqchip, 1 },
@@ -266,6 +278,7 @@ static void parse(int argc, char **argv)
 		case 'd': add_msr(o, &opt.deny, KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE); break;
 		case 'e': add_msr(o, &opt.deny, KVM_MSR_FILTER_READ); break;
 		case 'E': add_msr(o, &opt.deny, KVM_MSR_FILTER_WRITE); break;
+		case 'l': add_msr(o, &opt.deny_in_l2, KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE); break;
 		case 't': opt.to_user = reasons(optarg); break;
 		case 'm': opt.vms = number(o, 1, 4096); break;
 		case 'c': opt.vcpus = number(o, 1, 4096); break;
@@ -282,6 +295,10 @@ static void parse(int argc, char **argv)
 	}
 	if (optind < argc && strcmp(argv[optind - 1], "--"))
 		fail(EXIT_USAGE, "'%s': only options are taken, others after -- (see --help)", argv[optind]);
+	if (opt.deny_in_l2.n && !opt.stay_in_l2)
+		fail(EXIT_USAGE, "--deny-in-l2 is for --stay-in-l2 (see --help)");
+	if (opt.deny.n + opt.deny_in_l2.n > MAX_MSRS)
+		fail(EXIT_USAGE, "--deny-in-l2: more than %d MSRs with those of --deny (see --help)", MAX_MSRS);
 	opt.nested = opt.stay_in_l2 || opt.reflect.n;
 	for (unsigned int op = 0; op < opt.n_ops; op++)
 		opt.nested |= opt.ops[op].op.level == 2;

@@ -34,11 +34,11 @@ struct msr_list {
 
 extern struct options {
 	unsigned long vms, vcpus, rounds, interval_ms;
-	int threads, forever, irqchip, user_error, stay_in_l2; /* flags, for getopt_long() */
+	int threads, forever, irqchip, user_error, stay_in_l2, no_msr_bitmap; /* flags, for getopt_long() */
 	double hold;
 	const char *ready, *go, *done;
 	uint64_t to_user; /* KVM_MSR_EXIT_REASON_... */
-	struct msr_list deny, reflect;
+	struct msr_list deny, deny_in_l2, reflect;
 	struct wanted ops[MAX_OPS];
 	unsigned int n_ops;
 	bool nested; /* there is an L2 */
@@ -55,6 +55,8 @@ extern struct options {
 void open_kvm(void);
 /* A VM with its vCPUs, and their guests, which have not run. */
 void create_vm(struct vm *vm, unsigned long index);
+/* The filter that opt.deny says. */
+void set_filter(const struct vm *vm);
 /* KVM_RUN until the guest has executed its list, or, if it is to stay there, is in L2. */
 void run_vcpu(struct vcpu *vcpu);
 /* What KVM says of it. */

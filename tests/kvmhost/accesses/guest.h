@@ -138,10 +138,10 @@ extern const uint8_t guest_l2[], guest_gp[], guest_vmx_exit[];
 /* Where a label of guest.S is for the guest. */
 #define LABEL(base, label) ((base) + (uint64_t)((label) - guest_code))
 
-/* nested.c: what L1 needs to run L2, but for control registers. BASE is where GUEST is for the guest. */
-void prepare_vmcb(struct guest *guest, uint64_t base);
+/* nested.c: what L1 needs to run L2, but for control registers. BASE is where GUEST is for the guest. MSR_BITMAP: L1 has one. */
+void prepare_vmcb(struct guest *guest, uint64_t base, bool msr_bitmap);
 /* CAPABILITIES: the vCPU's MSRs from 0x480 (VMX_BASIC) to 0x490. */
-void prepare_vmcs(struct guest *guest, uint64_t base, const uint64_t *capabilities);
+void prepare_vmcs(struct guest *guest, uint64_t base, const uint64_t *capabilities, bool msr_bitmap);
 /* L1 intercepts MSR, which has a bit, in both directions. Returns whether it has one. */
 bool reflect_svm(struct guest *guest, uint32_t msr);
 bool reflect_vmx(struct guest *guest, uint32_t msr);

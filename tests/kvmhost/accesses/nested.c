@@ -63,10 +63,10 @@ static void put_segment(struct guest *guest, unsigned int at, uint16_t selector,
 	put64(guest, at + 8, base);
 }
 
-void prepare_vmcb(struct guest *guest, uint64_t base)
+void prepare_vmcb(struct guest *guest, uint64_t base, bool msr_bitmap)
 {
 	guest->control.vmcb = ADDRESS(base, nested);
-	put32(guest, VMCB_INTERCEPT_MISC1, MISC1_HLT | MISC1_MSR);
+	put32(guest, VMCB_INTERCEPT_MISC1, MISC1_HLT | (msr_bitmap ? MISC1_MSR : 0));
 	put32(guest, VMCB_INTERCEPT_MISC2, MISC2_VMRUN);
 	put64(guest, VMCB_MSRPM, ADDRESS(base, msr_bitmap));
 	put32(guest, VMCB_ASID, 1);
@@ -191,8 +191,9 @@ static void add_l1(struct guest *guest, uint64_t base)
 	add(guest, HOST_RIP, LABEL(base, guest_vmx_exit));
 }
 
-void prepare_vmcs(struct guest *guest, uint64_t base, const uint64_t *capabilities)
+void prepare_vmcs(struct guest *guest, uint64_t base, const uint64_t *capabilities, bool msr_bitmap)
 {
+	uint32_t processor = PROCESSOR_HLT | (msr_bitmap ? PROCESSOR_MSR_BITMAPS : 0);
 	uint32_t revision = capabilities[VMX_BASIC] & 0x7fffffff;
 
 	guest->control.vmcs = ADDRESS(base, nested);
@@ -201,7 +202,7 @@ void prepare_vmcs(struct guest *guest, uint64_t base, const uint64_t *capabiliti
 	memcpy(guest->nested, &revision, sizeof(revision));
 	memcpy(guest->host, &revision, sizeof(revision));
 	add(guest, PIN_CONTROLS, control(0, capabilities[TRUE_PIN]));
-	add(guest, PROCESSOR_CONTROLS, control(PROCESSOR_HLT | PROCESSOR_MSR_BITMAPS, capabilities[TRUE_PROCESSOR]));
+	add(guest, PROCESSOR_CONTROLS, control(processor, capabilities[TRUE_PROCESSOR]));
 	add(guest, EXIT_CONTROLS, control(EXIT_TO_64_BIT, capabilities[TRUE_EXIT]));
 	add(guest, ENTRY_CONTROLS, control(ENTER_64_BIT, capabilities[TRUE_ENTRY]));
 	add(guest, MSR_BITMAP, ADDRESS(base, msr_bitmap));

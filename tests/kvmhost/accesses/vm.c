@@ -122,12 +122,12 @@ static void prepare_l2(struct vcpu *vcpu)
 
 	if (svm) {
 		must_set_msr(vcpu, MSR_VM_HSAVE_PA, ADDRESS(vcpu->base, host));
-		prepare_vmcb(vcpu->guest, vcpu->base);
+		prepare_vmcb(vcpu->guest, vcpu->base, !opt.no_msr_bitmap);
 	} else {
 		must_set_msr(vcpu, MSR_FEATURE_CONTROL, FEATURE_CONTROL_VMXON);
 		for (unsigned int i = 0; i < VMX_CAPABILITIES; i++)
 			host_msr(vcpu, KVM_GET_MSRS, MSR_VMX_BASIC + i, &capabilities[i]);
-		prepare_vmcs(vcpu->guest, vcpu->base, capabilities);
+		prepare_vmcs(vcpu->guest, vcpu->base, capabilities, !opt.no_msr_bitmap);
 	}
 	for (unsigned int i = 0; i < opt.reflect.n; i++)
 		if (!(svm ? reflect_svm : reflect_vmx)(vcpu->guest, opt.reflect.msrs[i].msr))
@@ -157,7 +157,7 @@ static void create_vcpu(const struct vm *vm, struct vcpu *vcpu)
 	}
 }
 
-static void set_filter(const struct vm *vm)
+void set_filter(const struct vm *vm)
 {
 	static uint64_t none; /* the kernel copies whole longs, even for one MSR */
 	struct kvm_msr_filter filter = { .flags = KVM_MSR_FILTER_DEFAULT_ALLOW };
