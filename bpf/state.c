@@ -6,6 +6,10 @@
  * Holding the file keeps the vCPU and its VM: all pointers from there stay valid. A VM's filter is replaced, and freed
  * after a grace period of kvm->srcu; if the pointer is the same afterwards, the copy is whole
  * (kvm_vm_ioctl_set_msr_filter(), arch/x86/kvm/x86.c, 7.3: msrs.c).
+ *
+ * The bitmaps for nested guests have an iterator of their own: what is written of one file must not exceed eight pages
+ * (bpf_seq_read(), kernel/bpf/bpf_iter.c). They are freed when the guest ends its use of VMX or SVM; if the pointer is
+ * the same afterwards, they were not, but for one that was freed and made again in between.
  */
 #include <uapi/linux/ptrace.h>
 
@@ -32,6 +36,14 @@ struct values {
 	u64 srcu_gp_seq_needed;
 	u64 bitmap_bytes;
 	u64 no_bitmap; /* the arch.vm_type of VMs whose vCPUs have none there; 0: there are none */
+	/* As struct NestedBitmap of tracer/model/vendor.py says. */
+	u64 nested_made;
+	u64 nested_bitmap;
+	u64 nested_changed;
+	u64 nested_in_use;
+	u64 nested_own;
+	u64 nested_inside;
+	u64 vcpu_guest_mode; /* stat.guest_mode: it is in a nested guest */
 };
 #include "value.h"
 
@@ -57,6 +69,7 @@ struct record {
 	u64 gp_seq_needed;
 	u64 shadow_read;
 	u64 shadow_write;
+	u64 nested; /* not 0: it has a bitmap for nested guests */
 	u32 tgid;
 	u32 fd;
 	u32 vcpu_id;
@@ -71,6 +84,21 @@ struct record {
 	u32 range_bytes[RANGES];
 };
 BPF_ARRAY(records, struct record, 1);
+
+/* What a read of a bitmap for nested guests begins with; the bitmap follows (bitmap_bytes). */
+struct nested_record {
+	u64 vcpu;
+	u64 nested; /* as in struct record */
+	u64 nested_after; /* as `nested`, read last */
+	u64 in_use;
+	u64 own;
+	u64 guest_mode;
+	u32 changed;
+	u32 failed;
+	u32 bitmap_bytes;
+	u32 unused;
+};
+BPF_ARRAY(nested_records, struct nested_record, 1);
 
 /* struct msr_bitmap_range and struct kvm_x86_msr_filter, the same from 5.10 to 7.3 */
 struct msr_range {
@@ -152,7 +180,52 @@ static __always_inline void copy_filter(struct record *r, struct copies *to)
 	}
 }
 
-/* The members of struct bpf_iter__task_file, each in 8 bytes: meta, task, fd, file. */
+/* The vCPU whose file it is; 0: it is another file. */
+static __always_inline u64 vcpu_of(u64 file)
+{
+	if (word_at(word_at(file + VALUE(file_f_op)) + VALUE(file_operations_release)) != VALUE(vcpu_release))
+		return 0;
+	return word_at(file + VALUE(file_private_data));
+}
+
+static __always_inline u32 vm_type_of(u64 kvm)
+{
+	u32 type = 0;
+
+	if (VALUE(kvm_vm_type))
+		read_kernel(&type, 1, kvm + VALUE(kvm_vm_type));
+	return type;
+}
+
+/* Whether vCPUs of VMs of this type have bitmaps. */
+static __always_inline int has_bitmaps(u32 vm_type)
+{
+	return !(VALUE(no_bitmap) && vm_type == VALUE(no_bitmap));
+}
+
+/* Copy a bitmap; how many bytes it has, 0 if there is none or it cannot be read. */
+static __always_inline u32 copy_bitmap(u64 from, struct copies *to, u32 *failed)
+{
+	u32 bytes = 4096;
+
+	if (VALUE(bitmap_bytes) == BITMAP_BYTES)
+		bytes = BITMAP_BYTES;
+	if (!from)
+		return 0; /* this CPU has none: everything exits */
+	if (read_kernel(to->bitmap, bytes, from)) {
+		*failed |= BITMAP_FAILED;
+		return 0;
+	}
+	return bytes;
+}
+
+/* Of the members of struct bpf_iter__task_file, each in 8 bytes: meta, task, fd, file. A macro: META must be a pointer. */
+#define SEQ_OF(meta) ({ \
+	u64 seq; \
+	asm volatile("%0 = *(u64 *)(%1 + 0)" : "=r"(seq) : "r"(meta)); /* BCC would make it a call, which gives no pointer */ \
+	seq; \
+})
+
 int file_listed(u64 *ctx)
 {
 	u64 meta = ctx[0], task = ctx[1], file = ctx[3], srcu, seq;
@@ -162,34 +235,25 @@ int file_listed(u64 *ctx)
 
 	if (!r || !to || !task || !file)
 		return 0;
-	if (word_at(word_at(file + VALUE(file_f_op)) + VALUE(file_operations_release)) != VALUE(vcpu_release))
+	r->vcpu = vcpu_of(file);
+	if (!r->vcpu)
 		return 0;
 	r->failed = 0;
-	r->vcpu = word_at(file + VALUE(file_private_data));
 	r->fd = ctx[2];
 	r->tgid = half_at(task + VALUE(task_tgid));
 	r->kvm = word_at(r->vcpu + VALUE(vcpu_kvm));
 	r->owned = word_at(task + VALUE(task_mm)) == word_at(r->kvm + VALUE(kvm_mm));
 	r->vcpu_id = half_at(r->vcpu + VALUE(vcpu_vcpu_id));
 	r->exits = VALUE(vcpu_exits) ? word_at(r->vcpu + VALUE(vcpu_exits)) : 0;
-	r->vm_type = 0;
-	if (VALUE(kvm_vm_type))
-		read_kernel(&r->vm_type, 1, r->kvm + VALUE(kvm_vm_type));
+	r->vm_type = vm_type_of(r->kvm);
 
 	/* What KVM makes of the filter before the filter: what is newer than the filter says so at the end. */
-	r->bitmap = 0;
-	if (VALUE(vcpu_bitmap) && !(VALUE(no_bitmap) && r->vm_type == VALUE(no_bitmap))) {
+	r->bitmap = r->nested = 0;
+	if (VALUE(vcpu_bitmap) && has_bitmaps(r->vm_type)) {
 		r->bitmap = word_at(r->vcpu + VALUE(vcpu_bitmap));
-		if (VALUE(bitmap_bytes) == BITMAP_BYTES)
-			bytes = BITMAP_BYTES;
-		else
-			bytes = 4096;
-		if (!r->bitmap) {
-			bytes = 0; /* this CPU has none: everything exits */
-		} else if (read_kernel(to->bitmap, bytes, r->bitmap)) {
-			r->failed |= BITMAP_FAILED;
-			bytes = 0;
-		}
+		bytes = copy_bitmap(r->bitmap, to, &r->failed);
+		if (VALUE(nested_made))
+			r->nested = word_at(r->vcpu + VALUE(nested_made));
 	}
 	r->bitmap_bytes = bytes;
 	r->shadow_read = r->shadow_write = 0;
@@ -213,7 +277,7 @@ int file_listed(u64 *ctx)
 	barrier();
 	r->filter_after = word_at(r->kvm + VALUE(kvm_filter));
 
-	asm volatile("%0 = *(u64 *)(%1 + 0)" : "=r"(seq) : "r"(meta)); /* BCC would make it a call, which gives no pointer */
+	seq = SEQ_OF(meta);
 	seq_write(seq, r, sizeof(*r));
 	if (bytes)
 		seq_write(seq, to->bitmap, bytes);
@@ -225,6 +289,47 @@ int file_listed(u64 *ctx)
 			break;
 		seq_write(seq, to->ranges + i * RANGE_BYTES, size);
 	}
+	return 0;
+}
+
+/* The bitmaps for nested guests, of vCPUs that have one. */
+int nested_listed(u64 *ctx)
+{
+	u64 meta = ctx[0], task = ctx[1], file = ctx[3], in_use, own, seq;
+	u32 zero = 0, bytes;
+	struct nested_record *r = nested_records.lookup(&zero);
+	struct copies *to = (struct copies *)copies.lookup(&zero);
+
+	if (!r || !to || !task || !file)
+		return 0;
+	r->vcpu = vcpu_of(file);
+	if (!r->vcpu || !has_bitmaps(vm_type_of(word_at(r->vcpu + VALUE(vcpu_kvm)))))
+		return 0;
+	r->nested = word_at(r->vcpu + VALUE(nested_made));
+	if (!r->nested)
+		return 0;
+	r->failed = r->changed = r->unused = 0;
+	r->guest_mode = VALUE(vcpu_guest_mode) ? word_at(r->vcpu + VALUE(vcpu_guest_mode)) : 0;
+	if (VALUE(nested_changed))
+		read_kernel(&r->changed, 1, r->vcpu + VALUE(nested_changed));
+	in_use = r->vcpu + VALUE(nested_in_use);
+	own = r->vcpu + VALUE(nested_own);
+	if (VALUE(nested_inside)) {
+		in_use = word_at(in_use) + VALUE(nested_inside);
+		own = word_at(own) + VALUE(nested_inside);
+	}
+	r->in_use = word_at(in_use);
+	r->own = VALUE(nested_own) ? word_at(own) : 0;
+	barrier();
+	bytes = copy_bitmap(word_at(r->vcpu + VALUE(nested_bitmap)), to, &r->failed);
+	r->bitmap_bytes = bytes;
+	barrier();
+	r->nested_after = word_at(r->vcpu + VALUE(nested_made));
+
+	seq = SEQ_OF(meta);
+	seq_write(seq, r, sizeof(*r));
+	if (bytes)
+		seq_write(seq, to->bitmap, bytes);
 	return 0;
 }
 

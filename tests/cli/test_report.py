@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 from command import on_standin
 from made_vms import state, vm
-from standin import ATTACHED, CLOSED, COUNTED, MODULE, READ, VENDOR, VMS
+from standin import ATTACHED, CLOSED, COUNTED, MODULE, NESTED, READ, VENDOR, VMS
 
 from tracer.cli import report as report_command
 from tracer.model.snapshot import VmInfo
@@ -317,7 +317,7 @@ def test_the_state_at_the_end_is_in_the_report() -> None:
     assert (done.returncode, done.stderr, made.notes) == (0, "", [])
     assert made.state
     assert [(vm.name, vm.count) for vm in made.state.vms] == [("web-01", 2), ("web-02", 1)]
-    assert {READ, f"{READ}.{CLOSED}"} <= done.left
+    assert {READ, NESTED, f"{READ}.{CLOSED}"} <= done.left
     text = run("-d", "0.1", **{VMS: TWO_VMS}).stdout
     assert "Intercepted at the end\n  2 VMs, 3 vCPUs\n" in text
 

@@ -71,6 +71,7 @@ def test_run_serves_until_a_signal(start: Start, number: signal.Signals) -> None
     assert f'version="{version("msrtrace")}"' in metrics
     assert "\nprocess_resident_memory_bytes " in metrics
     assert "python_info" not in metrics
+    assert not (running.directory / "nested").exists()  # no metric is of nested guests, so nothing is read of them
     assert not (running.directory / "closed").exists()
     assert running.end(number) == 0
     assert (running.directory / "closed").exists()

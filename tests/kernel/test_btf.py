@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from needs import tool
 
 from tracer.kernel.btf import Btf, BtfError, kernel_btf_kept
+from tracer.model.vendor import Vendor
+from tracer.model.vendors import VENDORS
 from tracer.model.vmx import VMX
 
 INT, ARRAY, STRUCT, UNION, ENUM, FWD, FUNC, FUNC_PROTO, VAR, DATASEC = 1, 3, 4, 5, 6, 7, 12, 13, 14, 15
@@ -286,11 +288,12 @@ def btf_section(elf: Path, target: Path) -> bool:
 
 
 @pytest.mark.timeout(900)  # it may download the kernel
-def test_offsets_in_kvm_intel_are_those_of_pahole(host: Host, tmp_path: Path) -> None:
+@pytest.mark.parametrize("vendor", VENDORS, ids=lambda vendor: str(vendor.module))
+def test_offsets_in_modules_are_those_of_pahole(host: Host, vendor: Vendor, tmp_path: Path) -> None:
     tree = kernel(host)
-    [module] = tree.glob("usr/lib/modules/*/kernel/arch/x86/kvm/kvm-intel.ko*")
+    [module] = tree.glob(f"usr/lib/modules/*/kernel/arch/x86/kvm/{vendor.module_file}*")
     release = module.parents[4].name
-    elf, own, base = tmp_path / "kvm-intel.ko", tmp_path / "kvm_intel", tmp_path / "vmlinux"
+    elf, own, base = tmp_path / vendor.module_file, tmp_path / vendor.module, tmp_path / "vmlinux"
     elf.write_bytes(lzma.decompress(module.read_bytes()) if module.suffix == ".xz" else module.read_bytes())
     if not btf_section(elf, own):
         assert release.startswith("5.10.")  # the only one whose modules have none
@@ -299,11 +302,15 @@ def test_offsets_in_kvm_intel_are_those_of_pahole(host: Host, tmp_path: Path) ->
     image.write_bytes(vmlinux(vmlinuz(tree, release)))
     assert btf_section(image, base)
     image.unlink()
-    expected = {name: members(pahole(name, elf, base)) for name in ("vcpu_vmx", "loaded_vmcs", "kvm_vcpu")}
-    btf = Btf.of_module("kvm_intel", tmp_path)
-    offset = btf.nested_offset(VMX.bitmap)
-    assert offset == expected["vcpu_vmx"]["vmcs01"] + expected["loaded_vmcs"]["msr_bitmap"]
-    assert offset == KNOWN.get(release, offset)
+    nested = vendor.nested
+    paths = [vendor.bitmap, nested.made, nested.bitmap, nested.changed, nested.in_use, nested.own, nested.inside]
+    structures = {structure for path in paths for structure, _ in path}
+    expected = {name: members(pahole(name, elf, base)) for name in (*structures, "kvm_vcpu")}
+    btf = Btf.of_module(vendor.module, tmp_path)
+    for path in paths:
+        assert btf.nested_offset(path) == sum(expected[structure][member] for structure, member in path)
+    if vendor is VMX:
+        assert btf.nested_offset(vendor.bitmap) == KNOWN.get(release, btf.nested_offset(vendor.bitmap))
     assert btf.offset("kvm_vcpu", "kvm") == expected["kvm_vcpu"]["kvm"]
 
 

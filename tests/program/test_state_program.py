@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from filters import BOTH, allowing
 from needs import ROOT_ALONE
-from state_kernel import RECORD, Kernel
+from state_kernel import NESTED_RECORD, RECORD, Kernel
 
 from tracer.kernel.btf import Btf
 from tracer.kernel.kallsyms import places_of, scan
@@ -40,6 +40,9 @@ ARRAY, VALUE_SIZE = 2, 0x9000  # BPF_MAP_TYPE_ARRAY; bytes
 #: Where in the value of the array is what.
 KVM_MM, KVM_FILTER, VM_TYPE, SRCU, VCPU_KVM, VCPU_ID, REQUESTS, EXITS, BITMAP, SHADOW = range(0x10, 0x60, 8)
 GRACE, FILTER, BITS, RANGES = 0x80, 0x200, 0x1000, 0x3000
+#: Of the bitmap for nested guests. SVM has what is in use inside other structures.
+NESTED_MADE, NESTED_BITMAP, CHANGED, IN_USE, OWN, GUEST_MODE = range(0xA0, 0xD0, 8)
+INSIDE, NESTED_BITS = 0x48, 0x7000
 NOWHERE = 0x10  # no address of the kernel
 FILTER_FAILED, BITMAP_FAILED = 2, 1
 MAGIC = b"the value of an array"
@@ -82,6 +85,12 @@ class Vcpu:
         offsets |= {"vcpu_bitmap": BITMAP, "vcpu_shadow": SHADOW}
         given |= {name: inside + offset for name, offset in offsets.items()}
         given |= {"kvm_mm": KVM_MM, "kvm_filter": KVM_FILTER, "kvm_vm_type": VM_TYPE, "bitmap_bytes": self.bitmap_bytes}
+        places = {"nested_made": NESTED_MADE, "nested_bitmap": NESTED_BITMAP, "nested_changed": CHANGED}
+        places |= {"nested_in_use": IN_USE, "vcpu_guest_mode": GUEST_MODE}
+        if vendor.nested.inside:
+            places |= {"nested_own": OWN}
+            given["nested_inside"] = INSIDE
+        given |= {name: inside + offset for name, offset in places.items()}
         given |= {"kvm_srcu": SRCU, "srcu_pointer": 1, "srcu_gp_seq": 8, "srcu_gp_seq_needed": 16}
         self._load({name: value for name, value in (given | values).items() if value >= 0})
         self.word(VCPU_KVM, self.value)
@@ -91,13 +100,16 @@ class Vcpu:
 
     def _load(self, given: Mapping[str, int]) -> None:
         iterator = Target("iterator", Btf.of_kernel().function_id("bpf_iter_task_file"))
-        targets = {"file_listed": iterator, "copy_memory": Target("raw_tracepoint")}
+        targets = {"file_listed": iterator, "nested_listed": iterator, "copy_memory": Target("raw_tracepoint")}
         self.loaded = build(SOURCE, [Variant("iterator", {}, targets, given)]).loaded
         self.iterator = syscalls.Iterator(self.loaded.functions["file_listed"])
+        self.nested_iterator = syscalls.Iterator(self.loaded.functions["nested_listed"])
         self.record = Record(self.loaded.members["records"])
+        self.nested_record = Record(self.loaded.members["nested_records"])
 
     def close_program(self) -> None:
         self.iterator.close()
+        self.nested_iterator.close()
         self.loaded.close()
 
     def close(self) -> None:
@@ -146,6 +158,18 @@ class Vcpu:
         self.columns = {name: numbers for name, numbers in members.items() if isinstance(numbers, tuple)}
         return {name: value for name, value in members.items() if isinstance(value, int)}, bitmap, ranges
 
+    def nested(self) -> list[tuple[Mapping[str, Any], bytes]]:
+        """The record on this vCPU's bitmap for nested guests, and the bitmap, of each descriptor of this process."""
+        content, at, found = self.nested_iterator.read(), 0, []
+        while at < len(content):
+            members = self.nested_record.read(content, at)
+            at += self.nested_record.size
+            bitmap, at = content[at : at + members["bitmap_bytes"]], at + members["bitmap_bytes"]
+            if members["vcpu"] == self.address:
+                found.append((members, bitmap))
+        assert at == len(content)
+        return found
+
     def read_raw(self) -> Mapping[str, Any]:
         [found] = [m for m, _, _ in self.all() if (m["tgid"], m["fd"]) == (os.getpid(), self.array.fd)]
         return found
@@ -184,6 +208,7 @@ def test_a_vcpu(vcpu: Vcpu) -> None:
         "gp_seq_needed": 44,
         "shadow_read": 0xABC,
         "shadow_write": 0xDEF,
+        "nested": 0,
         "tgid": os.getpid(),
         "fd": vcpu.array.fd,
         "vcpu_id": 5,
@@ -217,8 +242,11 @@ def test_a_filter(vcpu: Vcpu, vmm_filter: MsrFilter) -> None:
 
 def test_the_kernel_has_room_for_the_largest_record() -> None:
     """bpf_seq_read() gives eight pages to what is written of one file."""
-    record = max(member.offset + member.bytes for member in RECORD.values())
+    record, nested = (Record(members).size for members in (RECORD, NESTED_RECORD))
     assert record + SVM.bitmap_geometry.size + 16 * 1536 < 8 * 4096
+    # The two bitmaps together would not do: bpf_seq_write() would fail, and the vCPU be left out.
+    assert record + 2 * SVM.bitmap_geometry.size + 16 * 1536 > 8 * 4096
+    assert nested + SVM.bitmap_geometry.size < 8 * 4096
 
 
 def test_what_the_last_record_had_is_not_in_the_next(vcpu: Vcpu) -> None:
@@ -263,13 +291,70 @@ def test_a_vcpu_without_a_bitmap(vcpu: Vcpu) -> None:
     assert (one["failed"], bitmap) == (0, b"")
 
 
+def test_a_bitmap_for_nested_guests(vcpu: Vcpu) -> None:
+    """Every member from its own place; what is in use is in another structure, or a word of which a part counts."""
+    svm = vcpu.bitmap_bytes == SVM.bitmap_geometry.size
+    assert vcpu.nested() == []
+    bits = os.urandom(vcpu.bitmap_bytes)
+    vcpu.put(NESTED_BITS - 8, b"\xee" * (vcpu.bitmap_bytes + 16))
+    vcpu.put(NESTED_BITS, bits)
+    for at, value in ((NESTED_MADE, 0xAB), (NESTED_BITMAP, vcpu.value + NESTED_BITS), (GUEST_MODE, 1)):
+        vcpu.word(at, value)
+    vcpu.word(CHANGED, 0xFF01)  # a byte
+    vcpu.word(IN_USE, vcpu.value + FILTER if svm else 0xB5186DFA)
+    vcpu.word(OWN, vcpu.value + FILTER + 8)
+    vcpu.word(FILTER + INSIDE, 0x1234000)
+    vcpu.word(FILTER + 8 + INSIDE, 0x5678000)
+    assert vcpu.read()[0]["nested"] == 0xAB
+    [(one, bitmap)] = vcpu.nested()
+    assert bitmap == bits
+    assert one == {
+        "vcpu": vcpu.address,
+        "nested": 0xAB,
+        "nested_after": 0xAB,
+        "in_use": 0x1234000 if svm else 0xB5186DFA,
+        "own": 0x5678000 if svm else 0,
+        "guest_mode": 1,
+        "changed": 1,
+        "failed": 0,
+        "bitmap_bytes": vcpu.bitmap_bytes,
+        "unused": 0,
+    }
+
+
+def test_a_bitmap_for_nested_guests_beside_the_largest_filter(vcpu: Vcpu) -> None:
+    """Both iterators write all that they have to."""
+    vcpu.filter(LARGEST)
+    vcpu.word(NESTED_MADE, 1)
+    vcpu.word(NESTED_BITMAP, vcpu.value + BITS)
+    _, bitmap, ranges = vcpu.read()
+    assert (len(bitmap), len(ranges)) == (vcpu.bitmap_bytes, 16)
+    [(_, nested)] = vcpu.nested()
+    assert nested == bitmap
+
+
+def test_a_bitmap_for_nested_guests_that_is_not_there(vcpu: Vcpu) -> None:
+    """What the last record had is not in the next."""
+    vcpu.word(NESTED_MADE, 1)
+    vcpu.word(CHANGED, 1)
+    vcpu.word(NESTED_BITMAP, NOWHERE)
+    [(one, bitmap)] = vcpu.nested()
+    assert (one["failed"], one["changed"], bitmap) == (BITMAP_FAILED, 1, b"")
+    vcpu.word(NESTED_BITMAP, 0)  # a CPU without bitmaps
+    vcpu.word(CHANGED, 0)
+    [(one, bitmap)] = vcpu.nested()
+    assert (one["failed"], one["changed"], bitmap) == (0, 0, b"")
+
+
 def test_a_kind_of_vm_without_bitmaps(headers: None) -> None:
     vcpu = Vcpu(VMX, no_bitmap=5)
     try:
         assert len(vcpu.read()[1]) == 4096
         vcpu.word(VM_TYPE, 5)
+        vcpu.word(NESTED_MADE, 1)
         one, bitmap, _ = vcpu.read()
-        assert (one["bitmap"], one["vm_type"], bitmap) == (0, 5, b"")
+        assert (one["bitmap"], one["vm_type"], one["nested"], bitmap) == (0, 5, 0, b"")
+        assert vcpu.nested() == []
     finally:
         vcpu.close()
 
@@ -322,9 +407,10 @@ def test_copying_memory(vcpu: Vcpu) -> None:
 def test_the_members_of_the_record(headers: None) -> None:
     """As other tests have them, without a compiler; and all that a reader gives is a value of the program."""
     program = compiled(SOURCE, {})
-    [records] = [one for one in program.maps if one.name == "records"]
-    assert dict(records.members) == RECORD
-    assert records.value_size == Record(RECORD).size
+    for name, members in (("records", RECORD), ("nested_records", NESTED_RECORD)):
+        [records] = [one for one in program.maps if one.name == name]
+        assert dict(records.members) == members
+        assert records.value_size == Record(members).size
     given = set[str]()
     for kernel in (Kernel(), Kernel(SVM)):
         with pytest.MonkeyPatch.context() as patch:

@@ -38,7 +38,7 @@ from tracer.trace.vm_info import VmInfos
 
 CALLS = ("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr")
 MODULE, REFUSAL, OBSTACLE, WARNING, VENDOR = "module", "refusal", "obstacle", "warning", "vendor"
-VMS, READ = "vms", "read"
+VMS, READ, NESTED = "vms", "read", "nested"
 ATTACHED, CLOSED, COUNTED, BROKEN, INTERRUPT = "attached", "closed", "counted", "broken", "interrupt"
 
 
@@ -170,8 +170,10 @@ class States:
 
     directory = Path()
 
-    def __init__(self, symbols: Symbols, explain: Callable[[], str], pid: int | None = None) -> None:
+    def __init__(self, symbols: Symbols, explain: Callable[[], str], pid: int | None = None, *, nested: bool = True):
         self.vendor, self.pid = symbols.vendor, pid
+        if nested:
+            (self.directory / NESTED).touch()
 
     def read(self, *, steady: bool = False) -> State:
         """The state."""

@@ -8,6 +8,7 @@ import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +21,14 @@ from tracer.model.vendor import NO_MSR, Vendor
 from tracer.model.vmx import VMX
 from tracer.program import syscalls
 from tracer.program.compiler import Built
+from tracer.program.program import Target
 from tracer.program.resources import resource
 from tracer.program.structs import Member
 from tracer.trace import state_reader
 from tracer.trace.state_reader import StateReader
 
 REQUEST = 1 << 37  # KVM_ARCH_REQ(29)
+NESTED_LISTED = 13  # a descriptor
 LISTS = {VMX.name: (0x48, 0x10, 0xC0000100, 0x3FE), SVM.name: (0xC0000081, 0x48, 0xC0000100, NO_MSR)}
 
 
@@ -43,7 +46,16 @@ def members_of(name: str) -> dict[str, Member]:
     return found
 
 
-RECORD = members_of("record")
+RECORD, NESTED_RECORD = members_of("record"), members_of("nested_record")
+
+
+def packed(members: Mapping[str, Member], values: Mapping[str, int | tuple[int, ...]]) -> bytes:
+    """A struct in which these members have these values."""
+    made = bytearray(max(member.offset + member.bytes for member in members.values()))
+    for name, value in values.items():
+        member, numbers = members[name], value if isinstance(value, tuple) else (value,)
+        struct.pack_into(f"<{len(numbers)}{ {4: 'I', 8: 'Q'}[member.size] }", made, member.offset, *numbers)
+    return bytes(made)
 
 
 def record(
@@ -70,12 +82,22 @@ def record(
         "range_bytes": tuple(len(one.allowed) for one in ranges),
     }
     values |= {"filter_after": given.get("filter", values["filter"])} | given
-    made = bytearray(max(member.offset + member.bytes for member in RECORD.values()))
-    for name, value in values.items():
-        member, numbers = RECORD[name], value if isinstance(value, tuple) else (value,)
-        code = {4: "I", 8: "Q"}[member.size]
-        struct.pack_into(f"<{len(numbers)}{code}", made, member.offset, *numbers)
-    return bytes(made) + bits + b"".join(one.allowed for one in ranges)
+    return packed(RECORD, values) + bits + b"".join(one.allowed for one in ranges)
+
+
+def nested_record(vcpu: int = 0x1000, bits: bytes = bytes(4096), **given: int) -> bytes:
+    """What state.c writes of the bitmap for nested guests of the vCPU at an address; by default one that was merged."""
+    values = {"vcpu": vcpu, "nested": 0x6000, "in_use": 0xB000 | 1 << 28, "own": 0xA000, "bitmap_bytes": len(bits)}
+    values |= {"nested_after": given.get("nested", values["nested"])} | given
+    return packed(NESTED_RECORD, values) + bits
+
+
+def _result(scripts: list[bytes | OSError], run: int) -> bytes:
+    """What a run, counted from 1, gives."""
+    script = scripts[min(run, len(scripts)) - 1]
+    if isinstance(script, OSError):
+        raise script
+    return script
 
 
 class _Btf:
@@ -102,37 +124,47 @@ class _Btf:
 class Kernel:
     """A kernel. `scripts` are what its iterator writes, one run after the other; the last is repeated.
 
+    `nested`: the same of the iterator over bitmaps for nested guests.
     `missing`: members, structures and functions that its BTF lacks; `memory` is what its list of MSRs is.
     """
 
     vendor: Vendor = VMX
     scripts: list[bytes | OSError] = field(default_factory=lambda: [b""])
+    nested: list[bytes | OSError] = field(default_factory=lambda: [b""])
     missing: tuple[str, ...] = ()
     module_btf: bool = True
     symbols: tuple[str, ...] = ("kvm_vcpu_release", VMX.shadow.list_, SVM.shadow.list_)
     memory: bytes | None = None
     init_pids: bool = True
     reads: int = 0
+    nested_reads: int = 0
     closed: int = 0
     slept: float = 0
     values: Mapping[str, int] = field(default_factory=dict)
+    targets: Mapping[str, Target] = field(default_factory=dict)
 
     # What stands for the iterator and for what was loaded:
 
-    members = property(lambda self: {"records": RECORD})
-    functions = property(lambda self: {"file_listed": 11, "copy_memory": 12})
+    members = property(lambda self: {"records": RECORD, "nested_records": NESTED_RECORD})
+    functions = property(lambda self: {"file_listed": 11, "copy_memory": 12, "nested_listed": NESTED_LISTED})
     arrays = property(lambda self: {"copies": self})
 
     def read(self) -> bytes:
         """A run of the iterator."""
-        script = self.scripts[min(self.reads, len(self.scripts) - 1)]
         self.reads += 1
-        if isinstance(script, OSError):
-            raise script
-        return script
+        return _result(self.scripts, self.reads)
+
+    def read_nested(self) -> bytes:
+        """A run of the iterator over bitmaps for nested guests."""
+        self.nested_reads += 1
+        return _result(self.nested, self.nested_reads)
+
+    def iterator(self, function: int) -> SimpleNamespace:
+        """One of them."""
+        return SimpleNamespace(read=self.read_nested if function == NESTED_LISTED else self.read, close=self.close)
 
     def close(self) -> None:
-        """The iterator, and what was loaded."""
+        """An iterator, and what was loaded."""
         self.closed += 1
 
     def raw(self, _: int, size: int) -> bytes:
@@ -147,10 +179,10 @@ class Kernel:
     def build(self, _: object, variants: list[Any], __: object) -> Built:
         """Load."""
         [variant] = variants
-        self.values = variant.values
+        self.values, self.targets = variant.values, variant.functions
         return Built("iterator", self)  # type: ignore[arg-type] # stands for Loaded
 
-    def reader(self, patch: pytest.MonkeyPatch) -> StateReader:
+    def reader(self, patch: pytest.MonkeyPatch, **options: bool) -> StateReader:
         """A reader in this kernel."""
         if self.memory is None and "list" not in self.missing:
             stride = self.vendor.shadow.stride
@@ -168,13 +200,15 @@ class Kernel:
         patch.setattr(Btf, "of_kernel", lambda: _Btf((*self.missing, *self._only_in_module)))
         patch.setattr(Btf, "of_module", of_module)
         patch.setattr(state_reader, "build", self.build)
-        patch.setattr(syscalls, "Iterator", lambda _: self)
+        patch.setattr(syscalls, "Iterator", self.iterator)
         patch.setattr(syscalls, "run_program", self.run_program)
         patch.setattr(state_reader, "is_in_init_pid_namespace", lambda: self.init_pids)
         patch.setattr(time, "sleep", sleep)
         symbols = replace(Symbols.of([], self.vendor.module, vendor=self.vendor), objects=places)
-        return StateReader(symbols, lambda: "the kernel refused: a reason")
+        return StateReader(symbols, lambda: "the kernel refused: a reason", **options)
 
     @property
     def _only_in_module(self) -> tuple[str, ...]:
-        return tuple(structure for structure, _ in (*self.vendor.bitmap, self.vendor.shadow.member))
+        nested = self.vendor.nested
+        paths = (*self.vendor.bitmap, self.vendor.shadow.member, *nested.made, *nested.in_use)
+        return tuple(structure for structure, _ in paths)

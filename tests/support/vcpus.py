@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tracer.model.msr_filter import NO_FILTER, READ, WRITE, MsrFilter
+from tracer.model.nested import MERGED, Nested
 from tracer.model.state import State, Vcpu, Vm
 from tracer.model.svm import SVM
 from tracer.model.vendor import Vendor
@@ -57,6 +58,11 @@ def vcpu(
     listed = VMX_LIST if vendor is VMX else SVM_LIST
     words = None if wished is None else shadow(listed, wished)
     return Vcpu(id, bitmap(vendor, passed), vmm_filter, words, **changes)
+
+
+def merged(vendor: Vendor, passed: Iterable[Access] = (), **changes: Any) -> Nested:
+    """Of nested guests for which KVM merges a bitmap that passes PASSED."""
+    return Nested(MERGED, bitmap(vendor, passed), **changes)
 
 
 def state(*vms: Vm, vendor: Vendor = VMX, recording: bool = False, notes: tuple[str, ...] = ()) -> State:

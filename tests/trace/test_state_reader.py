@@ -349,7 +349,7 @@ def test_a_read_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_everything_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel()
     kernel.reader(monkeypatch).close()
-    assert kernel.closed == 2  # the iterator, and what was loaded
+    assert kernel.closed == 3  # the iterators, and what was loaded
 
 
 def test_names(monkeypatch: pytest.MonkeyPatch) -> None:

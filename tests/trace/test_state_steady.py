@@ -19,7 +19,7 @@ DENIES = MsrFilter(default_allow=False)
 _REQUESTED = 1 << 37
 _MEMBERS = (
     *("vcpu", "kvm", "tgid", "vcpu_id", "owned", "vm_type", "exits", "failed", "shadow_read", "shadow_write"),
-    *("requests", "filter", "filter_after", "gp_seq", "gp_seq_needed"),
+    *("requests", "filter", "filter_after", "gp_seq", "gp_seq_needed", "nested"),
 )
 
 
@@ -37,7 +37,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, int]]:
     def of(found: Iterator[Reading], recorded: tuple[int, ...] = ()) -> tuple[str, int]:
         reads = []
 
-        def read() -> dict[int, Reading]:
+        def read(_: object) -> dict[int, Reading]:
             reads.append(next(found))
             return {reads[-1].vcpu: reads[-1]}
 

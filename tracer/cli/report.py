@@ -74,7 +74,7 @@ def report(  # noqa: PLR0917 (click passes them by name)
 
         from tracer.report.making import HostInfo, make
 
-        with tracing(machine, options, keep_gone=True, states=True) as tracer:
+        with tracing(machine, options, keep_gone=True, states=True, nested=True) as tracer:
             for warning in tracer.warnings:
                 warn(warning)
             last = LastStates(tracer)

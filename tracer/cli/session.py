@@ -132,10 +132,12 @@ def wait_for_module(signals: EndSignals) -> bool:
 
 
 @contextmanager
-def tracing(machine: Machine, options: Options, *, keep_gone: bool = False, states: bool = False) -> Iterator[Tracer]:
+def tracing(
+    machine: Machine, options: Options, *, keep_gone: bool = False, states: bool = False, nested: bool = False
+) -> Iterator[Tracer]:
     """A context with a tracer that is attached, and detached at the end.
 
-    :param states: whether it also reads the states of vCPUs
+    :param states: whether it also reads the states of vCPUs; `nested`: with those of nested guests
     :param keep_gone: see Tracer
     :raises MsrtraceError: if it cannot be attached
     """
@@ -148,7 +150,7 @@ def tracing(machine: Machine, options: Options, *, keep_gone: bool = False, stat
     def reader(symbols: Symbols) -> StateReader:
         from tracer.trace.state_reader import StateReader
 
-        return StateReader(symbols, explain, options.pid)
+        return StateReader(symbols, explain, options.pid, nested=nested)
 
     tracer = Tracer(
         lambda layout, symbols: Engine(layout, symbols, options, explain),

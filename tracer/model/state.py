@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from tracer.model.msr_filter import DIRECTIONS, NO_FILTER, READ, WRITE, X2APIC, MsrFilter, joined
+from tracer.model.nested import L1, L1_OR_UNMERGED, MERGED, NONE, OWN, PENDING_KVM, UNMERGED, Nested
 from tracer.model.snapshot import Call
 from tracer.model.vendor import Passable, Vendor
 from tracer.model.vendors import FIRST
@@ -46,7 +47,7 @@ WORDS = {
 
 def does_exit(said: str) -> bool | None:
     """Whether an access of which this is said exits now; None if that is unknown."""
-    return None if said == UNKNOWN else said not in (PASSED, PENDING_DENIED)
+    return None if said == UNKNOWN else said not in (PASSED, PENDING_DENIED, PENDING_KVM)
 
 
 class Wish(Enum):
@@ -75,12 +76,37 @@ def interception(*, intercepted: bool, wish: Wish, allowed: bool, settled: bool)
     return UNRECORDED if wish is Wish.UNRECORDED else PENDING_ALLOWED
 
 
+def nested_interception(
+    *, intercepted: bool, own: str, own_intercepted: bool, allowed: bool, merged: bool | None, settled: bool
+) -> str:
+    """Who has an access by a nested guest (L2) intercepted: one of SAID or NESTED_SAID.
+
+    :param intercepted: the bit in the bitmap that the CPU takes while L2 runs
+    :param own: what is said of the access by the vCPU's own guest (L1); `own_intercepted`: the bit for that
+    :param allowed: by the VM's filter
+    :param merged: see Passable
+    :param settled: see Nested
+    """
+    if not intercepted:
+        if not allowed:
+            return PENDING_DENIED
+        return PENDING_KVM if own == KVM else PASSED
+    if own_intercepted:
+        return own
+    if merged is None:
+        return L1_OR_UNMERGED
+    if not merged:
+        return UNMERGED
+    return L1 if settled else L1_OR_UNMERGED
+
+
 @dataclass(frozen=True)
 class Vcpu:
     """A vCPU. `bitmap` is None where it cannot be read, b"" where the CPU has none; `filter` is its VM's.
 
     `shadow`: what KVM wants to intercept of `State.recorded`, a word for reads and one for writes, in which a 1 is for
     that; None where the kernel does not record it. `settled`: see `interception`. `ran`: None where that is not known.
+    `nested`: None unless its guest may have guests, or where that is not known.
     """
 
     id: int
@@ -89,6 +115,7 @@ class Vcpu:
     shadow: tuple[int, int] | None = None
     settled: bool = True
     ran: bool | None = None
+    nested: Nested | None = None
     #: What KVM wants of accesses, as its calls for this vCPU said.
     seen: frozenset[tuple[int, int, Wish]] = frozenset()
     #: What tells vCPUs apart while they live: the address of struct kvm_vcpu.
@@ -124,10 +151,11 @@ class Vm:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of reading and of writing an MSR."""
+    """What is said of reading and of writing an MSR; `nested`: by the guests of a guest, where that is known."""
 
     read: str
     write: str
+    nested: Verdict | None = None
 
     def of(self, direction: int) -> str:
         """Of a direction."""
@@ -181,14 +209,21 @@ class State:
         return Wish.PRESUMED_PASS if passable.always else Wish.UNRECORDED
 
     def verdict(self, vcpu: Vcpu, msr: int) -> Verdict:
-        """What is said of an MSR: each one of SAID."""
+        """What is said of an MSR: each one of SAID, for nested guests also of NESTED_SAID."""
         return self._reasoned(vcpu, msr)[0]
 
     def _reasoned(self, vcpu: Vcpu, msr: int) -> tuple[Verdict, list[bool | None]]:
         """What is said of an MSR, and whether the filter allows reading and writing it, if that is known."""
         allowed = [vcpu.filter.allows(msr, direction) if vcpu.filter else None for direction in DIRECTIONS]
-        words = (self._interception(vcpu, msr, *pair) for pair in zip(DIRECTIONS, allowed, strict=True))
-        return Verdict(*words), allowed
+        read, write = (self._interception(vcpu, msr, *pair) for pair in zip(DIRECTIONS, allowed, strict=True))
+        said = Verdict(read, write)
+        if vcpu.nested and vcpu.nested.use in (MERGED, OWN, NONE):
+            read, write = (
+                self._nested(vcpu, vcpu.nested, msr, direction, said.of(direction), yes is not False)
+                for direction, yes in zip(DIRECTIONS, allowed, strict=True)
+            )
+            said = replace(said, nested=Verdict(read, write))
+        return said, allowed
 
     def _interception(self, vcpu: Vcpu, msr: int, direction: int, allowed: bool | None) -> str:
         if vcpu.bitmap is None:
@@ -199,16 +234,51 @@ class State:
         wish = self.wish(vcpu, msr, direction)
         return interception(intercepted=intercepted, wish=wish, allowed=allowed, settled=vcpu.settled)
 
+    def _nested(  # noqa: PLR0917
+        self, vcpu: Vcpu, nested: Nested, msr: int, direction: int, own: str, allowed: bool
+    ) -> str:
+        """What is said of an access by a nested guest, if OWN is said of one by the vCPU's guest."""
+        geometry = self.vendor.bitmap_geometry
+        if nested.use == OWN:
+            return own
+        own_intercepted = geometry.intercepted(vcpu.bitmap or b"", msr, direction)
+        if nested.use == NONE:
+            return own if own_intercepted else L1
+        intercepted = geometry.intercepted(nested.bitmap or b"", msr, direction)
+        if msr in X2APIC and not intercepted:
+            return PASSED  # to the virtual APIC that L1 gives it, which has nothing to do with the vCPU's own
+        passable = self.passable.get((msr, direction))
+        return nested_interception(
+            intercepted=intercepted,
+            own=own,
+            own_intercepted=own_intercepted,
+            allowed=allowed,
+            merged=passable.merged if passable else None,
+            settled=nested.settled and vcpu.settled,
+        )
+
     def passed(self, vcpu: Vcpu, direction: int) -> list[range]:
         """The MSRs that the bitmap lets pass."""
-        found = self.vendor.bitmap_geometry.passed(vcpu.bitmap or b"", direction)
+        return self._passed(vcpu.bitmap, direction)
+
+    def nested_passed(self, vcpu: Vcpu, direction: int) -> list[range]:
+        """The MSRs that the bitmap for nested guests lets pass."""
+        return self._passed(vcpu.nested.bitmap if vcpu.nested else None, direction)
+
+    def _passed(self, bitmap: bytes | None, direction: int) -> list[range]:
+        found = self.vendor.bitmap_geometry.passed(bitmap or b"", direction)
         return joined(range(msr, msr + 1) for msr in found)
+
+    def _all_passed(self, vcpu: Vcpu) -> list[range]:
+        """The MSRs that either bitmap lets pass, in either direction."""
+        passed = (self.passed, self.nested_passed)
+        return [run for one in passed for direction in DIRECTIONS for run in one(vcpu, direction)]
 
     def _edges(self, vcpu: Vcpu) -> list[int]:
         """Where, in the order of MSRs, something else may be said than of the MSR before; sorted."""
         msrs = {*self._place, *(msr for msr, _ in self.passable), *(msr for msr, _, _ in vcpu.seen)}
         runs = [range(msr, msr + 1) for msr in msrs] + [X2APIC, *self.vendor.bitmap_geometry.ranges]
-        runs += [run for direction in DIRECTIONS for run in self.passed(vcpu, direction)]
+        runs += self._all_passed(vcpu)
         if vcpu.filter:
             runs += vcpu.filter.decided
         return sorted({edge for run in runs for edge in (run.start, run.stop)})
@@ -219,7 +289,7 @@ class State:
         MSRs that follow each other and of which the same is said, for the same reason, are together.
         """
         ranges = [range(msr, msr + 1) for msr in (*self.candidates, *also)]
-        ranges += [run for direction in DIRECTIONS for run in self.passed(vcpu, direction)]
+        ranges += self._all_passed(vcpu)
         if vcpu.filter:
             ranges += [run for direction in DIRECTIONS for run in vcpu.filter.denied(direction)]
         edges = self._edges(vcpu)

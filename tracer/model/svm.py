@@ -16,23 +16,26 @@ from tracer.model.cause import (
     X2APIC,
 )
 from tracer.model.msr_filter import READ, WRITE
+from tracer.model.nested import NestedBitmap
 from tracer.model.vendor import NO_MSR, Layout, Passable, Shadow, Vendor
 
 _SET, _FILTER_SET = "svm_set_intercept_for_msr", "kvm_vm_ioctl_set_msr_filter"
 
 #: svm_recalc_intercepts() and what it calls, 6.18 to 7.3; 6.17: svm_recalc_msr_intercepts(). What is not `always`
-#: depends on the CPU, the guest's CPUID, the options of the module, SEV, or what the guest did.
+#: depends on the CPU, the guest's CPUID, the options of the module, SEV, or what the guest did. `merged` is read in
+#: nested_svm_vmrun_msrpm() (svm/nested.c) of 6.1 and 6.12, which merges what init_msrpm_offsets() lists, and in
+#: nested_svm_init_msrpm_merge_offsets() of 7.2.
 _PASSABLE = (
-    Passable(range(0x174, 0x175), READ | WRITE, always=True),  # SYSENTER_CS
-    Passable(range(0xC0000081, 0xC0000085), READ | WRITE, always=True),  # STAR, LSTAR, CSTAR, SYSCALL_MASK
-    Passable(range(0xC0000100, 0xC0000103), READ | WRITE, always=True),  # FS_BASE, GS_BASE, KERNEL_GS_BASE
-    Passable(range(0x48, 0x49), READ | WRITE),  # SPEC_CTRL
-    Passable(range(0x49, 0x4A), WRITE),  # PRED_CMD
-    Passable(range(0x10B, 0x10C), WRITE),  # FLUSH_CMD
-    Passable(range(0xE7, 0xE9), READ),  # MPERF, APERF
-    Passable(range(0x175, 0x177), READ | WRITE),  # SYSENTER_ESP, _EIP
-    Passable(range(0x1D9, 0x1DA), READ | WRITE),  # DEBUGCTL, and LBR
-    Passable(range(0x1DB, 0x1DF), READ | WRITE),
+    Passable(range(0x174, 0x175), READ | WRITE, always=True, merged=True),  # SYSENTER_CS
+    Passable(range(0xC0000081, 0xC0000085), READ | WRITE, always=True, merged=True),  # STAR, LSTAR, CSTAR, SYSCALL_MASK
+    Passable(range(0xC0000100, 0xC0000103), READ | WRITE, always=True, merged=True),  # FS_BASE, GS_BASE, KERNEL_GS_BASE
+    Passable(range(0x48, 0x49), READ | WRITE, merged=True),  # SPEC_CTRL
+    Passable(range(0x49, 0x4A), WRITE, merged=True),  # PRED_CMD
+    Passable(range(0x10B, 0x10C), WRITE, merged=True),  # FLUSH_CMD
+    Passable(range(0xE7, 0xE9), READ, merged=True),  # MPERF, APERF
+    Passable(range(0x175, 0x177), READ | WRITE, merged=True),  # SYSENTER_ESP, _EIP
+    Passable(range(0x1D9, 0x1DA), READ | WRITE, merged=True),  # DEBUGCTL, and LBR
+    Passable(range(0x1DB, 0x1DF), READ | WRITE, merged=True),
     Passable(range(0x6A0, 0x6A1), READ | WRITE),  # CET: U_CET, S_CET, PL0_SSP to PL3_SSP
     Passable(range(0x6A2, 0x6A3), READ | WRITE),
     Passable(range(0x6A4, 0x6A8), READ | WRITE),
@@ -47,6 +50,8 @@ _PASSABLE = (
     Passable(range(0xC0010201, 0xC001020C, 2), READ | WRITE),
     Passable(range(0x800, 0x900), READ | WRITE),  # x2APIC
 )
+
+_NESTED = (("vcpu_svm", "nested"),)
 
 SVM = Vendor(
     name="svm",
@@ -83,6 +88,16 @@ SVM = Vendor(
     bitmap=(("vcpu_svm", "msrpm"),),
     geometry={"msrpm": 1},
     bitmap_geometry=Geometry(0x1800, ((0, 0), (0xC0000000, 0x800), (0xC0010000, 0x1000)), stride=2, to_write=1),
+    # svm.h. nested_vmcb02_prepare_control() (nested.c) takes over the vCPU's own bitmap, and nested_svm_vmrun_msrpm(),
+    # since 6.17 nested_svm_merge_msrpm(), replaces it unless L1 has no INTERCEPT_MSR_PROT.
+    nested=NestedBitmap(
+        made=(*_NESTED, ("svm_nested_state", "msrpm")),
+        bitmap=(*_NESTED, ("svm_nested_state", "msrpm")),
+        changed=(*_NESTED, ("svm_nested_state", "force_msr_bitmap_recalc")),
+        in_use=(*_NESTED, ("svm_nested_state", "vmcb02"), ("kvm_vmcb_info", "ptr")),
+        own=(("vcpu_svm", "vmcb01"), ("kvm_vmcb_info", "ptr")),
+        inside=(("vmcb", "control"), ("vmcb_control_area", "msrpm_base_pa")),
+    ),
     # svm.h, 5.10 to 6.16. The list has {u32 index; bool always}.
     shadow=Shadow(("vcpu_svm", "shadow_msr_intercept"), "direct_access_msrs", 8, NO_MSR, passes=True),
     passable=_PASSABLE,

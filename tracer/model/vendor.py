@@ -10,6 +10,7 @@ from functools import cached_property
 
 from tracer.model.bitmap import Geometry
 from tracer.model.cause import OTHER
+from tracer.model.nested import NestedBitmap
 from tracer.model.symbol_name import plain_name
 
 #: Of KVM itself (vcpu): a vCPU has been created. arch/x86/kvm/x86.c, called by kvm_main.c alone.
@@ -68,12 +69,15 @@ class Passable:
 
     `always`: for every guest, on kernels that do not record it (6.17+), unless the filter denies it.
     `unlisted`: kernels that record what KVM wants may pass these through without a record of it.
+    `merged`: for guests of the guest, what KVM passes through and L1 does, too, passes: in every kernel (True), in none
+    (False), or in some.
     """
 
     msrs: range
     flags: int
     always: bool = False
     unlisted: bool = False
+    merged: bool | None = None
 
 
 #: MSR_INVALID of KVM.
@@ -144,6 +148,7 @@ class Vendor:
     #: Values of bpf/values.h that say where the bits of an MSR are in it, and the same for readers of a whole bitmap.
     geometry: Mapping[str, int]
     bitmap_geometry: Geometry
+    nested: NestedBitmap
     shadow: Shadow
     passable: tuple[Passable, ...]
     #: By which an exit of a nested guest becomes its guest's: bpf/exits.c knows its arguments.

@@ -6,6 +6,7 @@ from __future__ import annotations
 from tracer.model.bitmap import Geometry
 from tracer.model.cause import CPUID_UPDATE, FILTER_CHANGE, LBR, MSR_WRITE, PT, RECALC, VCPU_CREATE, X2APIC
 from tracer.model.msr_filter import READ, WRITE
+from tracer.model.nested import NestedBitmap
 from tracer.model.vendor import FilterLoop, Layout, Passable, Shadow, Vendor
 
 _ENABLE, _DISABLE = "vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr"
@@ -43,33 +44,34 @@ _ALSO_ENABLED = (
 
 
 #: vmx_recalc_intercepts() and what it calls, 6.18 to 7.3; 6.17: vmx_recalc_msr_intercepts(). What is not `always`
-#: depends on the CPU, the guest's CPUID, the options of the module or what the guest did.
+#: depends on the CPU, the guest's CPUID, the options of the module or what the guest did. `merged` is read in
+#: nested_vmx_prepare_msr_bitmap() (vmx/nested.c) of 6.1, 6.12 and 7.2.
 _PASSABLE = (
-    Passable(range(0x10, 0x11), READ, always=True),  # TSC
-    Passable(range(0x174, 0x177), READ | WRITE, always=True),  # SYSENTER_CS, _ESP, _EIP
-    Passable(range(0xC0000100, 0xC0000103), READ | WRITE, always=True),  # FS_BASE, GS_BASE, KERNEL_GS_BASE
+    Passable(range(0x10, 0x11), READ, always=True, merged=False),  # TSC
+    Passable(range(0x174, 0x177), READ | WRITE, always=True, merged=False),  # SYSENTER_CS, _ESP, _EIP
+    Passable(range(0xC0000100, 0xC0000103), READ | WRITE, always=True, merged=True),  # FS_BASE, GS_BASE, KERNEL_GS_BASE
     # SPEC_CTRL: vmx_get_passthrough_msr_slot() of 6.9 to 6.16 takes it for an LBR (MSR_LBR_CORE_FROM + 8), so it is
     # recorded as intercepted for ever. Where it is recorded as passed through, it is.
-    Passable(range(0x48, 0x49), READ | WRITE, unlisted=True),
-    Passable(range(0x49, 0x4A), WRITE),  # PRED_CMD
+    Passable(range(0x48, 0x49), READ | WRITE, unlisted=True, merged=True),
+    Passable(range(0x49, 0x4A), WRITE, merged=True),  # PRED_CMD
     Passable(range(0x10B, 0x10C), WRITE),  # FLUSH_CMD
     Passable(range(0xE7, 0xE9), READ),  # MPERF, APERF
-    Passable(range(0x1C4, 0x1C5), READ | WRITE),  # XFD
-    Passable(range(0x1C5, 0x1C6), READ),  # XFD_ERR
-    Passable(range(0x3FC, 0x3FF), READ),  # CORE_C3_, C6_, C7_RESIDENCY
-    Passable(range(0x660, 0x661), READ),  # CORE_C1_RES
+    Passable(range(0x1C4, 0x1C5), READ | WRITE, merged=False),  # XFD
+    Passable(range(0x1C5, 0x1C6), READ, merged=False),  # XFD_ERR
+    Passable(range(0x3FC, 0x3FF), READ, merged=False),  # CORE_C3_, C6_, C7_RESIDENCY
+    Passable(range(0x660, 0x661), READ, merged=False),  # CORE_C1_RES
     # Intel PT, as above: OUTPUT_BASE, OUTPUT_MASK, STATUS, CR3_MATCH, address ranges
-    Passable(range(0x560, 0x562), READ | WRITE, unlisted=True),
-    Passable(range(0x571, 0x573), READ | WRITE, unlisted=True),
-    Passable(range(0x580, 0x58E), READ | WRITE, unlisted=True),
+    Passable(range(0x560, 0x562), READ | WRITE, unlisted=True, merged=False),
+    Passable(range(0x571, 0x573), READ | WRITE, unlisted=True, merged=False),
+    Passable(range(0x580, 0x58E), READ | WRITE, unlisted=True, merged=False),
     # LBR: LBR_SELECT, LASTBRANCH_TOS; FROM, TO and INFO of up to 32 branches, FROM and TO of old CPUs
     # (vmx_update_intercept_for_lbr_msrs() in vmx/pmu_intel.c, 5.12; vmx_get_passthrough_msr_slot() has the numbers)
-    Passable(range(0x1C8, 0x1CA), READ | WRITE, unlisted=True),
-    Passable(range(0x680, 0x6A0), READ | WRITE, unlisted=True),
-    Passable(range(0x6C0, 0x6E0), READ | WRITE, unlisted=True),
-    Passable(range(0xDC0, 0xDE0), READ | WRITE, unlisted=True),
-    Passable(range(0x40, 0x48), READ | WRITE, unlisted=True),
-    Passable(range(0x60, 0x68), READ | WRITE, unlisted=True),
+    Passable(range(0x1C8, 0x1CA), READ | WRITE, unlisted=True, merged=False),
+    Passable(range(0x680, 0x6A0), READ | WRITE, unlisted=True, merged=False),
+    Passable(range(0x6C0, 0x6E0), READ | WRITE, unlisted=True, merged=False),
+    Passable(range(0xDC0, 0xDE0), READ | WRITE, unlisted=True, merged=False),
+    Passable(range(0x40, 0x48), READ | WRITE, unlisted=True, merged=False),
+    Passable(range(0x60, 0x68), READ | WRITE, unlisted=True, merged=False),
     Passable(range(0x6A0, 0x6A1), READ | WRITE),  # CET: U_CET, S_CET, PL0_SSP to PL3_SSP
     Passable(range(0x6A2, 0x6A3), READ | WRITE),
     Passable(range(0x6A4, 0x6A8), READ | WRITE),
@@ -79,6 +81,9 @@ _PASSABLE = (
     Passable(range(0x4C1, 0x4C9), READ | WRITE),
     Passable(range(0x800, 0x900), READ | WRITE, unlisted=True),  # x2APIC
 )
+
+
+_VMCS02 = (("vcpu_vmx", "nested"), ("nested_vmx", "vmcs02"))
 
 
 def _layout(name: str, kernels: str, update: str, **calls: str) -> Layout:
@@ -113,6 +118,15 @@ VMX = Vendor(
     bitmap=(("vcpu_vmx", "vmcs01"), ("loaded_vmcs", "msr_bitmap")),
     geometry={},
     bitmap_geometry=Geometry(0x1000, ((0, 0), (0xC0000000, 0x400)), stride=1, to_write=0x800 * 8),
+    # vmx.h. alloc_loaded_vmcs() and free_loaded_vmcs() (vmx.c) leave the bitmap's address behind, and set no control:
+    # prepare_vmcs02_early() (nested.c) does, and CPU_BASED_USE_MSR_BITMAPS is 1 << 28 (asm/vmx.h).
+    nested=NestedBitmap(
+        made=(*_VMCS02, ("loaded_vmcs", "vmcs")),
+        bitmap=(*_VMCS02, ("loaded_vmcs", "msr_bitmap")),
+        changed=(("vcpu_vmx", "nested"), ("nested_vmx", "force_msr_bitmap_recalc")),
+        in_use=(*_VMCS02, ("loaded_vmcs", "controls_shadow"), ("vmcs_controls_shadow", "exec")),
+        flag=1 << 28,
+    ),
     # vmx.h, 5.10 to 6.16; bits beyond the end of the list are set, too. Every list ends with CORE_C7_RESIDENCY.
     shadow=Shadow(("vcpu_vmx", "shadow_msr_intercept"), "vmx_possible_passthrough_msrs", 4, 0x3FE, passes=False),
     passable=_PASSABLE,

@@ -14,6 +14,7 @@ from tracer.kernel.headers import header_settings
 from tracer.kernel.symbols import VCPU_RELEASE, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.msr_filter import FilterRange, MsrFilter
+from tracer.model.nested import UNREADABLE, Nested
 from tracer.model.snapshot import VmInfo
 from tracer.model.state import State, Vcpu, Vm
 from tracer.model.vendor import SHADOWED
@@ -22,6 +23,7 @@ from tracer.program.compiler import build, is_compiled
 from tracer.program.program import NotPermitted, Target, Variant
 from tracer.program.resources import resource
 from tracer.program.structs import Record
+from tracer.trace.nested_reading import NestedReading, nested_readings, nested_values
 from tracer.trace.reader import is_in_init_pid_namespace
 from tracer.trace.vm_info import VmInfos
 
@@ -74,12 +76,15 @@ def named(state: State, infos: VmInfos) -> State:
 class StateReader:
     """Ready to read, which needs no rights; closing it, or the end of its process, removes it from the kernel."""
 
-    def __init__(self, symbols: Symbols, explain: Callable[[], str], pid: int | None = None) -> None:
+    def __init__(
+        self, symbols: Symbols, explain: Callable[[], str], pid: int | None = None, *, nested: bool = True
+    ) -> None:
         """Compile and load. `explain` says why the kernel probably did not permit it. Raises MsrtraceError.
 
         :param pid: read the VMs of this process alone
+        :param nested: read what is intercepted of the guests of guests, too
         """
-        self._vendor, self._pid = symbols.vendor, pid
+        self._vendor, self._pid, self._reads_nested = symbols.vendor, pid, nested
         self.notes: list[str] = []
         try:
             kernel = Btf.of_kernel()
@@ -92,9 +97,14 @@ class StateReader:
             raise MsrtraceError(f"{_FAILED}: /proc/kallsyms has no address of {VCPU_RELEASE}; {needs}")
         given = self._given = self._values(kernel, symbols) | {"vcpu_release": release.start}
         targets = {"file_listed": iterator, "copy_memory": Target("raw_tracepoint")}
+        if "nested_made" in given:
+            targets["nested_listed"] = iterator
         try:
             self._loaded = build(resource(SOURCE), [Variant("iterator", {}, targets, given)], header_settings).loaded
-            self._iterator = syscalls.Iterator(self._loaded.functions["file_listed"])
+            functions = self._loaded.functions
+            self._iterators = {
+                name: syscalls.Iterator(functions[name]) for name, target in targets.items() if target is iterator
+            }
         except NotPermitted:
             raise MsrtraceError(explain()) from None
         except OSError as error:
@@ -102,6 +112,7 @@ class StateReader:
         if not is_in_init_pid_namespace():
             self.notes.append("only the VMs of this pid namespace are seen, and by other ids than processes have here")
         self._record = Record(self._loaded.members["records"])
+        self._nested_record = Record(self._loaded.members["nested_records"])
         self.recorded = (
             self._recorded(symbols.objects.get(symbols.vendor.shadow.list_)) if given.get("vcpu_shadow") else ()
         )
@@ -132,6 +143,11 @@ class StateReader:
         else:
             with suppress(BtfError):
                 given["vcpu_shadow"] = btf.offset(*vendor.shadow.member)
+            if self._reads_nested:
+                try:
+                    given |= nested_values(btf, vendor.nested)
+                except BtfError as error:
+                    self.notes.append(f"what is intercepted of nested guests cannot be read: {error}")
         if vendor.no_bitmap and "kvm_vm_type" in given:
             given["no_bitmap"] = vendor.no_bitmap[0]
         return given
@@ -159,32 +175,44 @@ class StateReader:
             `settled`, and as it was when its filter could last be read. Else there may be filters that were just set,
             and nothing says yet that no vCPU applied them
         """
-        found = self._read()
+        found = self._read({})
         if not steady:
             return self._state(found, {key for key, one in found.items() if not one.moves})
         sure: dict[int, Reading] = {}
         whole = _with_filter(found)
+        with_nested: set[int] = set()
         same: dict[int, int] = {}
         most, needed = (_READS, _EQUAL) if self.recorded else (_UNRECORDED_READS, _UNRECORDED_EQUAL)
         for _ in range(most):
             time.sleep(_PAUSE_SECONDS)
-            before, found = found, self._read()
+            before, found = found, self._read(found)
             same = {key: same.get(key, 0) + 1 if one.same_as(before.get(key)) else 0 for key, one in found.items()}
-            sure |= {key: one for key, one in found.items() if same[key] >= needed}
+            for key, one in found.items():
+                if same[key] >= needed and (one.nested_is_same or key not in with_nested):
+                    sure[key] = one
+                    with_nested |= {key} if one.nested_is_same else set()
             whole |= _with_filter(found)
-            if found.keys() <= sure.keys():
+            if found.keys() <= with_nested:
                 break
         best = whole | sure
         return self._state({key: best.get(key, one) for key, one in found.items()}, sure.keys())
 
-    def _read(self) -> dict[int, Reading]:
-        """What is read of each vCPU, by its address."""
-        return readings(self._raw(), self._record)
+    def _read(self, before: Mapping[int, Reading]) -> dict[int, Reading]:
+        """What is read of each vCPU, by its address; BEFORE is what was read then."""
+        found = readings(self._raw(), self._record)
+        if any(one.has_nested for one in found.values()):
+            content = self._raw("nested_listed")
+            for key, nested in nested_readings(content, self._nested_record, self._vendor.nested).items():
+                if key in found:
+                    found[key].nested = nested
+            for key in found.keys() & before.keys():
+                found[key].nested_before = before[key].nested
+        return found
 
-    def _raw(self) -> bytes:
-        """The records of all vCPUs."""
+    def _raw(self, iterator: str = "file_listed") -> bytes:
+        """What an iterator writes: the records of all vCPUs, or of those with a bitmap for nested guests."""
         try:
-            return self._iterator.read()
+            return self._iterators[iterator].read()
         except OSError as error:
             raise MsrtraceError(f"{_FAILED}: {error.strerror}") from None
 
@@ -214,16 +242,25 @@ class StateReader:
         readable = "vcpu_bitmap" in self._given and one.vm_type != self._given.get("no_bitmap", -1)
         bitmap = one.bitmap if readable and not one.failed & _BITMAP_FAILED else None
         ran = bool(one.exits) if "vcpu_exits" in self._given else None
-        return Vcpu(one.id, bitmap, one.filter, shadow, settled=sure and not one.requested, ran=ran, key=one.vcpu)
+        nested = None
+        if one.has_nested:
+            nested = one.nested.model(one.nested_before, self._given) if one.nested else Nested(UNREADABLE)
+        settled = sure and not one.requested
+        return Vcpu(one.id, bitmap, one.filter, shadow, settled=settled, ran=ran, nested=nested, key=one.vcpu)
 
     def close(self) -> None:
         """Release everything in the kernel."""
-        self._iterator.close()
+        for iterator in self._iterators.values():
+            iterator.close()
         self._loaded.close()
 
 
 class Reading:
     """A record of bpf/state.c, and what follows it."""
+
+    #: What was read of the bitmap for nested guests, now and in the reading before.
+    nested: NestedReading | None = None
+    nested_before: NestedReading | None = None
 
     def __init__(self, members: Mapping[str, Any], bitmap: bytes, filter_: MsrFilter) -> None:
         self.vcpu, self.kvm = members["vcpu"], members["kvm"]
@@ -240,10 +277,17 @@ class Reading:
         #: Its filter may be a new one without a request yet, which follows a grace period; others wait for those, too.
         self.moves = replaced or waits
         self.filter = None if replaced or self.failed & _FILTER_FAILED else filter_
+        #: Whether there is a bitmap for nested guests.
+        self.has_nested = bool(members["nested"])
 
     def same_as(self, other: Reading | None) -> bool:
         """Whether an earlier reading of this vCPU found all of it as it is, and no filter was replaced in between."""
         return other is not None and not self.moves and self._content == other._content
+
+    @property
+    def nested_is_same(self) -> bool:
+        """Whether the reading before found the same of nested guests."""
+        return not self.has_nested or (self.nested is not None and self.nested.same_as(self.nested_before))
 
     @property
     def _content(self) -> tuple[object, ...]:
