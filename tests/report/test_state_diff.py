@@ -322,7 +322,9 @@ def test_json_has_it_all() -> None:
     assert found["a"] == {"name": "db", "uuid": "", "pid": 2, "vcpus": [0, 1], "only_here": [1]}
     assert [row["msrs"] for row in found["filter"]["only_a"]] == ["0xc0000100"]
     access = {"msrs": "0xc0000100", "name": "FS_BASE", "access": "read_write", "a": "filter", "b": "passed"}
-    assert found["differences"] == [{"vcpus": [0], "unreadable": {"a": False, "b": False}, "msrs": [access]}]
+    assert found["differences"] == [
+        {"vcpus": [0], "unreadable": {"a": False, "b": False}, "msrs": [access], "nested_msrs": []}
+    ]
     assert [vm["name"] for vm in (*made["no_difference"], *made["only_a"])] == ["web", "old"]
 
 

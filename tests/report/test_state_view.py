@@ -5,29 +5,17 @@ from __future__ import annotations
 
 import pytest
 from filters import allowing, denying
-from made_states import USUAL, amd_host, made, new_host, old_host, same, state_views
+from made_states import USUAL, USUALLY, amd_host, made, new_host, old_host, rows_shown, same, state_views, text
 from vcpus import FS_BASE, SPEC_CTRL, TSC, rw, state, vcpu
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.msr_filter import NO_FILTER, READ, MsrFilter
+from tracer.model.nested import NESTED_SAID
 from tracer.model.state import SAID, WORDS, State, Vcpu, Vm
 from tracer.report.formats import FORMATS, OF_STATES, write_state
 from tracer.report.state_view import RowChoice, ids_text
 
-USUALLY, EVERYTHING = RowChoice(), RowChoice(everything=True)
-
-
-def text(found: State, shown: RowChoice = USUALLY, columns: int = 80, also: tuple[int, ...] = ()) -> str:
-    return write_state(made(found, also), shown, "text", columns).decode()
-
-
-def rows(found: State, shown: RowChoice = USUALLY, also: tuple[int, ...] = ()) -> dict[str, list[str]]:
-    """The cells of each row of Markdown, by its MSRs."""
-    markdown = write_state(made(found, also), shown, "markdown").decode()
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:3] == "| 0"
-    ]
-    return {cell[0]: cell[1:] for cell in cells}
+EVERYTHING = RowChoice(everything=True)
 
 
 def one(vm_filter: MsrFilter | None = NO_FILTER, **changes: object) -> State:
@@ -123,11 +111,12 @@ def test_no_vm() -> None:
 
 
 def test_every_word_is_explained_where_it_is_used() -> None:
-    assert WORDS.keys() == SAID.keys()
+    meanings = SAID | NESTED_SAID
+    assert WORDS.keys() == meanings.keys()
     for view in (text(old_host()), text(new_host()), text(new_host(), EVERYTHING)):
         table, _, legend = view.partition("\nWords\n")
         for said, word in WORDS.items():
-            assert (f"  {word}: {SAID[said][:30]}" in legend) == any(
+            assert (f"  {word}: {meanings[said][:30]}" in legend) == any(
                 line.rstrip().endswith(word) or f"  {word}  " in line
                 for line in table.splitlines()
                 if line[:4] == "  0x"
@@ -138,15 +127,15 @@ def test_every_word_is_explained_where_it_is_used() -> None:
 
 
 def test_what_passes_or_the_filter_denies_is_shown() -> None:
-    assert [*rows(one())] == ["0x10", "0x174-0x176", "0xc0000100-0xc0000102"]
-    found = rows(one(denying(0xCE, SPEC_CTRL)))
+    assert [*rows_shown(one())] == ["0x10", "0x174-0x176", "0xc0000100-0xc0000102"]
+    found = rows_shown(one(denying(0xCE, SPEC_CTRL)))
     assert found["0xce"][1:] == ["both", "both"]
     assert found["0x48"][1:] == ["unrecorded", "unrecorded"]
     assert "0x49" not in found
 
 
 def test_all_are_shown_that_kvm_may_pass() -> None:
-    found = rows(one(), EVERYTHING)
+    found = rows_shown(one(), EVERYTHING)
     assert found["0x40-0x49"][1:] == ["kvm", "kvm"]
     assert found["0x6a4-0x6a7"][1:] == ["kvm", "kvm"]
     assert "not shown" not in text(one(), EVERYTHING)
@@ -154,7 +143,7 @@ def test_all_are_shown_that_kvm_may_pass() -> None:
 
 def test_a_default_that_denies_shows_what_kvm_may_want() -> None:
     deny = MsrFilter(False, (allowing(TSC, 1, [TSC]), allowing(0x174, 3, [0x174, 0x175, 0x176])))
-    found = rows(state(Vm(1, 1, (vcpu(USUAL - rw(FS_BASE, 0xC0000101, 0xC0000102), deny),))))
+    found = rows_shown(state(Vm(1, 1, (vcpu(USUAL - rw(FS_BASE, 0xC0000101, 0xC0000102), deny),))))
     assert found["0xc0000100-0xc0000102"][1:] == ["filter", "filter"]
     assert found["0x1c4"][1:] == ["unrecorded", "unrecorded"]
     assert "filter: denies what no range decides" in text(one(deny))
@@ -163,14 +152,14 @@ def test_a_default_that_denies_shows_what_kvm_may_want() -> None:
 def test_of_a_vcpu_that_never_ran_what_kvm_may_want_is_not_shown() -> None:
     """All of it would be unrecorded; what the filter denies is there."""
     never = vcpu((), denying(SPEC_CTRL), settled=False, ran=False)
-    found = rows(state(Vm(1, 1, (never,))))
+    found = rows_shown(state(Vm(1, 1, (never,))))
     assert [*found] == ["0x10", "0x48", "0x174-0x176", "0xc0000100-0xc0000102"]
     assert found["0xc0000100-0xc0000102"][1:] == ["pending allow", "pending allow"]
 
 
 def test_msrs_that_are_asked_for_have_rows_of_their_own() -> None:
     asked = (0x175, 0xCE, 0x12345678)
-    found = rows(one(), RowChoice(only=frozenset(asked)), asked)
+    found = rows_shown(one(), RowChoice(only=frozenset(asked)), asked)
     assert [*found] == ["0xce", "0x175", "0x12345678"]
     assert found["0x175"][1:] == ["passed", "passed"]
     assert "SYSENTER" in found["0x175"][0]
@@ -182,9 +171,9 @@ def test_a_filter_that_denies_every_second_msr_does_not_fill_the_screen() -> Non
     """What it denies alone stays; of the others KVM intercepts everything anyway."""
     wide = MsrFilter(True, (allowing(0x1000, 2000, range(0x1000, 0x17D0, 2)), allowing(FS_BASE, 1)))
     found = state(Vm(1, 1, (vcpu(USUAL - rw(FS_BASE), wide),)))
-    assert rows(found).keys() == {"0x10", "0x174-0x176", "0xc0000100", "0xc0000101-0xc0000102"}
+    assert rows_shown(found).keys() == {"0x10", "0x174-0x176", "0xc0000100", "0xc0000101-0xc0000102"}
     assert "  0x1000-0x17cf, read and write: denies 1000 of them\n" in text(found)
-    assert len(rows(found, EVERYTHING)) > 1000
+    assert len(rows_shown(found, EVERYTHING)) > 1000
 
 
 # --- what is together ---
@@ -280,7 +269,7 @@ def test_what_is_said_of_vcpus() -> None:
 
 
 def test_a_cpu_without_bitmaps() -> None:
-    found = rows(state(Vm(1, 1, (Vcpu(0, b"", denying(FS_BASE)),))))
+    found = rows_shown(state(Vm(1, 1, (Vcpu(0, b"", denying(FS_BASE)),))))
     assert found == {"0xc0000100": [r"FS\_BASE", "both", "both"]}
 
 

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
+from msgspec import UNSET
 
+from tracer.model.nested import NESTED_SAID, USES
 from tracer.model.state import SAID
 from tracer.report.state_file import (
     AccessRow,
     Filter,
     FilterRangeRow,
+    NestedAccess,
+    NestedGuests,
     Passed,
     States,
     VcpuGroup,
@@ -23,12 +27,28 @@ _msrs = st.one_of(
 )
 _ranges = st.one_of(_msrs.map("{:#x}".format), st.builds(lambda first, last: f"{first:#x}-{last:#x}", _msrs, _msrs))
 _said = st.sampled_from([*SAID])
+_nested_said = st.sampled_from([*SAID, *NESTED_SAID])
 
 
 def any_states(names: st.SearchStrategy[str]) -> st.SearchStrategy[States]:
     """States whose texts are these."""
-    rows = st.builds(AccessRow, msrs=_ranges, name=names, read=_said, write=_said, in_filter=st.booleans())
+    rows = st.builds(
+        AccessRow,
+        msrs=_ranges,
+        name=names,
+        read=_said,
+        write=_said,
+        in_filter=st.booleans(),
+        nested=st.one_of(st.just(UNSET), st.builds(NestedAccess, read=_nested_said, write=_nested_said)),
+    )
     passed = st.one_of(st.none(), st.builds(Passed, read=st.lists(_ranges, max_size=2), write=st.just([])))
+    nested = st.builds(
+        NestedGuests,
+        bitmap=st.sampled_from([*USES]),
+        settled=st.booleans(),
+        running=st.one_of(st.none(), st.lists(st.integers(0, 5), max_size=2)),
+        passed=passed,
+    )
     groups = st.builds(
         VcpuGroup,
         ids=st.lists(st.integers(0, 5), max_size=4),
@@ -36,6 +56,7 @@ def any_states(names: st.SearchStrategy[str]) -> st.SearchStrategy[States]:
         settled=st.booleans(),
         passed=passed,
         msrs=st.lists(rows, max_size=5),
+        nested=st.one_of(st.none(), nested),
     )
     ranges = st.builds(
         FilterRangeRow,

@@ -9,9 +9,11 @@ from typing import Any
 from filters import allowing, denying
 from hypothesis import strategies as st
 from made import AMD_HOST, HOST, STARTED, counts, names
+from msgspec import UNSET
 from vcpus import FS_BASE, GS_BASE, PERFCTR0, SPEC_CTRL, TSC, bitmap, rw, state, vcpu
 
 from tracer.model.msr_filter import MsrFilter
+from tracer.model.nested import NESTED_SAID, USES
 from tracer.model.state import SAID, State, Vcpu, Vm
 from tracer.model.svm import SVM
 from tracer.report.computer import Computer
@@ -20,6 +22,8 @@ from tracer.report.state_file import (
     AccessRow,
     Filter,
     FilterRangeRow,
+    NestedAccess,
+    NestedGuests,
     Passed,
     StateFile,
     VcpuGroup,
@@ -28,6 +32,7 @@ from tracer.report.state_file import (
 from tracer.report.state_making import make_state
 from tracer.report.state_view import RowChoice
 
+USUALLY = RowChoice()
 SYSCALLS = rw(FS_BASE, GS_BASE, 0xC0000102, 0x174, 0x175, 0x176)
 #: What KVM passes through on Intel from a vCPU's first entry on.
 USUAL = SYSCALLS | {(TSC, 1)}
@@ -79,6 +84,20 @@ def made(found: State, also: tuple[int, ...] = ()) -> StateFile:
     return make_state(found, host, taken=STARTED, version="0.1.0", also=also)
 
 
+def text(found: State, shown: RowChoice = USUALLY, columns: int = 80, also: tuple[int, ...] = ()) -> str:
+    """The state as text."""
+    return write_state(made(found, also), shown, "text", columns).decode()
+
+
+def rows_shown(found: State, shown: RowChoice = USUALLY, also: tuple[int, ...] = ()) -> dict[str, list[str]]:
+    """The cells of each row of Markdown, by its MSRs."""
+    markdown = write_state(made(found, also), shown, "markdown").decode()
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:3] == "| 0"
+    ]
+    return {cell[0]: cell[1:] for cell in cells}
+
+
 def state_views(one: StateFile) -> dict[str, str]:
     """Every view of a state."""
     found = {name: write_state(one, RowChoice(), name).decode() for name in OF_STATES}
@@ -93,14 +112,32 @@ ranges = st.one_of(
 )
 runs = st.lists(ranges, max_size=4)
 said = st.sampled_from([*SAID])
-rows = st.builds(AccessRow, msrs=ranges, name=names, read=said, write=said, in_filter=st.booleans())
+nested_said = st.sampled_from([*SAID, *NESTED_SAID])
+rows = st.builds(
+    AccessRow,
+    msrs=ranges,
+    name=names,
+    read=said,
+    write=said,
+    in_filter=st.booleans(),
+    nested=st.one_of(st.just(UNSET), st.builds(NestedAccess, read=nested_said, write=nested_said)),
+)
+all_passed = st.one_of(st.none(), st.builds(Passed, read=runs, write=runs))
+nested_guests = st.builds(
+    NestedGuests,
+    bitmap=st.sampled_from([*USES]),
+    settled=st.booleans(),
+    running=st.one_of(st.none(), st.lists(counts, max_size=4)),
+    passed=all_passed,
+)
 groups = st.builds(
     VcpuGroup,
     ids=st.lists(counts, max_size=4),
     ran=st.sampled_from([None, True, False]),
     settled=st.booleans(),
-    passed=st.one_of(st.none(), st.builds(Passed, read=runs, write=runs)),
+    passed=all_passed,
     msrs=st.lists(rows, max_size=5),
+    nested=st.one_of(st.none(), nested_guests),
 )
 range_rows = st.builds(
     FilterRangeRow, msrs=ranges, access=st.sampled_from(["read", "write", "read_write", "none"]), denied=runs

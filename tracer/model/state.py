@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from tracer.model.msr_filter import DIRECTIONS, NO_FILTER, READ, WRITE, X2APIC, MsrFilter, joined
-from tracer.model.nested import L1, L1_OR_UNMERGED, MERGED, NONE, OWN, PENDING_KVM, UNMERGED, Nested
+from tracer.model.nested import L1, L1_OR_UNMERGED, MERGED, NESTED_WORDS, NONE, OWN, PENDING_KVM, UNMERGED, Nested
 from tracer.model.snapshot import Call
 from tracer.model.vendor import Passable, Vendor
 from tracer.model.vendors import FIRST
@@ -32,7 +32,7 @@ SAID = {
     UNRECORDED: "intercepted; this kernel does not record whether KVM itself wants that",
     UNKNOWN: "what this vCPU intercepts, or its filter, cannot be read",
 }
-#: The same, as it is in tables.
+#: The same, and what is said of nested guests, as it is in tables.
 WORDS = {
     PASSED: "passed",
     KVM: "kvm",
@@ -42,6 +42,7 @@ WORDS = {
     PENDING_ALLOWED: "pending allow",
     UNRECORDED: "unrecorded",
     UNKNOWN: "unknown",
+    **NESTED_WORDS,
 }
 
 

@@ -77,13 +77,15 @@ def _accesses(found: VmDifference, vcpus: Compared) -> Iterator[tuple[bool, str,
         can = "can be read again" if vcpus.unread[0] else "can no longer be read"
         yield False, f"what is intercepted {can}", (found.other, vcpus.ids)
     by_change: dict[tuple[str, str, str], list[range]] = {}
-    for row in vcpus.rows:
-        by_change.setdefault((row.access, row.one, row.other), []).append(row.msrs)
+    accesses = [(row, access_text(row.access)) for row in vcpus.rows]
+    accesses += [(row, f"in L2, {access_text(row.access)}") for row in vcpus.nested]
+    for row, access in accesses:
+        by_change.setdefault((access, row.one, row.other), []).append(row.msrs)
     for (access, before, now), ranges in by_change.items():
         named = [f"{range_text(msrs)} {name_of(msrs)}".rstrip() for msrs in ranges[:_RANGES]]
         more = sum(map(len, ranges[_RANGES:]))
         listed = ", ".join(named) + (f" and {more} more MSRs" if more else "")
-        line = f"{access_text(access)} of {listed}: {WORDS[before]} -> {WORDS[now]}"
+        line = f"{access} of {listed}: {WORDS[before]} -> {WORDS[now]}"
         yield does_exit(before) == does_exit(now), line, (found.other, vcpus.ids)
 
 

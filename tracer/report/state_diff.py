@@ -12,6 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from tracer.model.msr_filter import X2APIC
+from tracer.model.nested import L1, L1_OR_UNMERGED, MERGED, NONE, OWN
 from tracer.model.state import BOTH, KVM, UNKNOWN, does_exit
 from tracer.report.computer import Computer, Difference, differing, machines, parameters
 from tracer.report.state_file import Filter, FilterRangeRow, States, VcpuGroup, VmState, msr_range
@@ -50,11 +51,15 @@ class FilterDifference:
 
 @dataclass(frozen=True)
 class Compared:
-    """vCPUs with these ids, of which the same differs; `unread`: whether the bitmaps of either side cannot be read."""
+    """vCPUs with these ids, of which the same differs; `unread`: whether the bitmaps of either side cannot be read.
+
+    `nested`: what differs for their nested guests, where both sides have these.
+    """
 
     ids: tuple[int, ...]
     rows: tuple[Differing, ...]
     unread: tuple[bool, bool] = (False, False)
+    nested: tuple[Differing, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,10 +130,14 @@ class StateDiff:
 
 
 class _Said:
-    """What is said of every MSR, for vCPUs of a VM: of those that are in no row, that all accesses exit."""
+    """What is said of every MSR, for vCPUs of a VM: of those that are in no row, that all accesses exit.
 
-    def __init__(self, vm: VmState, group: VcpuGroup) -> None:
-        rows = ((msr_range(row.msrs), row.read, row.write, row.in_filter) for row in group.msrs)
+    `nested`: what is said of nested guests.
+    """
+
+    def __init__(self, vm: VmState, group: VcpuGroup, *, nested: bool = False) -> None:
+        said = ((row, (nested and row.nested) or row) for row in group.msrs)
+        rows = ((msr_range(row.msrs), words.read, words.write, row.in_filter) for row, words in said)
         self._rows = sorted((row for row in rows if row[0]), key=lambda row: row[0].start)
         self._starts = [msrs.start for msrs, *_ in self._rows]
         self._known = group.passed is not None and vm.filter is not None
@@ -221,28 +230,36 @@ class Comparer:
         pairs: dict[tuple[int, int], list[int]] = {}
         for number in sorted(groups.keys() & others.keys()):
             pairs.setdefault((id(groups[number]), id(others[number])), []).append(number)
-        found: dict[tuple[tuple[Differing, ...], tuple[bool, bool]], list[int]] = {}
+        found: dict[tuple[tuple[Differing, ...], tuple[bool, bool], tuple[Differing, ...]], list[int]] = {}
         for ids in pairs.values():
             group, its = groups[ids[0]], others[ids[0]]
             unread = (group.passed is None, its.passed is None)
             rows = () if True in unread else self._compared(self._of(one, group), self._of(other, its))
-            if rows or unread[0] != unread[1]:
-                found.setdefault((rows, unread), []).extend(ids)
+            nested = self._nested(one, group, other, its)
+            if rows or nested or unread[0] != unread[1]:
+                found.setdefault((rows, unread, nested), []).extend(ids)
         return VmDifference(
             one,
             other,
             compare_filters(one.filter, other.filter),
-            tuple(Compared(tuple(sorted(ids)), rows, unread) for (rows, unread), ids in found.items()),
+            tuple(Compared(tuple(sorted(ids)), *what) for what, ids in found.items()),
             tuple(sorted(groups.keys() - others.keys())),
             tuple(sorted(others.keys() - groups.keys())),
         )
 
-    def _of(self, vm: VmState, group: VcpuGroup) -> _Said:
-        key = (id(group.msrs), group.passed is None, vm.filter and vm.filter.default)
+    def _of(self, vm: VmState, group: VcpuGroup, *, nested: bool = False) -> _Said:
+        key = (id(group.msrs), group.passed is None, vm.filter and vm.filter.default, nested)
         if key not in self._said:
             self._held.append(group.msrs)
-            self._said[key] = _Said(vm, group)
+            self._said[key] = _Said(vm, group, nested=nested)
         return self._said[key]
+
+    def _nested(self, one: VmState, group: VcpuGroup, other: VmState, its: VcpuGroup) -> tuple[Differing, ...]:
+        """What differs for nested guests; whether L1 wants it or KVM does not merge it is not known of all."""
+        if any(known.nested is None or known.nested.bitmap not in (MERGED, OWN, NONE) for known in (group, its)):
+            return ()
+        rows = self._compared(self._of(one, group, nested=True), self._of(other, its, nested=True))
+        return tuple(row for row in rows if not {row.one, row.other} <= {L1, L1_OR_UNMERGED})
 
     def _compared(self, one: _Said, other: _Said) -> tuple[Differing, ...]:
         if one is other:

@@ -114,7 +114,8 @@ def state_diff_document(diff: StateDiff) -> Document:
     used: set[str] = set()
     for group in diff.differing:
         sections += _sections(diff, group)
-        used |= {said for vcpus in group[0].vcpus for row in vcpus.rows for said in (row.one, row.other)}
+        rows = (row for vcpus in group[0].vcpus for row in (*vcpus.rows, *vcpus.nested))
+        used |= {said for row in rows for said in (row.one, row.other)}
     for side, vms in ((one, diff.only_one), (other, diff.only_other)):
         if vms:
             sections.append(Section(f"Only in {side.title}", (heading((vm, _ids(vm)) for vm in vms),)))
@@ -175,9 +176,10 @@ def _unread_lines(vcpus: Compared, one: str, other: str) -> list[str]:
 
 
 def _table(vcpus: Compared, one: str, other: str) -> Table:
+    accesses = [(row, access_text(row.access)) for row in vcpus.rows]
+    accesses += [(row, f"{access_text(row.access)} in L2") for row in vcpus.nested]
     cells = tuple(
-        (range_text(row.msrs), name_of(row.msrs), access_text(row.access), WORDS[row.one], WORDS[row.other])
-        for row in vcpus.rows
+        (range_text(row.msrs), name_of(row.msrs), access, WORDS[row.one], WORDS[row.other]) for row, access in accesses
     )
     return Table(("MSR", "name", "access", one, other), cells, names=5)
 
@@ -252,7 +254,7 @@ def state_diff_json(diff: StateDiff) -> bytes:
                 "filter": filters(found.filter),
                 "differences": [
                     {"vcpus": [*vcpus.ids], "unreadable": dict(zip("ab", vcpus.unread, strict=True))}
-                    | {"msrs": rows(vcpus.rows)}
+                    | {"msrs": rows(vcpus.rows), "nested_msrs": rows(vcpus.nested)}
                     for vcpus in found.vcpus
                 ],
             }

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from msgspec import Meta, field
+from msgspec import UNSET, Meta, UnsetType, field
 
+from tracer.model.nested import NESTED_SAID, USES
 from tracer.model.sanitized import Count, Sanitized, Text
 from tracer.model.state import SAID
 from tracer.report.computer import NOTES, ROWS, Computer
@@ -25,13 +26,22 @@ Msr = Annotated[str, Meta(pattern="^0x[0-9a-f]{1,8}$")]
 MsrRange = Annotated[str, Meta(pattern="^0x[0-9a-f]{1,8}(-0x[0-9a-f]{1,8})?$")]
 Access = Literal["read", "write", "read_write", "none"]
 Said = Annotated[str, Meta(pattern=f"^({'|'.join(SAID)})$")]
+NestedSaid = Annotated[str, Meta(pattern=f"^({'|'.join([*SAID, *NESTED_SAID])})$")]
 _Runs = Annotated[list[MsrRange], Meta(max_length=RUNS)]
+
+
+class NestedAccess(Sanitized, frozen=True, kw_only=True):
+    """What is said of reading and of writing MSRs by a guest (L2) of a vCPU's guest (L1)."""
+
+    read: NestedSaid
+    write: NestedSaid
 
 
 class AccessRow(Sanitized, frozen=True, kw_only=True):
     """The MSRs of a range, of all of which the same is said: of reading and of writing them, a word each.
 
-    `name` is that of the first. `in_filter`: a range of the VM's filter denies one of them.
+    `name` is that of the first. `in_filter`: a range of the VM's filter denies one of them. `nested` is absent unless
+    the group has `nested`, and it is known which bitmap is in use.
     """
 
     msrs: MsrRange
@@ -39,6 +49,13 @@ class AccessRow(Sanitized, frozen=True, kw_only=True):
     read: Said
     write: Said
     in_filter: bool = False
+    nested: NestedAccess | UnsetType = UNSET
+
+    @property
+    def differs(self) -> bool:
+        """Whether something else is said of nested guests."""
+        nested = self.nested or self
+        return (nested.read, nested.write) != (self.read, self.write)
 
 
 class Passed(Sanitized, frozen=True, kw_only=True):
@@ -48,12 +65,27 @@ class Passed(Sanitized, frozen=True, kw_only=True):
     write: _Runs
 
 
+class NestedGuests(Sanitized, frozen=True, kw_only=True):
+    """What the vCPUs of a group have for guests (L2) of their guest (L1): `bitmap`: that which the CPU takes for them.
+
+    `merged`: one that KVM merges from the vCPU's own and L1's, in which the bits of `passed` are clear (else null);
+    `own`: the vCPU's own; `none`: every access exits; `unused`: L2 was not entered yet; `unreadable`. `settled`: that
+    did not change, and KVM merged it from the vCPU's own bitmap as that is now. `running`: the ids of the vCPUs that
+    were in L2 just then; null where that is not known.
+    """
+
+    bitmap: Annotated[str, Meta(pattern=f"^({'|'.join(USES)})$")]
+    settled: bool
+    running: Annotated[list[Count], Meta(max_length=ROWS)] | None
+    passed: Passed | None
+
+
 class VcpuGroup(Sanitized, frozen=True, kw_only=True):
     """vCPUs of a VM of which the same is said, by their `ids`; `ran`: in a guest, ever; null where that is not known.
 
     `settled`: their bitmaps are what KVM computes of the filter. `passed` is null where bitmaps cannot be read. `msrs`
     are those that KVM of some kernel may pass through, that are passed through, or that a range of the filter denies:
-    all others exit.
+    all others exit. `nested` is null unless the guest may run guests of its own, and where bitmaps cannot be read.
     """
 
     ids: Annotated[list[Count], Meta(max_length=ROWS)]
@@ -61,6 +93,7 @@ class VcpuGroup(Sanitized, frozen=True, kw_only=True):
     settled: bool
     passed: Passed | None
     msrs: Annotated[list[AccessRow], Meta(max_length=RUNS)]
+    nested: NestedGuests | None = None
 
 
 class FilterRangeRow(Sanitized, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ import msgspec
 
 from tracer.model import msr
 from tracer.model.msr_filter import DIRECTIONS, READ, WRITE, MsrFilter, joined
-from tracer.model.state import State, Vcpu, alike
+from tracer.model.state import State, Vcpu, Verdict, alike
 from tracer.report.computer import ROWS, Computer
 from tracer.report.making import HostInfo
 from tracer.report.report import Report
@@ -20,6 +20,8 @@ from tracer.report.state_file import (
     AccessRow,
     Filter,
     FilterRangeRow,
+    NestedAccess,
+    NestedGuests,
     Passed,
     StateFile,
     States,
@@ -61,7 +63,7 @@ def make_states(state: State, also: Iterable[int] = ()) -> States:
             if key not in known:
                 known[key] = _group(state, key, also)
             ids = sorted(vcpu.id for vcpu in group)
-            groups.append(msgspec.structs.replace(known[key], ids=ids))
+            groups.append(msgspec.structs.replace(known[key], ids=ids, nested=_nested(known[key].nested, group)))
         if vm.filter and vm.filter not in filters:
             filters[vm.filter] = _filter(vm.filter)
         shown = filters[vm.filter] if vm.filter else None
@@ -96,8 +98,7 @@ def states_of_report(state: State) -> States:
 def _group(state: State, vcpu: Vcpu, also: tuple[int, ...]) -> VcpuGroup:
     passed, rows = None, []
     if vcpu.bitmap is not None:
-        read, write = ([range_text(run) for run in state.passed(vcpu, direction)] for direction in DIRECTIONS)
-        passed = Passed(read=read, write=write)
+        passed = _passed(state.passed(vcpu, READ), state.passed(vcpu, WRITE))
         denied = [run for direction in DIRECTIONS for run in (vcpu.filter.denied(direction) if vcpu.filter else ())]
         touched = joined(denied)
         rows = [
@@ -107,10 +108,32 @@ def _group(state: State, vcpu: Vcpu, also: tuple[int, ...]) -> VcpuGroup:
                 read=verdict.read,
                 write=verdict.write,
                 in_filter=_overlaps(run, touched),
+                nested=_nested_access(verdict.nested),
             )
             for run, verdict in state.verdicts(vcpu, also)
         ]
-    return VcpuGroup(ids=[], ran=vcpu.ran, settled=vcpu.settled, passed=passed, msrs=rows)
+    nested = None
+    if vcpu.nested:
+        its = (state.nested_passed(vcpu, READ), state.nested_passed(vcpu, WRITE))
+        its_passed = None if vcpu.nested.bitmap is None else _passed(*its)
+        nested = NestedGuests(bitmap=vcpu.nested.use, settled=vcpu.nested.settled, running=None, passed=its_passed)
+    return VcpuGroup(ids=[], ran=vcpu.ran, settled=vcpu.settled, passed=passed, msrs=rows, nested=nested)
+
+
+def _passed(read: list[range], write: list[range]) -> Passed:
+    return Passed(read=[range_text(run) for run in read], write=[range_text(run) for run in write])
+
+
+def _nested_access(verdict: Verdict | None) -> NestedAccess | msgspec.UnsetType:
+    return NestedAccess(read=verdict.read, write=verdict.write) if verdict else msgspec.UNSET
+
+
+def _nested(made: NestedGuests | None, group: tuple[Vcpu, ...]) -> NestedGuests | None:
+    """What was made of one vCPU of a group, with those of it that were in L2."""
+    running = [(vcpu.id, vcpu.nested.running) for vcpu in group if vcpu.nested]
+    if made is None or any(now is None for _, now in running):
+        return made
+    return msgspec.structs.replace(made, running=sorted(number for number, now in running if now))
 
 
 _ACCESS: dict[int, Access] = {0: "none", READ: "read", WRITE: "write", READ | WRITE: "read_write"}

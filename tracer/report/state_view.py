@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from tracer.model import msr
-from tracer.model.state import BOTH, KVM, PASSED, SAID, UNRECORDED, WORDS
+from tracer.model.nested import MERGED, NESTED_SAID, PENDING_KVM, USES
+from tracer.model.state import BOTH, KVM, PASSED, PENDING_DENIED, SAID, UNRECORDED, WORDS
 from tracer.report.document import Document, Section, Table, document
 from tracer.report.state_file import (
     AccessRow,
@@ -47,8 +48,10 @@ class RowChoice:
         if self.everything:
             return group.msrs
         usual = _usual(vm)
-        rows = [row for row in group.msrs if row.in_filter or not {row.read, row.write} <= usual]
-        return rows if len(rows) <= _ROWS else [row for row in rows if not {row.read, row.write} <= usual][:_ROWS]
+        rows = [row for row in group.msrs if row.in_filter or row.differs or not {row.read, row.write} <= usual]
+        if len(rows) <= _ROWS:
+            return rows
+        return [row for row in rows if row.differs or not {row.read, row.write} <= usual][:_ROWS]
 
     def wants(self, found: set[str], *, in_filter: bool) -> bool:
         """Whether an access of which this is said, by either of two sides, is shown if no MSRs were asked for."""
@@ -73,11 +76,17 @@ def state_document(state: StateFile, shown: RowChoice) -> Document:
     for members in _alike(state):
         vm, group = members[0]
         rows = shown.of(vm, group)
+        both = _nested_differ(group, rows)
         used |= {said for row in rows for said in (row.read, row.write)}
+        nested = [row.nested for row in rows if both and row.nested]
+        used |= {said for words_ in nested for said in (words_.read, words_.write)}
         lines = [*_uuid_lines([vm for vm, _ in members]), *_filter_lines(vm), *_group_lines(vm, group)]
+        lines += _nested_lines(members, same=not both)
         if (hidden := len(group.msrs) - len(rows)) and not shown.only:
             lines.append(f"not shown: {_count(hidden, 'range')} of other MSRs (--all)")
-        sections.append(Section(heading([(vm, group.ids) for vm, group in members]), tuple(lines), _table(rows)))
+        sections.append(
+            Section(heading([(vm, group.ids) for vm, group in members]), tuple(lines), _table(rows, nested=both))
+        )
     sections += [words(used), Section("Notes", tuple(state.notes))]
     return document(f"msrtrace state: {host.name}", lead, (), sections)
 
@@ -95,8 +104,12 @@ def section_at_end(states: States) -> Section:
         if group.passed is None:
             lines.append(f"{whose}: what is intercepted cannot be read")
         usual = _usual(vm) | {PASSED}
-        for row in (row for row in group.msrs if row.in_filter or not {row.read, row.write} <= usual):
-            cells.append((whose, row.msrs, name_of(msr_range(row.msrs), row.name), WORDS[row.read], WORDS[row.write]))
+        for row in group.msrs:
+            name = name_of(msr_range(row.msrs), row.name)
+            if row.in_filter or not {row.read, row.write} <= usual:
+                cells.append((whose, row.msrs, name, WORDS[row.read], WORDS[row.write]))
+            if row.nested and row.differs and {row.nested.read, row.nested.write} & {PENDING_DENIED, PENDING_KVM}:
+                cells.append((f"{whose}, in L2", row.msrs, name, WORDS[row.nested.read], WORDS[row.nested.write]))
     if len(lines) == 1 and vcpus and not cells:
         lines.append("no filter intercepts what KVM would pass through, and nothing is pending")
     if len(cells) > _AT_END:
@@ -111,9 +124,9 @@ def said_text(found: Iterable[str]) -> str:
 
 
 def words(used: Iterable[str]) -> Section:
-    """What the words in a table mean; `used` are those of SAID that it has."""
-    found = set(used)
-    return Section("Words", tuple(f"{WORDS[said]}: {meaning}" for said, meaning in SAID.items() if said in found))
+    """What the words in a table mean; `used` are those of SAID and NESTED_SAID that it has."""
+    found, meanings = set(used), SAID | NESTED_SAID
+    return Section("Words", tuple(f"{WORDS[said]}: {meaning}" for said, meaning in meanings.items() if said in found))
 
 
 def _count(number: int, noun: str) -> str:
@@ -130,9 +143,24 @@ def name_of(msrs: range, first: str = "") -> str:
     return f"{name} and {more} more" if name and more > 0 else name
 
 
-def _table(rows: Sequence[AccessRow]) -> Table:
-    cells = [(row.msrs, name_of(msr_range(row.msrs), row.name), WORDS[row.read], WORDS[row.write]) for row in rows]
-    return Table(("MSR", "name", "read", "write"), tuple(cells), names=4)
+def _nested_differ(group: VcpuGroup, rows: Iterable[AccessRow]) -> bool:
+    """Whether more has to be shown of nested guests than a line."""
+    return group.nested is not None and group.nested.bitmap == MERGED and any(row.differs for row in rows)
+
+
+def _table(rows: Sequence[AccessRow], *, nested: bool) -> Table:
+    """The rows; with what is said of nested guests beside what is said of the guest."""
+    headers: tuple[str, ...] = ("MSR", "name", "read", "write")
+    if nested:
+        headers += ("L2 read", "L2 write")
+    cells = []
+    for row in rows:
+        said: tuple[str, ...] = (row.read, row.write)
+        if nested:
+            its = row.nested or row
+            said += (its.read, its.write)
+        cells.append((row.msrs, name_of(msr_range(row.msrs), row.name), *(WORDS[one] for one in said)))
+    return Table(headers, tuple(cells), names=len(headers))
 
 
 def _alike(states: States) -> list[list[tuple[VmState, VcpuGroup]]]:
@@ -148,6 +176,7 @@ def _alike(states: States) -> list[list[tuple[VmState, VcpuGroup]]]:
                 group.settled,
                 repr(group.passed),
                 repr(group.msrs),
+                group.nested and (group.nested.bitmap, group.nested.settled, repr(group.nested.passed)),
             )
             found.setdefault(key, []).append((vm, group))
     return list(found.values())
@@ -235,3 +264,23 @@ def _group_lines(vm: VmState, group: VcpuGroup) -> list[str]:
     if group.passed is None and not vm.kind:
         lines.append("what it intercepts cannot be read")
     return lines
+
+
+def _nested_lines(members: Sequence[tuple[VmState, VcpuGroup]], *, same: bool) -> list[str]:
+    """What is said of the nested guests of vCPUs of which all is the same; `same`: and the same is said of these."""
+    nested = members[0][1].nested
+    if nested is None:
+        return []
+    parts = [USES[nested.bitmap]] if nested.bitmap != MERGED else []
+    if nested.bitmap == MERGED:
+        inside = [(vm, group.nested.running) for vm, group in members if group.nested and group.nested.running]
+        if inside:
+            where = heading(inside) if len(members) > 1 else f"vCPU {ids_text(inside[0][1])}"
+            parts.append(f"in one just now: {where}")
+        elif nested.running is not None:
+            parts.append("in none just now; this is of the one that ran last")
+        if same:
+            parts.append("their accesses exit as the guest's own do")
+        if not nested.settled:
+            parts.append("their bitmap changes, or is to be merged anew when one is next entered")
+    return [f"nested guests (L2): {part}" for part in parts]
