@@ -41,6 +41,7 @@ from guest import (
     workload,
 )
 from kerneltracer import KernelTracer
+from nesting import nesting
 from reporting import make_reports, report_command
 from states import closing, own_bitmap_offset, states
 from stress import stressed
@@ -194,6 +195,12 @@ def state() -> Any:
     return states(FEW if ARGS.vendor else HUNDRED)
 
 
+def nested() -> Any:
+    """What `msrtrace state` says of guests of guests (see there), where bitmaps can be read."""
+    load(STOCK)
+    return nesting() if own_bitmap_offset() is not None else {}
+
+
 def changing() -> Any:
     """What `msrtrace state --watch` and `--diff` say of VMs that change one thing at a time."""
     load(STOCK)
@@ -328,7 +335,7 @@ def not_root() -> Any:
 
 def main() -> None:
     """Run every scenario; what they return goes to /out/NAME.json. Ends with a status that pytest looks for."""
-    scenarios: list[Callable[[], Any]] = [host, counts, fentry, stress, reports, state, exits]
+    scenarios: list[Callable[[], Any]] = [host, counts, fentry, stress, reports, state, nested, exits]
     scenarios += [unknown_redundancy, killed]
     if not ARGS.vendor:
         scenarios += [attaching, closing, changing]

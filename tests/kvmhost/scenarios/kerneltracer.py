@@ -267,6 +267,16 @@ class KernelTracer:
         (TRACING / "buffer_size_kb").write_text("1024")
 
 
+def part_events(vendor: Vendor, name: str, start: str, offset: int) -> list[str]:
+    """Events of PUT called NAME_PART, with START and the whole bitmap whose address a vCPU has at OFFSET."""
+    found = []
+    for part in range(0, vendor.bitmap_bytes, PART):
+        arrays = range(part, part + PART, ARRAY)
+        words = [f"at{at}=+{at}(+{offset}(%di)):x64[{ARRAY // 8}]" for at in arrays]
+        found.append(f"p:{GROUP}/{name}_{part} {PUT} {start} {' '.join(words)}")
+    return found
+
+
 class BitmapTracer(KernelTracer):
     """Records, whenever KVM has done what it was asked to with a vCPU, the vCPU's whole bitmap.
 
@@ -285,7 +295,4 @@ class BitmapTracer(KernelTracer):
         if self.offset is None:
             define([f"p:{GROUP}/part_0 {PUT} {start}"])
             return
-        for part in range(0, vendor.bitmap_bytes, PART):
-            arrays = range(part, part + PART, ARRAY)
-            words = [f"at{at}=+{at}(+{self.offset}(%di)):x64[{ARRAY // 8}]" for at in arrays]
-            define([f"p:{GROUP}/part_{part} {PUT} {start} {' '.join(words)}"])
+        define(part_events(vendor, "part", start, self.offset))
