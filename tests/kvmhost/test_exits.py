@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import NO_FENTRY, PREEMPTIBLE, Collected
-from exits import CASES, ICR, TSC_DEADLINE, UNKNOWN, WITHOUT_BIT, Op, deny
+from exits import CASES, EFER, FS_BASE, ICR, RELOADS, TSC_DEADLINE, UNKNOWN, WITHOUT_BIT, Op, deny
 from test_accesses import VMX, Exits, fate_of
 
 from tracer.model import exits
@@ -107,3 +107,16 @@ def test_each_vm_s_exits_are_its_own(collected: Collected, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_counting_exits_changes_no_other_count(collected: Collected, name: str) -> None:
     assert engine(collected, "kprobe", name)["calls"] == engine(collected, "without", name)["calls"]
+
+
+def test_no_exit_is_lost_when_modules_are_reloaded(collected: Collected) -> None:
+    found = collected.scenario("exits")["reloads"]
+    assert found["unloads"] == len(RELOADS)
+    for at, seen in enumerate(found["seen"], start=1):
+        count = sum(RELOADS[:at])
+        of_both = {
+            (EFER, "read", exits.SLOW, exits.OK, exits.L1),
+            (FS_BASE, "read", exits.SLOW, exits.FILTERED, exits.L1),
+        }
+        assert kinds(seen) == Counter(dict.fromkeys(of_both, count))
+        assert (seen["refusals"], seen["dropped"], seen["missed"]) == (0, 0, {})

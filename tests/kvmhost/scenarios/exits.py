@@ -8,6 +8,7 @@ reads it.
 
 from __future__ import annotations
 
+import subprocess
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from tracer.model.errors import MsrtraceError
 from tracer.model.options import BACKENDS, Options
 from tracer.model.snapshot import Snapshot
 from tracer.trace.engine import Engine
+from tracer.trace.tracer import Tracer
 
 INSTANCE = TRACING / "instances/exits"
 #: KVM's tracepoints, and their filter by vendor: exit reasons 31 and 32 (SDM vol. 3, appendix C), 0x7c (APM vol. 2, C).
@@ -40,6 +42,8 @@ EFER, FS_BASE = 0xC0000080, 0xC0000100
 #: That KVM does not know: with bits in the bitmaps of both vendors, and without.
 UNKNOWN, WITHOUT_BIT = 0x1345, 0x12345678
 BAD_PAT = 0xFFFFFFFFFFFFFFFF
+#: How many accesses of each kind are made between reloads.
+RELOADS = (7, 11, 13)
 #: A fixed interrupt to a CPU that there is not.
 IPI = 0x200000041
 
@@ -273,6 +277,25 @@ def counted(now: Snapshot, before: Snapshot | None) -> dict[str, Any]:
     return {"exits": exits, "calls": calls, **lost, "missed": missed, "unattached": unattached}
 
 
+def across_reloads() -> dict[str, Any]:
+    """RELOADS of the vendor's module and of kvm itself, which moves its functions; accesses before and after."""
+    options = Options(backend="kprobe", exits=True)
+    tracer = Tracer(lambda layout, symbols: Engine(layout, symbols, options))
+    tracer.attach()
+    seen = []
+    for count in RELOADS:
+        accesses("--read", f"{EFER:#x}={count}", "--read", f"{FS_BASE:#x}={count}", *deny(FS_BASE).split())
+        seen.append(counted(tracer.snapshot(5.0), None))
+        load("none")
+        subprocess.run(["rmmod", "kvm"], check=True)
+        tracer.follow()
+        load(STOCK[vendor().name])
+        tracer.follow()
+    unloads = tracer.snapshot().module_unloads
+    tracer.close()
+    return {"seen": seen, "unloads": unloads}
+
+
 def exits() -> Any:
     """Each of CASES: what the guest counted, and what each engine did."""
     load(STOCK[vendor().name])
@@ -288,4 +311,4 @@ def exits() -> Any:
                 now = one.snapshot(5.0)
                 found["engines"].setdefault(engine, {})[name] = counted(now, before.get(engine))
                 before[engine] = now
-    return found | {"left": INSTANCE.exists()}
+    return found | {"left": INSTANCE.exists(), "reloads": across_reloads()}
