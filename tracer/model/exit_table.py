@@ -11,7 +11,7 @@ from functools import cached_property
 from tracer.model.exits import FAST, FILTERED, L2, Exit
 from tracer.model.msr_filter import READ, WRITE
 from tracer.model.quantity import share
-from tracer.model.state import BOTH, FILTER, PASSED, SAID, UNKNOWN, WORDS, State, Vcpu, does_exit
+from tracer.model.state import BOTH, FILTER, PASSED, SAID, UNKNOWN, WORDS, State, Vcpu, Verdict, does_exit
 
 NESTED, GONE = "nested", "gone"
 #: What is said of exits where that is not the same as of accesses (SAID), and what it means.
@@ -183,9 +183,21 @@ class ExitTable:
             msr, direction = of_pid[0].msr, READ if of_pid[0].access == "read" else WRITE
             for vcpu, number in self._vcpus.get(pid, {}).items():
                 allowed = vcpu.filter.allows(msr, direction) if vcpu.filter else None
-                if self.state and any(may_have_made(kind, allowed) for kind in of_pid):
-                    found[self.state.verdict(vcpu, msr).of(direction)] += number
+                if any(may_have_made(kind, allowed) for kind in of_pid):
+                    found[self._verdict(vcpu, msr).of(direction)] += number
         return found
+
+    def _verdict(self, vcpu: Vcpu, msr: int) -> Verdict:
+        """What is said of an MSR, found once for all vCPUs that are alike: `_vcpus` has one of them for each."""
+        key = id(vcpu), msr
+        if key not in self._verdicts:
+            assert self.state  # there are no vCPUs without it
+            self._verdicts[key] = self.state.verdict(vcpu, msr)
+        return self._verdicts[key]
+
+    @cached_property
+    def _verdicts(self) -> dict[tuple[int, int], Verdict]:
+        return {}
 
     @cached_property
     def _vcpus(self) -> dict[int, Counter[Vcpu]]:
@@ -194,10 +206,12 @@ class ExitTable:
         Others never ran, or KVM does not let them run (KVM_RUN: EIO where the process did not make the VM).
         """
         found: dict[int, Counter[Vcpu]] = {}
+        one_of: dict[Vcpu, Vcpu] = {}
         for vm in self.state.vms if self.state else ():
             for vcpu in vm.vcpus if vm.owned else ():
                 if vcpu.ran is not False:
-                    found.setdefault(vm.pid if self.by_vm else 0, Counter())[vcpu.any_id] += 1
+                    alike = vcpu.any_id
+                    found.setdefault(vm.pid if self.by_vm else 0, Counter())[one_of.setdefault(alike, alike)] += 1
         return found
 
 
