@@ -10,7 +10,7 @@ import pytest
 from filters import any_filters, denying
 from hypothesis import given
 from hypothesis import strategies as st
-from vcpus import FS_BASE, NEW, OLD, PLATFORM_INFO, rw, state, vcpu
+from vcpus import FS_BASE, NEW, OLD, PLATFORM_INFO, bitmap, rw, state, vcpu
 
 from tracer.model.exit_table import (
     GONE,
@@ -27,8 +27,12 @@ from tracer.model.exit_table import (
 )
 from tracer.model.exits import FAST, FILTERED, INVALID, L1, L2, OK, REFLECTED, RESULTS, SLOW, UNKNOWN, Exit
 from tracer.model.msr_filter import NO_FILTER, WRITE, MsrFilter
+from tracer.model.nested import L1 as OF_L1
+from tracer.model.nested import MERGED, NESTED_SAID, NONE, OWN, UNMERGED, UNUSED, Nested
+from tracer.model.nested import UNREADABLE as UNREADABLE_BITMAP
 from tracer.model.state import BOTH, FILTER, KVM, PASSED, PENDING_ALLOWED, PENDING_DENIED, SAID, UNRECORDED, Vcpu, Vm
 from tracer.model.state import UNKNOWN as UNREADABLE
+from tracer.model.vmx import VMX
 
 TSC_DEADLINE, XFD = 0x6E0, 0x1C4
 DENIED = Exit(XFD, "write", SLOW, FILTERED, L1)
@@ -145,8 +149,7 @@ def test_only_vcpus_that_can_have_run_are_counted() -> None:
     assert joined(DENIED, vm(1, replace(one, ran=None))).rows()[0].by == {FILTER: 1}
 
 
-def test_l2s_exits_are_not_explained_by_the_bitmap() -> None:
-    """vmcs02 has a bitmap of its own, which is all ones but for what both hypervisors pass."""
+def test_l2s_exits_are_not_explained_by_the_bitmap_of_l1() -> None:
     counts = {replace(DENIED, guest=L2): 100, replace(DENIED, guest=L2, result=REFLECTED): 9, DENIED: 1}
     table = ExitTable(counts, state(vm(1, OF_EACH[FILTER][0]), recording=True))
     assert [(row.guest, row.exits, row.by, row.interceptors) for row in table.rows(("pid",))] == [
@@ -154,6 +157,50 @@ def test_l2s_exits_are_not_explained_by_the_bitmap() -> None:
         (L2, 109, None, (NESTED,)),
     ]
     assert table.blame == Blame(1)
+
+
+def nested(use: str, passed: set[tuple[int, int]] | None = None, **changes: object) -> Vcpu:
+    """A vCPU that passes XFD to its own guest, and whose guest may have guests."""
+    bits = None if passed is None else bitmap(VMX, passed)
+    return vcpu(BOTH_PASSED, wished=BOTH_PASSED, nested=Nested(use, bits), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("use", "passed", "word"),
+    [
+        (MERGED, set(), UNMERGED),
+        (MERGED, BOTH_PASSED, PASSED),
+        (OWN, None, PASSED),
+        (NONE, None, OF_L1),
+        (UNREADABLE_BITMAP, None, UNREADABLE),
+    ],
+)
+def test_l2s_exits_have_what_is_said_of_l2(use: str, passed: set[tuple[int, int]] | None, word: str) -> None:
+    for result in (OK, REFLECTED):
+        kind = replace(DONE, guest=L2, result=result)
+        [row] = joined(kind, vm(1, nested(use, passed))).rows()
+        assert (row.by, row.interceptors, row.blame) == ({word: 1}, (word,), NO_BLAME)
+    assert interceptors_text(L2, {OF_L1: 2, UNMERGED: 1}) == "l1 2, unmerged 1"
+
+
+def test_only_vcpus_that_can_have_run_l2_made_its_exits() -> None:
+    kind = replace(DONE, guest=L2)
+    others = vm(2, OF_EACH[KVM][0], nested(UNUSED))
+    assert joined(kind, others).rows()[0].interceptors == (NESTED,)
+    assert joined(kind, others, vm(1, nested(NONE))).rows()[0].by == {OF_L1: 1}
+
+
+def test_a_filter_is_asked_for_l2_too_but_never_to_blame() -> None:
+    """L2 exits for a reason of its own; and an exit that L1 gets is not KVM's to refuse."""
+    filtered = vcpu((), denying(XFD), wished=BOTH_PASSED, nested=Nested(MERGED, bitmap(VMX)))
+    counts = {replace(DENIED, guest=L2): 5, replace(DONE, guest=L2): 3, replace(DONE, guest=L2, result=REFLECTED): 2}
+    table = ExitTable(counts, state(vm(1, filtered), recording=True))
+    assert [(row.result, row.interceptors) for row in table.rows()] == [
+        (FILTERED, (FILTER,)),
+        (OK, (NESTED,)),
+        (REFLECTED, (FILTER,)),
+    ]
+    assert table.blame == NO_BLAME
 
 
 def test_by_vm_only_the_vm_itself_counts() -> None:
@@ -223,6 +270,7 @@ vcpus = st.builds(
     st.one_of(st.none(), st.just(NO_FILTER), st.just(denying(XFD, FS_BASE)), any_filters),
     wished=st.one_of(st.none(), st.sets(st.sampled_from(sorted(BOTH_PASSED)))),
     settled=st.booleans(),
+    nested=st.sampled_from([None, *map(Nested, (OWN, NONE, UNUSED, UNREADABLE_BITMAP)), Nested(MERGED, bitmap(VMX))]),
     ran=st.sampled_from([True, False, None]),
 )
 vms = st.builds(
@@ -252,7 +300,7 @@ def test_rows_are_all_exits_once_and_blame_only_who_is_known(table: ExitTable, p
         assert exits == sorted(exits, reverse=True)
     for row in rows:
         assert row.interceptors
-        assert {*row.interceptors} <= SAID.keys() | SAID_OF_EXITS.keys()
+        assert {*row.interceptors} <= SAID.keys() | NESTED_SAID.keys() | SAID_OF_EXITS.keys()
         if row.filter_alone and table.state:
             _check_blame(table, row.pid if table.by_vm else None, row.msr, row.access)
 

@@ -231,8 +231,7 @@ def test_of_many_findings_the_largest_are_sentences() -> None:
 def test_the_table_of_exits() -> None:
     assert section(with_exits()) == [
         "  passed: passed through by now; it exited before that",
-        "  nested: of a guest's own guest (L2): its hypervisor may want the exit, which",
-        "    the vCPU's own bitmap does not say",
+        "  nested: of a guest's own guest (L2); what is intercepted of L2 is not known",
         "  MSR         name               access  result     intercepted   exits      per",
         "                                                    by                    second",
         "  ----------  -----------------  ------  ---------  -----------  ------  -------",

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from msgspec import UNSET
 
 from tracer.model.loss import Loss
+from tracer.model.nested import NESTED_SAID
 from tracer.model.snapshot import Call, Durations, Outcome, Snapshot, VmInfo
 from tracer.model.state import SAID
 from tracer.model.verdict import Verdict
@@ -261,6 +262,9 @@ def rows(draw: st.DrawFn) -> CallRow:
     )
 
 
+said = st.sampled_from([*SAID, *NESTED_SAID])
+
+
 @st.composite
 def exit_rows(draw: st.DrawFn) -> ExitRow:
     exits = draw(counts)
@@ -274,7 +278,7 @@ def exit_rows(draw: st.DrawFn) -> ExitRow:
         exits=exits,
         exits_by_filter=(sure := draw(st.integers(0, exits))),
         exits_perhaps_by_filter=draw(st.integers(0, exits - sure)),
-        intercepted_by=draw(st.one_of(st.none(), st.dictionaries(st.sampled_from([*SAID]), counts, max_size=3))),
+        intercepted_by=draw(st.one_of(st.none(), st.dictionaries(said, counts, max_size=3))),
     )
 
 

@@ -81,7 +81,7 @@ def top(delay: float, iterations: int | None, options: Options, sort: str | None
         live = os.isatty(_KEYS) and os.isatty(_SCREEN) and not is_dumb()
         if live:
             click.echo("msrtrace: attaching the probes", err=True)
-        with tracing(machine, options, states=options.exits) as tracer:
+        with tracing(machine, options, states=options.exits, nested=options.exits) as tracer:
             for warning in tracer.warnings:
                 warn(warning)
             sampler, view = Sampler(tracer), View(exits=options.exits)

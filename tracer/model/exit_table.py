@@ -8,8 +8,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from tracer.model.exits import FAST, FILTERED, L2, Exit
+from tracer.model.exits import FAST, FILTERED, L2, REFLECTED, Exit
 from tracer.model.msr_filter import READ, WRITE
+from tracer.model.nested import NESTED_SAID, UNUSED
 from tracer.model.quantity import share
 from tracer.model.state import BOTH, FILTER, PASSED, SAID, UNKNOWN, WORDS, State, Vcpu, Verdict, does_exit
 
@@ -17,7 +18,7 @@ NESTED, GONE = "nested", "gone"
 #: What is said of exits where that is not the same as of accesses (SAID), and what it means.
 SAID_OF_EXITS = {
     PASSED: "passed through by now; it exited before that",
-    NESTED: "of a guest's own guest (L2): its hypervisor may want the exit, which the vCPU's own bitmap does not say",
+    NESTED: "of a guest's own guest (L2); what is intercepted of L2 is not known",
     GONE: "no vCPU that was read makes such exits: its VM ended before that, or its filter was replaced",
 }
 _WORDS = WORDS | {NESTED: "nested", GONE: "gone"}
@@ -45,8 +46,8 @@ NO_BLAME = Blame()
 class JoinedExits:
     """Exits on an access to an MSR, of kinds that are the same in all parts that are not None.
 
-    `by`: what is said now of the access, one of SAID, of how many of the vCPUs that can have made such exits; None
-    where that is unknown. `blame`: how many of the exits the VM's filter alone causes.
+    `by`: what is said now of the access (of SAID or NESTED_SAID), and of how many of the vCPUs that can have made such
+    exits; None where that is unknown. `blame`: how many of the exits the VM's filter alone causes.
     """
 
     msr: int
@@ -80,15 +81,15 @@ class OfVm:
 
 
 def interceptors(guest: str, by: Mapping[str, int] | None) -> tuple[str, ...]:
-    """Who wants the accesses intercepted that exited: one of SAID or of SAID_OF_EXITS; more where vCPUs differ.
+    """Who wants the accesses intercepted that exited: of SAID, NESTED_SAID and SAID_OF_EXITS; more where vCPUs differ.
 
     vCPUs that let the access pass now are left out, unless all do: such exits were made before that.
     """
-    if guest == L2:
+    if guest == L2 and not by:
         return (NESTED,)
     if by is None:
         return (UNKNOWN,)
-    found = tuple(said for said in SAID if by.get(said))
+    found = tuple(said for said in (*SAID, *NESTED_SAID) if by.get(said))
     return tuple(said for said in found if does_exit(said) is not False) or found or (GONE,)
 
 
@@ -109,6 +110,8 @@ def may_have_made(kind: Exit, allowed: bool | None) -> bool:
 
     :param allowed: None: unknown
     """
+    if kind.result == REFLECTED:  # KVM asks nobody
+        return True
     return allowed is None or kind.path == FAST or allowed != (kind.result == FILTERED)
 
 
@@ -162,13 +165,13 @@ class ExitTable:
         return Blame(sure, perhaps)
 
     def _row(self, kinds: list[Exit], parts: Mapping[str, object]) -> JoinedExits:
-        known = self.state is not None and kinds[0].guest != L2
+        known = None if self.state is None else self._by(kinds)
         return JoinedExits(
             kinds[0].msr,
             kinds[0].access,
             kinds[0].guest,
             sum(self.counts[kind] for kind in kinds),
-            self._by(kinds) if known else None,
+            None if kinds[0].guest == L2 and not known else known,
             self._blame(kinds),
             **parts,  # type: ignore[arg-type]
         )
@@ -183,9 +186,19 @@ class ExitTable:
             msr, direction = of_pid[0].msr, READ if of_pid[0].access == "read" else WRITE
             for vcpu, number in self._vcpus.get(pid, {}).items():
                 allowed = vcpu.filter.allows(msr, direction) if vcpu.filter else None
-                if any(may_have_made(kind, allowed) for kind in of_pid):
-                    found[self._verdict(vcpu, msr).of(direction)] += number
+                said = self._said(vcpu, msr, direction, of_pid[0].guest)
+                if said and any(may_have_made(kind, allowed) for kind in of_pid):
+                    found[said] += number
         return found
+
+    def _said(self, vcpu: Vcpu, msr: int, direction: int, guest: str) -> str | None:
+        """What is said of an access by a guest of a vCPU; None for L2 where there is none, as far as is known."""
+        if guest != L2:
+            return self._verdict(vcpu, msr).of(direction)
+        if vcpu.nested is None or vcpu.nested.use == UNUSED:
+            return None
+        nested = self._verdict(vcpu, msr).nested
+        return nested.of(direction) if nested else UNKNOWN
 
     def _verdict(self, vcpu: Vcpu, msr: int) -> Verdict:
         """What is said of an MSR, found once for all vCPUs that are alike: `_vcpus` has one of them for each."""

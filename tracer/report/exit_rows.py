@@ -9,9 +9,10 @@ from msgspec import Meta
 
 from tracer.model import msr
 from tracer.model.exit_table import ExitTable, JoinedExits, interceptors_text
+from tracer.model.nested import NESTED_SAID
 from tracer.model.sanitized import Count, Sanitized, Text
 from tracer.model.state import SAID
-from tracer.report.state_file import Msr, Said
+from tracer.report.state_file import Msr, NestedSaid
 
 #: Of a report: guests choose the MSRs that they access, and there are 2^32.
 MOST_ROWS = 4096
@@ -22,7 +23,7 @@ class ExitRow(Sanitized, frozen=True, kw_only=True):
 
     Of `exits_perhaps_by_filter` more that is unknown. `result` is what became of the access: ok, filtered, unknown,
     invalid or reflected. `intercepted_by` is what was said of the access when the trace ended, and of how many of the
-    vCPUs that can have made such exits; it is null where that is unknown, and for l2: a guest's guest.
+    vCPUs that can have made such exits (l2: of their guests' guests); it is null where that is unknown.
     """
 
     msr: Msr
@@ -34,7 +35,7 @@ class ExitRow(Sanitized, frozen=True, kw_only=True):
     exits: Count
     exits_by_filter: Count
     exits_perhaps_by_filter: Count
-    intercepted_by: Annotated[dict[Said, Count], Meta(max_length=len(SAID))] | None
+    intercepted_by: Annotated[dict[NestedSaid, Count], Meta(max_length=len(SAID) + len(NESTED_SAID))] | None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from tracer.model.exit_table import SAID_OF_EXITS, Blame, interceptors
 from tracer.model.exits import FAST
+from tracer.model.nested import NESTED_SAID
 from tracer.model.quantity import number, per_second
 from tracer.model.state import BOTH, FILTER, KVM, SAID, WORDS
 from tracer.report.document import Section, Table
@@ -72,7 +73,7 @@ def _msr_section(report: Report) -> Section:
         lines.append(f"{_ROWS} of {len(rows):,} rows are shown here: the JSON report has all")
     shown = rows[:_ROWS]
     used = {said for row in shown for said in interceptors(row.guest, row.intercepted_by)} - _PLAIN
-    meanings = SAID | SAID_OF_EXITS
+    meanings = SAID | NESTED_SAID | SAID_OF_EXITS
     lines += [f"{WORDS.get(said, said)}: {meaning}" for said, meaning in meanings.items() if said in used]
     cells = tuple(
         (
