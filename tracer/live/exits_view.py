@@ -77,7 +77,7 @@ def _by_vm(shown: Frame, exits: ExitTable, view: View, look: Look, room: int | N
         Column(f"exits{shown.unit}", 10, lambda one: shown.amount(one.exits)),
         Column("share", 6, lambda one: share(one.exits, exits.total), 3),
         Column("filter alone", 12, lambda one: shown.amount(one.blame.sure)),
-        Column("perhaps", 10, lambda one: shown.amount(one.blame.perhaps)),
+        Column("perhaps", 10, lambda one: shown.amount(one.blame.perhaps), 2),
     ]
     if not rows:
         return [Text("no exits" if shown.traced else "")]
