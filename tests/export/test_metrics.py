@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from made import svm_pass
@@ -16,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tracer.export.metrics import SnapshotCollector, UnattachedCollector
 from tracer.model.exits import L1, OK, SLOW, Exit
 from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
+from tracer.model.state import State
 
 Samples = dict[str, float]
 
@@ -352,6 +355,20 @@ def test_promtool_finds_nothing_wrong(snapshot: Snapshot) -> None:
     exposition = text(lambda: snapshot)
     assert check(exposition) == (0, "")
     assert check(exposition.replace("msrtrace_filter_updates_total", "msrtrace_filter_updates"))[0] != 0
+
+
+def test_every_metric_is_in_the_docs_and_no_other() -> None:
+    """Of the families `msrtrace_host_*` the docs have one row."""
+    page = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+    table = page.partition("\n## The metrics\n")[2].partition("\n\n`access` is")[0]
+    registry = CollectorRegistry()
+    everything = replace(RECALC_BY_VM, exits={})
+    registry.register(SnapshotCollector(lambda: everything, "0.1.0", state=State))
+    found = text_string_to_metric_families(generate_latest(registry).decode())
+    exported = {f"{family.name}_total" if family.type == "counter" else family.name for family in found}
+    assert set(re.findall(r"`(msrtrace_\w+)`", table)) == {
+        name for name in exported if not name.startswith("msrtrace_host_")
+    }
 
 
 def test_before_there_are_counts_the_functions_are_not_probed() -> None:
