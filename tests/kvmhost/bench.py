@@ -23,7 +23,7 @@ from cost import instructions_per_second, per_call
 from hosts import HOSTS, Host, userland
 from tabulate import tabulate
 
-TOOLS = {"bpftrace": "bpftrace", "linux-perf": "perf"}
+TOOLS = {"bpftrace": "bin/bpftrace", "linux-perf": "bin/perf", "bpfcc-tools": "sbin/kvmexit-bpfcc"}
 #: How it is called, and with how many digits after the point it is shown.
 TIMED = {"starts": ("A start of msrtrace, until it serves", 0), "scrapes": ("A scrape, with five VMs of two vCPUs", 1)}
 TIMEOUT_SECONDS = 2400
@@ -41,7 +41,7 @@ def tools(host: Host) -> Path:
         for name in ("bin", "lib"):
             (work / name).mkdir()
         for program in TOOLS.values():
-            shutil.copy(tree / "usr/bin" / program, work / "bin")
+            shutil.copy(tree / "usr" / program, work / "bin")
         for folder in ("lib", "usr/lib"):
             for library in (tree / folder).glob("x86_64-linux-gnu/*.so*"):
                 shutil.copy(library, work / "lib", follow_symlinks=False)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_guest import programs_at, tool
-from guest import STOCK, Msrtrace, load, output_of, record, scrape, vendor
+from bench_guest import TOOLS, programs_at, tool
+from guest import STOCK, Msrtrace, load, output_of, record, scrape, until, vendor
 from metrics_text import Metrics
 
 from tracer.kernel.symbols import Symbols
@@ -113,6 +115,20 @@ def perf(event: str) -> dict[str, Any]:
     return {"instructions": instructions(run), "exits": exits}
 
 
+def kvmexit() -> dict[str, Any]:
+    """BCC's kvmexit, which counts all exits by reason, of VMX alone."""
+    log = Path("/tmp/kvmexit.log")
+    with log.open("w") as output:
+        tool = subprocess.Popen(["python3", "-u", f"{TOOLS}/bin/kvmexit-bpfcc"], stdout=output, stderr=output)
+    until(lambda: "Hit Ctrl-C" in log.read_text() or tool.poll() is not None)
+    found = instructions(plainly)
+    tool.send_signal(signal.SIGINT)
+    if tool.wait(60):
+        raise RuntimeError(log.read_text())
+    exits = sum(int(count) for count in re.findall(r"\bMSR_(?:READ|WRITE) +(\d+)", log.read_text()))
+    return {"instructions": found, "exits": exits}
+
+
 def empty(kind: str) -> dict[str, Any]:
     """A program that does nothing, at the functions of EXIT_FUNCTIONS that this kernel has."""
     functions = [name for name in sorted(EXIT_FUNCTIONS.all) if SYMBOLS.find(name)]
@@ -131,6 +147,7 @@ TRACERS: dict[str, Callable[[], dict[str, Any]]] = {
     "bpftrace on kvm_exit": partial(bpftrace, ON_KVM_EXIT),
     "perf stat on kvm_msr": partial(perf, "kvm:kvm_msr"),
     "perf stat on kvm_exit": partial(perf, "kvm:kvm_exit"),
+    **({"kvmexit of BCC's tools": kvmexit} if vendor().name == "vmx" else {}),
     "empty kprobes": partial(empty, "kprobe"),
     "empty fentry": partial(empty, "fentry"),
 }
