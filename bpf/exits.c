@@ -299,7 +299,10 @@ static __always_inline void exit_reflected(u64 vcpu, u64 kind)
 #define EXIT_REASON_MSR_READ_IMM 84
 #define EXIT_REASON_MSR_WRITE_IMM 85
 
-/* nested_vmx_vmexit(vcpu, reason, interruption info, qualification): an exit of the nested guest becomes its guest's. */
+/*
+ * nested_vmx_vmexit(vcpu, reason, interruption info, qualification), since 6.17 __nested_vmx_vmexit() with one more: an
+ * exit of the nested guest becomes its guest's.
+ */
 int nested_vmx_exit_entered(context *ctx)
 {
 	u32 reason = ARGUMENT(ctx, 2);

@@ -48,7 +48,7 @@ _UNKNOWN_END = 1 << 64
 def _prefixes() -> list[str]:
     """The vendors' prefixes, and the functions to probe that have none of them: no two find the same line."""
     names = [vendor.prefix for vendor in VENDORS]
-    names += [name for vendor in VENDORS for name in (*vendor.probed, vendor.nested_exit)]
+    names += [name for vendor in VENDORS for name in (*vendor.probed, *vendor.nested_exit)]
     names += sorted((*EXIT_FUNCTIONS.all, *EXIT_FUNCTIONS.completions.values()))
     return [name for name in names if not any(name.startswith(other) for other in names if other != name)]
 

@@ -101,7 +101,7 @@ SVM = Vendor(
     # svm.h, 5.10 to 6.16. The list has {u32 index; bool always}.
     shadow=Shadow(("vcpu_svm", "shadow_msr_intercept"), "direct_access_msrs", 8, NO_MSR, passes=True),
     passable=_PASSABLE,
-    nested_exit="nested_svm_vmexit",
+    nested_exit=("nested_svm_vmexit",),
     control_block=("vcpu_svm", "vmcb"),
     control_block_values={"exit_code_offset": 0x70, "exit_info_offset": 0x78},  # AMD APM vol. 2, appendix B
     # 5.10 to 7.3. set_msr_interception() is inlined but for calls by sev.c, so its callers are seen, or theirs, where

@@ -151,8 +151,8 @@ class Vendor:
     nested: NestedBitmap
     shadow: Shadow
     passable: tuple[Passable, ...]
-    #: By which an exit of a nested guest becomes its guest's: bpf/exits.c knows its arguments.
-    nested_exit: str
+    #: By which an exit of a nested guest becomes its guest's, by any of these names: bpf/exits.c knows its arguments.
+    nested_exit: tuple[str, ...]
     #: Callers, as regular expressions that match whole names, and their causes; the first match wins.
     callers: tuple[tuple[str, str], ...]
     #: None: KVM never had the patch for this vendor.

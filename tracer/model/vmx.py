@@ -130,7 +130,8 @@ VMX = Vendor(
     # vmx.h, 5.10 to 6.16; bits beyond the end of the list are set, too. Every list ends with CORE_C7_RESIDENCY.
     shadow=Shadow(("vcpu_vmx", "shadow_msr_intercept"), "vmx_possible_passthrough_msrs", 4, 0x3FE, passes=False),
     passable=_PASSABLE,
-    nested_exit="nested_vmx_vmexit",
+    # The first since 6.17: the other is inline there, and a copy of it that is not cannot be probed.
+    nested_exit=("__nested_vmx_vmexit", "nested_vmx_vmexit"),
     # 5.13 to 7.3. Functions between these and the call are inlined in some builds and not in others, and a tail call
     # hides the function that makes it, so its caller is seen instead: __kvm_apic_set_base() for
     # vmx_set_virtual_apic_mode() in Debian's 6.12.

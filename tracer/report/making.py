@@ -109,7 +109,7 @@ def make(
     vendor = vendor_named(counted.vendor)
     counting = vendor.counted_functions(counted.layout)
     if counted.exits is not None:
-        counting |= EXIT_FUNCTIONS.all | {vendor.nested_exit}
+        counting |= EXIT_FUNCTIONS.all.union(vendor.nested_exit)
     incomplete = counted.lower_bound or bool(counting.intersection(loss.not_probed))
     lower_bound = incomplete or bool(loss.module_unloads or loss.open_calls or loss.open_exits)
     return Report(

@@ -48,7 +48,7 @@ def exit_points(symbols: Symbols) -> list[Point]:
         Point(functions.write, "write_entered"),
         Point(present(functions.write_fast), "fast_write_entered"),
         Point(functions.read, "read_entered"),
-        Point(vendor.nested_exit, f"nested_{vendor.name}_exit_entered"),
+        Point(present(vendor.nested_exit), f"nested_{vendor.name}_exit_entered"),
     ]
     in_instruction = [
         Point(functions.write_imm, "write_imm_entered"),
