@@ -15,13 +15,12 @@ DENIED = {"filter", "both", "pending_denied", "unrecorded"}
 
 
 def said(swapping_on: Collected, way: str) -> dict[tuple[str, ...], int]:
-    """How often what was said of SWAPPED, each read and written alike."""
-    found: dict[tuple[str, ...], int] = {}
-    for words, times in swapping_on.scenario("swapping")["said"][way].items():
-        pairs = [pair.split("/") for pair in words.split()]
-        assert all(read == write for read, write in pairs)
-        found[tuple(read for read, _ in pairs)] = times
-    return found
+    """How often what was said of SWAPPED: of reading and of writing the first, then the next.
+
+    These two may differ: a reading may fall into the middle of KVM's update of the bitmap.
+    """
+    found = swapping_on.scenario("swapping")["said"][way]
+    return {tuple(words.replace("/", " ").split()): times for words, times in found.items()}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -39,7 +38,7 @@ def test_kvm_is_never_blamed_for_what_a_filter_denied(swapping_on: Collected, wa
     assert {FS_BASE, SYSENTER_CS} <= set(passed)
     [conditional] = {SYSENTER_ESP if swapping_on.host in AMD else SPEC_CTRL} & set(passed)
     found = said(swapping_on, way)
-    of = {msr: {words[at] for words in found} for at, msr in enumerate(SWAPPED)}
+    of = {msr: {word for words in found for word in words[2 * at : 2 * at + 2]} for at, msr in enumerate(SWAPPED)}
     for msr in passed:
         assert not of[msr] & {"kvm", "both"}, f"{msr:#x}: {found}"
     assert of[UNKNOWN] <= {"kvm", "both", "pending_allowed", "pending_denied"}
