@@ -16,7 +16,7 @@ from tracer.model.snapshot import Snapshot
 #: Of how many MSRs a VM, or the host, has series: a guest chooses the number that it accesses, and there are 2^32.
 MSRS = 512
 #: The values of `msr` and `name` in the series of all further MSRs.
-OTHERS = ("other", "other")
+OTHERS = (msr.hexadecimal(msr.OTHER), msr.name(msr.OTHER))
 _LABELS, _VM_LABELS = ("msr", "name", "access", "path", "result", "guest"), ("vm", "pid")
 _Vm = tuple[str, ...]  # the values of the VM labels, or ()
 
@@ -61,7 +61,7 @@ class ExitFamily:
         An MSR has series from the beginning or never; of those that are new at a scrape, the most accessed come first.
         """
         known = self._with_series.setdefault(vm, set())
-        new = of_vm.keys() - known
+        new = of_vm.keys() - known - {msr.OTHER}
         if len(known) + len(new) > MSRS:
             new = set(sorted(new, key=lambda index: (-of_vm[index].total(), index))[: max(MSRS - len(known), 0)])
         known |= new

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from tracer.model import msr
 from tracer.model.exits import FAST, FILTERED, L2, REFLECTED, Exit
 from tracer.model.msr_filter import READ, WRITE
 from tracer.model.nested import NESTED_SAID, UNUSED
@@ -159,13 +160,13 @@ class ExitTable:
         sure = perhaps = 0
         for kind in kinds:
             if kind.result == FILTERED and kind.guest != L2:
-                found = interceptors(kind.guest, None if self.state is None else self._by([kind]))
+                found = interceptors(kind.guest, self._by([kind]))
                 sure += self.counts[kind] if found == (FILTER,) else 0
                 perhaps += self.counts[kind] if found not in ((FILTER,), (BOTH,)) else 0
         return Blame(sure, perhaps)
 
     def _row(self, kinds: list[Exit], parts: Mapping[str, object]) -> JoinedExits:
-        known = None if self.state is None else self._by(kinds)
+        known = self._by(kinds)
         return JoinedExits(
             kinds[0].msr,
             kinds[0].access,
@@ -176,17 +177,22 @@ class ExitTable:
             **parts,  # type: ignore[arg-type]
         )
 
-    def _by(self, kinds: Iterable[Exit]) -> Counter[str]:
-        """What is said of the access of all of these kinds, of how many of the vCPUs that can have made such exits."""
+    def _by(self, kinds: Sequence[Exit]) -> Counter[str] | None:
+        """What is said of the access of all of these kinds, of how many of the vCPUs that can have made such exits.
+
+        None where nothing is known.
+        """
+        if self.state is None or kinds[0].msr == msr.OTHER:
+            return None
         by_pid: dict[int, list[Exit]] = {}
         for kind in kinds:
             by_pid.setdefault(kind.pid if self.by_vm else 0, []).append(kind)
         found: Counter[str] = Counter()
         for pid, of_pid in by_pid.items():
-            msr, direction = of_pid[0].msr, READ if of_pid[0].access == "read" else WRITE
+            index, direction = of_pid[0].msr, READ if of_pid[0].access == "read" else WRITE
             for vcpu, number in self._vcpus.get(pid, {}).items():
-                allowed = vcpu.filter.allows(msr, direction) if vcpu.filter else None
-                said = self._said(vcpu, msr, direction, of_pid[0].guest)
+                allowed = vcpu.filter.allows(index, direction) if vcpu.filter else None
+                said = self._said(vcpu, index, direction, of_pid[0].guest)
                 if said and any(may_have_made(kind, allowed) for kind in of_pid):
                     found[said] += number
         return found

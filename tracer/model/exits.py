@@ -21,7 +21,10 @@ RESULTS = {
 
 @dataclass(frozen=True)
 class Exit:
-    """A kind of exit. `pid` is the VMM's, or 0 where counts are not broken down by VM."""
+    """A kind of exit. `pid` is the VMM's, or 0 where counts are not broken down by VM.
+
+    `msr` is msr.OTHER where guests accessed more MSRs than there are places; `pid` is then 0, too.
+    """
 
     msr: int
     access: str  # read or write

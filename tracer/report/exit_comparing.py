@@ -51,7 +51,7 @@ def exits_of(reports: Sequence[Report]) -> SideExits | None:
             return None
         total += report.totals.exits
         for row in report.exits:
-            counts[ExitAccess(int(row.msr, 16), row.access, row.guest)] += row.exits
+            counts[ExitAccess(row.index, row.access, row.guest)] += row.exits
     return SideExits(counts, total, sum((Fraction(report.duration_seconds) for report in reports), Fraction()))
 
 

@@ -12,8 +12,10 @@ from tracer.model.exit_table import ExitTable, JoinedExits, interceptors_text
 from tracer.model.nested import NESTED_SAID
 from tracer.model.sanitized import Count, Sanitized, Text
 from tracer.model.state import SAID
-from tracer.report.state_file import Msr, NestedSaid
+from tracer.report.state_file import NestedSaid
 
+#: `0x10`, or `other`: further MSRs, all together.
+ExitMsr = Annotated[str, Meta(pattern="^(0x[0-9a-f]{1,8}|other)$")]
 #: Of a report: guests choose the MSRs that they access, and there are 2^32.
 MOST_ROWS = 4096
 
@@ -26,7 +28,7 @@ class ExitRow(Sanitized, frozen=True, kw_only=True):
     vCPUs that can have made such exits (l2: of their guests' guests); it is null where that is unknown.
     """
 
-    msr: Msr
+    msr: ExitMsr
     name: Text
     access: Literal["read", "write"]
     path: Literal["fast", "slow"]
@@ -43,8 +45,15 @@ class ExitRow(Sanitized, frozen=True, kw_only=True):
             raise ValueError("more exits by a filter than exits")
 
     @property
+    def index(self) -> int:
+        """The MSR's number, or msr.OTHER."""
+        return msr.OTHER if self.msr == msr.hexadecimal(msr.OTHER) else int(self.msr, 16)
+
+    @property
     def title(self) -> str:
         """The MSR, for a sentence."""
+        if self.index == msr.OTHER:
+            return "other MSRs"
         return f"MSR {self.msr}" if self.name == self.msr else f"{self.name} ({self.msr})"
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.headers import header_settings
 from tracer.kernel.symbols import Symbols
+from tracer.model import msr
 from tracer.model.errors import MsrtraceError
 from tracer.model.exits import EXIT_FUNCTIONS, FAST, FILTERED, INVALID, L1, L2, OK, REFLECTED, SLOW, UNKNOWN, Exit
 from tracer.model.options import Options
@@ -26,7 +27,9 @@ from tracer.trace.reader import SETTLE_PAUSE_SECONDS, is_at_rest, reads_init_pid
 
 SOURCE = "bpf/exits.c"
 #: How many places there are where processes are not told apart: first_place() makes no index beyond.
-_OF_ONE = {"exits": 2048, "taken": 2048 + 16384}
+_OF_ONE = {"exits": 2048 + 64, "taken": 2048 + 16384}
+#: The places for what finds no other: as many of bpf/exits.c, after all others.
+_OTHERS_AT, _OTHERS_AT_OF_ONE = 32768, 2048
 _ACCESS = {1: "read", 2: "write"}
 #: enum result of bpf/exits.c
 _RESULTS = (OK, FILTERED, UNKNOWN, INVALID, REFLECTED)
@@ -88,8 +91,9 @@ def exit_values(symbols: Symbols, options: Options) -> tuple[dict[str, int], Btf
         found |= {name: places[0].address for name, places in completions.items() if places}
     if options.pid is not None:
         found["wanted_pid"] = options.pid
+    found["others_at"] = _OTHERS_AT_OF_ONE
     if options.by_vm:
-        found["by_pid"] = 1
+        found |= {"by_pid": 1, "others_at": _OTHERS_AT}
     return found, btf
 
 
@@ -240,9 +244,14 @@ class ExitReader:
     def _kind(self, key: int, pid: int) -> Exit:
         """A key as the reader of a snapshot wants it: struct kind of bpf/exits.c."""
         if (key, pid) not in self._kinds:
-            msr, access, fast, result, nested = (key >> at & mask for at, mask in _FIELDS)
+            index, access, fast, result, nested, other = (key >> at & mask for at, mask in _FIELDS)
             self._kinds[key, pid] = Exit(
-                msr, _ACCESS[access], FAST if fast else SLOW, _RESULTS[result], L2 if nested else L1, pid
+                msr.OTHER if other else index,
+                _ACCESS[access],
+                FAST if fast else SLOW,
+                _RESULTS[result],
+                L2 if nested else L1,
+                pid,
             )
         return self._kinds[key, pid]
 
@@ -306,4 +315,4 @@ class ExitReader:
 
 
 #: Of struct kind: from which bit of the key on, and how many as a mask.
-_FIELDS = ((0, 0xFFFFFFFF), (32, 0xFF), (40, 0xFF), (48, 0xFF), (56, 0xFF))
+_FIELDS = ((0, 0xFFFFFFFF), (32, 0xFF), (40, 0xFF), (48, 0xFF), (56, 0x7F), (63, 1))

@@ -3,7 +3,10 @@
 
 from tracer.model.msr.table import NAMES
 
-__all__ = ["NAMES", "hexadecimal", "name", "number"]
+__all__ = ["NAMES", "OTHER", "hexadecimal", "name", "number"]
+
+#: In an MSR's place where all further MSRs are counted together.
+OTHER = -1
 
 
 def name(index: int) -> str:
@@ -20,8 +23,8 @@ def name(index: int) -> str:
 
 
 def hexadecimal(index: int) -> str:
-    """An MSR index as in the ``msr`` label of the metrics: ``0x48``, ``0xc0000100``."""
-    return f"{index:#x}"
+    """An MSR index as in the ``msr`` label of the metrics: ``0x48``, ``0xc0000100``; ``other`` for OTHER."""
+    return "other" if index == OTHER else f"{index:#x}"
 
 
 def number(text: str) -> int | None:
