@@ -25,6 +25,8 @@ from tabulate import tabulate
 
 DEFAULT = ("bookworm-amd", "trixie-amd", "bookworm", "trixie")
 TIMEOUT_SECONDS = 2400
+#: In scenarios/exits_cost_guest.py
+KVMEXIT = "kvmexit of BCC's tools"
 
 
 def measure(host: str) -> dict[str, Any]:
@@ -40,6 +42,9 @@ def measure(host: str) -> dict[str, Any]:
             sys.exit(f"exits-cost: the run on {host} ended with {status}")
         found: dict[str, Any] = json.loads((out / "exits_cost.json").read_text())
     made = found["made"]
+    if found["tracers"].get(KVMEXIT, {}).get("exits") == 0:  # Debian 12's on 6.1 shows none
+        print(f"exits-cost: {KVMEXIT} counted nothing on {host}, and is left out", file=sys.stderr)
+        del found["tracers"][KVMEXIT]
     counted = {name: one["exits"] for name, one in found["tracers"].items() if "exits" in one}
     wrong = {name: n for name, n in counted.items() if n < made or (n > made and name != "perf stat on kvm_exit")}
     if wrong:
