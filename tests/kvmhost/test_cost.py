@@ -20,6 +20,8 @@ CEILINGS: dict[str, dict[str, dict[str, int]]] = json.loads(CEILINGS_FILE.read_t
 MARGIN = 1.02  # a kernel update moves the kernel's part of the cost; on one kernel it repeats to the tick
 RSS_KB = 45_000  # DESIGN.md, "Cost"
 SLACK = 0.9  # a ceiling that is further above than this holds nothing
+#: The guest's timer may tick in between.
+EXIT_SLACK = 0.85
 #: A start takes what the guest's packages and kernel are built like, and what else the guest does meanwhile.
 START_SLACK = 0.75
 
@@ -42,6 +44,16 @@ def test_a_traced_call_costs_no_more_than_recorded(timed: Collected, backend: st
     traced = ticks["traced"] if backend == "kprobe" else timed.scenario("fentry")["traced"]
     for variant in timed.variants:
         hold(timed.host, backend, variant, per_call(timed.host, variant, traced[variant], ticks["untraced"][variant]))
+
+
+@pytest.mark.parametrize("backend", ["kprobe", "fentry"])
+def test_counting_an_exit_costs_no_more_than_recorded(timed: Collected, backend: str) -> None:
+    prices = timed.scenario("exits")["prices"]
+    if backend == "fentry" and timed.host in NO_FENTRY:
+        assert backend not in prices
+        return
+    for kind, untraced in prices["none"].items():
+        hold(timed.host, backend, f"exit: {kind}", prices[backend][kind] - untraced, EXIT_SLACK)
 
 
 @pytest.mark.parametrize("scenario", ["counts", "fentry"])

@@ -9,11 +9,12 @@ reads it.
 from __future__ import annotations
 
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from exit_ticks import instructions, plainly
 from guest import OUT, STOCK, accesses, load, vendor
 from kerneltracer import TRACING, define, pages
 
@@ -277,6 +278,17 @@ def counted(now: Snapshot, before: Snapshot | None) -> dict[str, Any]:
     return {"exits": exits, "calls": calls, **lost, "missed": missed, "unattached": unattached}
 
 
+def prices() -> dict[str, dict[str, float]]:
+    """What an exit takes without a tracer, and while an engine of a backend counts it."""
+    found, symbols = {"none": instructions(plainly)}, Symbols.read()
+    for backend in BACKENDS:
+        with suppress(MsrtraceError):  # engines() says which a host has
+            engine = Engine(layout_of(symbols), symbols, Options(backend=backend, exits=True))
+            found[backend] = instructions(plainly)
+            engine.close()
+    return found
+
+
 def across_reloads() -> dict[str, Any]:
     """RELOADS of the vendor's module and of kvm itself, which moves its functions; accesses before and after."""
     options = Options(backend="kprobe", exits=True)
@@ -311,4 +323,4 @@ def exits() -> Any:
                 now = one.snapshot(5.0)
                 found["engines"].setdefault(engine, {})[name] = counted(now, before.get(engine))
                 before[engine] = now
-    return found | {"left": INSTANCE.exists(), "reloads": across_reloads()}
+    return found | {"left": INSTANCE.exists(), "prices": prices(), "reloads": across_reloads()}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Runs in a host that counts instructions: what tracers add to an exit of RDMSR or WRMSR. exits_cost.py judges it.
 
-A guest executes FEW and then MANY accesses in one KVM_RUN: the difference is MANY - FEW exits, and nothing else. Leaves
-/out/exits_cost.json: by tracer and kind of access, the instructions an exit and, of those that count, how many exits.
+Leaves /out/exits_cost.json: by tracer and kind of access, the instructions an exit (exit_ticks.py) and, of those that
+count, how many exits.
 """
 
 from __future__ import annotations
@@ -18,54 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from bench_guest import TOOLS, programs_at, tool
-from guest import STOCK, Msrtrace, load, output_of, record, scrape, until, vendor
+from exit_ticks import FEW, KINDS, MANY, ROUNDS, instructions, plainly
+from guest import STOCK, Msrtrace, load, record, scrape, until, vendor
 from metrics_text import Metrics
 
 from tracer.kernel.symbols import Symbols
 from tracer.model.exits import EXIT_FUNCTIONS
 from tracer.model.options import BACKENDS
 
-EFER, FS_BASE = 0xC0000080, 0xC0000100
-FEW, MANY, ROUNDS = 100, 1100, 3
-#: What the guest does, and how it is told to: each leaves the guest.
-KINDS = {
-    "read": ("--read", EFER, ""),
-    "write": ("--write", EFER, ""),
-    "denied read": ("--read", FS_BASE, f"--deny {FS_BASE:#x}"),
-}
 #: Functions that run in each kind of exit: of them, those that a kernel has.
 SYMBOLS = Symbols.read()
-
-
-def command(kind: str, count: int) -> list[str]:
-    """The program that does COUNT accesses of a kind a round."""
-    option, msr, more = KINDS[kind]
-    return ["accesses", "--rounds", str(ROUNDS), option, f"{msr:#x}={count}", *more.split()]
-
-
-def ticks_in(text: str) -> int:
-    """What `accesses` says it took."""
-    found = re.search(r"^accesses: .* ticks=(\d+)$", text, re.M)
-    if not found:
-        raise RuntimeError(f"no ticks: {text[-500:]}")
-    return int(found[1])
-
-
-def instructions(run: Callable[[list[str]], str]) -> dict[str, float]:
-    """By kind, what an exit takes; RUN runs a program, and gives what it printed."""
-    found = {}
-    for kind in KINDS:
-        few, many = (ticks_in(run(command(kind, count))) for count in (FEW, MANY))
-        found[kind] = (many - few) / (MANY - FEW)
-    return found
-
-
-def plainly(what: list[str]) -> str:
-    """Run a program under a tracer that runs beside it."""
-    done = output_of(*what)
-    if done["status"]:
-        raise RuntimeError(done)
-    return str(done["stdout"])
 
 
 def beside(tracer: AbstractContextManager[Any]) -> dict[str, Any]:
