@@ -92,7 +92,8 @@ def wanted_rows(*, swapped: bool = False, readable: bool = True) -> list[dict[st
     rows = rows if readable else []
     order = ("msrs", "name", "access", "b", "a") if swapped else ("msrs", "name", "access", "a", "b")
     msrs = [dict(zip(order, row, strict=True)) for row in rows]
-    return [{"vcpus": [0, 1], "unreadable": {"a": False, "b": False}, "msrs": msrs}] if msrs else []
+    of_vcpus = {"vcpus": [0, 1], "unreadable": {"a": False, "b": False}, "msrs": msrs, "nested_msrs": []}
+    return [of_vcpus] if msrs else []
 
 
 def test_files_differ_in_what_the_new_filter_denies(of_amd: Collected) -> None:
