@@ -192,12 +192,15 @@ class ExitCounter:
 
 @dataclass(frozen=True)
 class _Open:
-    """An exit that was begun last on its vCPU; `left`: how often that has left its guest, as it was first looked at."""
+    """The exit that was begun last on a vCPU.
+
+    `left`: how often that had left its guest when it was first seen not to be over; None: it was not.
+    """
 
     seq: int
     key: int
     pid: int
-    left: int
+    left: int | None
     over: bool = False
 
 
@@ -278,11 +281,12 @@ class ExitReader:
         pid = vcpus.get(index, "pid") if self._by_vm else 0
         over = self._sees_threads and is_at_rest(vcpus.get(index, "tid"))
         left = before.left if before and (before.seq, before.key) == (seq, key) else None
-        now = run_program(self._functions["exits_of_vcpu"], index)
-        over = over or left not in (None, now)
+        if not over:
+            now = run_program(self._functions["exits_of_vcpu"], index)
+            over, left = left not in (None, now), now if left is None else left
         # What was read first still stands, or it was not of one moment.
         over = over and (seq, key) == (vcpus.get(index, "seq"), vcpus.get(index, "key"))
-        return _Open(seq, key, pid, now if left is None else left, over)
+        return _Open(seq, key, pid, left, over)
 
     def _places(self, array: MappedArray, member: str, count: str) -> list[int]:
         """Which values of `array` are in use. It is searched only if another came into use since the last time."""
