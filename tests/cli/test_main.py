@@ -44,7 +44,7 @@ def named(name: str) -> click.Command:
 def test_help_is_shown(main: Main, name: str | None, option: str) -> None:
     status, out, err = main(*([name] if name else []), option)
     assert (status, err) == (0, "")
-    assert out.startswith(f"Usage: msrtrace {f'{name} [OPTIONS]' if name else '[OPTIONS] COMMAND'}")
+    assert out.startswith(f"Usage: msrtrace {f'{name} [OPTIONS]' if name else '[OPTIONS] [COMMAND]'}")
     known = named(name) if name else cli.cli
     assert known.help
     assert " ".join(known.help.split()) in " ".join(out.split())

@@ -49,10 +49,24 @@ class _Commands(click.Group):
             formatter.write_dl(list(commands().items()))
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Commands,
+    invoke_without_command=True,
+    subcommand_metavar="[COMMAND] [ARGS]...",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="msrtrace")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Trace what KVM does to the MSR bitmaps of its guests on an Intel (VMX) or AMD (SVM) host."""
+    if ctx.invoked_subcommand is None:
+        from tracer.cli.console import columns
+        from tracer.cli.session import this_machine
+        from tracer.doctor.overview import overview
+
+        summary, found = " ".join((cli.help or "").split()), overview(this_machine())
+        for line in (f"msrtrace: {summary}", "", *found, "", "msrtrace --help lists all commands."):
+            click.echo(click.wrap_text(line, columns(), subsequent_indent=" " * (len(line) - len(line.lstrip()))))
 
 
 def _one_line(error: Exception) -> str:
