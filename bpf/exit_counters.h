@@ -42,9 +42,11 @@ static __always_inline u32 find_place(u64 key, u32 pid)
 /* The same for what has no place: a guest chooses the MSRs that it accesses, and may choose many. */
 static __always_inline u32 place_of_others(u64 key)
 {
-	u32 index = VALUE(others_at) + ((key & WRITE ? 1 : 0) | (key & FAST ? 2 : 0) | (key & NESTED ? 4 : 0) |
-					(key >> 48 & 7) << 3);
-	struct exit *exit = exits.lookup(&index);
+	u32 index = VALUE(places) ? VALUE(places) : EXITS_CAPACITY - OTHERS;
+	struct exit *exit;
+
+	index += (key & WRITE ? 1 : 0) | (key & FAST ? 2 : 0) | (key & NESTED ? 4 : 0) | (key >> 48 & 7) << 3;
+	exit = exits.lookup(&index);
 
 	if (exit && !exit->key) {
 		exit->key = OTHER | (key & ~0xffffffffull);

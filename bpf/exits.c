@@ -17,7 +17,7 @@ struct values {
 	u64 cast_type;
 	u64 by_pid;
 	u64 wanted_pid;
-	u64 others_at; /* the first of OTHERS places in exits */
+	u64 places; /* in exits, without OTHERS, where processes are not told apart; 0: all that it has */
 	/* What kvm_msr_user_space() is given for an exit, and for nothing else; 0: it is not known, or there is none. */
 	u64 complete_read;
 	u64 complete_read_imm;

@@ -29,6 +29,7 @@ from tracer.program.resources import resource
 from tracer.program.source import whole_text
 from tracer.trace import exits
 from tracer.trace.exits import CountedExits, ExitCounter
+from tracer.trace.plan import process_values
 from tracer.trace.probes import Probes
 
 pytestmark = [
@@ -130,10 +131,9 @@ def start(headers: None, library: Path) -> Iterator[Start]:
 
     def new(options: Options = Options(), given: Mapping[str, int] = COMPLETE) -> Kvm:  # noqa: B008 (it is frozen)
         values.clear()
-        values.update({"rcx_offset": 0, "nested_offset": 8, "nested_bits": 1, "exits_offset": 16, "others_at": 2048})
-        values.update(given)
-        values.update({"by_pid": 1} if options.by_vm else {})
-        values.update({"wanted_pid": options.pid} if options.pid else {})
+        values.update({"rcx_offset": 0, "nested_offset": 8, "nested_bits": 1, "exits_offset": 16, **given})
+        values.update(process_values(options))
+        values.update({} if options.by_vm else {"places": 2048})
         made.append(Kvm(library, replace(options, backend="kprobe")))
         return made[-1]
 
@@ -328,15 +328,17 @@ def test_others_than_the_wanted_process_are_not_counted(another: Start) -> None:
     assert (found.exits, found.counts["unpaired_refusal"], found.counts["vcpus_seen"]) == ({}, 0, 0)
 
 
+@pytest.mark.parametrize(("by_vm", "all_places"), [(False, 2048), (True, 32768)])
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(some=st.lists(accesses, min_size=1, max_size=12))
 def test_what_has_no_place_is_counted_without_its_msr(
-    another: Start, some: list[tuple[int, int, bool, str, str]]
+    another: Start, by_vm: bool, all_places: int, some: list[tuple[int, int, bool, str, str]]
 ) -> None:
     """A guest may access as many MSRs as it likes: nothing is lost by that, and it alone is told less well apart."""
-    kvm = another()
+    kvm = another(by_vm=by_vm)
     places = kvm.counter.reader._exits
-    for place in range(2048):
+    assert places.entries == all_places + 64
+    for place in range(all_places):
         places.set(place, "key", 1)
     vcpus = [kvm.vcpu() for _ in range(3)]
     made = Counter(

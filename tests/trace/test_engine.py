@@ -69,7 +69,7 @@ def write(engine: Engine, array: str, index: int, **members: int | Sequence[int]
             there._views[size][at + n] = one
     if array in TABLES:
         engine._built.loaded.maps["taken"].update(struct.pack("II", index, TABLES.index(array)), b"\1")
-        engine._reader._in_use = {}
+        engine._reader._taken.forget()
 
 
 def what(msr: int, type_: int, enables: int, within: int) -> dict[str, int]:

@@ -221,6 +221,10 @@ class Symbols:
         named = self._named(plain_name(function))
         return [s for s in named if s.name == function] or [s for s in named if s.function == function]
 
+    def first_of(self, functions: Sequence[str]) -> str:
+        """Of functions that stand for each other in different kernels, the first that is there; else the first."""
+        return next((function for function in functions if self.find(function)), functions[0])
+
     def body(self, function: str) -> list[Symbol]:
         """As `find`, but where a compiler has split the function, the part with its body comes first.
 

@@ -192,12 +192,12 @@ class ExitTable:
             index, direction = of_pid[0].msr, READ if of_pid[0].access == "read" else WRITE
             for vcpu, number in self._vcpus.get(pid, {}).items():
                 allowed = vcpu.filter.allows(index, direction) if vcpu.filter else None
-                said = self._said(vcpu, index, direction, of_pid[0].guest)
+                said = self._word_of(vcpu, index, direction, of_pid[0].guest)
                 if said and any(may_have_made(kind, allowed) for kind in of_pid):
                     found[said] += number
         return found
 
-    def _said(self, vcpu: Vcpu, msr: int, direction: int, guest: str) -> str | None:
+    def _word_of(self, vcpu: Vcpu, msr: int, direction: int, guest: str) -> str | None:
         """What is said of an access by a guest of a vCPU; None for L2 where there is none, as far as is known."""
         if guest != L2:
             return self._verdict(vcpu, msr).of(direction)

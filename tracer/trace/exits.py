@@ -21,16 +21,18 @@ from tracer.program.compiler import build
 from tracer.program.program import NotPermitted, Target, Variant
 from tracer.program.resources import resource
 from tracer.program.syscalls import MappedArray, run_program
-from tracer.trace.plan import cast_type, chosen, fentry_targets
+from tracer.trace.plan import cast_type, chosen, fentry_targets, process_values
 from tracer.trace.probes import Point, Probes, joined
-from tracer.trace.reader import SETTLE_PAUSE_SECONDS, is_at_rest, reads_init_pids
+from tracer.trace.reader import SETTLE_PAUSE_SECONDS, TakenPlaces, is_at_rest, reads_init_pids
 
 SOURCE = "bpf/exits.c"
-#: How many places there are where processes are not told apart: first_place() makes no index beyond.
-_OF_ONE = {"exits": 2048 + 64, "taken": 2048 + 16384}
-#: The places for what finds no other: as many of bpf/exits.c, after all others.
-_OTHERS_AT, _OTHERS_AT_OF_ONE = 32768, 2048
+#: How many places there are where processes are not told apart: first_place() makes no index beyond. OTHERS and the
+#: vCPUs of bpf/exits.c come on top.
+_PLACES_OF_ONE = 2048
+_OF_ONE = {"exits": _PLACES_OF_ONE + 64, "taken": _PLACES_OF_ONE + 16384}
 _ACCESS = {1: "read", 2: "write"}
+#: Of an array, the member that is not 0 where a value is in use, and the count that grows when another comes into use.
+_EXITS, _VCPUS = ("key", "places_taken"), ("vcpu", "vcpus_seen")
 #: enum result of bpf/exits.c
 _RESULTS = (OK, FILTERED, UNKNOWN, INVALID, REFLECTED)
 _RCX = 8  # bytes: enum kvm_reg, arch/x86/include/asm/kvm_host.h
@@ -41,17 +43,13 @@ _FAILED = "exits cannot be counted"
 def exit_points(symbols: Symbols) -> list[Point]:
     """What is probed: what ends an exit before what begins one."""
     functions, vendor = EXIT_FUNCTIONS, symbols.vendor
-
-    def present(names: tuple[str, ...]) -> str:
-        return next((name for name in names if symbols.find(name)), names[0])
-
     found = [
-        Point(present(vendor.vcpu_free), "vcpu_freed"),
+        Point(symbols.first_of(vendor.vcpu_free), "vcpu_freed"),
         Point(functions.refused, "access_refused"),
         Point(functions.write, "write_entered"),
-        Point(present(functions.write_fast), "fast_write_entered"),
+        Point(symbols.first_of(functions.write_fast), "fast_write_entered"),
         Point(functions.read, "read_entered"),
-        Point(present(vendor.nested_exit), f"nested_{vendor.name}_exit_entered"),
+        Point(symbols.first_of(vendor.nested_exit), f"nested_{vendor.name}_exit_entered"),
     ]
     in_instruction = [
         Point(functions.write_imm, "write_imm_entered"),
@@ -89,11 +87,9 @@ def exit_values(symbols: Symbols, options: Options) -> tuple[dict[str, int], Btf
     completions = {name: symbols.find(function) for name, function in EXIT_FUNCTIONS.completions.items()}
     if completions["complete_read"] and completions["complete_write"]:
         found |= {name: places[0].address for name, places in completions.items() if places}
-    if options.pid is not None:
-        found["wanted_pid"] = options.pid
-    found["others_at"] = _OTHERS_AT_OF_ONE
-    if options.by_vm:
-        found |= {"by_pid": 1, "others_at": _OTHERS_AT}
+    found |= process_values(options)
+    if not options.by_vm:
+        found["places"] = _PLACES_OF_ONE
     return found, btf
 
 
@@ -214,7 +210,7 @@ class ExitReader:
         self._open: dict[int, _Open] = {}
         self._last: dict[tuple[int, int], int] = {}
         self._kinds: dict[tuple[int, int], Exit] = {}
-        self._in_use: dict[str, tuple[int, list[int]]] = {}
+        self._taken = TakenPlaces(self._counts)
         self._sees_threads = reads_init_pids()
 
     def read(self, patience: float = 0) -> CountedExits:
@@ -226,14 +222,14 @@ class ExitReader:
         in_progress = self._look(patience)
         counts = {name: self._counts.get(0, name) for name in self._counts.members}
         found: Counter[tuple[int, int]] = Counter()
-        taken = self._places(self._exits, "key", "places_taken")
+        taken = self._taken.of(self._exits, *_EXITS)
         for place in taken:
             found[self._exits.get(place, "key"), self._exits.get(place, "pid")] += self._exits.get(place, "count")
         for index, one in self._open.items():
             if one.over and self._vcpus.get(index, "seq") == one.seq:
                 found[one.key, one.pid] += 1
         self._last = {kind: max(found[kind], self._last.get(kind, 0)) for kind in found.keys() | self._last.keys()}
-        vcpus = self._places(self._vcpus, "vcpu", "vcpus_seen")
+        vcpus = self._taken.of(self._vcpus, *_VCPUS)
         return CountedExits(
             exits={self._kind(*kind): count for kind, count in self._last.items() if kind[0] and count},
             open_exits=in_progress,
@@ -261,7 +257,7 @@ class ExitReader:
     def _look(self, patience: float) -> int:
         """Look which exits are open, and which of them are over; how many are not."""
         deadline = time.monotonic() + patience
-        indices = self._places(self._vcpus, "vcpu", "vcpus_seen")
+        indices = self._taken.of(self._vcpus, *_VCPUS)
         self._open = {index: one for index in indices if (one := self._open_of(index))}
         while True:
             unsure = [index for index, one in self._open.items() if not one.over]
@@ -288,20 +284,14 @@ class ExitReader:
         over = over and (seq, key) == (vcpus.get(index, "seq"), vcpus.get(index, "key"))
         return _Open(seq, key, pid, left, over)
 
-    def _places(self, array: MappedArray, member: str, count: str) -> list[int]:
-        """Which values of `array` are in use. It is searched only if another came into use since the last time."""
-        taken = self._counts.get(0, count)
-        if self._in_use.get(member, (-1, []))[0] != taken:  # a place is counted once it can be seen
-            self._in_use[member] = taken, array.used(member)
-        return [index for index in self._in_use[member][1] if array.get(index, member)]
-
     def reset_unpaired(self) -> None:
         """Forget refused accesses whose exit was not seen."""
         self._counts.set(0, "unpaired_refusal", 0)
 
     def clear(self) -> None:
         """Make everything 0, while no program counts."""
-        self._in_use, self._open, self._last = {}, {}, {}
+        self._taken.forget()
+        self._open, self._last = {}, {}
         for array in (self._exits, self._vcpus, self._counts):
             array.clear()
 
@@ -310,9 +300,9 @@ class ExitReader:
 
         Those of a process with a vCPU that is still there stay, to be asked for again.
         """
-        vcpus = self._places(self._vcpus, "vcpu", "vcpus_seen")
+        vcpus = self._taken.of(self._vcpus, *_VCPUS)
         ended = pids - {self._vcpus.get(index, "pid") for index in vcpus}
-        for place in self._places(self._exits, "key", "places_taken"):
+        for place in self._taken.of(self._exits, *_EXITS):
             if self._exits.get(place, "pid") in ended:
                 run_program(self._functions["exit_ended"], place)
         self._last = {kind: count for kind, count in self._last.items() if kind[1] not in ended}

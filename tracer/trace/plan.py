@@ -35,17 +35,13 @@ _PREEMPTION_MODEL = Path("/sys/kernel/debug/sched/preempt")
 
 def points(layout: Layout, symbols: Symbols, exact: bool) -> list[Point]:
     """What `layout` asks to be probed, the update function first; `exact` if the outcomes of calls are seen."""
-
-    def present(names: tuple[str, ...]) -> str:
-        return next((name for name in names if symbols.find(name)), names[0])
-
     vendor = symbols.vendor
     found = [Point(layout.update, "update_entered", "update_returned", ("unpaired_update",))]
     if layout.filter_set:
         found.append(Point(layout.filter_set, "filter_set_entered", "filter_set_returned"))
-    found.append(Point(present(vendor.vcpu_create), "vcpu_created"))
+    found.append(Point(symbols.first_of(vendor.vcpu_create), "vcpu_created"))
     found.append(Point(VCPU_CREATED, "creation_ended"))
-    found.append(Point(present(vendor.vcpu_free), "vcpu_freed"))
+    found.append(Point(symbols.first_of(vendor.vcpu_free), "vcpu_freed"))
     if exact:
         inlined = any(map(symbols.find, layout.inlined_into)) and not symbols.find(layout.writers[0])
         writers = layout.inlined_into if inlined else layout.writers
@@ -83,12 +79,16 @@ def values(layout: Layout, btf: Btf | None, symbols: Symbols, options: Options) 
         found["filter_offset"] = btf.offset("kvm_vcpu", "kvm") if btf else 0
     else:
         found["update_kind"] = WITHIN_RECALC if layout.filter_set else WITHIN_FILTER_CHANGE
-    if options.pid is not None:
-        found["wanted_pid"] = options.pid
+    found |= process_values(options)
     if options.by_vm:
-        found["by_pid"] = 1
         found |= _command_offsets(btf)
     return found
+
+
+def process_values(options: Options) -> dict[str, int]:
+    """The values of a program that say whose counts are wanted, and whether processes are told apart."""
+    found = {} if options.pid is None else {"wanted_pid": options.pid}
+    return found | ({"by_pid": 1} if options.by_vm else {})
 
 
 def preemptible(model: Path = _PREEMPTION_MODEL, version: str | None = None) -> bool:

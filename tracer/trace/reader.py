@@ -45,6 +45,29 @@ class Counted:
     open_calls: int
 
 
+class TakenPlaces:
+    """Which values of arrays are in use: an array is searched only if another came into use since the last time."""
+
+    def __init__(self, counts: MappedArray) -> None:
+        """`counts`: of the program, which says how many came into use."""
+        self._counts = counts
+        self._found: dict[str, tuple[int, list[int]]] = {}
+
+    def of(self, array: MappedArray, member: str, count: str) -> list[int]:
+        """Of an array, the values whose `member` is not 0; `count` grows when another comes into use.
+
+        No two arrays of a program have the same `member`.
+        """
+        taken = self._counts.get(0, count)
+        if self._found.get(member, (-1, []))[0] != taken:  # a place is counted once it can be seen
+            self._found[member] = taken, array.used(member)
+        return [index for index in self._found[member][1] if array.get(index, member)]
+
+    def forget(self) -> None:
+        """Search everything again."""
+        self._found = {}
+
+
 class Reader:
     """Reads the arrays of a program, and has it do what only a program can without losing a count."""
 
@@ -57,7 +80,7 @@ class Reader:
         outcome = ("redundant", "changed", "unknown", "changed_read", "changed_write", "refused")
         self._counter = arrays["counters"].getter(*(f"outcome.{name}" for name in outcome), "caller", "pid", "key")
         self._update = arrays["updates"].getter("count", "nanoseconds", "buckets")
-        self._in_use: dict[str, tuple[int, list[int]]] = {}
+        self._taken = TakenPlaces(self._counts)
         self._symbols: Symbols | None = None
         self._called: dict[tuple[int, int], Call] = {}
         self._sees_threads = reads_init_pids()
@@ -131,7 +154,7 @@ class Reader:
 
     def clear(self) -> None:
         """Make everything 0, while no program counts."""
-        self._in_use = {}
+        self._taken.forget()
         for array in self._arrays.values():
             array.clear()
 
@@ -158,12 +181,8 @@ class Reader:
         return bool(run_program(program, index, seq, returned))
 
     def _places(self, array: str) -> list[int]:
-        """Which values of `array` are in use. It is searched only if another came into use since the last time."""
-        member, count = _PLACES[array]
-        taken = self._counts.get(0, count)
-        if self._in_use.get(array, (-1, []))[0] != taken:  # a place is counted once it can be seen
-            self._in_use[array] = taken, self._arrays[array].used(member)
-        return [index for index in self._in_use[array][1] if self._arrays[array].get(index, member)]
+        """Which values of `array` are in use."""
+        return self._taken.of(self._arrays[array], *_PLACES[array])
 
     def _outcome(self, redundant: int, changed: int, unknown: int, *details: int) -> Outcome:
         """DETAILS: the changed bits for reads and for writes, and the refusals."""
