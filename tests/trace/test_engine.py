@@ -20,7 +20,7 @@ from tracer.kernel.livepatch import Livepatch
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
-from tracer.model.snapshot import Call, Durations, Map, Outcome
+from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe
 from tracer.model.vendor import VCPU_CREATED
 from tracer.trace.engine import Engine, expected_backends
 from tracer.trace.plan import preemptible, values, variants
@@ -354,3 +354,45 @@ def test_the_backends_of_a_trace_are_known_before_it(monkeypatch: pytest.MonkeyP
 
 def _no_btf(*_: object) -> Btf:
     raise BtfError("there is none")
+
+
+@pytest.mark.usefixtures("headers")
+def test_where_exits_cannot_be_counted_nothing_stays_attached(
+    no_probes: Probing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it attaches again, too."""
+
+    class Exits:
+        refused = False
+
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def fits(self, _: Symbols) -> bool:
+            return True
+
+        def attach(self, _: Symbols) -> list[Probe]:
+            if self.refused:
+                raise MsrtraceError("exits cannot be counted")
+            return []
+
+        def detach(self) -> None:
+            pass
+
+        close = detach
+
+    monkeypatch.setattr("tracer.trace.engine.ExitCounter", Exits)
+    there = symbols(TOGGLE, TOGGLE.writers[0])
+    engine = Engine(TOGGLE, there, Options(backend="kprobe", exits=True))
+    try:
+        assert +no_probes.held
+        engine.detach()
+        Exits.refused = True
+        with pytest.raises(MsrtraceError, match="exits cannot be counted"):
+            engine.reattach(TOGGLE, there)
+        assert not +no_probes.held
+    finally:
+        engine.close()
+    with pytest.raises(MsrtraceError, match="exits cannot be counted"):
+        Engine(TOGGLE, there, Options(backend="kprobe", exits=True))
+    assert not +no_probes.held

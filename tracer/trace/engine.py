@@ -97,7 +97,11 @@ class Engine:
                 self._probes.remove()
                 raise MsrtraceError(f"no probe could be attached ({reasons})")
             if self._exits:
-                self.probes = joined(self.probes + self._exits.attach(symbols))
+                try:
+                    self.probes = joined(self.probes + self._exits.attach(symbols))
+                except MsrtraceError:
+                    self._probes.remove()
+                    raise
         if self._creations_observable:
             self._reader.follow_creations()
         self._uncounted = tuple(holder.loss for holder in holders(self._symbols) if holder.loss)
