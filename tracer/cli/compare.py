@@ -11,7 +11,9 @@ from pathlib import Path
 
 import click
 
+from tracer.cli.command import Argument, Documented
 from tracer.cli.output import check_outputs, deliver, output_options
+from tracer.cli.parameters import REPORT
 from tracer.report.compare import Comparison, Window
 from tracer.report.compare import compare as compare_reports
 from tracer.report.file import read
@@ -21,7 +23,7 @@ from tracer.report.formats import OF_COMPARISONS, write_comparison
 _SKEW_SECONDS = 5.0
 
 
-class _Sides(click.Command):
+class _Sides(Documented):
     """A command whose --base and --new take every file up to the next option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -41,9 +43,21 @@ class _Sides(click.Command):
         return super().parse_args(ctx, repeated)
 
 
-@click.command(cls=_Sides)
-@click.option("--base", multiple=True, metavar="FILE...", help="Reports of one side, one for each repeat.")
-@click.option("--new", multiple=True, metavar="FILE...", help="Reports of the other side.")
+@click.command(
+    cls=_Sides,
+    examples={
+        "msrtrace compare before.json after.json": "Two reports, of `msrtrace report -o FILE.json`",
+        "msrtrace compare --base a1.json a2.json --new b1.json b2.json": "With repeats of both",
+        "msrtrace compare --format changelog before.json after.json": "As text for a commit message",
+        "msrtrace compare --prometheus http://localhost:9090 --base 'patch=\"no\"' --new 'patch=\"yes\"'": "Two "
+        "groups of hosts, by what Prometheus stored",
+        "msrtrace compare --prometheus http://localhost:9090 --base-at 2026-11-20T08:00Z --base 'job=\"msrtrace\"' "
+        "--new 'job=\"msrtrace\"'": "Hosts before and after an upgrade",
+    },
+    statuses={"3": "the reports cannot be compared; --force does it all the same"},
+)
+@click.option("--base", multiple=True, type=REPORT, metavar="FILE...", help="Reports of one side, one for each repeat.")
+@click.option("--new", multiple=True, type=REPORT, metavar="FILE...", help="Reports of the other side.")
 @click.option(
     "--prometheus",
     metavar="URL",
@@ -55,12 +69,20 @@ class _Sides(click.Command):
 @click.option(
     "--http.config.file",
     "http_config",
+    type=click.Path(dir_okay=False),
     metavar="FILE",
     help="How to talk to Prometheus: credentials, TLS, headers, as promtool takes it (YAML).",
 )
-@output_options(OF_COMPARISONS, "; changelog: 75 columns, for a commit message.")
+@output_options(OF_COMPARISONS, " (75 columns, for a commit message)")
 @click.option("--force", is_flag=True, help="Compare even what should not be compared; the result says why.")
-@click.argument("files", nargs=-1, metavar="[BASE NEW]")
+@click.argument(
+    "files",
+    cls=Argument,
+    nargs=-1,
+    type=REPORT,
+    metavar="[BASE NEW]",
+    help="The reports (JSON); - is standard input. For repeats, or with --prometheus: --base and --new.",
+)
 def compare(  # noqa: PLR0917 (click passes them by name)
     base: tuple[str, ...],
     new: tuple[str, ...],

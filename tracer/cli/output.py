@@ -19,13 +19,20 @@ def output_options(formats: list[str], note: str = "") -> Callable[[Callable[...
     """Decorate a command with -o/--output and --format (one of `formats`), which it gets as `outputs` and `fmt`."""
 
     def with_options(function: Callable[..., None]) -> Callable[..., None]:
-        fmt = click.option("--format", "fmt", type=click.Choice(formats), help=f"[default: {DEFAULT}]{note}")
+        fmt = click.option(
+            "--format",
+            "fmt",
+            type=click.Choice(formats),
+            metavar="FORMAT",
+            help=f"{', '.join(formats[:-1])} or {formats[-1]}{note}.  [default: {DEFAULT}]",
+        )
         output = click.option(
             "-o",
             "--output",
             "outputs",
             multiple=True,
             type=click.Path(dir_okay=False, path_type=Path),
+            metavar="FILE",
             help=f"Write to this file, atomically at the end; its suffix ({', '.join(SUFFIXES)}) selects the format. "
             "May be given several times.",
         )

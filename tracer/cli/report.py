@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tracer.cli.command import Argument, Documented
 from tracer.cli.console import is_dumb, version, warn
-from tracer.cli.options import tracing_options
+from tracer.cli.options import TRACING, tracing_options
 from tracer.cli.output import check_outputs, deliver, output_options
+from tracer.cli.parameters import COMMAND
 from tracer.cli.session import ready_machine, tracing
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
@@ -33,14 +35,38 @@ _LONGEST_SECONDS = 366 * 86400.0
 _TRACER_FAILED = 125  # as with env(1), timeout(1) and others that run a command
 
 
-@click.command(context_settings={"allow_interspersed_args": False})
+@click.command(
+    cls=Documented,
+    context_settings={"allow_interspersed_args": False},
+    examples={
+        "sudo msrtrace report -d 60": "What KVM does in a minute",
+        "sudo msrtrace report --label before -o before.json -o before.html -- ./workload": "While a workload runs; "
+        "for `msrtrace compare`, and for a browser",
+        "sudo msrtrace report --exits --by-vm -d 30": "Which MSR accesses make VMs exit, and who wants that",
+        "sudo msrtrace report --pid 4321": "Of one VM, until Ctrl-C",
+    },
+    statuses={
+        "125": "with COMMAND, msrtrace itself failed",
+        "126": "COMMAND cannot be run",
+        "127": "there is no such COMMAND",
+        "others": "that of COMMAND, which is 128 + N if signal N ended it",
+    },
+    **TRACING,
+)
 @click.option(
     "-d", "--duration", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="How long to trace."
 )
 @output_options(OF_REPORTS)
-@click.option("--label", default="", help="The name of this report in comparisons, such as `patched`.")
+@click.option("--label", default="", metavar="NAME", help="The name of this report in comparisons, such as `patched`.")
 @tracing_options
-@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.argument(
+    "command",
+    cls=Argument,
+    nargs=-1,
+    type=COMMAND,
+    metavar="[-- COMMAND...]",
+    help="What to run, with its arguments; all VMs are traced until it ends. Without it: -d, or until Ctrl-C.",
+)
 def report(  # noqa: PLR0917 (click passes them by name)
     duration: float | None,
     outputs: tuple[Path, ...],

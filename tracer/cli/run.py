@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tracer.cli.command import Documented
 from tracer.cli.console import say, version, warn
-from tracer.cli.options import tracing_options
+from tracer.cli.options import TRACING, tracing_options
 from tracer.cli.session import EndSignals, module_is_loaded, ready_machine, tracing, wait_for_module
 from tracer.model.module_change import FOLLOW_SECONDS
 from tracer.model.options import Options
@@ -32,7 +33,16 @@ def host_and_port(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-@click.command()
+@click.command(
+    cls=Documented,
+    examples={
+        "sudo msrtrace run": "Serve the counts to this machine alone, at http://127.0.0.1:9753/metrics",
+        "sudo msrtrace run --web.listen-address :9753 --web.config.file web.yml": "To others, with TLS and passwords",
+        "sudo msrtrace run --by-vm --exits": "Break down by VM, and count exits, too",
+        "sudo msrtrace run --wait-module": "As a service that may start before KVM's module is loaded",
+    },
+    **TRACING,
+)
 @click.option(
     "--web.listen-address",
     "address",
@@ -42,12 +52,21 @@ def host_and_port(text: str) -> tuple[str, int]:
     metavar="HOST:PORT",
     help="Where to serve; :PORT is every address of the machine.",
 )
-@click.option("--web.tls-cert-file", "cert", type=click.Path(dir_okay=False), help="Serve HTTPS with this certificate.")
-@click.option("--web.tls-key-file", "key", type=click.Path(dir_okay=False), help="The certificate's private key.")
+@click.option(
+    "--web.tls-cert-file",
+    "cert",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Serve HTTPS with this certificate.",
+)
+@click.option(
+    "--web.tls-key-file", "key", type=click.Path(dir_okay=False), metavar="FILE", help="The certificate's private key."
+)
 @click.option(
     "--web.tls-client-ca-file",
     "ca",
     type=click.Path(dir_okay=False),
+    metavar="FILE",
     help="Require client certificates by this CA.",
 )
 @click.option(

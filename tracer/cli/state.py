@@ -9,9 +9,11 @@ from pathlib import Path
 
 import click
 
+from tracer.cli.command import Documented
 from tracer.cli.console import version
 from tracer.cli.output import check_outputs, deliver, output_options
-from tracer.cli.parameters import MSR
+from tracer.cli.options import TRACING
+from tracer.cli.parameters import MSR, PID, VM, VM_OR_FILE
 from tracer.cli.session import check_pid, following_states
 from tracer.model.errors import MsrtraceError
 from tracer.model.state import State, is_called, of
@@ -19,14 +21,33 @@ from tracer.report.formats import OF_STATES, write_state, write_state_diff
 from tracer.report.state_view import RowChoice
 
 _INTERVAL_SECONDS, _LONGEST_SECONDS = 1.0, 86400.0
+_OVERHEAD = (
+    "It attaches no probe: it reads the memory of KVM, and guests do not notice. docs/cost.md in msrtrace's source has "
+    "what a read of 1,000 vCPUs takes.",
+)
 
 
-@click.command()
+@click.command(
+    cls=Documented,
+    examples={
+        "sudo msrtrace state": "Which accesses of which VMs exit, and who wants that",
+        "sudo msrtrace state --vm web-01 --msr IA32_SPEC_CTRL": "One MSR of one VM",
+        "sudo msrtrace state --diff web-01 web-02": "Why does web-01 exit where web-02 does not?",
+        "sudo msrtrace state --watch": "Then a line for each change, until Ctrl-C",
+        "sudo msrtrace state -o state.json": "All of it, for --diff and for scripts",
+    },
+    **{**TRACING, "overhead": _OVERHEAD},
+)
 @output_options(OF_STATES)
 @click.option(
-    "--vm", "names", multiple=True, metavar="NAME", help="Only VMs with this name or UUID. May be given several times."
+    "--vm",
+    "names",
+    multiple=True,
+    type=VM,
+    metavar="NAME",
+    help="Only VMs with this name or UUID. May be given several times.",
 )
-@click.option("--pid", type=click.IntRange(min=1), help="Only the VMs of this process.")
+@click.option("--pid", type=PID, metavar="PID", help="Only the VMs of this process.")
 @click.option(
     "--msr",
     "msrs",
@@ -46,6 +67,7 @@ _INTERVAL_SECONDS, _LONGEST_SECONDS = 1.0, 86400.0
 @click.option(
     "--diff",
     nargs=2,
+    type=VM_OR_FILE,
     metavar="A B",
     help="Why does A exit where B does not? Two VMs of this host, by name, UUID or pid, or two files of "
     "`-o FILE.json`.",

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tracer.cli.command import Documented
 from tracer.cli.console import columns, is_dumb, warn
-from tracer.cli.options import tracing_options
+from tracer.cli.options import TRACING, tracing_options
 from tracer.cli.session import ready_machine, tracing
 from tracer.model.module_change import FOLLOW_SECONDS
 from tracer.model.options import Options
@@ -35,7 +36,15 @@ _CONSOLE = re.compile(r"vt\d|linux|ansi|cons")  # ASCII, and no second screen
 _NO_COLOR = re.compile(r"vt\d")
 
 
-@click.command()
+@click.command(
+    cls=Documented,
+    examples={
+        "sudo msrtrace top": "Which MSR intercepts KVM changes, every second",
+        "sudo msrtrace top --exits --by-vm -d 5": "Which MSR accesses make VMs exit, and who wants that",
+        "sudo msrtrace top -n 1 -d 10": "Print one frame, of 10 seconds",
+    },
+    **{**TRACING, "environment": (*TRACING["environment"], "NO_COLOR", "TERM")},
+)
 @click.option(
     "-d",
     "--delay",
