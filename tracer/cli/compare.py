@@ -8,16 +8,17 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tracer.cli.command import Argument, Documented
 from tracer.cli.output import check_outputs, deliver, output_options
 from tracer.cli.parameters import REPORT
-from tracer.report.compare import Comparison, Window
-from tracer.report.compare import compare as compare_reports
-from tracer.report.file import read
 from tracer.report.formats import OF_COMPARISONS, write_comparison
+
+if TYPE_CHECKING:
+    from tracer.report.compare import Comparison
 
 #: A time that a user takes from another clock may be so much ahead of the server's.
 _SKEW_SECONDS = 5.0
@@ -122,8 +123,16 @@ def compare(  # noqa: PLR0917 (click passes them by name)
     if prometheus:
         comparison = _of_stored(prometheus, http_config, (base, new), since or "1h", (base_at, new_at), force=force)
     else:
-        comparison = compare_reports(*([read(Path(name)) for name in names] for names in (base, new)), force=force)
+        comparison = _of_files(base, new, force=force)
     deliver(partial(write_comparison, comparison), fmt, outputs)
+
+
+def _of_files(base: Sequence[str], new: Sequence[str], *, force: bool) -> Comparison:
+    """Compare the reports in these files."""
+    from tracer.report.compare import compare
+    from tracer.report.file import read
+
+    return compare(*([read(Path(name)) for name in names] for names in (base, new)), force=force)
 
 
 def _of_stored(
@@ -136,6 +145,8 @@ def _of_stored(
     force: bool,
 ) -> Comparison:
     """Compare the hosts that the selectors of the sides match, by what Prometheus stored before the times `at`."""
+    from tracer.report.compare import Window
+    from tracer.report.compare import compare as compare_reports
     from tracer.report.fleet.fleet import Prometheus, before_and_after, compared, seconds
     from tracer.report.fleet.http_config import read_http_config
 
@@ -158,7 +169,7 @@ def _of_stored(
         *fleet.sides,
         force=force,
         titles=titles,
-        windows=(_window(base_end, window), _window(new_end, window)),
+        windows=(Window(*_window(base_end, window)), Window(*_window(new_end, window))),
         apart=fleet.apart,
     )
     return replace(comparison, warnings=(*fleet.warnings, *comparison.warnings))
@@ -197,5 +208,5 @@ def _utc(time: float) -> str:
     return f"{datetime.fromtimestamp(time, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _window(end: float, seconds: int) -> Window:
-    return Window(datetime.fromtimestamp(end - seconds, timezone.utc), datetime.fromtimestamp(end, timezone.utc))
+def _window(end: float, seconds: int) -> tuple[datetime, datetime]:
+    return datetime.fromtimestamp(end - seconds, timezone.utc), datetime.fromtimestamp(end, timezone.utc)

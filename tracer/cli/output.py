@@ -11,7 +11,6 @@ import click
 from tracer.cli.console import columns
 from tracer.model.errors import MsrtraceError
 from tracer.model.text import COLUMNS
-from tracer.report.file import check_writable, write
 from tracer.report.formats import DEFAULT, FORMATS, SUFFIXES, format_of, suffix_of
 
 
@@ -43,6 +42,8 @@ def output_options(formats: list[str], note: str = "") -> Callable[[Callable[...
 
 def check_outputs(outputs: tuple[Path, ...], fmt: str | None, formats: Collection[str] = FORMATS) -> None:
     """Fail before any work is done if its result could not be written, or a suffix is not that of one of `formats`."""
+    from tracer.report.file import check_writable
+
     for name in {fmt or format_of(output) or DEFAULT for output in outputs} or {fmt or DEFAULT}:
         if name not in formats:
             raise click.UsageError(f"what is shown cannot be written as {name}: {', '.join(formats)} are possible")
@@ -67,6 +68,7 @@ def deliver(
     :param render: returns the result in a format, given by name, with text that is at most so many columns wide; raises
         MsrtraceError where the format cannot have it
     """
+    from tracer.report.file import write
 
     if not outputs:
         click.echo(render(fmt or DEFAULT, columns()), nl=False, err=to_stderr)

@@ -22,13 +22,12 @@ from tracer.cli.parameters import COMMAND
 from tracer.cli.session import ready_machine, tracing
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
-from tracer.model.snapshot import VmInfo
-from tracer.report.file import BOM, read
 from tracer.report.formats import OF_REPORTS, write_report
-from tracer.report.state_file import States
 
 if TYPE_CHECKING:
+    from tracer.model.snapshot import VmInfo
     from tracer.model.state import State
+    from tracer.report.state_file import States
     from tracer.trace.tracer import Tracer
 
 _LONGEST_SECONDS = 366 * 86400.0
@@ -172,6 +171,8 @@ def _own_failures(status: int) -> Iterator[None]:
 
 def _is_report(path: Path) -> bool:
     """Whether the path is that of a report file."""
+    from tracer.report.file import BOM, read
+
     try:
         if not path.is_file():  # nor open a pipe
             return False

@@ -10,26 +10,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracer.doctor.examination import MODULE, SYMBOLS, explain_eperm, obstacle
-from tracer.kernel.machine import Machine
 from tracer.model.errors import MsrtraceError
 from tracer.model.module_change import FOLLOW_SECONDS
 from tracer.model.options import BACKENDS, Options
 
 if TYPE_CHECKING:
+    from tracer.kernel.machine import Machine
     from tracer.kernel.symbols import Symbols
     from tracer.trace.state_follower import StateFollower
     from tracer.trace.state_reader import StateReader
     from tracer.trace.tracer import Tracer
 
-#: Checks of doctor on what only probes need.
-_NOT_FOR_STATES = (SYMBOLS, "livepatch", "library", "perf-event-paranoid", "tracefs")
 #: Those of a trace for which none are given.
 OPTIONS = Options()
 
 
 def this_machine(options: Options = OPTIONS) -> Machine:
     """This machine, what is already compiled, and how a trace with these options would go about it."""
+    from tracer.kernel.machine import Machine
     from tracer.trace.engine import compiled_backends, expected_backends
 
     return Machine.here(compiled_backends(), lambda machine: expected_backends(machine.symbols, options))
@@ -37,6 +35,8 @@ def this_machine(options: Options = OPTIONS) -> Machine:
 
 def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> Machine:
     """This machine. Raises MsrtraceError, which says what to do, if it cannot be traced with these options."""
+    from tracer.doctor.examination import MODULE, SYMBOLS, obstacle
+
     machine = this_machine(options)
     check_pid(options.pid)
     problem = obstacle(machine, ignore=(MODULE, SYMBOLS) if module_may_be_missing else ())
@@ -47,10 +47,12 @@ def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> M
 
 def _machine_with_states() -> Machine:
     """This machine. Raises MsrtraceError, which says what to do, if the states of vCPUs cannot be read."""
+    from tracer.doctor.examination import NEEDED_BY_PROBES_ALONE, obstacle
+    from tracer.kernel.machine import Machine
     from tracer.trace.state_reader import state_program_is_compiled
 
     machine = Machine.here(frozenset(BACKENDS) if state_program_is_compiled() else frozenset())
-    if problem := obstacle(machine, ignore=_NOT_FOR_STATES):
+    if problem := obstacle(machine, ignore=NEEDED_BY_PROBES_ALONE):
         raise MsrtraceError(problem)
     return machine
 
@@ -58,6 +60,7 @@ def _machine_with_states() -> Machine:
 @contextmanager
 def state_reader() -> Iterator[StateReader]:
     """A context with what reads the states of vCPUs. Raises MsrtraceError, which says what to do, if that cannot be."""
+    from tracer.doctor.examination import explain_eperm
     from tracer.trace.state_reader import StateReader
 
     machine = _machine_with_states()
@@ -71,6 +74,7 @@ def state_reader() -> Iterator[StateReader]:
 @contextmanager
 def following_states(pid: int | None = None) -> Iterator[StateFollower]:
     """As `state_reader`, of vCPUs with the names of their VMs, across reloads; with `pid` of those of a process."""
+    from tracer.doctor.examination import explain_eperm
     from tracer.trace import state_reader
     from tracer.trace.state_follower import StateFollower
 
@@ -141,6 +145,7 @@ def tracing(
     :param keep_gone: see Tracer
     :raises MsrtraceError: if it cannot be attached
     """
+    from tracer.doctor.examination import explain_eperm
     from tracer.trace.engine import Engine
     from tracer.trace.tracer import Tracer
 

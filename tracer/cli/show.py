@@ -12,10 +12,7 @@ from tracer.cli.command import Argument, Documented
 from tracer.cli.output import check_outputs, deliver, output_options
 from tracer.cli.parameters import REPORT
 from tracer.model.errors import MsrtraceError
-from tracer.report.file import read
 from tracer.report.formats import OF_REPORTS, OF_STATES, write_report, write_state
-from tracer.report.state_making import state_of
-from tracer.report.state_view import RowChoice
 
 
 @click.command(
@@ -43,11 +40,17 @@ from tracer.report.state_view import RowChoice
 )
 def show(outputs: tuple[Path, ...], fmt: str | None, state_alone: bool, file: str) -> None:
     """Show a saved report (JSON) again, in any format."""
+    from tracer.report.file import read
+
     check_outputs(outputs, fmt, OF_STATES if state_alone else OF_REPORTS)
     report = read(Path(file))
     if not state_alone:
         deliver(partial(write_report, report), fmt, outputs)
         return
+
+    from tracer.report.state_making import state_of
+    from tracer.report.state_view import RowChoice
+
     state = state_of(report)
     if state is None:
         raise MsrtraceError("that report does not have what vCPUs intercepted when the trace ended")

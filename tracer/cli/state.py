@@ -6,19 +6,21 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tracer.cli.command import Documented
 from tracer.cli.console import version
-from tracer.cli.output import check_outputs, deliver, output_options
 from tracer.cli.options import TRACING
+from tracer.cli.output import check_outputs, deliver, output_options
 from tracer.cli.parameters import MSR, PID, VM, VM_OR_FILE
 from tracer.cli.session import check_pid, following_states
 from tracer.model.errors import MsrtraceError
-from tracer.model.state import State, is_called, of
 from tracer.report.formats import OF_STATES, write_state, write_state_diff
-from tracer.report.state_view import RowChoice
+
+if TYPE_CHECKING:
+    from tracer.model.state import State
 
 _INTERVAL_SECONDS, _LONGEST_SECONDS = 1.0, 86400.0
 _OVERHEAD = (
@@ -87,6 +89,8 @@ def state(  # noqa: PLR0917 (click passes them by name)
 
     Every vCPU is found, those of VMs that started long ago, too. JSON has all MSRs, whatever the options say.
     """
+    from tracer.report.state_view import RowChoice
+
     shown = RowChoice(everything, frozenset(msrs))
     _check_usage(outputs, fmt, watched, interval, diff)
     check_outputs(outputs, fmt, OF_STATES)
@@ -129,6 +133,8 @@ def _check_usage(
 
 def _chosen(state: State, names: tuple[str, ...], pid: int | None) -> State:
     """The VMs that are asked for. Raises MsrtraceError if there is none of a name, or of the process."""
+    from tracer.model.state import is_called, of
+
     vms = [vm for vm in state.vms if pid in (None, vm.pid)]
     if pid is not None and not vms:
         raise MsrtraceError(f"process {pid} has no vCPU")

@@ -12,6 +12,8 @@ from tracer.doctor.check import Check, Found, State
 from tracer.kernel.machine import Machine, search
 
 MODULE, SYMBOLS = "module", "symbols"
+#: Checks of what reading the states of vCPUs does not need.
+NEEDED_BY_PROBES_ALONE = (SYMBOLS, "livepatch", "library", "perf-event-paranoid", "tracefs")
 #: In the order in which to fix them. MODULE is shown under the name of the vendor's module.
 _CHECKS: dict[str, Callable[[Machine], Found]] = {
     "cpu": host.check_cpu,

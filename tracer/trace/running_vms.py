@@ -17,8 +17,8 @@ _VM = "anon_inode:kvm-vm"
 def running_vms(proc: Path = Path("/proc")) -> dict[int, VmInfo]:
     """The VMs by the pid of their VMM; may lack some, and have a VMM whose VM is not there yet.
 
-    A process has a VM if it has a descriptor of one, which root and its owner can read; of other users' processes, those
-    whose program is a known VMM. Raises nothing.
+    A process has a VM if it has a descriptor of one, which root and its owner can read; of other users' processes,
+    those whose program is a known VMM. Raises nothing.
     """
     try:
         pids = [int(name) for name in os.listdir(proc) if name.isdecimal()]
