@@ -171,13 +171,7 @@ def test_the_help_of_a_command_imports_nothing_slow(tmp_path: Path, name: str) -
 def test_help_imports_no_command(tmp_path: Path) -> None:
     found = set(start_up(tmp_path, "--help").stderr.split())
     rooms = {"tracer.cli", "tracer.model"}
-    modules = {
-        "tracer.cli.command",
-        "tracer.cli.main",
-        "tracer.cli.streams",
-        "tracer.model.errors",
-        "tracer.model.text",
-    }
+    ours = {f"tracer.{name}" for name in ("cli.command", "cli.main", "cli.streams", "model.errors", "model.text")}
     assert {name for name in found if name.startswith("tracer.")} == rooms | ours
     assert not found & HEAVY - brought_by_msgspec()
     assert others(found) == {"click"}

@@ -2,14 +2,14 @@
 """Completion for bash, zsh and fish: click's, with scripts of our own.
 
 click's scripts complete every file where a report is wanted, split `--format=te` and `web:1` in bash, replace all of
-`--format=te` in zsh, and differ between its versions. Beside its types `plain`, `file` and `dir`, these know `json`
-(files of that suffix, and directories) and `command`.
+`--format=te` in zsh, complete only every other time there where they are files in fpath, and differ between versions of
+click. Beside its types `plain`, `file` and `dir`, these know `json` (files of that suffix, and directories) and
+`command`.
 """
 
 from __future__ import annotations
 
 import os
-import re
 
 from click.shell_completion import (
     BashComplete,
@@ -26,10 +26,6 @@ _CURSOR = "\1"
 _LICENCE = "# SPDX-License-Identifier: GPL-2.0-or-later\n"
 
 
-#: What bash would not take as it is.
-_SPECIAL = re.compile(r"[^\w@%+=:,./-]")
-
-
 def _summary(item: CompletionItem) -> str:
     """The first sentence of what is said of a value, on one line."""
     return " ".join((item.help or "").split()).partition(". ")[0].rstrip(".")
@@ -42,14 +38,16 @@ class _Bash(BashComplete):
         _LICENCE
         + """\
 %(complete_func)s() {
-    local IFS=$'\\n' kind value
+    local IFS=$'\\n' kind value filenames=
     local cur=${COMP_WORDS[COMP_CWORD]}
+    local -a plain=()
     COMPREPLY=()
     while IFS=, read -r kind value; do
         case $kind in
-            plain) COMPREPLY+=("$value") ;;
+            plain) plain+=("$value") ;;
             json)
-                compopt -o filenames
+                compopt -o filenames  # readline quotes
+                filenames=1
                 if declare -F _filedir >/dev/null; then
                     _filedir json
                 else
@@ -60,8 +58,12 @@ class _Bash(BashComplete):
             dir) compopt -o dirnames ;;
             file) compopt -o default ;;
         esac
-    done < <(env %(complete_var)s=bash_complete COMP_WORDS="${COMP_LINE:0:COMP_POINT}" COMP_CURRENT="$cur" \\
+    done < <(env %(complete_var)s=bash_complete COMP_WORDS="${COMP_LINE:0:COMP_POINT}" \\
         "${1/#\\~/$HOME}" 2>/dev/null)
+    for value in "${plain[@]}"; do
+        [[ $filenames || $cur == [\\"\\']* ]] || printf -v value %%q "$value"
+        COMPREPLY+=("$value")
+    done
 }
 
 complete -o nosort -F %(complete_func)s %(prog_name)s
@@ -80,21 +82,19 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
         """A line of its type and what readline is to insert."""
         if item.type != "plain":
             return f"{item.type},"
-        current = os.environ.get("COMP_CURRENT", "")
         _, word = _words(os.environ["COMP_WORDS"])
         before = max(word.rfind(":"), word.rfind("=")) + 1
         value = str(item.value)
         if before and value.startswith(word[:before]):
             value = value[before:]  # readline has split the word there
-        quoted = current.startswith(('"', "'"))
-        return f"plain,{value}" if quoted else "plain," + _SPECIAL.sub(r"\\\g<0>", value)
+        return f"plain,{value}"
 
 
 class _Zsh(ZshComplete):
     source_template = """\
 #compdef %(prog_name)s
 # SPDX-License-Identifier: GPL-2.0-or-later
-%(complete_func)s() {
+_%(prog_name)s() {
     local -a response described plain
     local kind value text result=1
     response=("${(@f)$(env %(complete_var)s=zsh_complete COMP_WORDS="${(j: :)words[1,CURRENT-1]} $PREFIX" \\
@@ -111,15 +111,15 @@ class _Zsh(ZshComplete):
             file) _files && result=0 ;;
         esac
     done
-    (( $#described )) && _describe -V unsorted described -U && result=0
-    (( $#plain )) && compadd -U -V unsorted -a plain && result=0
+    (( $#described )) && _describe -V unsorted described -U -i "$IPREFIX" && result=0
+    (( $#plain )) && compadd -U -i "$IPREFIX" -V unsorted -a plain && result=0
     return result
 }
 
-if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
-    %(complete_func)s "$@"
+if [[ $funcstack[1] == _%(prog_name)s ]]; then
+    _%(prog_name)s "$@"  # this file was loaded to complete: the first time
 else
-    compdef %(complete_func)s %(prog_name)s
+    compdef _%(prog_name)s %(prog_name)s
 fi
 """
 
