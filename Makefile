@@ -39,9 +39,10 @@ build/packages: Makefile
 	$(APT) install -y --no-install-recommends python3-venv python3-bpfcc
 	@touch $@
 
-# What the tests need beside that: promtool, a server of each dialect, pahole to check the reading of BTF, a browser to look at pages with.
+# What the tests need beside that: promtool, a server of each dialect, pahole to check the reading of BTF, a browser to look at pages with,
+# the shells that complete, mandoc and groff to check man pages with.
 build/test-packages: Makefile build/packages
-	$(APT) install -y --no-install-recommends prometheus victoria-metrics dwarves build-essential zstd openssl kmod chromium fonts-dejavu-core
+	$(APT) install -y --no-install-recommends prometheus victoria-metrics dwarves build-essential zstd openssl kmod chromium fonts-dejavu-core bash-completion zsh fish mandoc groff-base
 	@touch $@
 
 $(VENV)/ready: pyproject.toml build/packages $(VENV)/run

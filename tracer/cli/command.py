@@ -85,5 +85,6 @@ class Documented(click.Command):
                 if number:
                     formatter.write_paragraph()
                 formatter.write_text(f"# {what}")
-                formatter.write(f"{'':{formatter.current_indent}}{command}\n")  # never wrapped
+                for line in command.splitlines():  # as it is typed, never wrapped
+                    formatter.write(f"{'':{formatter.current_indent}}{line}\n")
         self.format_epilog(ctx, formatter)

@@ -50,10 +50,10 @@ class _Sides(Documented):
         "msrtrace compare before.json after.json": "Two reports, of `msrtrace report -o FILE.json`",
         "msrtrace compare --base a1.json a2.json --new b1.json b2.json": "With repeats of both",
         "msrtrace compare --format changelog before.json after.json": "As text for a commit message",
-        "msrtrace compare --prometheus http://localhost:9090 --base 'patch=\"no\"' --new 'patch=\"yes\"'": "Two "
-        "groups of hosts, by what Prometheus stored",
-        "msrtrace compare --prometheus http://localhost:9090 --base-at 2026-11-20T08:00Z --base 'job=\"msrtrace\"' "
-        "--new 'job=\"msrtrace\"'": "Hosts before and after an upgrade",
+        "msrtrace compare --prometheus http://localhost:9090 \\\n"
+        """    --base 'patch="unpatched"' --new 'patch="patched"'""": "Two groups of hosts, by what Prometheus stored",
+        "msrtrace compare --prometheus http://localhost:9090 \\\n"
+        """    --base-at 2026-11-20T08:00Z --base 'job="msrtrace"' --new 'job="msrtrace"'""": "Before and after an upgrade",
     },
     statuses={"3": "the reports cannot be compared; --force does it all the same"},
 )
@@ -102,8 +102,8 @@ def compare(  # noqa: PLR0917 (click passes them by name)
     With several files per side, `--base a1.json a2.json --new b1.json b2.json`, counts must agree in all repeats,
     and times have a median and a confidence interval. Reports that cannot be compared are refused with exit status 3.
 
-    `compare --prometheus URL --base 'patch="unpatched"' --new 'patch="patched"'` compares the hosts that match the
-    selectors, by what Prometheus stored. With --base-at TIME these are hosts before and after an upgrade.
+    With --prometheus, --base and --new are label selectors: the hosts that match them are compared, by what Prometheus
+    stored. With --base-at TIME these are hosts before and after an upgrade.
     """
     if files and (base or new):
         raise click.UsageError("give either BASE and NEW, or --base FILE... and --new FILE...")

@@ -20,7 +20,7 @@ from tracer.doctor.output import as_json, as_text
     cls=Documented,
     examples={
         "sudo msrtrace doctor": "Is anything missing, and which command fixes it?",
-        "sudo msrtrace doctor --json | jq -r '.checks[] | select(.state == \"failed\")'": "For scripts: what failed",
+        "sudo msrtrace doctor --json | jq '.checks[] | select(.state != \"ok\")'": "What is not right, for a script",
     },
     statuses={"1": "something that tracing needs is missing"},
     environment=("NO_COLOR", "TERM", "BCC_KERNEL_SOURCE"),

@@ -39,8 +39,8 @@ _TRACER_FAILED = 125  # as with env(1), timeout(1) and others that run a command
     context_settings={"allow_interspersed_args": False},
     examples={
         "sudo msrtrace report -d 60": "What KVM does in a minute",
-        "sudo msrtrace report --label before -o before.json -o before.html -- ./workload": "While a workload runs; "
-        "for `msrtrace compare`, and for a browser",
+        "sudo msrtrace report --label before -o before.json -o before.html -- make -j8": "While a workload runs; for "
+        "`msrtrace compare`, and for a browser",
         "sudo msrtrace report --exits --by-vm -d 30": "Which MSR accesses make VMs exit, and who wants that",
         "sudo msrtrace report --pid 4321": "Of one VM, until Ctrl-C",
     },
