@@ -53,7 +53,7 @@ class _Sides(Documented):
         "msrtrace compare --prometheus http://localhost:9090 \\\n"
         """    --base 'patch="unpatched"' --new 'patch="patched"'""": "Two groups of hosts, by what Prometheus stored",
         "msrtrace compare --prometheus http://localhost:9090 \\\n"
-        """    --base-at 2026-11-20T08:00Z --base 'job="msrtrace"' --new 'job="msrtrace"'""": "Before and after an upgrade",
+        """    --base-at 2026-11-20T08:00Z --base 'job="kvm"' --new 'job="kvm"'""": "Before and after an upgrade",
     },
     statuses={"3": "the reports cannot be compared; --force does it all the same"},
 )
