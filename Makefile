@@ -9,6 +9,7 @@
 # make check-versions  the unit tests alone, with the lowest versions of Python and libraries that pyproject.toml
 #                 permits, and with the newest (venvs in build/versions/); part of make check and make test
 # make wheel      build/wheel/*.whl with the compiled BPF programs; fails where they cannot be compiled
+# make deb       build/deb/SUITE/*.deb for the suites of Debian in SUITES (bookworm, trixie and sid), in clean chroots
 # make lint       linter, formatter and types alone
 # make compare-demo  the kernel without the patch against the one with it, on an emulated host; leaves build/compare/.
 #                 HOST=trixie-amd: on that host; leaves build/compare-trixie-amd/
@@ -30,7 +31,7 @@ HOST :=
 # This machine's KVM module, if its CPU has VMX or SVM and no emulated host is asked for.
 KVM := $(if $(HOST),,$(shell sed -n '/^flags/{s/.*\b\(vmx\|svm\)\b.*/\1/p;q}' /proc/cpuinfo | sed 's/vmx/kvm_intel/; s/svm/kvm_amd/'))
 
-.PHONY: run wheel check check-versions test test-all lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts bench-exits test-dashboard
+.PHONY: run wheel deb check check-versions test test-all lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts bench-exits test-dashboard
 
 # What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
 build/packages: Makefile
@@ -75,6 +76,9 @@ wheel: $(VENV)/run build/headers
 	rm -rf build/wheel
 	$(SUDO) env MSRTRACE_COMPILED=required $(VENV)/bin/pip wheel --disable-pip-version-check -q --no-deps -w build/wheel .
 	@ls build/wheel/*.whl
+
+deb:
+	$(SUDO) env MSRTRACE_BUILD="$$MSRTRACE_BUILD" packaging/deb.py $(SUITES)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
