@@ -12,11 +12,11 @@ import re
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timezone
-from email.utils import format_datetime
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests" / name) for name in ("kvmhost", "support")]
+_TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path.insert(0, str(_TESTS / "support"))
+sys.path.insert(0, str(_TESTS / "kvmhost"))
 
 from apt import Suite
 from bochs import fetch
@@ -29,6 +29,8 @@ SUITES = {"bookworm": "~deb12", "trixie": "~deb13", "sid": ""}
 #: What the packages are made from, beside packaging/debian.
 PARTS = ["tracer", "bpf", "dashboards", "docs", "packaging", "pyproject.toml", "hatch_build.py", "README.md"]
 PARTS += ["CHANGELOG.md", "LICENSE"]
+#: An older suite's does not know the newest version of the policy.
+LINTIAN = "--display-info --pedantic --suppress-tags newer-standards-version --fail-on none --allow-root"
 
 
 def version(suite: str) -> str:
@@ -42,24 +44,16 @@ def files() -> list[Path]:
     return [file for file in found if file.is_file() and "__pycache__" not in file.parts]
 
 
-def date() -> int:
-    """When that was last changed, in seconds since the epoch: the last commit; without git, the files say it."""
-    command = ["git", "-c", f"safe.directory={REPO}", "-C", str(REPO), "log", "-1", "--format=%ct", "--", *PARTS]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        found = ""
-    return int(found) if found.strip() else int(max(file.stat().st_mtime for file in files()))
-
-
 def changelog(suite: str) -> str:
-    """debian/changelog: this version, of the date of the last change."""
-    [maintainer] = re.findall(r"^Maintainer: (.+)", (REPO / "packaging/debian/control").read_text(), re.MULTILINE)
-    return (
-        f"msrtrace ({version(suite)}) {suite}; urgency=medium\n\n"
-        f"  * Version {PROJECT['version']}; what changed is in CHANGELOG.md.\n\n"
-        f" -- {maintainer}  {format_datetime(datetime.fromtimestamp(date(), timezone.utc))}\n"
-    )
+    """debian/changelog as the packages of SUITE have it."""
+    whole = (REPO / "packaging/debian/changelog").read_text()
+    return re.sub(r"\A.*", f"msrtrace ({version(suite)}) {suite}; urgency=medium", whole)
+
+
+def date() -> str:
+    """When this version was made, as debian/changelog has it: what depends on the time takes it from there."""
+    [found, *_] = re.findall(r"^ -- .+>  (.+)$", changelog("sid"), re.MULTILINE)
+    return str(found)
 
 
 def lacking(suite: Suite) -> dict[str, Suite]:
@@ -121,13 +115,17 @@ def unpack_source(suite: Suite, work: Path) -> Path:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
     tarball = work / f"{stem.replace('-', '_')}.orig.tar.xz"
-    sh(["tar", "-c", "-J", "-f", tarball, "-C", work, *plain, f"--mtime=@{date()}", stem])
+    sh(["tar", "-c", "-J", "-f", tarball, "-C", work, *plain, f"--mtime={date()}", stem])
     for library, newer in lacking(suite).items():
         component = _download(library, newer, work / f"{stem.replace('-', '_')}.orig-{library}.tar")
         (tree / library).mkdir()
         sh(["tar", "-x", "-f", component, "-C", tree / library, "--strip-components=1"])
     shutil.copytree(REPO / "packaging/debian", tree / "debian")
     (tree / "debian/changelog").write_text(changelog(suite.name))
+    for library in lacking(suite):
+        for addition in (tree / "debian/bundled" / library).iterdir():
+            with (tree / "debian" / addition.name).open("a") as file:
+                file.write(addition.read_text())
     return tree
 
 
@@ -155,8 +153,7 @@ def packages(suite: Suite) -> Path:
         sh(["cp", "-al", built_in, root])  # links: the build adds files and changes none
         (root / "build").mkdir()
         tree = unpack_source(suite, root / "build")
-        build = 'cd "$1" && dpkg-buildpackage --no-sign && lintian --info --pedantic --tag-display-limit 0 '
-        build += "--fail-on none --allow-root ../*.changes > ../lintian"
+        build = f'cd "$1" && dpkg-buildpackage --no-sign && lintian {LINTIAN} ../*.changes > ../lintian'
         run_in(root, "sh", "-c", build, "-", f"/build/{tree.name}", log=work / "log")
         for file in (root / "build").iterdir():
             if file.is_file():
