@@ -100,7 +100,7 @@ def build_root(suite: Suite) -> Path:
     packages = ["build-essential", "fakeroot", "lintian", *build_packages(suite)]
 
     def make(work: Path) -> None:
-        mmdebstrap(suite, packages, work / "root", "--dpkgopt=path-include=/usr/share/lintian/*")
+        mmdebstrap(suite, packages, work / "root", whole=True)
 
     versions = [suite.candidate(name) for name in ("debhelper", "python3-bpfcc", "linux-headers-amd64", "lintian")]
     return cached(f"debroot-{suite.name}", [packages, versions], make) / "root"
@@ -124,8 +124,8 @@ def unpack_source(suite: Suite, work: Path) -> Path:
     (tree / "debian/changelog").write_text(changelog(suite.name))
     for library in lacking(suite):
         for addition in (tree / "debian/bundled" / library).iterdir():
-            with (tree / "debian" / addition.name).open("a") as file:
-                file.write(addition.read_text())
+            with (tree / "debian" / addition.name).open("a") as whole:
+                whole.write(addition.read_text())
     return tree
 
 
