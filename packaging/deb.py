@@ -14,9 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-_TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path.insert(0, str(_TESTS / "support"))
-sys.path.insert(0, str(_TESTS / "kvmhost"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kvmhost"))
 
 from apt import Suite
 from bochs import fetch
