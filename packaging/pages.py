@@ -83,12 +83,15 @@ def _page(command: Documented, ctx: click.Context, summary: str) -> str:
 
 def _date() -> str:
     """The date of this version, not of the build: by SOURCE_DATE_EPOCH, or the Debian package's changelog."""
+    changelog = ROOT / "packaging/debian/changelog"
     if seconds := os.environ.get("SOURCE_DATE_EPOCH"):
         date = datetime.fromtimestamp(int(seconds), timezone.utc)
-    else:
-        found = re.search(r"^ -- .+>  (.+)$", (ROOT / "packaging/debian/changelog").read_text(), re.MULTILINE)
+    elif changelog.exists():
+        found = re.search(r"^ -- .+>  (.+)$", changelog.read_text(), re.MULTILINE)
         assert found
         date = parsedate_to_datetime(found[1])
+    else:
+        return ""
     return f"{date.astimezone(timezone.utc):%Y-%m-%d}"
 
 
