@@ -28,6 +28,7 @@ from prometheus_client.registry import Collector
 
 from tracer.export import server as server_module
 from tracer.export.metrics import SnapshotCollector
+from tracer.export.security import TlsFiles
 from tracer.export.server import Server
 from tracer.model.errors import MsrtraceError
 from tracer.model.snapshot import Outcome, Snapshot
@@ -316,7 +317,7 @@ def test_a_silent_client_blocks_nobody(serve: Serve, said: bytes) -> None:
 
 @pytest.mark.parametrize("said", [b"", b"\x16\x03\x01", REQUEST])
 def test_a_silent_client_blocks_nobody_with_tls(serve: Serve, tls: dict[str, str], said: bytes) -> None:
-    server = serve(toggle, **tls)
+    server = serve(toggle, security=TlsFiles(**tls))
     assert server.url.startswith("https://127.0.0.1:")
     with connected(server, said), connected(server, said):
         time.sleep(0.2)
@@ -348,7 +349,7 @@ def test_a_client_without_a_certificate_is_refused(
     serve: Serve, tls: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
-    server = serve(toggle, **tls, ca=tls["cert"], on_error=said.append)
+    server = serve(toggle, security=TlsFiles(**tls, ca=tls["cert"]), on_error=said.append)
     with pytest.raises(OSError, match=r"(?i)certificate|reset|eof|closed"):
         scrape(server, cert=tls["cert"])
     assert (said, capfd.readouterr()) == ([], ("", ""))
@@ -357,7 +358,7 @@ def test_a_client_without_a_certificate_is_refused(
 def test_missing_files_are_named(tls: dict[str, str]) -> None:
     for missing in ("cert", "key", "ca"):
         with pytest.raises(MsrtraceError, match=r"cannot read a TLS file: .*'/none'"):
-            Server(CollectorRegistry(), ("127.0.0.1", 0), **{**tls, "ca": tls["cert"], missing: "/none"})  # type: ignore[arg-type]
+            TlsFiles(**{**tls, "ca": tls["cert"], missing: "/none"})
 
 
 # --- paths and methods ---
@@ -511,7 +512,7 @@ def test_no_host_means_every_address(serve: Serve) -> None:
     server = listening("").start()
     try:
         assert get(server, "/-/healthy")[0] == 200
-        assert server.leaves_machine
+        assert server.exposed == server.places
         if has_ipv6():
             assert asked(server, "GET /-/healthy HTTP/1.0\r\n\r\n", "::1")[0] == 200
             assert server.url == f"http://[::]:{server.server_address[1]}/metrics"
@@ -553,6 +554,6 @@ def test_loopback_does_not_leave_the_machine(host: str, leaves: bool) -> None:
     if host == "::1" and not has_ipv6():
         return
     server = listening(host)
-    assert server.leaves_machine is leaves
+    assert bool(server.exposed) is leaves
     assert server.url.startswith("http://[::1]:" if host == "::1" else f"http://{host}:")
     server.server_close()

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import click
 
+from tracer.cli import systemd
 from tracer.cli.streams import OutputError
 from tracer.model.text import COLUMNS
 
@@ -21,14 +22,14 @@ DUMB = ("", "dumb", "unknown")
 
 def say(line: str) -> None:
     """Print a message to standard output."""
-    click.echo(f"msrtrace: {line}")
+    click.echo(f"{systemd.prefix(systemd.INFO, sys.stdout)}msrtrace: {line}")
     sys.stdout.flush()
 
 
 def warn(line: str) -> None:
     """Print a warning to standard error, if that can be written: what is warned of goes on."""
     with suppress(OutputError, OSError):
-        click.echo(f"msrtrace: warning: {line}", err=True)
+        click.echo(f"{systemd.prefix(systemd.WARNING, sys.stderr)}msrtrace: warning: {line}", err=True)
 
 
 def is_dumb() -> bool:

@@ -113,8 +113,10 @@ def main() -> None:
 
 
 def _fail(line: str, status: int) -> NoReturn:
+    from tracer.cli import systemd
+
     with suppress(OutputError, OSError):  # the status remains
-        click.echo(line, err=True)
+        click.echo(f"{systemd.prefix(systemd.ERROR, sys.stderr)}{line}", err=True)
     sys.exit(status)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracer.model.errors import MsrtraceError
-from tracer.model.module_change import FOLLOW_SECONDS
 from tracer.model.options import BACKENDS, Options
 
 if TYPE_CHECKING:
@@ -108,31 +107,33 @@ def module_is_loaded() -> bool:
 
 
 class EndSignals:
-    """SIGINT and SIGTERM, which end a command in order: in this context they are waited for, and interrupt nothing.
+    """SIGINT, SIGTERM and SIGHUP, which end a command in order: here they are waited for, and interrupt nothing.
 
     A handler could run in the middle of anything, and one that takes a lock may then wait for ever.
     """
 
-    _NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    def __init__(self, on_hangup: Callable[[], None] | None = None) -> None:
+        """With `on_hangup`, SIGHUP ends nothing: this runs during the wait. Else it ends unless it is ignored."""
+        self._on_hangup = on_hangup
+        self._numbers = {signal.SIGINT, signal.SIGTERM}
+        # A blocked signal comes even if it is ignored, as nohup(1) has it.
+        if on_hangup or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            self._numbers.add(signal.SIGHUP)
 
     def __enter__(self) -> EndSignals:
-        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, self._NUMBERS)
+        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
     def wait(self, seconds: float) -> bool:
-        """Wait this long; True at once when one of the signals has come."""
-        return signal.sigtimedwait(self._NUMBERS, seconds) is not None
-
-
-def wait_for_module(signals: EndSignals) -> bool:
-    """Wait until a module that can be traced is loaded; False if a signal came first."""
-    while not module_is_loaded():
-        if signals.wait(FOLLOW_SECONDS):
+        """Wait this long; True at once when one of the signals has come, which ends the command."""
+        came = signal.sigtimedwait(self._numbers, seconds)
+        if came and came.si_signo == signal.SIGHUP and self._on_hangup:
+            self._on_hangup()
             return False
-    return True
+        return came is not None
 
 
 @contextmanager

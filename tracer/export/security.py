@@ -32,25 +32,41 @@ class Security(Protocol):
     def now(self) -> Setup:
         """The setup for a new connection. Raises nothing."""
 
+    def reload(self) -> None:
+        """Read all files again. Raises nothing: what is invalid is reported, and the setup before it stays."""
 
-@dataclass(frozen=True)
-class Fixed:
-    """A setup that stays."""
 
-    setup: Setup = Setup()
+class TlsFiles:
+    """TLS with a certificate and its key, if any; with a CA, only for clients with a certificate by it."""
+
+    def __init__(
+        self,
+        cert: str | None = None,
+        key: str | None = None,
+        ca: str | None = None,
+        *,
+        on_error: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Read the files; `on_error` gets a line when they are invalid later. Raises MsrtraceError if they are now."""
+        self._files, self._on_error = (cert, key, ca), on_error
+        self._setup = _setup_of(*self._files)
 
     def now(self) -> Setup:
-        """The setup."""
-        return self.setup
+        """The setup of when the files were read."""
+        return self._setup
+
+    def reload(self) -> None:
+        """Read the files again. Those that cannot be used leave the setup before them."""
+        try:
+            self._setup = _setup_of(*self._files)
+        except MsrtraceError as error:
+            self._on_error(f"{error}; the files before stay in force")
 
 
-def of_files(cert: str | None, key: str | None, ca: str | None) -> Fixed:
-    """TLS with a certificate and its key, if any; with a CA, only for clients with a certificate by it.
-
-    Raises MsrtraceError if a file cannot be used.
-    """
+def _setup_of(cert: str | None, key: str | None, ca: str | None) -> Setup:
+    """The setup of files. Raises MsrtraceError if one cannot be used."""
     if not cert:
-        return Fixed()
+        return Setup()
     try:
         for file in (cert, key, ca):
             if file:
@@ -65,4 +81,4 @@ def of_files(cert: str | None, key: str | None, ca: str | None) -> Fixed:
         raise MsrtraceError(f"cannot read a TLS file: {error}") from None
     if ca:
         context.verify_mode = ssl.CERT_REQUIRED
-    return Fixed(Setup(context))
+    return Setup(context)

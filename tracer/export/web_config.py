@@ -84,6 +84,12 @@ class WebConfig:
                 self._complaint = str(error)
             return self._setup
 
+    def reload(self) -> None:
+        """Read all files again, also those that look the same; what is invalid is reported again."""
+        with self._lock:
+            self._content, self._complaint = b"\0", ""
+        self.now()
+
     def _changed(self) -> bool:
         return read_file(self._path) != self._content or any(
             read_file(file) != content for file, content in self._files
