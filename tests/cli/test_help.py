@@ -4,38 +4,15 @@
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Iterator
 
 import click
 import pytest
 from command import ROOT, command
+from command_lines import COMMANDS, check, documented, typed
 
-from tracer.cli import main as cli
-from tracer.cli.command import ENVIRONMENT, STATUSES, Argument, Documented
+from tracer.cli.command import ENVIRONMENT, STATUSES, Argument
 
-COMMANDS = cli.cli.list_commands(click.Context(cli.cli))
 COLUMNS = 80
-#: Words before msrtrace on a command line.
-_BEFORE = ["sudo"]
-
-
-def root() -> click.Context:
-    return click.Context(cli.cli, info_name="msrtrace", **cli.cli.context_settings)
-
-
-def documented(name: str | None) -> Documented:
-    found = cli.cli.get_command(root(), name) if name else cli.cli
-    assert isinstance(found, Documented)
-    return found
-
-
-def typed(example: str) -> Iterator[list[str]]:
-    """The arguments of each msrtrace on a command line."""
-    for part in re.split(r" \| (?=(?:[^']*'[^']*')*[^']*$)", example.replace("\\\n", " ")):
-        words = shlex.split(part)
-        if "msrtrace" in words:
-            yield words[words.index("msrtrace") + 1 :]
 
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])
@@ -59,17 +36,14 @@ def test_examples_can_be_typed(name: str | None) -> None:
         for arguments in found:
             if name:
                 assert arguments[0] in (name, *(["report"] if name == "show" else []))
-            if arguments:
-                known = documented(arguments[0])
-                with known.make_context(arguments[0], arguments[1:], parent=root()) as ctx:
-                    assert ctx.args == []
+            check(arguments)
 
 
 def test_a_wrong_example_is_found() -> None:
     [arguments] = typed("sudo msrtrace state --vms web \\\n  --all | grep 'a | b'")
     assert arguments == ["state", "--vms", "web", "--all"]
     with pytest.raises(click.NoSuchOption):
-        documented("state").make_context("state", arguments[1:], parent=root())
+        check(arguments)
 
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])
