@@ -129,7 +129,8 @@ def _options(command: click.Command, ctx: click.Context) -> Iterator[tuple[str, 
         record = option.get_help_record(ctx)
         if isinstance(option, click.Option) and record:
             value = f" {_metavar(option.metavar)}" if option.metavar else ""
-            yield ", ".join(map(_bold, option.opts)) + value, record[1]
+            names = sorted(option.opts, key=len)  # before click 8.1.4, those of --help come in any order
+            yield ", ".join(map(_bold, names)) + value, record[1]
 
 
 def _usage(command: click.Command, ctx: click.Context) -> str:

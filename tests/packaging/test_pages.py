@@ -85,7 +85,8 @@ def test_a_page_has_what_help_has(directory: Path, name: str | None) -> None:
     assert "2026-11-18" in text
     for option in command.get_params(root):
         if isinstance(option, click.Option):
-            assert f"{', '.join(option.opts)}{f' {option.metavar}' if option.metavar else ''}" in words
+            names = ", ".join(sorted(option.opts, key=len))
+            assert f"{names}{f' {option.metavar}' if option.metavar else ''}" in words
             assert " ".join((option.help or "").replace("`", "").split()) in words
     for example in command.examples:  # type: ignore[attr-defined]
         assert all(line in text for line in example.splitlines())

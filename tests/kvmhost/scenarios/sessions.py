@@ -13,10 +13,10 @@ import subprocess
 import time
 from pathlib import Path
 
-#: Of what is started with `&`: it has said all that it says at first when it was silent for so long.
-_SILENT_SECONDS = 8.0
-#: How long what only Ctrl-C ends is left alone.
-_WATCHED_SECONDS = 9.0
+#: The last that `msrtrace run` says when it starts.
+_SERVING = b"/metrics\n"
+#: How long other commands that are started with `&` have to start, and what only Ctrl-C ends is left alone.
+_START_SECONDS, _WATCHED_SECONDS = 2.0, 25.0
 _LONGEST_SECONDS = 120.0
 _CURL = """#!/usr/bin/python3
 import sys, urllib.request
@@ -46,21 +46,21 @@ class Shell:
         typed = f"timeout -s INT {_WATCHED_SECONDS} {command}" if interrupted else command
         self._shell.stdin.write(f"{typed}\nprintf '\\0'\n".encode())
         self._shell.stdin.flush()
-        printed = self._read(_LONGEST_SECONDS, until=b"\0")
-        if command.endswith("&"):
-            printed += self._read(_SILENT_SECONDS)
+        printed = self._read(b"\0")
+        if command.endswith("msrtrace run &"):
+            printed += self._read(_SERVING)
+        elif command.endswith("&"):
+            time.sleep(_START_SECONDS)
         return printed.replace(b"\0", b"").decode()
 
-    def _read(self, seconds: float, until: bytes = b"") -> bytes:
+    def _read(self, until: bytes) -> bytes:
+        """What is printed up to these bytes."""
         assert self._shell.stdout
-        printed, deadline = b"", time.monotonic() + seconds
-        while not until or until not in printed:
-            if not select.select([self._shell.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                assert not until, f"no end after {printed!r}"
-                return printed
+        printed, deadline = b"", time.monotonic() + _LONGEST_SECONDS
+        while until not in printed:
+            ready, _, _ = select.select([self._shell.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"no {until!r} after {printed!r}"
             printed += os.read(self._shell.stdout.fileno(), 65536)
-            if not until:
-                deadline = time.monotonic() + seconds
         return printed
 
 
