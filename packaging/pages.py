@@ -129,7 +129,7 @@ def _options(command: click.Command, ctx: click.Context) -> Iterator[tuple[str, 
         record = option.get_help_record(ctx)
         if isinstance(option, click.Option) and record:
             value = f" {_metavar(option.metavar)}" if option.metavar else ""
-            names = sorted(option.opts, key=len)  # before click 8.1.4, those of --help come in any order
+            names = sorted(option.opts, key=len)  # before click 8.5, those of --help come in any order
             yield ", ".join(map(_bold, names)) + value, record[1]
 
 
