@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -75,6 +76,22 @@ class _Pid(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The processes of running VMs."""
         return _items({str(pid): vm.name for pid, vm in _running_vms().items()}, incomplete)
+
+
+class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A number of seconds, from `least` (by default: above 0) to `most`; --help does not show these limits."""
+
+    name = "SECONDS"
+
+    def __init__(self, most: float, least: float | None = None) -> None:
+        self._range = click.FloatRange(least or 0, most, min_open=least is None)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        seconds = float(self._range.convert(value, param, ctx))
+        if math.isnan(seconds):  # which is in every range
+            self.fail(f"{value} is no number of seconds", param, ctx)
+        return seconds
 
 
 class _Text(click.ParamType):  # type: ignore[type-arg,unused-ignore]

@@ -18,7 +18,7 @@ from tracer.cli.command import Argument, Documented
 from tracer.cli.console import is_dumb, version, warn
 from tracer.cli.options import TRACING, tracing_options
 from tracer.cli.output import check_outputs, deliver, output_options
-from tracer.cli.parameters import COMMAND
+from tracer.cli.parameters import COMMAND, Seconds
 from tracer.cli.session import ready_machine, tracing
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
@@ -52,9 +52,7 @@ _TRACER_FAILED = 125  # as with env(1), timeout(1) and others that run a command
     },
     **TRACING,
 )
-@click.option(
-    "-d", "--duration", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="How long to trace."
-)
+@click.option("-d", "--duration", type=Seconds(_LONGEST_SECONDS), metavar="SECONDS", help="How long to trace.")
 @output_options(OF_REPORTS)
 @click.option("--label", default="", metavar="NAME", help="The name of this report in comparisons, such as `patched`.")
 @tracing_options
@@ -81,8 +79,6 @@ def report(  # noqa: PLR0917 (click passes them by name)
     """
     if duration is not None and command:
         raise click.UsageError("give either -d or COMMAND: a COMMAND is traced until it ends")
-    if duration is not None and not duration <= _LONGEST_SECONDS:  # also if it is NaN
-        raise click.UsageError(f"-d {duration:g}: at most {_LONGEST_SECONDS:g} seconds")
     if command and _is_report(Path(command[0])):
         what = "compare" if len(command) == 2 and _is_report(Path(command[1])) else "show"
         instead = shlex.join(("msrtrace", what, *command))

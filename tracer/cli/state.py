@@ -14,7 +14,7 @@ from tracer.cli.command import Documented
 from tracer.cli.console import version
 from tracer.cli.options import TRACING
 from tracer.cli.output import check_outputs, deliver, output_options
-from tracer.cli.parameters import MSR, PID, VM, VM_OR_FILE
+from tracer.cli.parameters import MSR, PID, VM, VM_OR_FILE, Seconds
 from tracer.cli.session import check_pid, following_states
 from tracer.model.errors import MsrtraceError
 from tracer.report.formats import OF_STATES, write_state, write_state_diff
@@ -62,7 +62,7 @@ _OVERHEAD = (
 @click.option("--watch", "watched", is_flag=True, help="Then print a line for each change, until SIGINT or SIGTERM.")
 @click.option(
     "--interval",
-    type=click.FloatRange(0.1, _LONGEST_SECONDS),
+    type=Seconds(_LONGEST_SECONDS, least=0.1),
     metavar="SECONDS",
     help=f"How often --watch reads what vCPUs intercept.  [default: {_INTERVAL_SECONDS:g}]",
 )
@@ -125,8 +125,6 @@ def _check_usage(
         raise click.UsageError("give either --watch or --diff")
     if interval is not None and not watched:
         raise click.UsageError("--interval is for --watch")
-    if interval is not None and not interval <= _LONGEST_SECONDS:  # NaN
-        raise click.UsageError("--interval: give a number of seconds")
     if watched and (outputs or fmt not in (None, "text")):
         raise click.UsageError("--watch prints text to standard output: it excludes -o and other formats")
 

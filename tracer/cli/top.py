@@ -16,6 +16,7 @@ import click
 from tracer.cli.command import Documented
 from tracer.cli.console import columns, is_dumb, warn
 from tracer.cli.options import TRACING, tracing_options
+from tracer.cli.parameters import Seconds
 from tracer.cli.session import ready_machine, tracing
 from tracer.model.module_change import FOLLOW_SECONDS
 from tracer.model.options import Options
@@ -48,7 +49,7 @@ _NO_COLOR = re.compile(r"vt\d")
 @click.option(
     "-d",
     "--delay",
-    type=click.FloatRange(0.1, _LONGEST_DELAY),
+    type=Seconds(_LONGEST_DELAY, least=0.1),
     default=1.0,
     show_default=True,
     metavar="SECONDS",
@@ -71,8 +72,6 @@ def top(delay: float, iterations: int | None, options: Options, sort: str | None
     In a terminal, `?` shows the keys and q quits. Elsewhere, and with TERM=dumb, the intervals are printed one after
     another, until Ctrl-C or -n. NO_COLOR is respected.
     """
-    if not delay <= _LONGEST_DELAY:  # NaN
-        raise click.UsageError("-d: give a number of seconds")
     orders = _SORTS_OF_EXITS if options.exits else _SORTS
     if sort and sort not in orders:
         option = "with --exits" if options.exits else "without --exits"
