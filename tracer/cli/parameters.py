@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +51,8 @@ class _Msr(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic s
             return value
         found = msr.number(value)
         if found is None:
+            import difflib
+
             like = difflib.get_close_matches(str(value).upper(), msr.NAMES.values(), 1)
             hint = f"; did you mean {like[0]}?" if like else ", such as 0x48 or IA32_SPEC_CTRL"
             self.fail(f"{value} is neither the number nor the name of an MSR{hint}", param, ctx)
