@@ -143,25 +143,26 @@ def run_in(root: Path, *command: str, log: Path) -> None:
     sh([*apart, "chroot", root, *environment, *command], log=log)
 
 
+def build(suite: Suite, work: Path) -> None:
+    """Leave in WORK the packages of SUITE and the source package, the log of the build and what lintian says."""
+    root = work / "root"
+    sh(["cp", "-al", build_root(suite), root])  # links: the build adds files and changes none
+    (root / "build").mkdir()
+    tree = unpack_source(suite, root / "build")
+    steps = f'cd "$1" && dpkg-buildpackage --no-sign && lintian {LINTIAN} ../*.changes > ../lintian'
+    run_in(root, "sh", "-c", steps, "-", f"/build/{tree.name}", log=work / "log")
+    for file in (root / "build").iterdir():
+        if file.is_file():
+            shutil.copy(file, work)
+    shutil.rmtree(root)
+
+
 def packages(suite: Suite) -> Path:
-    """A directory of the packages of SUITE and the source package, with the log of the build and what lintian says."""
-    built_in = build_root(suite)
-
-    def make(work: Path) -> None:
-        root = work / "root"
-        sh(["cp", "-al", built_in, root])  # links: the build adds files and changes none
-        (root / "build").mkdir()
-        tree = unpack_source(suite, root / "build")
-        build = f'cd "$1" && dpkg-buildpackage --no-sign && lintian {LINTIAN} ../*.changes > ../lintian'
-        run_in(root, "sh", "-c", build, "-", f"/build/{tree.name}", log=work / "log")
-        for file in (root / "build").iterdir():
-            if file.is_file():
-                shutil.copy(file, work)
-        shutil.rmtree(root)
-
+    """The directory of what `build` leaves, built once for what it is made from."""
     bundled = [newer.upstream_tarball(f"python3-{library}") for library, newer in lacking(suite).items()]
     names = [str(file.relative_to(REPO)) for file in files()]
-    return cached(f"deb-{suite.name}", [built_in.parent.name, bundled, changelog(suite.name), names, *files()], make)
+    inputs = [build_root(suite).parent.name, bundled, version(suite.name), names, *files()]
+    return cached(f"deb-{suite.name}", inputs, lambda work: build(suite, work))
 
 
 def main() -> None:
