@@ -8,6 +8,7 @@ source package (debian/rules compiles it). docs/packaging.md says more.
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -166,14 +167,17 @@ def packages(suite: Suite) -> Path:
 
 
 def main() -> None:
-    """Build the packages of each suite that is named, and leave them in build/deb/SUITE."""
-    for name in sys.argv[1:] or SUITES:
-        made, there = packages(Suite(name)), REPO / "build/deb" / name
+    """Build the packages of each suite that is named."""
+    parser = argparse.ArgumentParser(prog="packaging/deb.py", description=__doc__)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; by default all")
+    parser.add_argument("--out", type=Path, default=REPO / "build/deb", metavar="DIR", help="gets DIR/SUITE/*.deb")
+    args = parser.parse_args()
+    if unknown := {*args.suites} - {*SUITES}:
+        parser.error(f"no such suite: {', '.join(unknown)}")
+    for name in args.suites or SUITES:
+        made, there = packages(Suite(name)), args.out / name
         shutil.rmtree(there, ignore_errors=True)
-        there.mkdir(parents=True)
-        for file in made.iterdir():
-            if file.name not in ("log", "lintian"):
-                shutil.copy(file, there)
+        shutil.copytree(made, there)
         say(f"packages of {name} are in {there}")
 
 
