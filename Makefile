@@ -8,7 +8,8 @@
 #                 what was left out
 # make check-versions  the unit tests alone, with the lowest versions of Python and libraries that pyproject.toml
 #                 permits, and with the newest (venvs in build/versions/); part of make check and make test
-# make wheel      build/wheel/*.whl with the compiled BPF programs; fails where they cannot be compiled
+# make dist       build/dist/: the sdist, and the wheel with the compiled BPF programs; fails where they cannot be compiled
+# make wheel      the same
 # make deb       build/deb/SUITE/*.deb for the suites of Debian in SUITES (bookworm, trixie and sid), in clean chroots
 # make lint       linter, formatter and types alone
 # make compare-demo  the kernel without the patch against the one with it, on an emulated host; leaves build/compare/.
@@ -31,7 +32,7 @@ HOST :=
 # This machine's KVM module, if its CPU has VMX or SVM and no emulated host is asked for.
 KVM := $(if $(HOST),,$(shell sed -n '/^flags/{s/.*\b\(vmx\|svm\)\b.*/\1/p;q}' /proc/cpuinfo | sed 's/vmx/kvm_intel/; s/svm/kvm_amd/'))
 
-.PHONY: run wheel deb check check-versions test test-all lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts bench-exits test-dashboard
+.PHONY: run dist wheel deb check check-versions test test-all lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts bench-exits test-dashboard
 
 # What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
 build/packages: Makefile
@@ -41,9 +42,9 @@ build/packages: Makefile
 	@touch $@
 
 # What the tests need beside that: promtool, a server of each dialect, pahole to check the reading of BTF, a browser to look at pages with,
-# the shells that complete, mandoc and groff to check man pages with.
+# the shells that complete, mandoc and groff to check man pages with, pipx to install the wheel.
 build/test-packages: Makefile build/packages
-	$(APT) install -y --no-install-recommends prometheus victoria-metrics dwarves build-essential zstd openssl kmod chromium fonts-dejavu-core bash-completion zsh fish mandoc groff-base
+	$(APT) install -y --no-install-recommends prometheus victoria-metrics dwarves build-essential zstd openssl kmod chromium fonts-dejavu-core bash-completion zsh fish mandoc groff-base pipx
 	@touch $@
 
 $(VENV)/ready: pyproject.toml build/packages $(VENV)/run
@@ -72,10 +73,10 @@ build/headers: build/packages
 	ls -d /usr/src/linux-headers-*-common /usr/src/kernels/* /lib/modules/$$(uname -r)/build 2>/dev/null | grep -q . || $(APT) install -y --no-install-recommends linux-headers-amd64
 	@touch $@
 
-wheel: $(VENV)/run build/headers
-	rm -rf build/wheel
-	$(SUDO) env MSRTRACE_COMPILED=required $(VENV)/bin/pip wheel --disable-pip-version-check -q --no-deps -w build/wheel .
-	@ls build/wheel/*.whl
+dist wheel: $(VENV)/ready build/headers
+	rm -rf build/dist
+	$(SUDO) packaging/dist $(VENV)/bin/python build/dist
+	@ls build/dist/*
 
 deb:
 	$(SUDO) env MSRTRACE_BUILD="$$MSRTRACE_BUILD" packaging/deb.py $(SUITES)
@@ -96,11 +97,11 @@ check: lint
 check-versions: $(VENV)/ready
 	$(VENV)/bin/python tests/versions.py
 
-test: lint build/test-packages
+test: lint build/test-packages build/headers
 	$(SUDO) $(VENV)/bin/pytest
 	$(VENV)/bin/python tests/versions.py
 
-test-all: lint build/test-packages
+test-all: lint build/test-packages build/headers
 	$(SUDO) $(VENV)/bin/pytest --hosts $(ALL_HOSTS)
 	$(VENV)/bin/python tests/versions.py
 
