@@ -60,11 +60,7 @@ def built_and_installed(folder: Path) -> Built:
     [source] = elsewhere.iterdir()
     # A date that is set, another zone, and files that nobody else may read.
     again = _build(source, folder / "second", umask="077", SOURCE_DATE_EPOCH="1", TZ="Pacific/Auckland")
-    homes = {
-        "PIPX_HOME": str(folder / "pipx"),
-        "PIPX_BIN_DIR": str(folder / "bin"),
-        "PIPX_MAN_DIR": str(folder / "man"),
-    }
+    homes = {f"PIPX_{name}": str(folder / name) for name in ("HOME", "BIN_DIR", "MAN_DIR")}
     python = Path(sys.executable).resolve()
     subprocess.run(["pipx", "install", "--python", python, wheel], check=True, env={**os.environ, **homes})
     [site] = (folder / "HOME/venvs/msrtrace/lib").glob("python3*/site-packages")
