@@ -78,8 +78,9 @@ dist wheel: $(VENV)/ready build/headers
 	$(SUDO) packaging/dist $(VENV)/bin/python build/dist
 	@ls build/dist/*
 
-deb:
-	$(SUDO) env MSRTRACE_BUILD="$$MSRTRACE_BUILD" packaging/deb.py $(SUITES)
+deb: build/packages
+	command -v mmdebstrap >/dev/null || $(APT) install -y --no-install-recommends mmdebstrap xz-utils
+	$(SUDO) packaging/deb.py $(SUITES)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
