@@ -22,8 +22,8 @@ from tracer.report.file import encode
 
 #: What packages of the suite that msrtrace depends on, apt and useradd leave when only msrtrace is purged.
 _OF_OTHERS = re.compile(
-    r"/etc/(alternatives|ca-certificates|python3|ssl)|/etc/(gshadow-|hosts|inputrc|localtime|networks|shadow-|subgid-?|subuid-?)$"
-    r"|/usr/bin/pybabel$|/usr/local/(lib|share)|/usr/lib/python3.*/__pycache__|/var/cache/(apt|debconf|ldconfig|man)/"
+    r"/etc/(alternatives|ca-certificates|python3|ssl)|/etc/(gshadow-|hosts|inputrc|localtime|networks|shadow-|timezone)$"
+    r"|/usr/bin/pybabel$|/usr/local/(lib|share)|/usr/(lib|share)/python3.*/__pycache__|/var/cache/(apt|debconf|ldconfig|man)/"
     r"|/var/lib/(apt|dpkg|python)|/var/log/"
 )
 _CONFFILES = {
