@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -208,7 +209,7 @@ def _drop_capabilities(attaches_again: bool) -> None:
     except OSError as error:
         warn(f"this process keeps all its capabilities: {error.strerror}")
         return
-    if left:
+    if left and not os.geteuid():  # an ordinary user gains none of them anyhow
         warn(f"without CAP_SETPCAP, the bounding set keeps what no program can gain: {', '.join(left)}")
 
 

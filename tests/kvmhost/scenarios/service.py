@@ -29,7 +29,7 @@ UNITS = Path("/etc/systemd/system")
 UNIT, SOCKET = "msrtrace.service", "msrtrace.socket"
 UPDATES = 10
 #: Of the watchdog: an emulated host is slow.
-WATCHDOG_SECONDS = 40
+WATCHDOG_SECONDS = 30
 CERTIFICATE, KEY = Path("/etc/msrtrace/cert.pem"), Path("/etc/msrtrace/key.pem")
 #: The clients here trust any certificate: which one it is is looked at.
 TRUSTING = ssl._create_unverified_context()
@@ -143,9 +143,10 @@ def reloading() -> dict[str, Any]:
     found: dict[str, Any] = {"certificates": [certificate("one")], "served": []}
     options(f"--by-vm --exits --web.tls-cert-file {CERTIFICATE} --web.tls-key-file {KEY}")
     found["restart"] = systemctl("restart", UNIT)
-    found["done"] = workload("--updates", UPDATES, "--initial-run", "--", "-name", "guest=early")
-    accesses(*(word for op in CASES["intercepted"].ops for word in op.arguments()))
+    found["done"] = workload("--updates", UPDATES, "--initial-run")
     found["counted"] = fetch(scheme="https")[1]
+    accesses(*(word for op in CASES["intercepted"].ops for word in op.arguments()))
+    found["exits"] = fetch(scheme="https")[1]
     held = subprocess.Popen(
         ["workload", "--updates", "1", "--hold", "600", "--ready", "/tmp/held", "--", "-name", "web"]
     )
@@ -177,7 +178,7 @@ def reloading() -> dict[str, Any]:
     until(lambda: "waiting" in unit("StatusText")["StatusText"])
     load(STOCK[vendor().name])
     until(lambda: "tracing" in unit("StatusText")["StatusText"])
-    found["again"] = workload("--updates", UPDATES, "--initial-run", "--", "-name", "guest=late")
+    found["again"] = workload("--updates", UPDATES, "--initial-run")
     return found | {"before": before, "after": fetch(scheme="https")[1], "process": process()}
 
 
