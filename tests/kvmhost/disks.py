@@ -14,7 +14,7 @@ from hosts import AMD, INTEL, Host, kernel, merge_lib, userland, vmlinuz
 
 #: Modules for the root disk and for the boot medium; what they depend on comes along.
 ROOT_MODULES = ["kvm_intel", "kvm_amd", "e1000"]
-SYSTEMD_MODULES = ["autofs4", "binfmt_misc", "fuse", "overlay"]
+SYSTEMD_MODULES = ["autofs4", "binfmt_misc", "overlay"]
 BOOT_MODULES = ["ata_piix", "sd_mod", "ext4"]
 #: What every emulated host's kernel is told; each emulator adds what its clocks need.
 KERNEL_OPTIONS = (
