@@ -60,7 +60,7 @@ def _page(command: Documented, ctx: click.Context, summary: str) -> str:
         '.\\" SPDX-License-Identifier: GPL-2.0-or-later',
         f'.\\" Made by packaging/pages.py from the help of {ctx.command_path}.',
         f'.TH {_text(title.upper())} 1 "{_date()}" "msrtrace {_version()}" "User Commands"',
-        ".nh\n.ad l",  # no hyphens in what may be copied, and no gaps for an even margin
+        ".nr HY 0\n.nh\n.ad l",  # no hyphens in what may be copied, and no gaps for an even margin
         *_section("NAME", [f"{_text(title)} \\- {_text(_as_name(summary))}"]),
         *_section("SYNOPSIS", [f"{_bold(ctx.command_path)} {_usage(command, ctx)}"]),
         *_section("DESCRIPTION", _paragraphs(command.paragraphs())),

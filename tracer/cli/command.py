@@ -25,6 +25,10 @@ ENVIRONMENT = {
     "CACHE_DIRECTORY": "where compiled BPF programs are cached, as systemd's CacheDirectory= sets it",
     "XDG_CACHE_HOME": "where that is for users other than root: in msrtrace/ below it; ~/.cache by default",
     "BCC_KERNEL_SOURCE": "the kernel headers to compile with, if they are not where a distribution puts them",
+    "NOTIFY_SOCKET": "set by systemd: where to say that msrtrace is ready, and what it does",
+    "WATCHDOG_USEC": "set by systemd: how often to say that it works",
+    "LISTEN_FDS": "set by systemd: the number of sockets for --web.systemd-socket",
+    "JOURNAL_STREAM": "set by systemd: messages that go to the journal have priorities",
 }
 _OF_ALL = ("MSRTRACE_DEBUG", "COLUMNS")
 

@@ -48,7 +48,17 @@ def host_and_port(text: str) -> tuple[str, int]:
         "sudo msrtrace run --by-vm --exits": "Break down by VM, and count exits, too",
         "sudo msrtrace run --wait-module": "As a service that may start before KVM's module is loaded",
     },
-    **TRACING,
+    **{
+        **TRACING,
+        "environment": (
+            *TRACING["environment"],
+            *("NOTIFY_SOCKET", "WATCHDOG_USEC", "LISTEN_FDS", "JOURNAL_STREAM"),
+        ),
+        "files": {
+            **TRACING["files"],
+            "/etc/default/msrtrace": "the options of msrtrace.service, where a package has installed it",
+        },
+    },
 )
 @click.option(
     "--web.listen-address",
