@@ -7,13 +7,15 @@ sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3), sd-daemon(3), systemd.ex
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tracer.model.errors import MsrtraceError
+
+if TYPE_CHECKING:  # every command imports this module
+    import socket
 
 _FIRST_DESCRIPTOR = 3
 #: syslog(3)
@@ -67,6 +69,9 @@ class Service:
     def _tell(self, *assignments: str) -> None:
         if not self._notified:
             return
+
+        import socket
+
         address = self._notified
         if address.startswith("@"):  # an abstract one
             address = "\0" + address[1:]
@@ -77,6 +82,8 @@ class Service:
 
 def listening_sockets(environment: Mapping[str, str] = os.environ) -> list[socket.socket]:
     """The sockets that systemd listens on for this process. Raises MsrtraceError if there are none, or others."""
+    import socket
+
     number = environment.get("LISTEN_FDS", "")
     if environment.get("LISTEN_PID") != str(os.getpid()) or not number.isdecimal() or not int(number):
         raise MsrtraceError("--web.systemd-socket: systemd has handed over no socket; start a .socket unit")
