@@ -27,13 +27,15 @@ OPTIONS = Options()
 def this_machine(options: Options = OPTIONS) -> Machine:
     """This machine, what is already compiled, and how a trace with these options would go about it."""
     from tracer.kernel.machine import Machine
+    from tracer.trace.capabilities import refused_calls
     from tracer.trace.engine import compiled_backends, expected_backends
 
-    return Machine.here(compiled_backends(), lambda machine: expected_backends(machine.symbols, options))
+    return Machine.here(compiled_backends(), lambda machine: expected_backends(machine.symbols, options), refused_calls)
 
 
 def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> Machine:
     """This machine. Raises MsrtraceError, which says what to do, if it cannot be traced with these options."""
+    from tracer.doctor.containers import explain_hidden_processes
     from tracer.doctor.examination import MODULE, SYMBOLS, obstacle
 
     machine = this_machine(options)
@@ -41,6 +43,9 @@ def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> M
     problem = obstacle(machine, ignore=(MODULE, SYMBOLS) if module_may_be_missing else ())
     if problem:
         raise MsrtraceError(problem)
+    needing = [name for name, given in (("--by-vm", options.by_vm), ("--pid", options.pid is not None)) if given]
+    if needing and (why := explain_hidden_processes(machine)):
+        raise MsrtraceError(f"{' and '.join(needing)} cannot be used: {why}")
     return machine
 
 
@@ -154,8 +159,11 @@ def tracing(
         return explain_eperm(machine)
 
     def reader(symbols: Symbols) -> StateReader:
+        from tracer.doctor.containers import explain_hidden_processes
         from tracer.trace.state_reader import StateReader
 
+        if why := explain_hidden_processes(machine):
+            raise MsrtraceError(f"what vCPUs intercept is not shown: {why}")
         return StateReader(symbols, explain, options.pid, nested=nested)
 
     tracer = Tracer(
