@@ -61,7 +61,8 @@ run: $(if $(KVM),$(VENV)/run)
 	@if [ -n "$(KVM)" ] && { [ -d /sys/module/$(KVM) ] || $(SUDO) modprobe -q $(KVM); }; then \
 	  echo "make run: this machine has $(KVM): tracing it"; \
 	  [ -e /lib/modules/$$(uname -r)/build ] || $(APT) install -y linux-headers-$$(uname -r); \
-	  exec $(SUDO) $(VENV)/bin/msrtrace run --web.listen-address 127.0.0.1:$(PORT); \
+	  set -o pipefail; $(SUDO) $(VENV)/bin/msrtrace run --web.listen-address 127.0.0.1:$(PORT) 2>&1 | \
+	    { trap '' INT; sed -u '/: serving /a make run: in another terminal, live: $(SUDO:%=% )$(VENV)/bin/msrtrace top'; }; \
 	else \
 	  echo "make run: tracing an emulated host, with VMs under filter updates"; \
 	  command -v python3 >/dev/null || { $(APT) update && $(APT) install -y --no-install-recommends python3; }; \
