@@ -42,9 +42,9 @@ build/packages: Makefile
 	@touch $@
 
 # What the tests need beside that: promtool, a server of each dialect, pahole to check the reading of BTF, a browser to look at pages with,
-# the shells that complete, mandoc and groff to check man pages with, pipx to install the wheel.
+# the shells that complete, mandoc and groff to check man pages with, pipx to install the wheel, Podman, which builds the image.
 build/test-packages: Makefile build/packages
-	$(APT) install -y --no-install-recommends prometheus victoria-metrics dwarves build-essential zstd openssl kmod chromium fonts-dejavu-core bash-completion zsh fish mandoc groff-base pipx
+	$(APT) install -y --no-install-recommends prometheus victoria-metrics dwarves build-essential zstd openssl kmod chromium fonts-dejavu-core bash-completion zsh fish mandoc groff-base pipx podman
 	@touch $@
 
 $(VENV)/ready: pyproject.toml build/packages $(VENV)/run

@@ -8,14 +8,16 @@ outside of the containers, whose counts are taken inside.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from guest import STOCK, accesses, kernel_state, load, output_of, record, scrape, until, vendor, workload
 
@@ -28,13 +30,14 @@ ADDRESS = "127.0.0.1:9753"
 
 #: As in docs/containers.md. Debian's kernels ask for CAP_SYS_ADMIN, too, where perf_event_paranoid is above 2.
 THREE = "BPF,PERFMON,SYSLOG"
-BARE = ("--network=host", "--read-only", "--security-opt=no-new-privileges", "--cap-drop=ALL")
+BARE = ("--read-only", "--security-opt=no-new-privileges", "--cap-drop=ALL")
+HOST_NETWORK = "--network=host"
 HOST_PIDS = "--pid=host"
 
 
 def granted(capabilities: str, *options: str) -> tuple[str, ...]:
     """Options of a container with these capabilities alone."""
-    return (*BARE, f"--cap-add={capabilities}", *options)
+    return (*BARE, HOST_NETWORK, f"--cap-add={capabilities}", *options)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class Row:
     options: tuple[str, ...]
     paranoid: int = 3
 
+    @property
+    def by_vm(self) -> str:
+        """The option that breaks counts down by VM, where it can be used."""
+        return "--by-vm" if HOST_PIDS in self.options else ""
+
 
 ALL_FOUR = f"{THREE},SYS_ADMIN"
 ROWS = {
@@ -51,8 +59,8 @@ ROWS = {
     "three capabilities, paranoid 2": Row(granted(THREE, HOST_PIDS), paranoid=2),
     "three capabilities, paranoid 3": Row(granted(THREE, HOST_PIDS)),
     "without SYSLOG": Row(granted("BPF,PERFMON", HOST_PIDS), paranoid=2),
-    "default capabilities": Row(("--network=host", HOST_PIDS)),
-    "privileged": Row(("--network=host", HOST_PIDS, "--privileged")),
+    "default capabilities": Row((HOST_NETWORK, HOST_PIDS)),
+    "privileged": Row((HOST_NETWORK, HOST_PIDS, "--privileged")),
     "own pid namespace": Row(granted(ALL_FOUR)),
     "user namespace": Row(granted(ALL_FOUR, "--uidmap=0:100000:65536", "--gidmap=0:100000:65536")),
     "another user": Row(granted(THREE, HOST_PIDS, "--user=1000:1000"), paranoid=2),
@@ -71,7 +79,8 @@ ROWS = {
 #: What a container does: doctor; a report on what happens until the file `end` is there; and `state`.
 INSIDE = """
 msrtrace doctor --json >/shared/doctor; echo $? >/shared/doctor.status
-msrtrace report --exits --by-vm --format json -- \
+msrtrace report --by-vm -- true >/shared/by-vm 2>&1
+msrtrace report --exits $BY_VM --format json -- \
   sh -c 'touch /shared/begun; until [ -e /shared/end ]; do sleep 0.1; done' >/shared/report 2>/shared/report.errors
 echo $? >/shared/report.status
 msrtrace state --format json >/shared/state 2>/shared/state.errors; echo $? >/shared/state.status
@@ -113,7 +122,7 @@ def seen_in(row: Row) -> dict[str, Any]:
     shared.mkdir()
     shared.chmod(0o777)
     (shared / "inside").write_text(INSIDE)
-    options = [*row.options, f"--volume={shared}:/shared", "--entrypoint=sh"]
+    options = [*row.options, f"--volume={shared}:/shared", f"--env=BY_VM={row.by_vm}", "--entrypoint=sh"]
     with Path("/tmp/container.log").open("w") as log:
         container = subprocess.Popen(
             ["podman", "run", "--rm", *options, "msrtrace", "/shared/inside"], stdout=log, stderr=subprocess.STDOUT
@@ -134,6 +143,13 @@ def log_of() -> str:
     return Path("/tmp/container.log").read_text()
 
 
+def answers() -> bool:
+    """Whether msrtrace is ready."""
+    with suppress(OSError):
+        return bool(urlopen(f"http://{ADDRESS}/-/ready", timeout=60).status == 200)
+    return False
+
+
 def service() -> dict[str, Any]:
     """The image with its own command, but for where it listens: scraped from outside, across a reload, and ended."""
     PARANOID.write_text("3\n")
@@ -141,19 +157,15 @@ def service() -> dict[str, Any]:
     options = [*ROWS["documented"].options, "--detach", "--name=msrtrace"]
     command = ["run", f"--web.listen-address={ADDRESS}", "--by-vm", "--backend=kprobe"]
     started = output_of("podman", "run", *options, "msrtrace", *command)
-    name = started["stdout"].strip()
 
-    def logs() -> str:
-        both = output_of("podman", "logs", "msrtrace")
-        return str(both["stdout"] + both["stderr"])
-
-    until(lambda: "serving" in logs())
-    found: dict[str, Any] = {"id": name, "started": started, "scrapes": {}, "workload": {}}
+    until(answers)
+    found: dict[str, Any] = {"started": started, "scrapes": {}, "workload": {}}
     for moment in ("loaded", "reloaded"):
         if moment == "reloaded":
             load("none")
+            until(lambda: "msrtrace_module_unloads_total 1" in scrape())
             load(STOCK[vendor().name])
-            until(lambda: "was loaded again" in logs())
+            until(lambda: re.search(r'probe_attached\{function="\w+_msr_filter_changed"\} 1', scrape()))
         found["scrapes"][f"{moment} before"] = scrape()
         found["workload"][moment] = workload("--vcpus", VCPUS, "--updates", UPDATES, "--initial-run")
         found["scrapes"][f"{moment} after"] = scrape()
@@ -163,21 +175,21 @@ def service() -> dict[str, Any]:
     found["at work"] = kernel_state()
     found["stopped"] = output_of("podman", "stop", "--time=60", "msrtrace")
     found["exit"] = output_of("podman", "inspect", "--format", "{{.State.ExitCode}}", "msrtrace")["stdout"].strip()
-    found["log"] = logs()
+    logs = output_of("podman", "logs", "msrtrace")
+    found["log"] = logs["stdout"] + logs["stderr"]
     found["states"] = [idle, kernel_state()]
     return found
 
 
 def own_network() -> dict[str, Any]:
     """The image with exactly its own command, in a network namespace of its own."""
-    options = [*granted(ALL_FOUR), "--network=none", "--detach", "--name=alone"]
+    options = [*BARE, f"--cap-add={ALL_FOUR}", "--network=none", "--detach", "--name=alone"]
     started = output_of("podman", "run", *options, "msrtrace")
-    until(lambda: "serving" in "".join(output_of("podman", "logs", "alone")[k] for k in ("stdout", "stderr")))
+    until(lambda: not output_of("podman", "healthcheck", "run", "alone")["status"])
     reached = output_of("python3", "-c", f"from urllib.request import urlopen; urlopen('http://{ADDRESS}/metrics')")
-    found = {"started": started, "reached": reached, "health": output_of("podman", "healthcheck", "run", "alone")}
-    found["log"] = output_of("podman", "logs", "alone")
-    output_of("podman", "stop", "--time=60", "alone")
-    return found
+    logs = output_of("podman", "logs", "alone")
+    output_of("podman", "rm", "--force", "--time=60", "alone")
+    return {"started": started, "reached": reached, "logs": logs}
 
 
 def main() -> None:
