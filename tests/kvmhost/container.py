@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from apt import Suite
@@ -23,15 +24,15 @@ PROFILES = {
 }
 
 
-def image(package: Path) -> Path:
-    """A store of Podman's that has the image alone, as one layer: with PACKAGE, msrtrace's of SUITE."""
+def image(file: Path) -> Path:
+    """A store of Podman's that has the image alone, as one layer: with the package FILE."""
 
     def make(work: Path) -> None:
         # Of Debian's slim images, too, there is no documentation.
         mmdebstrap(SUITE, ["ca-certificates"], work / "base", variant="minbase")
         sh(["tar", "-c", "-C", work / "base", "-f", work / "base.tar", "."])
         (work / "context").mkdir()
-        shutil.copy(package, work / "context")
+        shutil.copy(file, work / "context")
         # What Podman needs while it runs has a path of 50 characters at most.
         with tempfile.TemporaryDirectory(prefix="podman-") as runs:
 
@@ -49,11 +50,11 @@ def image(package: Path) -> Path:
             remove_tree(work / spare)
         if (work / "store/overlay").is_mount():
             sh(["umount", work / "store/overlay"])
-        for file in ("base.tar", "image.tar"):
-            (work / file).unlink()
+        for tarball in ("base.tar", "image.tar"):
+            (work / tarball).unlink()
 
     versions = [SUITE.candidate(name) for name in ("libbpfcc", "libc6", "python3")]
-    return cached("container", [package, CONTAINERFILE, versions], make) / "store"
+    return cached("container", [file, CONTAINERFILE, versions], make) / "store"
 
 
 def runtime(host: Host) -> Path:
@@ -77,6 +78,19 @@ def runtime(host: Host) -> Path:
     return cached(f"podman-{host.userland.name}", [packages, root.parent.name, tree.name, versions], make)
 
 
-def fill(folder: Path, host: Host, package: Path) -> None:
+def package() -> Path:
+    """msrtrace's package of SUITE, made from this checkout as `make deb` does."""
+    # By its path: there is another `packaging`, of PyPI.
+    spec = spec_from_file_location("deb", REPO / "packaging/deb.py")
+    assert spec
+    assert spec.loader
+    deb = module_from_spec(spec)
+    spec.loader.exec_module(deb)
+    [file] = deb.packages(SUITE).glob("msrtrace_*_amd64.deb")
+    assert isinstance(file, Path)
+    return file
+
+
+def fill(folder: Path, host: Host) -> None:
     """Put into FOLDER, which a run shows at /in, all that runs the image on HOST."""
-    sh(["cp", "-al", *runtime(host).iterdir(), image(package), folder])
+    sh(["cp", "-al", *runtime(host).iterdir(), image(package()), folder])

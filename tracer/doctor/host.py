@@ -16,7 +16,6 @@ from tracer.model.vendors import VENDORS
 
 #: Of a check that needs the functions which check_symbols() finds.
 _FIRST = "fix symbols first"
-_UNKNOWN_REDUNDANCY = "calls are counted, but which were redundant is unknown"
 _BTF_MOUNT = "-v /sys/kernel/btf:/sys/kernel/btf:ro"
 _NO_EXITS = "no exits: accesses that pass, that the virtual APIC serves, or that a guest's user space tries"
 
@@ -141,13 +140,18 @@ def check_btf(machine: Machine) -> Found:
     try:
         offset = (Btf.of_module(module, directory) if module else Btf.of_kernel(directory)).nested_offset(path)
     except BtfError as error:
+        if in_container(machine) and not any(directory.glob("*")):
+            lost = "what vCPUs intercept, exits" + ("" if layout.pass_ else " and which calls were redundant")
+            return (
+                State.WARNING,
+                f"{directory} is hidden here: no fentry; unknown are {lost}",
+                f"docker run {_BTF_MOUNT}",
+            )
         if layout.pass_:
             detail = f"not needed: each call says where the bitmap is; but fentry cannot be used ({error})"
             return State.OK, detail, None
-        if in_container(machine) and not any(directory.glob("*")):
-            return State.WARNING, f"{directory} is hidden here: {_UNKNOWN_REDUNDANCY}", f"docker run {_BTF_MOUNT}"
         fix = "boot a kernel with CONFIG_DEBUG_INFO_BTF=y and CONFIG_DEBUG_INFO_BTF_MODULES=y (Debian: 6.1 and newer)"
-        return State.WARNING, f"{error}: {_UNKNOWN_REDUNDANCY}", fix
+        return State.WARNING, f"{error}: calls are counted, but which were redundant is unknown", fix
     return State.OK, f"{'.'.join(member for _, member in path)} is at {offset:#x} in struct {path[0][0]}", None
 
 

@@ -7,11 +7,9 @@ outside of the containers, whose counts are taken inside.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,71 +17,72 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from guest import STOCK, accesses, kernel_state, load, output_of, record, scrape, until, vendor, workload
+from guest import ADDRESS, STOCK, accesses, kernel_state, load, output_of, record, scrape, until, vendor, workload
 
-PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
+PARANOID_LEVEL = Path("/proc/sys/kernel/perf_event_paranoid")
 #: What a filter update of the workload is counted as, and exits: EFER is always intercepted.
 UPDATES, VCPUS, READS = 101, 2, 13
-#: A VM outside of the containers that does nothing.
-IDLE = "idle-outside"
-ADDRESS = "127.0.0.1:9753"
+#: VMs outside of the containers: one that does nothing, and the workload.
+IDLE, COUNTED = "idle-outside", "counted"
 
-#: As in docs/containers.md. Debian's kernels ask for CAP_SYS_ADMIN, too, where perf_event_paranoid is above 2.
 THREE = "BPF,PERFMON,SYSLOG"
+#: Debian's kernels ask for the last one, too, where perf_event_paranoid is above 2, which is its default.
+ALL_FOUR = f"{THREE},SYS_ADMIN"
+PARANOID, NOT_PARANOID = 3, 2
 BARE = ("--read-only", "--security-opt=no-new-privileges", "--cap-drop=ALL")
-HOST_NETWORK = "--network=host"
-HOST_PIDS = "--pid=host"
-
-
-def granted(capabilities: str, *options: str) -> tuple[str, ...]:
-    """Options of a container with these capabilities alone."""
-    return (*BARE, HOST_NETWORK, f"--cap-add={capabilities}", *options)
+HOST_NETWORK, HOST_PIDS = "--network=host", "--pid=host"
+#: The profiles of Docker, of this Podman (None: its default) and of Debian 12's Podman.
+DOCKER, PODMAN, OLD_PODMAN = "/in/seccomp-docker.json", None, "/in/seccomp-bookworm.json"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A way to run a container: options of `podman run`, and the host's kernel.perf_event_paranoid (Debian's is 3)."""
+    """A way to run a container.
 
-    options: tuple[str, ...]
-    paranoid: int = 3
+    :param capabilities: all that it gets; None: those that Podman gives
+    :param options: of `podman run`
+    :param paranoid: the host's kernel.perf_event_paranoid
+    :param exits: count exits, too
+    """
 
-    @property
-    def by_vm(self) -> str:
-        """The option that breaks counts down by VM, where it can be used."""
-        return "--by-vm" if HOST_PIDS in self.options else ""
+    capabilities: str | None = ALL_FOUR
+    options: tuple[str, ...] = (HOST_PIDS,)
+    seccomp: str | None = DOCKER
+    paranoid: int = PARANOID
+    exits: bool = True
+
+    def command(self) -> list[str]:
+        """That and its options."""
+        rights = [] if self.capabilities is None else [*BARE, f"--cap-add={self.capabilities}"]
+        profile = [f"--security-opt=seccomp={self.seccomp}"] if self.seccomp else []
+        return ["podman", "run", HOST_NETWORK, *rights, *profile, *self.options]
 
 
-ALL_FOUR = f"{THREE},SYS_ADMIN"
 ROWS = {
-    "documented": Row(granted(ALL_FOUR, HOST_PIDS)),
-    "three capabilities, paranoid 2": Row(granted(THREE, HOST_PIDS), paranoid=2),
-    "three capabilities, paranoid 3": Row(granted(THREE, HOST_PIDS)),
-    "without SYSLOG": Row(granted("BPF,PERFMON", HOST_PIDS), paranoid=2),
-    "default capabilities": Row((HOST_NETWORK, HOST_PIDS)),
-    "privileged": Row((HOST_NETWORK, HOST_PIDS, "--privileged")),
-    "own pid namespace": Row(granted(ALL_FOUR)),
-    "user namespace": Row(granted(ALL_FOUR, "--uidmap=0:100000:65536", "--gidmap=0:100000:65536")),
-    "another user": Row(granted(THREE, HOST_PIDS, "--user=1000:1000"), paranoid=2),
-    "Docker's seccomp": Row(granted(THREE, HOST_PIDS, "--security-opt=seccomp=/in/seccomp-docker.json"), paranoid=2),
-    "Debian 12's seccomp": Row(
-        granted(THREE, HOST_PIDS, "--security-opt=seccomp=/in/seccomp-bookworm.json"), paranoid=2
-    ),
-    "Debian 12's seccomp, SYS_ADMIN": Row(
-        granted(ALL_FOUR, HOST_PIDS, "--security-opt=seccomp=/in/seccomp-bookworm.json")
-    ),
-    "no BTF": Row(granted(ALL_FOUR, HOST_PIDS, "--security-opt=mask=/sys/kernel/btf")),
-    "no kallsyms": Row(granted(ALL_FOUR, HOST_PIDS, "--security-opt=mask=/proc/kallsyms")),
-    "no /sys/module": Row(granted(ALL_FOUR, HOST_PIDS, "--security-opt=mask=/sys/module")),
+    "documented": Row(),
+    "three capabilities": Row(THREE, paranoid=NOT_PARANOID),
+    "three capabilities, paranoid kernel": Row(THREE),
+    "three capabilities, Podman": Row(THREE, seccomp=PODMAN, paranoid=NOT_PARANOID),
+    "three capabilities, Podman of Debian 12": Row(THREE, seccomp=OLD_PODMAN, paranoid=NOT_PARANOID),
+    "without SYSLOG": Row("BPF,PERFMON", paranoid=NOT_PARANOID),
+    "default capabilities": Row(None),
+    "another user": Row(THREE, (HOST_PIDS, "--user=1000:1000"), paranoid=NOT_PARANOID),
+    "own pid namespace": Row(options=()),
+    "user namespace": Row(options=(HOST_PIDS, "--uidmap=0:100000:65536", "--gidmap=0:100000:65536")),
+    "hidden BTF": Row(options=(HOST_PIDS, "--security-opt=mask=/sys/kernel/btf"), exits=False),
+    "hidden kallsyms": Row(options=(HOST_PIDS, "--security-opt=mask=/proc/kallsyms")),
+    "hidden modules": Row(options=(HOST_PIDS, "--security-opt=mask=/sys/module")),
 }
 
-#: What a container does: doctor; a report on what happens until the file `end` is there; and `state`.
+#: What a container does: doctor; a report on what happens until the file `end` is there; and `state`. What was left out
+#: of the report is asked for on its own.
 INSIDE = """
-msrtrace doctor --json >/shared/doctor; echo $? >/shared/doctor.status
-msrtrace report --by-vm -- true >/shared/by-vm 2>&1
-msrtrace report --exits $BY_VM --format json -- \
-  sh -c 'touch /shared/begun; until [ -e /shared/end ]; do sleep 0.1; done' >/shared/report 2>/shared/report.errors
-echo $? >/shared/report.status
-msrtrace state --format json >/shared/state 2>/shared/state.errors; echo $? >/shared/state.status
+msrtrace doctor --json >/shared/doctor
+[ -n "$BY_VM" ] || msrtrace report --by-vm -- true 2>/shared/by-vm
+[ -n "$EXITS" ] || msrtrace report --exits -- true 2>/shared/exits
+msrtrace report $EXITS $BY_VM -o /shared/report.json -- \
+  sh -c 'touch /shared/begun; until [ -e /shared/end ]; do sleep 0.1; done' 2>/shared/errors || exit
+msrtrace state --format json >/shared/state 2>/shared/state-errors
 """
 
 
@@ -116,31 +115,29 @@ def idle_vm() -> Iterator[None]:
 
 def seen_in(row: Row) -> dict[str, Any]:
     """What was seen inside of a container that runs so."""
-    PARANOID.write_text(f"{row.paranoid}\n")
+    PARANOID_LEVEL.write_text(f"{row.paranoid}\n")
     shared = Path("/tmp/shared")
     shutil.rmtree(shared, ignore_errors=True)
     shared.mkdir()
     shared.chmod(0o777)
     (shared / "inside").write_text(INSIDE)
-    options = [*row.options, f"--volume={shared}:/shared", f"--env=BY_VM={row.by_vm}", "--entrypoint=sh"]
-    with Path("/tmp/container.log").open("w") as log:
-        container = subprocess.Popen(
-            ["podman", "run", "--rm", *options, "msrtrace", "/shared/inside"], stdout=log, stderr=subprocess.STDOUT
-        )
-    until(lambda: (shared / "begun").exists() or (shared / "report.status").exists() or container.poll() is not None)
+    given = {"BY_VM": "--by-vm" if HOST_PIDS in row.options else "", "EXITS": "--exits" if row.exits else ""}
+    options = [f"--volume={shared}:/shared", *(f"--env={name}={value}" for name, value in given.items())]
+    container = subprocess.Popen(
+        [*row.command(), "--rm", "--entrypoint=sh", *options, "msrtrace", "/shared/inside"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    until(lambda: (shared / "begun").exists() or container.poll() is not None)
     did = {}
     if (shared / "begun").exists():
-        did = workload("--vcpus", VCPUS, "--updates", UPDATES, "--initial-run", "--", "-name", "counted")
+        did = workload("--vcpus", VCPUS, "--updates", UPDATES, "--initial-run", "--name", COUNTED)
         accesses("--read", f"0xc0000080={READS}")
         (shared / "end").touch()
-    container.wait(300)
+    output, _ = container.communicate(timeout=300)
     files = {file.name: file.read_text() for file in shared.iterdir() if file.name not in ("inside", "begun", "end")}
-    return {"status": container.returncode, "log": log_of(), "workload": did, **files}
-
-
-def log_of() -> str:
-    """What Podman said."""
-    return Path("/tmp/container.log").read_text()
+    return {"output": output, "workload": did, **files}
 
 
 def answers() -> bool:
@@ -152,11 +149,10 @@ def answers() -> bool:
 
 def service() -> dict[str, Any]:
     """The image with its own command, but for where it listens: scraped from outside, across a reload, and ended."""
-    PARANOID.write_text("3\n")
+    PARANOID_LEVEL.write_text(f"{PARANOID}\n")
     idle = kernel_state()
-    options = [*ROWS["documented"].options, "--detach", "--name=msrtrace"]
     command = ["run", f"--web.listen-address={ADDRESS}", "--by-vm", "--backend=kprobe"]
-    started = output_of("podman", "run", *options, "msrtrace", *command)
+    started = output_of(*Row(seccomp=PODMAN).command(), "--detach", "--name=msrtrace", "msrtrace", *command)
 
     until(answers)
     found: dict[str, Any] = {"started": started, "scrapes": {}, "workload": {}}
@@ -171,7 +167,9 @@ def service() -> dict[str, Any]:
         found["scrapes"][f"{moment} after"] = scrape()
     found["health"] = output_of("podman", "healthcheck", "run", "msrtrace")
     pid = output_of("podman", "inspect", "--format", "{{.State.Pid}}", "msrtrace")["stdout"].strip()
-    found["process"] = Path(f"/proc/{pid}/status").read_text() + Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found["process"] = Path(f"/proc/{pid}/status").read_text()
+    [group] = re.findall(r"^0::(.+)", Path(f"/proc/{pid}/cgroup").read_text(), re.M)
+    found["memory"] = int(Path(f"/sys/fs/cgroup{group}/memory.peak").read_text())
     found["at work"] = kernel_state()
     found["stopped"] = output_of("podman", "stop", "--time=60", "msrtrace")
     found["exit"] = output_of("podman", "inspect", "--format", "{{.State.ExitCode}}", "msrtrace")["stdout"].strip()
@@ -194,22 +192,11 @@ def own_network() -> dict[str, Any]:
 
 def main() -> None:
     """Leaves /out/containers.json."""
-    print("start", time.monotonic(), flush=True)
     set_up()
-    print("set up", time.monotonic(), flush=True)
     load(STOCK[vendor().name])
-    found: dict[str, Any] = {"podman": output_of("podman", "--version")["stdout"]}
-    found["image"] = json.loads(output_of("podman", "image", "inspect", "msrtrace")["stdout"])
-    found["service"] = service()
-    print("service", time.monotonic(), flush=True)
-    record("containers", found)
-    found["own network"] = own_network()
-    print("network", time.monotonic(), flush=True)
+    found: dict[str, Any] = {"service": service(), "own network": own_network()}
     with idle_vm():
-        found["rows"] = {}
-        for name, row in ROWS.items():
-            found["rows"][name] = seen_in(row)
-            print(name, time.monotonic(), flush=True)
+        found["rows"] = {name: seen_in(row) for name, row in ROWS.items()}
     record("containers", found)
 
 
