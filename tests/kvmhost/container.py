@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from apt import Suite
 from cache import REPO, cached, remove_tree, retried, sh
-from hosts import Host, kernel, mmdebstrap, module_files, unpacked_copy, userland
+from deb import packages
+from disks import module_files, unpacked_copy
+from hosts import Host, kernel, mmdebstrap, userland
 
 CONTAINERFILE = REPO / "packaging/container/Containerfile"
 #: Of what FROM names: Debian's images are made by the same tool, from the same packages.
@@ -29,7 +30,7 @@ def image(file: Path) -> Path:
 
     def make(work: Path) -> None:
         # Of Debian's slim images, too, there is no documentation.
-        mmdebstrap(SUITE, ["ca-certificates"], work / "base", variant="minbase")
+        mmdebstrap(SUITE, ["ca-certificates"], work / "base")
         sh(["tar", "-c", "-C", work / "base", "-f", work / "base.tar", "."])
         (work / "context").mkdir()
         shutil.copy(file, work / "context")
@@ -60,11 +61,11 @@ def image(file: Path) -> Path:
 def runtime(host: Host) -> Path:
     """Debian's Podman with all that HOST's root tree lacks for it, a kernel module, and seccomp profiles."""
     root, tree, release = userland(host), kernel(host), host.release
-    packages = host.userland.lacking(["podman"], root)
+    needed = host.userland.lacking(["podman"], root)
 
     def make(work: Path) -> None:
         downloads = work / "downloads"
-        host.userland.unpack(packages, work / "runtime", downloads)
+        host.userland.unpack(needed, work / "runtime", downloads)
         [module] = module_files(tree, release, ["overlay"])
         unpacked_copy(module, work / "overlay.ko")
         for name, (suite, package, file) in PROFILES.items():
@@ -75,19 +76,12 @@ def runtime(host: Host) -> Path:
         shutil.rmtree(downloads)
 
     versions = [host.userland.candidate("podman"), *(suite.candidate(name) for suite, name, _ in PROFILES.values())]
-    return cached(f"podman-{host.userland.name}", [packages, root.parent.name, tree.name, versions], make)
+    return cached(f"podman-{host.userland.name}", [needed, root.parent.name, tree.name, versions], make)
 
 
 def package() -> Path:
     """msrtrace's package of SUITE, made from this checkout as `make deb` does."""
-    # By its path: there is another `packaging`, of PyPI.
-    spec = spec_from_file_location("deb", REPO / "packaging/deb.py")
-    assert spec
-    assert spec.loader
-    deb = module_from_spec(spec)
-    spec.loader.exec_module(deb)
-    [file] = deb.packages(SUITE).glob("msrtrace_*_amd64.deb")
-    assert isinstance(file, Path)
+    [file] = packages(SUITE).glob("msrtrace_*_amd64.deb")
     return file
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the BPF programs may call, which SECURITY.md relies on: they read the kernel's memory, and write to their maps."""
+"""What the BPF programs may call, as SECURITY.md says: they read the kernel's memory, and write to their maps."""
 
 from __future__ import annotations
 
