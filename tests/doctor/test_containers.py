@@ -6,11 +6,16 @@ Whether real containers are as these is judged by tests/kvmhost/test_container.p
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from machines import BPF_AND_PERFMON, FAILED, KVM, OF_DOCKER, OK, VMLINUX, WARNING, Host, btf, status
 
+from tracer.cli import session
 from tracer.doctor.examination import obstacle
 from tracer.doctor.rights import ALLOW_CALLS
+from tracer.model.errors import MsrtraceError
+from tracer.model.options import BACKENDS, Options
 
 HOST_PIDS, OWN_PIDS = "pid:[4026531836]", "pid:[4026532201]"
 
@@ -25,7 +30,8 @@ def container(host: Host) -> Host:
 
 def pids(host: Host, namespace: str) -> None:
     link = host.root / "proc/self/ns/pid"
-    link.parent.mkdir(parents=True)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
     link.symlink_to(namespace)
 
 
@@ -113,3 +119,24 @@ def test_types_that_the_kernel_lacks_are_not_hidden(container: Host) -> None:
     assert "CONFIG_DEBUG_INFO_BTF_MODULES" in str(container.found("btf")[1])
     container.write("sys/kernel/btf/kvm_intel", btf(KVM, VMLINUX))
     assert container.found("btf") == (OK, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (Options(by_vm=True), "--by-vm"),
+        (Options(pid=os.getpid()), "--pid"),
+        (Options(by_vm=True, pid=os.getpid()), "--by-vm and --pid"),
+    ],
+)
+def test_what_needs_the_host_s_ids_is_refused_without_them(
+    container: Host, monkeypatch: pytest.MonkeyPatch, options: Options, named: str
+) -> None:
+    monkeypatch.setattr(session, "this_machine", lambda _: container.machine)
+    container.be(compiled=frozenset(BACKENDS))
+    pids(container, HOST_PIDS)
+    assert session.ready_machine(options) is container.machine
+    pids(container, OWN_PIDS)
+    assert session.ready_machine(Options()) is container.machine
+    with pytest.raises(MsrtraceError, match=f"^{named} cannot be used: .*: docker run --pid=host"):
+        session.ready_machine(options)
