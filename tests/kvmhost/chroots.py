@@ -14,14 +14,13 @@ from hosts import mmdebstrap
 
 #: What a host of Debian has that a root tree of essential packages has not: here, what the packages use if it is there.
 PACKAGES = ["man-db", "systemd"]
-_DOCUMENTATION = [f"--dpkgopt=path-include=/usr/share/{name}/*" for name in ("doc", "man", "locale", "info", "lintian")]
 
 
 def clean_root(suite: Suite) -> Path:
     """A root tree of SUITE as an installation has it, with documentation."""
 
     def make(work: Path) -> None:
-        mmdebstrap(suite, PACKAGES, work / "root", *_DOCUMENTATION)
+        mmdebstrap(suite, PACKAGES, work / "root", whole=True)
 
     inputs = [PACKAGES, [suite.candidate(name) for name in ("apt", "dpkg", "libc6", *PACKAGES)]]
     return cached(f"clean-{suite.name}", inputs, make) / "root"
