@@ -16,6 +16,8 @@ from tracer.model.vendors import VENDORS
 
 #: Of a check that needs the functions which check_symbols() finds.
 _FIRST = "fix symbols first"
+#: Which calls are of a filter update or of a vCPU's creation is seen without addresses.
+_UNKNOWN_CALLERS = "their addresses are hidden, so callers are unknown, and causes of calls outside of updates"
 _BTF_MOUNT = "-v /sys/kernel/btf:/sys/kernel/btf:ro"
 _NO_EXITS = "no exits: accesses that pass, that the virtual APIC serves, or that a guest's user space tries"
 
@@ -100,12 +102,12 @@ def check_symbols(machine: Machine) -> Found:
         detail += f"; not found, so what they do is not counted: {', '.join(missing)}"
         return State.WARNING, detail, f"report the output of: grep -E '{'|'.join(missing)}' /proc/kallsyms"
     hidden = not any(symbol.address for symbol in symbols.functions)
-    if hidden and not machine.missing:
+    if hidden and not machine.missing and not machine.in_user_namespace:
         # kernel/ksyms_common.c: kptr_restrict 2 hides addresses from everybody, 0 and 1 require CAP_SYSLOG
         everybody = machine.text("/proc/sys/kernel/kptr_restrict", "") == "2"
         unhide = on_host(machine, "sudo sysctl -w kernel.kptr_restrict=1")
         fix = unhide if everybody else "grant CAP_SYSLOG (--cap-add SYSLOG)"
-        return State.WARNING, f"{detail}; their addresses are hidden, so causes are unknown", fix
+        return State.WARNING, f"{detail}; {_UNKNOWN_CALLERS}", fix
     return State.OK, detail + ("; their addresses are hidden from this user" if hidden else ""), None
 
 

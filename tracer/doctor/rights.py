@@ -60,7 +60,7 @@ def check_lockdown(machine: Machine) -> Found:
 
 def check_capabilities(machine: Machine) -> Found:
     """Those in the initial user namespace, which bpf() and perf_event_open() require."""
-    if machine.text("/proc/self/uid_map", "0 0 4294967295").split() != ["0", "0", "4294967295"]:
+    if machine.in_user_namespace:
         detail = "in a user namespace (a rootless container, userns-remap), whose capabilities do not permit tracing"
         fix = "as root of the host: sudo msrtrace run, or a container without one (Kubernetes: hostUsers: true)"
         return State.FAILED, detail, fix

@@ -125,6 +125,11 @@ class Machine:
         """Whether this process has the capability of that number (CapEff in proc(5)). Raises OSError."""
         return bool(int(search(r"^CapEff:\s*(\w+)", self.text("/proc/self/status")), 16) >> capability & 1)
 
+    @property
+    def in_user_namespace(self) -> bool:
+        """Whether its capabilities are those of a user namespace, which the kernel's own checks do not heed."""
+        return self.text("/proc/self/uid_map", "0 0 4294967295").split() != ["0", "0", "4294967295"]
+
     @cached_property
     def missing(self) -> str:
         """The capabilities that tracing needs and this process lacks."""
