@@ -51,8 +51,7 @@ def configured_host(folder: Path) -> dict[str, Any]:
     repository(host, [package], sent / "repository", others=others)
     shutil.copytree(ROLE, sent / "ansible/roles/msrtrace")
     (sent / "ansible/play.yml").write_text(yaml.safe_dump(play(sent / "ansible")))
-    for scenario in (HERE / "scenarios").glob("*.py"):
-        shutil.copy(scenario, sent)
+    shutil.copy(HERE / "scenarios/configured.py", sent)
     options = ["--host", HOST, "--stock", "--init", "systemd", "--fresh", "--timeout", "3000"]
     options += ["--in", str(sent), "--out", str(folder / "out")]
     subprocess.run(
