@@ -327,7 +327,7 @@ def test_a_client_that_reads_nothing_is_disconnected(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Without a message, as it is no error of the server."""
-    monkeypatch.setattr(server_module._Handler, "timeout", 0.3)
+    monkeypatch.setattr(server_module, "_PATIENCE", 0.3)
     big, said = crowd(300), list[str]()
     server = serve(lambda: big, on_error=said.append)
     before = threading.active_count()
@@ -476,20 +476,28 @@ def test_connections_in_a_row_do_not_wait(serve: Serve) -> None:
 
 
 def test_too_many_connections_are_refused_in_words(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none of them waits for its client, so that none can be closed for another."""
     monkeypatch.setattr(server_module, "CONNECTIONS", 4)
     monkeypatch.setattr(server_module, "_REFUSALS", 3)
-    said: list[str] = []
-    server = serve(toggle, on_error=said.append)
+    said, go_on = list[str](), threading.Event()
+
+    def take() -> Snapshot:
+        assert go_on.wait(20)
+        return toggle()
+
+    server = serve(take, on_error=said.append)
     before = threading.active_count()
-    silent = [connected(server, b"") for _ in range(4)]
+    waiting = [connected(server, REQUEST) for _ in range(4)]
     while threading.active_count() < before + 4:
         time.sleep(0.01)
+    time.sleep(0.3)  # for the last of them to ask
     status, headers, text = get(server, "/metrics")
     assert (status, headers["Retry-After"], text) == (503, "5", b"There are too many connections.\n")
-    silent += [connected(server, b"") for _ in range(20)]
+    silent = [connected(server, b"") for _ in range(20)]
     time.sleep(0.3)
     assert threading.active_count() <= before + 7
-    for one in silent:
+    go_on.set()
+    for one in (*waiting, *silent):
         one.close()
     end = time.monotonic() + 20
     while threading.active_count() > before:
