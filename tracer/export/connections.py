@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-#: How long a thread may take to end once its connection is closed, in seconds.
-_ENDS_IN = 0.2
+#: How long a new connection waits until others have their answers, or threads whose connections were closed have ended.
+_ROOM_IN = 2.0
 
 
 class Connection:
@@ -53,15 +53,17 @@ class Connections:
 
     None waits for its client longer than `patience` seconds, however slowly that sends or reads. Where all are taken,
     the one that has waited for its client longest is closed for the new one: whoever connects and sends nothing, or
-    does not read, keeps nobody else out.
+    does not read, keeps nobody else out. Where none waits for its client, a new one waits for an answer to be ready.
     """
 
     def __init__(self, answered: int, refusals: int, patience: float) -> None:
         self.lock = threading.RLock()
-        self._ended = threading.Condition(self.lock)
+        self._changed = threading.Condition(self.lock)
         self._answered, self._most, self._patience = answered, answered + refusals, patience
         self._by_socket: dict[socket.socket, Connection] = {}
-        self._open: set[Connection] = set()  # and neither refused nor closed for another
+        self._open: set[Connection] = set()  # neither refused nor closed
+        self._stuck = False  # none has had its answer since a new one waited for that in vain
+        self._closed: set[Connection] = set()  # by us, and their threads have not ended yet
         self._waiting: dict[Connection, float] = {}  # since when, the longest first
 
     def __getitem__(self, sock: socket.socket) -> Connection:
@@ -72,8 +74,12 @@ class Connections:
     def add(self, sock: socket.socket) -> None:
         """A new one. Raises ConnectionAbortedError if there are too many even to refuse it."""
         with self.lock:
+            if not self._changed.wait_for(self._has_room, 0 if self._stuck else _ROOM_IN):
+                self._stuck = True
             if len(self._open) >= self._answered:
                 self.make_room()
+            if len(self._by_socket) >= self._most and self._closed:
+                self._changed.wait_for(lambda: len(self._by_socket) < self._most, _ROOM_IN)
             if len(self._by_socket) >= self._most:
                 raise ConnectionAbortedError("too many connections")
             connection = self._by_socket[sock] = Connection(self, sock)
@@ -88,8 +94,9 @@ class Connections:
             connection = self._by_socket.pop(sock, None)
             if connection:
                 self._open.discard(connection)
+                self._closed.discard(connection)
                 self._waiting.pop(connection, None)
-                self._ended.notify_all()
+                self._changes()
 
     def waits(self, connection: Connection, waits: bool) -> None:
         """It waits for its client from now on, or it does not."""
@@ -97,14 +104,13 @@ class Connections:
             self._waiting.pop(connection, None)
             if waits and not connection.closed:
                 self._waiting[connection] = time.monotonic()
+                self._changes()
 
     def make_room(self) -> None:
-        """Close the one that has waited for its client longest, if any waits, and wait until its thread has ended."""
+        """Close the one that has waited for its client longest, if any waits. Its thread is still to end."""
         with self.lock:
             if self._waiting:
-                number = len(self._by_socket)
                 self._close(next(iter(self._waiting)))
-                self._ended.wait_for(lambda: len(self._by_socket) < number, _ENDS_IN)
 
     def close_overdue(self) -> None:
         """Close those that have waited for their clients too long."""
@@ -113,7 +119,15 @@ class Connections:
             while self._waiting and next(iter(self._waiting.values())) < end:
                 self._close(next(iter(self._waiting)))
 
+    def _has_room(self) -> bool:
+        return len(self._open) < self._answered or bool(self._waiting)
+
+    def _changes(self) -> None:
+        self._stuck = False
+        self._changed.notify_all()
+
     def _close(self, connection: Connection) -> None:
         del self._waiting[connection]
         self._open.discard(connection)
+        self._closed.add(connection)
         connection.close()

@@ -32,6 +32,7 @@ from tracer.model.errors import MsrtraceError
 CONNECTIONS, _REFUSALS = 512, 32
 _PATIENCE = 30.0  # seconds that a client may take to send its request, and again to receive the answer
 _LARGEST_HEAD = 1 << 14  # bytes of a request without its body; Prometheus' have 300
+_SEND_BUFFER = 1 << 16  # bytes; by itself the kernel keeps megabytes for each client that does not read
 _LARGEST_BODY = 1 << 16  # bytes of a request that are read before it is refused, so that the client reads why
 
 _TEXT = "text/plain; charset=utf-8"
@@ -54,7 +55,7 @@ _PAGE = """<!DOCTYPE html>
 class Server(ThreadingHTTPServer):
     """Serves a registry, each request in its own thread, from `start` until it is closed."""
 
-    request_queue_size = 512  # connections that the kernel accepts in advance; beyond, a client waits a second
+    request_queue_size = 4096  # connections that the kernel accepts in advance; beyond, a client waits a second
     daemon_threads = True
 
     def __init__(
@@ -80,7 +81,7 @@ class Server(ThreadingHTTPServer):
         :raises MsrtraceError: if the address or a file cannot be used
         """
         self.registry, self.version, self._on_error = registry, version, on_error
-        self.security = security or of_files(cert, key, ca)
+        self.security = security or of_files(cert, key, ca, on_error)
         self.tls = self.security.now().context is not None
         #: Why there are no counts yet, a sentence; empty when there are.
         self.waiting = ""
@@ -175,7 +176,9 @@ class Server(ThreadingHTTPServer):
     def get_request(self) -> Any:
         """The next connection. Where there is no descriptor for it, the one that has waited longest makes room."""
         try:
-            return super().get_request()
+            found, address = super().get_request()
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            return found, address
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._connections.make_room()
@@ -244,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Parse a request, and answer it here if none of its kind is served."""
-        if not super().parse_request():
+        if not super().parse_request() or self.slot.closed:  # closed in its headers, which then seem to end
             return False
         if not self.protection.admits(self.headers.get("Authorization")):
             self.answer(HTTPStatus.UNAUTHORIZED, "Unauthorized\n", WWW_Authenticate='Basic realm="msrtrace"')
@@ -312,6 +315,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what http.server cannot read, without what that would say: it repeats what was sent."""
+        status = HTTPStatus(code)
+        self.close_connection = True
+        self.answer(status, f"{status.phrase}\n")
 
     def end_headers(self) -> None:
         """Add those that every answer has."""
