@@ -221,7 +221,7 @@ def _gone(series: Mapping[Key, Samples]) -> Iterator[_Loss]:
 
 
 def _ended(series: Mapping[Key, Samples]) -> Iterator[_Loss]:
-    """Where a kind of call disappears for good while others go on: at two scrapes, as of the last some may be missing."""
+    """Where a kind of call disappears for good while others go on, at two scrapes: of the last some may be missing."""
     for loss in _gone(series):
         ends = [s.times[-1] for (metric, own), s in series.items() if metric == loss.metric and "vm" not in dict(own)]
         if loss.after in ends and sum(time > loss.after for time in _times(series, loss.metric)) > 1:
