@@ -11,7 +11,7 @@ from contextlib import suppress
 import click
 
 from tracer.cli.streams import OutputError
-from tracer.model.text import COLUMNS
+from tracer.model.text import COLUMNS, printable
 
 _NARROWEST = 40  # columns
 
@@ -21,14 +21,14 @@ DUMB = ("", "dumb", "unknown")
 
 def say(line: str) -> None:
     """Print a message to standard output."""
-    click.echo(f"msrtrace: {line}")
+    click.echo(f"msrtrace: {printable(line)}")
     sys.stdout.flush()
 
 
 def warn(line: str) -> None:
     """Print a warning to standard error, if that can be written: what is warned of goes on."""
     with suppress(OutputError, OSError):
-        click.echo(f"msrtrace: warning: {line}", err=True)
+        click.echo(f"msrtrace: warning: {printable(line)}", err=True)
 
 
 def is_dumb() -> bool:
