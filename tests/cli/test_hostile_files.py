@@ -111,7 +111,10 @@ THINGS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.fault(
-    "hostile", "what is no file of a report or a state", f"{', '.join(THINGS)}; in show, compare, state --diff"
+    "hostile",
+    "what is no file of a report or a state",
+    f"{', '.join(THINGS)}; in show, compare, state --diff",
+    dear=True,
 )
 def test_what_is_no_file_is_refused_in_one_line(
     main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: Figures

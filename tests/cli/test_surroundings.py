@@ -118,7 +118,9 @@ def written(directory: Path) -> set[str]:
     return {line for line in lines if line not in own}
 
 
-@pytest.mark.fault("access", "what is written and started", "run with 20 scrapes, report -o, by Python's audit events")
+@pytest.mark.fault(
+    "access", "what is written and started", "run with 20 scrapes, report -o, by Python's audit events", dear=True
+)
 def test_nothing_is_written_but_what_is_asked_for(directory: Path, figures: Figures) -> None:
     from urllib.request import urlopen
 

@@ -110,6 +110,43 @@ def test_no_scrape_fails_while_a_certificate_is_renewed(tmp_path: Path, figures:
     figures["connections after a renewal with the old certificate"] = "0"
 
 
+def expired(directory: Path) -> tuple[Path, Path]:
+    """A certificate of the second day of 2020, and its key."""
+    cert, key = directory / "expired.pem", directory / "expired.key"
+    (directory / "ca.cnf").write_text(
+        "[ca]\ndefault_ca=d\n[d]\ndatabase=index\nserial=serial\nnew_certs_dir=.\ndefault_md=sha256\npolicy=p\n"
+        "x509_extensions=e\n[p]\ncommonName=supplied\n[e]\nsubjectAltName=IP:127.0.0.1\n"
+    )
+    (directory / "index").touch()
+    (directory / "serial").write_text("01")
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(key)]
+    days = ["-startdate", "20200102000000Z", "-enddate", "20200103000000Z"]
+    for command in (
+        ["req", "-new", *curve, "-subj", "/CN=expired", "-out", "request"],
+        ["ca", "-config", "ca.cnf", "-batch", "-notext", "-selfsign", "-keyfile", str(key), "-in", "request", *days],
+    ):
+        out = ["-out", str(cert)] if command[0] == "ca" else []
+        subprocess.run([tool("openssl"), *command, *out], cwd=directory, capture_output=True, check=True, timeout=60)
+    return cert, key
+
+
+@pytest.mark.fault("clients", "a certificate that has expired", "at the start, and renewed later")
+def test_an_expired_certificate_is_renewed_without_a_restart(tmp_path: Path, figures: Figures) -> None:
+    """The server goes on, and its clients say what is wrong, as long as nobody renews it."""
+    cert, key = expired(tmp_path)
+    new, new_key = certificate(tmp_path, "new")
+    trusted = ssl.create_default_context(cafile=str(cert))
+    trusted.load_verify_locations(new)
+    with served(tmp_path, cert=str(cert), key=str(key)) as server:
+        with pytest.raises(OSError, match="certificate has expired"):
+            scrape(server, trusted)
+        new.rename(cert)
+        new_key.rename(key)
+        assert scrape(server, trusted)[0]
+        assert server.said() == ""
+    figures["the first scrape after it was renewed"] = "works"
+
+
 # --- by openssl ---
 
 
@@ -171,7 +208,7 @@ WEAK = (
 )
 
 
-@pytest.mark.fault("access", "weak TLS", "all that openssl s_client can ask for", dear=True)
+@pytest.mark.fault("access", "weak TLS", "all that openssl s_client can ask for ({servers})", dear=True)
 def test_there_is_no_weak_tls(servers: list[Served], files: Path, figures: Figures) -> None:
     refused = 0
     for server in servers:

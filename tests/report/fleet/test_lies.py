@@ -177,18 +177,27 @@ def dripping(head: bytes) -> Callable[[socket.socket], None]:
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
-@pytest.mark.fault("hostile", "answers that drip", "a byte each 50 ms, of headers, of the status line, of the JSON")
-@pytest.mark.parametrize("head", [b"", OK + b"x: ", OK + b"\r\n[", b"HTTP/1.1 500 no\r\n\r\n"])
-def test_an_answer_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch, figures: Figures, head: bytes) -> None:
+DRIPPING = {
+    "the status line": b"",
+    "headers": OK + b"x: ",
+    "JSON": OK + b"\r\n[",
+    "an error": b"HTTP/1.1 500 no\r\n\r\n",
+}
+
+
+@pytest.mark.fault("hostile", "answers that drip", f"a byte each 50 ms, of {', '.join(DRIPPING)}")
+def test_an_answer_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch, figures: Figures) -> None:
     monkeypatch.setattr(prometheus_api, "_LONGEST_SECONDS", 0.5)
-    with raw(dripping(head)) as url:
-        started = time.monotonic()
-        with pytest.raises(MsrtraceError, match=r"its answer is not complete after 0 s|not complete") as error:
-            Prometheus(url).now()
-        lasted = time.monotonic() - started
-    assert "\n" not in str(error.value)
-    assert 0.4 < lasted < 5
-    figures["given up"] = f"after {lasted:.1f} s of 0.5 s"
+    longest = 0.0
+    for head in DRIPPING.values():
+        with raw(dripping(head)) as url:
+            started = time.monotonic()
+            with pytest.raises(MsrtraceError, match="its answer is not complete after") as error:
+                Prometheus(url).now()
+            longest = max(longest, time.monotonic() - started)
+        assert "\n" not in str(error.value)
+    assert 0.4 < longest < 5
+    figures["given up"] = f"after {longest:.1f} s of 0.5 s, {len(DRIPPING)} of {len(DRIPPING)}"
 
 
 COMPARE = "from tracer.cli.main import main; import sys; sys.argv[0] = 'msrtrace'; main()"
