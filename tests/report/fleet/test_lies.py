@@ -230,6 +230,6 @@ def test_an_answer_of_gigabytes_is_refused_in_bounded_memory(figures: Figures) -
     assert process.returncode == 1
     assert err.count("\n") == 1
     assert "its answer has more than 256 MB: select fewer hosts, or a shorter time (--since)" in err
-    assert used.ru_maxrss < 700 << 10  # KB
+    assert used.ru_maxrss < 500 << 10  # KB
     figures["refused"] = f"after {sent[0] >> 20} MB"
     figures["memory at most"] = f"{used.ru_maxrss >> 10} MB"

@@ -162,12 +162,15 @@ class Prometheus:
 
     def _reply(self, request: urllib.request.Request) -> Any:
         """The JSON of an answer, which must neither be too large nor take too long, however it is sent."""
-        done: Future[bytes] = Future()
+        done: Future[bytearray] = Future()
 
         def read() -> None:
             try:
                 with self._opener.open(request, timeout=_TIMEOUT_SECONDS) as answer:
-                    done.set_result(answer.read(_LARGEST_ANSWER + 1))
+                    content = bytearray()
+                    while len(content) <= _LARGEST_ANSWER and (piece := answer.read(1 << 20)):
+                        content += piece
+                    done.set_result(content)
             except urllib.error.HTTPError as error:
                 with error:
                     why = self._without_secrets(_reason(error))
