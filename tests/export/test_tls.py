@@ -63,9 +63,7 @@ def stopped(server: Served, stack: ExitStack, cert: Path, version: ssl.TLSVersio
     return False
 
 
-@pytest.mark.fault(
-    "clients", "a certificate expires and is renewed", "12 times under 8 clients, in two ways", dear=True
-)
+@pytest.mark.fault("clients", "a certificate is renewed ({how})", "12 times, while 8 clients scrape", dear=True)
 @pytest.mark.parametrize("how", ["flags", "file"])
 def test_no_scrape_fails_while_a_certificate_is_renewed(tmp_path: Path, figures: Figures, how: str) -> None:
     """As certbot does: each file is replaced, the key after the certificate. What comes afterwards gets the new one."""
