@@ -9,7 +9,9 @@
 #                 what was left out
 # make check-versions  the unit tests alone, with the lowest versions of Python and libraries that pyproject.toml
 #                 permits, and with the newest (venvs in build/versions/); part of make check and make test
-# make wheel      build/wheel/*.whl with the compiled BPF programs; fails where they cannot be compiled
+# make dist       build/dist/: the sdist, and the wheel with the compiled BPF programs; fails where they cannot be compiled
+# make wheel      the same
+# make deb       build/deb/SUITE/*.deb for the suites of Debian in SUITES (bookworm, trixie and sid), in clean chroots
 # make lint       linter, formatter and types alone
 # make compare-demo  the kernel without the patch against the one with it, on an emulated host; leaves build/compare/.
 #                 HOST=trixie-amd: on that host; leaves build/compare-trixie-amd/
@@ -33,7 +35,7 @@ HOST :=
 # This machine's KVM module, if its CPU has VMX or SVM and no emulated host is asked for.
 KVM := $(if $(HOST),,$(shell sed -n '/^flags/{s/.*\b\(vmx\|svm\)\b.*/\1/p;q}' /proc/cpuinfo | sed 's/vmx/kvm_intel/; s/svm/kvm_amd/'))
 
-.PHONY: run wheel check check-versions test test-all test-faults lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts bench-exits test-dashboard
+.PHONY: run dist wheel deb check check-versions test test-all test-faults lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts bench-exits test-dashboard
 
 # What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
 build/packages: Makefile
@@ -42,9 +44,10 @@ build/packages: Makefile
 	$(APT) install -y --no-install-recommends python3-venv python3-bpfcc
 	@touch $@
 
-# What the tests need beside that: promtool, a server of each dialect, pahole to check the reading of BTF, a browser to look at pages with.
+# What the tests need beside that: promtool, a server of each dialect, pahole to check the reading of BTF, a browser to look at pages with,
+# the shells that complete, mandoc and groff to check man pages with, pipx to install the wheel, Podman, which builds the image.
 build/test-packages: Makefile build/packages
-	$(APT) install -y --no-install-recommends prometheus victoria-metrics dwarves build-essential zstd openssl kmod chromium fonts-dejavu-core
+	$(APT) install -y --no-install-recommends prometheus victoria-metrics dwarves build-essential zstd openssl kmod chromium fonts-dejavu-core bash-completion zsh fish mandoc groff-base pipx podman
 	@touch $@
 
 $(VENV)/ready: pyproject.toml build/packages $(VENV)/run
@@ -61,7 +64,8 @@ run: $(if $(KVM),$(VENV)/run)
 	@if [ -n "$(KVM)" ] && { [ -d /sys/module/$(KVM) ] || $(SUDO) modprobe -q $(KVM); }; then \
 	  echo "make run: this machine has $(KVM): tracing it"; \
 	  [ -e /lib/modules/$$(uname -r)/build ] || $(APT) install -y linux-headers-$$(uname -r); \
-	  exec $(SUDO) $(VENV)/bin/msrtrace run --web.listen-address 127.0.0.1:$(PORT); \
+	  set -o pipefail; $(SUDO) $(VENV)/bin/msrtrace run --web.listen-address 127.0.0.1:$(PORT) 2>&1 | \
+	    { trap '' INT; sed -u '/: serving /a make run: in another terminal, live: $(SUDO:%=% )$(VENV)/bin/msrtrace top'; }; \
 	else \
 	  echo "make run: tracing an emulated host, with VMs under filter updates"; \
 	  command -v python3 >/dev/null || { $(APT) update && $(APT) install -y --no-install-recommends python3; }; \
@@ -73,10 +77,14 @@ build/headers: build/packages
 	ls -d /usr/src/linux-headers-*-common /usr/src/kernels/* /lib/modules/$$(uname -r)/build 2>/dev/null | grep -q . || $(APT) install -y --no-install-recommends linux-headers-amd64
 	@touch $@
 
-wheel: $(VENV)/run build/headers
-	rm -rf build/wheel
-	$(SUDO) env MSRTRACE_COMPILED=required $(VENV)/bin/pip wheel --disable-pip-version-check -q --no-deps -w build/wheel .
-	@ls build/wheel/*.whl
+dist wheel: $(VENV)/ready build/headers
+	rm -rf build/dist
+	$(SUDO) packaging/dist $(VENV)/bin/python build/dist
+	@ls build/dist/*
+
+deb: build/packages
+	command -v mmdebstrap >/dev/null || $(APT) install -y --no-install-recommends mmdebstrap xz-utils
+	$(SUDO) packaging/deb.py $(SUITES)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -94,11 +102,11 @@ check: lint
 check-versions: $(VENV)/ready
 	$(VENV)/bin/python tests/versions.py
 
-test: lint build/test-packages
+test: lint build/test-packages build/headers
 	$(SUDO) $(VENV)/bin/pytest
 	$(VENV)/bin/python tests/versions.py
 
-test-all: lint build/test-packages
+test-all: lint build/test-packages build/headers
 	$(SUDO) $(VENV)/bin/pytest --hosts $(ALL_HOSTS)
 	$(VENV)/bin/python tests/versions.py
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Puts the compiled BPF programs into the wheel, where BCC and some kernel's headers are there to make them.
+"""Puts what is made into the wheel: man pages, shell completions, and the compiled BPF programs.
 
-Where they are not, the wheel is built without, and the host compiles. MSRTRACE_COMPILED=required makes that an error,
-MSRTRACE_COMPILED=no does not try.
+These need BCC and some kernel's headers; where they are not, the wheel is built without, and the host compiles.
+MSRTRACE_COMPILED=required makes that an error, MSRTRACE_COMPILED=no makes nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,13 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
+#: Where pip and pipx put what packaging/pages.py writes, below the prefix.
+_SHARE = {
+    "man": "share/man/man1",
+    "completions/msrtrace": "share/bash-completion/completions/msrtrace",
+    "completions/_msrtrace": "share/zsh/site-functions/_msrtrace",
+    "completions/msrtrace.fish": "share/fish/vendor_completions.d/msrtrace.fish",
+}
 _FIND_BCC = "import os, bcc; bcc.BPF; print(os.path.dirname(os.path.dirname(bcc.__file__)))"
 
 
@@ -24,16 +31,19 @@ class CompiledPrograms(BuildHookInterface):  # type: ignore[misc]
     """See the module."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile, and name what came of it as files of the package."""
+        """Make all of it, and name what came of it as files of the package."""
+        self._made: list[Path] = []
         if version == "editable" or os.environ.get("MSRTRACE_COMPILED") == "no":
             return
-        directory = Path(tempfile.mkdtemp(prefix="msrtrace-"))
+        pages = self._directory()
+        subprocess.run([sys.executable, str(Path(self.root, "packaging/pages.py")), str(pages)], check=True)
+        build_data["shared_data"] = {str(pages / made): where for made, where in _SHARE.items()}
+        directory = self._directory()
         problem = self._compile(directory)
         if not problem:
             for file in directory.glob("*.bin"):
                 build_data["force_include"][str(file)] = f"tracer/bpf/{file.name}"
             return
-        shutil.rmtree(directory)
         if os.environ.get("MSRTRACE_COMPILED") == "required":
             raise RuntimeError(f"the BPF programs cannot be compiled: {problem}")
         self.app.display_warning(
@@ -43,9 +53,13 @@ class CompiledPrograms(BuildHookInterface):  # type: ignore[misc]
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Remove what is in the wheel now."""
-        for file in build_data["force_include"]:
-            if file.endswith(".bin"):
-                shutil.rmtree(Path(file).parent, ignore_errors=True)
+        for directory in self._made:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _directory(self) -> Path:
+        """A directory for what is made."""
+        self._made.append(Path(tempfile.mkdtemp(prefix="msrtrace-")))
+        return self._made[-1]
 
     def _compile(self, directory: Path) -> str:
         """Why nothing could be compiled, or "". BCC may be the system's alone: it works in any Python 3."""

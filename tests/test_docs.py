@@ -10,7 +10,12 @@ import pytest
 from project import PROJECT, REPO
 
 README = REPO / "README.md"
-PAGES = [README, *sorted((REPO / "docs").glob("*.md")), REPO / "tests/kvmhost/README.md"]
+PAGES = [
+    README,
+    *(REPO / f"{name}.md" for name in ("SECURITY", "CONTRIBUTING")),
+    *sorted((REPO / "docs").glob("*.md")),
+    REPO / "tests/kvmhost/README.md",
+]
 _LINES, _COLUMNS = 150, 100
 
 _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)

@@ -11,7 +11,7 @@ from project import PROJECT, REPO
 _LINE = re.compile(r"SPDX-License-Identifier: (GPL-2\.0-(?:only|or-later))\b")
 #: What cannot carry a comment, or is text to be read.
 _WITHOUT_COMMENTS = {".json", ".png", ".md"}
-_TEXTS = {"LICENSE", ".gitignore"}
+_TEXTS = {"LICENSE", ".gitignore", "changelog", "copyright", "format"}
 
 
 def _licences() -> dict[str, str]:
@@ -22,7 +22,7 @@ def _licences() -> dict[str, str]:
     found = {}
     for name in names:
         path = REPO / name
-        if name and path.is_file() and path.suffix not in _WITHOUT_COMMENTS and name not in _TEXTS:
+        if name and path.is_file() and path.suffix not in _WITHOUT_COMMENTS and path.name not in _TEXTS:
             first_lines = "\n".join(path.read_text().split("\n")[:2])  # the second, after a shebang
             match = _LINE.search(first_lines)
             found[name] = match[1] if match else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The wheel has the compiled BPF programs, or says in a line that the host will compile."""
+"""The wheel has man pages, completions and the compiled BPF programs, or says in a line that the host will compile."""
 
 from __future__ import annotations
 
@@ -69,9 +69,26 @@ def compiler(hook: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str
 
 def test_the_wheel_has_every_program(hook: ModuleType, compiler: list[list[str]]) -> None:
     warnings, files = build(hook)
+    assert [Path(command[1]).name for command in compiler] == ["pages.py", "-c", "-m"]
     assert warnings == []
     assert set(files) == {f"tracer/bpf/{name}" for name in PROGRAMS}
     assert {Path(file).read_bytes() for file in files.values()} == {b"program"}
+
+
+def test_it_has_man_pages_and_completions(hook: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip puts them where man, pipx and the shells look, below the prefix."""
+    monkeypatch.setattr(hook.CompiledPrograms, "_compile", lambda *_: "BCC is not installed")
+    made: Any = hook.CompiledPrograms()
+    made.app, made.root = App(), str(REPO)
+    data: dict[str, Any] = {"force_include": {}}
+    made.initialize("standard", data)
+    shared = {where: Path(file) for file, where in data["shared_data"].items()}
+    assert Path(shared["share/man/man1"], "msrtrace-run.1").read_text().startswith('.\\" SPDX')
+    assert "#compdef msrtrace" in shared["share/zsh/site-functions/_msrtrace"].read_text()
+    assert all(path.exists() for path in shared.values())
+    assert len(shared) == 4
+    made.finalize("standard", data, "")
+    assert not any(path.exists() for path in shared.values())
 
 
 def test_an_editable_installation_compiles_nothing(hook: ModuleType, compiler: list[list[str]]) -> None:

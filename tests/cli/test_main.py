@@ -19,8 +19,8 @@ from made import patched, unpatched
 
 from tracer.cli import doctor as doctor_command
 from tracer.cli import main as cli
-from tracer.cli import session
 from tracer.cli.run import host_and_port
+from tracer.doctor import examination
 from tracer.kernel.machine import Machine
 from tracer.model.errors import MsrtraceError
 from tracer.report.file import encode
@@ -171,8 +171,8 @@ def test_the_help_of_a_command_imports_nothing_slow(tmp_path: Path, name: str) -
 def test_help_imports_no_command(tmp_path: Path) -> None:
     found = set(start_up(tmp_path, "--help").stderr.split())
     rooms = {"tracer.cli", "tracer.model"}
-    modules = {"tracer.cli.main", "tracer.cli.streams", "tracer.model.errors", "tracer.model.text"}
-    assert {name for name in found if name.startswith("tracer.")} == rooms | modules
+    ours = {f"tracer.{name}" for name in ("cli.command", "cli.main", "cli.streams", "model.errors", "model.text")}
+    assert {name for name in found if name.startswith("tracer.")} == rooms | ours
     assert not found & HEAVY - brought_by_msgspec()
     assert others(found) == {"click"}
 
@@ -266,7 +266,7 @@ def test_what_prevents_tracing_is_the_error(monkeypatch: pytest.MonkeyPatch, mai
         ignored.append(ignore)
         return "kvm_intel is not loaded: sudo modprobe kvm_intel"
 
-    monkeypatch.setattr(session, "obstacle", obstacle)
+    monkeypatch.setattr(examination, "obstacle", obstacle)
     expected = (1, "", "msrtrace: error: kvm_intel is not loaded: sudo modprobe kvm_intel\n")
     assert main("run") == expected
     assert main("run", "--wait-module") == expected

@@ -17,8 +17,8 @@ from filters import denying
 from made_states import USUAL
 from vcpus import FS_BASE, rw, state, vcpu
 
-from tracer.cli import session
 from tracer.cli import state as state_command
+from tracer.doctor import examination
 from tracer.kernel.machine import Machine
 from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
@@ -212,14 +212,14 @@ def test_what_prevents_it_is_one_line(main: Main, monkeypatch: pytest.MonkeyPatc
         asked["ignore"] = ignore
         return "CAP_BPF is missing: run it as root"
 
-    monkeypatch.setattr(session, "obstacle", obstacle)
+    monkeypatch.setattr(examination, "obstacle", obstacle)
     assert main("state") == (1, "", "msrtrace: error: CAP_BPF is missing: run it as root\n")
     assert asked["ignore"] == ("symbols", "livepatch", "library", "perf-event-paranoid", "tracefs")
 
 
 def test_a_reader_is_closed_whatever_happens(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Reader(MsrtraceError("what vCPUs intercept cannot be read: Argument list too long"))
-    monkeypatch.setattr(session, "obstacle", lambda *_, **__: None)
+    monkeypatch.setattr(examination, "obstacle", lambda *_, **__: None)
     monkeypatch.setattr(Machine, "symbols", Symbols.of([], VMX.module, vendor=VMX))
     monkeypatch.setattr(state_reader, "StateReader", lambda *_: made)
     assert main("state") == (1, "", f"msrtrace: error: {made.found}\n")

@@ -26,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dashboards import make
 from tracer.export.metrics import SnapshotCollector
+from tracer.export.security import TlsFiles
 from tracer.export.server import Server
 from tracer.model.snapshot import Call, Durations, Map, Outcome, Probe, Snapshot, VmInfo
 
@@ -266,7 +267,7 @@ def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
 def served(host: Host, certificates: Path) -> Iterator[int]:
     """Serve a host's metrics on 127.0.0.1 as `msrtrace run --web.tls-client-ca-file` does; yields the port."""
     cert, key, ca = (str(certificates / name) for name in ("server.pem", "server.key", "ca.pem"))
-    server = Server(host.registry, ("127.0.0.1", 0), cert=cert, key=key, ca=ca).start()
+    server = Server(host.registry, ("127.0.0.1", 0), security=TlsFiles(cert, key, ca)).start()
     try:
         yield int(server.server_address[1])
     finally:

@@ -52,6 +52,7 @@ def test_a_good_host_needs_no_fix(host: Host) -> None:
         "capabilities": "CAP_SYS_ADMIN",
         "perf-event-paranoid": "3, which does not affect root",
         "bpf": "the kernel has BPF and kprobes",
+        "processes": "those of VMs are seen",
         "tracefs": "mounted at /sys/kernel/tracing",
     }
 
@@ -152,8 +153,9 @@ def test_the_checks_import_neither_bcc_nor_click() -> None:
 def test_eperm_by_seccomp(host: Host) -> None:
     host.write("proc/self/status", status(seccomp=2))
     assert explain_eperm(host.machine) == (
-        "the kernel refused: probably the seccomp filter of the container or service: allow bpf and perf_event_open "
-        "(docker run --security-opt seccomp=unconfined, SystemCallFilter=)"
+        "the kernel refused: probably the seccomp filter of the container or service: allow bpf and perf_event_open: "
+        "docker run --cap-add SYS_ADMIN, which older seccomp profiles ask for, or --security-opt seccomp=unconfined "
+        "(systemd: SystemCallFilter=)"
     )
 
 

@@ -28,6 +28,7 @@ from prometheus_client.registry import Collector
 
 from tracer.export import server as server_module
 from tracer.export.metrics import SnapshotCollector
+from tracer.export.security import TlsFiles
 from tracer.export.server import Server
 from tracer.model.errors import MsrtraceError
 from tracer.model.snapshot import Outcome, Snapshot
@@ -316,7 +317,7 @@ def test_a_silent_client_blocks_nobody(serve: Serve, said: bytes) -> None:
 
 @pytest.mark.parametrize("said", [b"", b"\x16\x03\x01", REQUEST])
 def test_a_silent_client_blocks_nobody_with_tls(serve: Serve, tls: dict[str, str], said: bytes) -> None:
-    server = serve(toggle, **tls)
+    server = serve(toggle, security=TlsFiles(tls["cert"], tls["key"]))
     assert server.url.startswith("https://127.0.0.1:")
     with connected(server, said), connected(server, said):
         time.sleep(0.2)
@@ -348,7 +349,7 @@ def test_a_client_without_a_certificate_is_refused(
     serve: Serve, tls: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
-    server = serve(toggle, **tls, ca=tls["cert"], on_error=said.append)
+    server = serve(toggle, security=TlsFiles(tls["cert"], tls["key"], tls["cert"]), on_error=said.append)
     with pytest.raises(OSError, match=r"(?i)certificate|reset|eof|closed"):
         scrape(server, cert=tls["cert"])
     assert (said, capfd.readouterr()) == ([], ("", ""))
@@ -356,8 +357,91 @@ def test_a_client_without_a_certificate_is_refused(
 
 def test_missing_files_are_named(tls: dict[str, str]) -> None:
     for missing in ("cert", "key", "ca"):
+        files = {**tls, "ca": tls["cert"], missing: "/none"}
         with pytest.raises(MsrtraceError, match="cannot read /none: No such file or directory"):
-            Server(CollectorRegistry(), ("127.0.0.1", 0), **{**tls, "ca": tls["cert"], missing: "/none"})  # type: ignore[arg-type]
+            TlsFiles(files["cert"], files["key"], files["ca"])
+
+
+def test_files_that_become_invalid_leave_those_before_them(tls: dict[str, str], tmp_path: Path) -> None:
+    said: list[str] = []
+    cert = tmp_path / "used.pem"
+    cert.write_text(Path(tls["cert"]).read_text())
+    files = TlsFiles(str(cert), tls["key"], on_error=said.append)
+    before = files.now()
+    cert.write_text("nothing")
+    files.reload()
+    assert files.now() is before
+    [line] = said
+    assert line.startswith("the TLS files cannot be used: ")
+    assert line.endswith("; the configuration before it stays in force")
+    cert.write_text(Path(tls["cert"]).read_text())
+    files.reload()
+    assert files.now() is not before
+    assert len(said) == 1
+
+
+# --- whether it works, and how it ends ---
+
+
+def test_a_collection_that_hangs_is_no_work(serve: Serve) -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def take() -> Snapshot:
+        hangs.set()
+        goes_on.wait(30)
+        return toggle()
+
+    server = serve(take)
+    assert server.works(5)
+    with connected(server, REQUEST) as client:
+        assert hangs.wait(10)
+        time.sleep(0.3)
+        assert server.works(20)
+        assert not server.works(0.2)
+        goes_on.set()
+        assert client.recv(15) == b"HTTP/1.0 200 OK"
+    eventually_works = time.monotonic() + 10
+    while not server.works(1):
+        assert time.monotonic() < eventually_works
+
+
+def test_a_loop_that_accepts_nothing_more_is_no_work(serve: Serve) -> None:
+    server = serve(toggle)
+    server.shutdown()
+    time.sleep(0.3)
+    assert not server.works(0.2)
+
+
+def test_at_the_end_connections_are_answered_and_no_more_accepted(serve: Serve) -> None:
+    goes_on = threading.Event()
+
+    def take() -> Snapshot:
+        goes_on.wait(30)
+        return toggle()
+
+    server = serve(take)
+    with connected(server, REQUEST) as client:
+        while not server._connections:
+            time.sleep(0.01)
+        threading.Timer(0.5, goes_on.set).start()
+        begun = time.monotonic()
+        server.finish(20)
+        assert time.monotonic() - begun < 10
+        assert client.recv(15) == b"HTTP/1.0 200 OK"
+        with connected(server, REQUEST) as late:
+            late.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                late.recv(1)
+
+
+def test_a_silent_client_does_not_keep_it_from_ending(serve: Serve) -> None:
+    server = serve(toggle)
+    with connected(server, b""):
+        while not server._connections:
+            time.sleep(0.01)
+        begun = time.monotonic()
+        server.finish(0.5)
+        assert 0.5 <= time.monotonic() - begun < 5
 
 
 # --- paths and methods ---
@@ -519,7 +603,7 @@ def test_no_host_means_every_address(serve: Serve) -> None:
     server = listening("").start()
     try:
         assert get(server, "/-/healthy")[0] == 200
-        assert server.leaves_machine
+        assert server.exposed == server.places
         if has_ipv6():
             assert asked(server, "GET /-/healthy HTTP/1.0\r\n\r\n", "::1")[0] == 200
             assert server.url == f"http://[::]:{server.server_address[1]}/metrics"
@@ -561,6 +645,6 @@ def test_loopback_does_not_leave_the_machine(host: str, leaves: bool) -> None:
     if host == "::1" and not has_ipv6():
         return
     server = listening(host)
-    assert server.leaves_machine is leaves
+    assert bool(server.exposed) is leaves
     assert server.url.startswith("http://[::1]:" if host == "::1" else f"http://{host}:")
     server.server_close()

@@ -104,12 +104,26 @@ class Suite:
     def lacking(self, packages: list[str], tree: Path | None = None) -> list[str]:
         """What installing PACKAGES into TREE, a root tree of this suite, would add: they and what they depend on.
 
-        Without TREE: into an empty one.
+        Without TREE: into an empty one. A package is a name, or the path of a .deb file.
         """
         self.refresh()
         status = ["-o", f"Dir::State::status={tree}/var/lib/dpkg/status"] if tree else []
         options = [*status, "--no-install-recommends", "--simulate"]
         return re.findall(r"^Inst (\S+)", self._apt("apt-get", *options, "install", *packages), re.MULTILINE)
+
+    def download(self, packages: list[str]) -> list[Path]:
+        """The .deb files of PACKAGES, downloaded unless they have been before."""
+        self.refresh()
+        pool = BUILD / "apt/pool"
+        pool.mkdir(exist_ok=True)
+        listed = self._apt("apt-get", "download", "--print-uris", *packages)
+        files = [pool / name for name in re.findall(r"^'\S+' (\S+\.deb) ", listed, re.MULTILINE)]
+        with locked("apt-pool"):
+            if any(not file.exists() for file in files):
+                retried(
+                    f"download of {len(files)} packages", lambda: self._apt("apt-get", "download", *packages, cwd=pool)
+                )
+        return files
 
     def unpack(self, packages: list[str], into: Path, downloads: Path) -> None:
         """Download PACKAGES and lay their files below INTO, running no script of theirs."""

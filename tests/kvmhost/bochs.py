@@ -12,8 +12,8 @@ from pathlib import Path
 
 from apt import Suite
 from cache import BUILD, UNUSED_SECONDS, RigError, cached, locked, retried, say, sh
+from disks import Image
 from emulator import GUEST_MAC, Job
-from hosts import Image
 
 # trixie's 3.0 first: the others' upstream tarballs were missing from the archive when this was written.
 SOURCE_SUITES = [Suite(name) for name in ("trixie", "sid", "bookworm")]

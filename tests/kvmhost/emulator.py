@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from hosts import Image
+from disks import Image
 
 #: Of the network card of a host behind --forward.
 GUEST_MAC = "52:54:00:12:34:56"
@@ -26,6 +26,7 @@ class Job:
     count_instructions: bool = False
     forward: tuple[int, int] | None = None  # a port of this machine, a port of the guest
     shell: bool = False
+    reboots: bool = False  # whether the guest may, and is back then; else that ends the run
     sent: dict[str, Path] = field(default_factory=dict)
     out: Path | None = None
     timeout: float = 600

@@ -1,30 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The hosts that can be emulated, and the disk image and boot medium of each."""
+"""The hosts that can be emulated: their root trees, kernels and modules. disks.py makes disks of these."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import direct
 from apt import Suite
 from cache import HERE, RigError, cached, sh
 
-#: What the root file system holds beside the suite's essential packages.
+#: What the root file system holds beside the suite's essential packages: without an init, with systemd, and with
+#: systemd and nothing that msrtrace needs, as it is before a package is installed.
 PACKAGES = ["python3-bpfcc", "mount", "kmod", "procps", "iproute2", "bpftool", "libcap2-bin"]
-#: Modules for the root disk and for the boot medium; what they depend on comes along.
-ROOT_MODULES = ["kvm_intel", "kvm_amd", "e1000"]
-BOOT_MODULES = ["ata_piix", "sd_mod", "ext4"]
-#: What every emulated host's kernel is told; each emulator adds what its clocks need.
-KERNEL_OPTIONS = (
-    "console=ttyS0,115200 loglevel=5 tsc=reliable no_timer_check cryptomgr.notests mitigations=off panic=0 "
-    "audit=0 selinux=0 apparmor=0"
-)
-# One cylinder of the geometry that Bochs assumes for a flat image: 16 heads of 63 sectors.
-CYLINDER = 16 * 63 * 512
+FRESH = ["systemd-sysv", "dbus", "udev", "kmod", "procps", "iproute2", "python3", "curl", "openssl", "bpftool"]
+USERLANDS = {"own": PACKAGES, "systemd": [*PACKAGES, *FRESH], "fresh": FRESH}
+#: Left out where tests/kvmhost/guest/init is all that starts, and dpkg is not asked.
+DOCUMENTATION = ["doc", "man", "locale", "info", "lintian"]
 
 
 @dataclass(frozen=True)
@@ -113,42 +106,44 @@ HOSTS = {
 }
 
 
-@dataclass(frozen=True)
-class Image:
-    """What an emulator boots: a root disk, and a boot medium or the kernel and initrd on it."""
-
-    disk: Path
-    iso: Path
-    kernel: Path
-    initrd: Path
-    release: str  # as `uname -r` prints it
-
-
-def mmdebstrap(suite: Suite, packages: list[str], target: Path, *options: str) -> None:
-    """A root tree of SUITE with PACKAGES (and no documentation) below TARGET."""
+def mmdebstrap(suite: Suite, packages: list[str], target: Path, *options: str, whole: bool = False) -> None:
+    """A root tree of SUITE with PACKAGES below TARGET; unless it is to be WHOLE, without documentation."""
     suite.refresh()
-    aptopts = ["--aptopt=Acquire::Retries 4", "--aptopt=APT::Sandbox::User root"]
-    excluded = [f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in ("doc", "man", "locale", "info", "lintian")]
-    command = ["mmdebstrap", "--mode=root", "--variant=apt", "--format=directory", *aptopts, *excluded]
+    made = ["--aptopt=Acquire::Retries 4", "--aptopt=APT::Sandbox::User root"]
+    if not whole:
+        made += [f"--dpkgopt=path-exclude=/usr/share/{directory}/*" for directory in DOCUMENTATION]
+    command = ["mmdebstrap", "--mode=root", "--variant=apt", "--format=directory", *made, *options]
     include = f"--include={','.join(packages)}"
-    sh(
-        [*command, *options, include, suite.name, target, *suite.sources()],
-        log=target.parent / "mmdebstrap.log",
-    )
+    sh([*command, include, suite.name, target, *suite.sources()], log=target.parent / "mmdebstrap.log")
 
 
-def userland(host: Host) -> Path:
-    """The root tree without a kernel: shared by the hosts of one userland."""
-    suite = host.userland
+def userland(host: Host, kind: str = "own") -> Path:
+    """The root tree without a kernel, with the packages of USERLANDS[KIND]: shared by the hosts of one userland."""
+    suite, packages = host.userland, USERLANDS[kind]
 
     def make(work: Path) -> None:
-        mmdebstrap(suite, PACKAGES, work / "root")
-        for spare in ("var/lib/apt/lists", "var/cache/apt", "usr/share/doc", "usr/share/locale"):
-            shutil.rmtree(work / "root" / spare, ignore_errors=True)
-        compile_python(work / "root")
+        root, whole = work / "root", kind != "own"
+        mmdebstrap(suite, packages, root, whole=whole)
+        if whole:
+            forget_the_making(root)
+        else:
+            for spare in ("var/lib/apt/lists", "var/cache/apt", "usr/share/doc", "usr/share/locale"):
+                shutil.rmtree(root / spare, ignore_errors=True)
+        compile_python(root)
 
-    inputs = [suite.name, PACKAGES, "bytecode", *(suite.candidate(p) for p in ("python3-bpfcc", "python3", "libc6"))]
-    return cached(f"userland-{suite.name}", inputs, make) / "root"
+    telling = ["python3-bpfcc", "python3", "libc6", *(["systemd"] if kind != "own" else [])]
+    versions = [suite.candidate(package) for package in telling]
+    name = suite.name if kind == "own" else f"{suite.name}-{kind}"
+    return cached(f"userland-{name}", [suite.name, packages, "bytecode", *versions], make) / "root"
+
+
+def forget_the_making(root: Path) -> None:
+    """Remove from the tree ROOT what mmdebstrap configured for itself, and the archive, which no guest can reach."""
+    for file in ("etc/apt/apt.conf.d/99mmdebstrap", "etc/dpkg/dpkg.cfg.d/99mmdebstrap", "etc/apt/sources.list"):
+        (root / file).unlink(missing_ok=True)
+    for fetched in [*(root / "var/lib/apt/lists").iterdir(), *(root / "var/cache/apt").rglob("*")]:
+        if fetched.is_file():
+            fetched.unlink()
 
 
 def compile_python(root: Path) -> None:
@@ -189,26 +184,6 @@ def merge_lib(tree: Path) -> None:
         shutil.rmtree(old)
     if not old.is_symlink():
         old.symlink_to("usr/lib")
-
-
-def module_files(tree: Path, release: str, modules: list[str]) -> list[Path]:
-    """The files of MODULES and of what they need, in the order in which they load."""
-    files: dict[Path, None] = {}
-    for module in modules:
-        for line in sh(["modprobe", "-d", tree, "-S", release, "--show-depends", module]).splitlines():
-            if line.startswith("insmod "):
-                files[Path(line.split()[1])] = None
-    return list(files)
-
-
-def unpacked_copy(module: Path, target: Path) -> None:
-    """Copy a module to TARGET, uncompressed: the initramfs and insmod of old kernels read no .xz."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if module.suffix == ".xz":
-        with target.open("wb") as out:
-            subprocess.run(["xz", "-dc", module], stdout=out, check=True)
-    else:
-        shutil.copy(module, target)
 
 
 def build_chroot(host: Host) -> Path:
@@ -256,95 +231,3 @@ def other_module(host: Host) -> Path:
     packages = host.kernel_packages()
     inputs = [host.release, host.kernel.candidate(packages[0]), *recipe]
     return cached(f"{host.vendor.built}-{host.name}", inputs, make) / file
-
-
-def image(host: Host, *, packed: bool = False) -> Image:
-    """The root disk and boot medium of HOST, built unless they are in the cache; PACKED: with the kernel as packed.
-
-    Modules built here are none of it: a run that needs one is sent it (payload.py), and one that does not has not to
-    wait until it is built.
-    """
-    guest = sorted((HERE / "guest").iterdir())
-    tree, base = kernel(host), userland(host)
-    release = host.release
-
-    def make(work: Path) -> None:
-        make_disk(host, base, tree, work / "root.img")
-        make_media(tree, release, work)
-
-    inputs = [base.parent.name, tree.name, *guest]
-    inputs += [HERE / name for name in ("hosts.py", "direct.py", "enter.S")]
-    built = cached(f"image-{host.disk}", inputs, make)
-    boot = "packed" if packed else "boot"
-    return Image(built / "root.img", built / f"{boot}.iso", built / f"{boot}.vmlinuz", built / "initrd", release)
-
-
-def make_disk(host: Host, base: Path, tree: Path, disk: Path) -> None:
-    """The root disk: userland, the kernel's headers if any, the few modules needed, both vendors' also without BTF."""
-    root, release = disk.parent / "root", host.release
-    sh(["cp", "-al", base, root])
-    merge_lib(root)
-    modules = root / "usr/lib/modules" / release
-    for file in module_files(tree, release, [*ROOT_MODULES, *BOOT_MODULES]):
-        relative = file.relative_to(tree / "lib/modules" / release)
-        unpacked_copy(file, modules / relative.with_name(relative.name.removesuffix(".xz")))
-    for listing in (tree / "lib/modules" / release).glob("modules.[ob]*"):
-        if not listing.name.endswith((".bin", ".alias")):
-            shutil.copy(listing, modules)
-    sh(["depmod", "-b", root, release])
-    if (tree / "usr/src").exists():
-        sh(["cp", "-a", tree / "usr/src", root / "usr"])
-        for link in ("build", "source"):  # BCC needs both: the headers are in two packages
-            (modules / link).symlink_to((tree / "lib/modules" / release / link).readlink())
-    for vendor in (INTEL, AMD):
-        stock = modules / "kernel/arch/x86/kvm" / vendor.file
-        with_btf, without = (modules / "msrtrace" / variant for variant in (vendor.stock, "nobtf"))
-        for folder in (with_btf, without):
-            folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(stock, with_btf)
-        sh(["objcopy", "--remove-section=.BTF", stock, without / vendor.file])
-    for script in ("init", "kvm-module"):
-        shutil.copy(HERE / "guest" / script, root / "usr/local/sbin")
-    make_ext4(root, disk)
-    shutil.rmtree(root)
-
-
-def make_ext4(root: Path, disk: Path) -> None:
-    """An ext4 image of the tree ROOT, with room to spare."""
-    used = int(sh(["du", "-s", "--block-size=1", root]).split()[0])
-    size = (used * 5 // 4 + (256 << 20)) // CYLINDER * CYLINDER
-    with disk.open("wb") as file:
-        file.truncate(size)
-    sh(["mke2fs", "-q", "-t", "ext4", "-m", "0", "-O", "^has_journal", "-d", root, disk])
-
-
-def make_media(tree: Path, release: str, work: Path) -> None:
-    """The boot media: isolinux, the kernel, and an initramfs that finds the root disk.
-
-    WORK/boot.iso has the kernel without its decompressor, WORK/packed.iso as Debian packed it. The same kernels are
-    WORK/boot.vmlinuz and WORK/packed.vmlinuz, and the initramfs is WORK/initrd: for emulators that are given them.
-    """
-    medium, initramfs = work / "medium", work / "initramfs"
-    (medium / "isolinux").mkdir(parents=True)
-    (initramfs / "bin").mkdir(parents=True)
-    shutil.copy(HERE / "guest/initramfs-init", initramfs / "init")
-    shutil.copy("/usr/bin/busybox", initramfs / "bin")
-    for index, file in enumerate(module_files(tree, release, BOOT_MODULES)):
-        unpacked_copy(file, initramfs / "modules" / f"{index:02}-{file.name.removesuffix('.xz')}")
-    cpio = f"cd {initramfs} && find . | LC_ALL=C sort | cpio -o -H newc --quiet -R 0:0 > {medium}/initrd"
-    sh(["sh", "-c", cpio])
-    configuration = (HERE / "guest/isolinux.cfg").read_text().format(options=KERNEL_OPTIONS)
-    (medium / "isolinux/isolinux.cfg").write_text(configuration)
-    shutil.copy("/usr/lib/ISOLINUX/isolinux.bin", medium / "isolinux")
-    shutil.copy("/usr/lib/syslinux/modules/bios/ldlinux.c32", medium / "isolinux")
-    boot = ["-b", "isolinux/isolinux.bin", "-c", "isolinux/boot.cat", "-no-emul-boot", "-boot-load-size", "4"]
-    iso = ["xorriso", "-as", "mkisofs", "-quiet", *boot, "-boot-info-table"]
-    shutil.copy(vmlinuz(tree, release), medium / "vmlinuz")
-    sh([*iso, "-o", work / "packed.iso", medium])
-    (medium / "vmlinuz").rename(work / "packed.vmlinuz")
-    direct.prepare(vmlinuz(tree, release), medium)
-    sh([*iso, "-o", work / "boot.iso", medium])
-    (medium / "vmlinuz").rename(work / "boot.vmlinuz")
-    (medium / "initrd").rename(work / "initrd")
-    shutil.rmtree(medium)
-    shutil.rmtree(initramfs)

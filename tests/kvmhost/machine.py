@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cache import BUILD, RigError, say, sh
+from disks import CYLINDER, Image
 from emulator import Emulator, Job
-from hosts import CYLINDER, Image
 
 TIMED_OUT = 124  # as timeout(1) has it
 #: What a guest's kernel log may not contain.

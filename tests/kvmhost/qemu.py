@@ -14,8 +14,8 @@ from pathlib import Path
 
 from apt import Suite
 from cache import cached, sh
+from disks import KERNEL_OPTIONS, Image
 from emulator import GUEST_MAC, Job
-from hosts import KERNEL_OPTIONS, Image
 
 SUITE = Suite("trixie")
 PACKAGE = "qemu-system-x86"
@@ -52,7 +52,9 @@ class Qemu:
             # The TSC is that of this machine: the guest's kernel measures its frequency.
             accelerator = ["-accel", "tcg,thread=multi"]
         command = [f"{here}/{LOADER}", "--library-path", f"{here}", f"{here}/{PROGRAM}", "-L", f"{here}"]
-        command += ["-nodefaults", "-display", "none", "-vga", "none", "-no-reboot"]
+        command += ["-nodefaults", "-display", "none", "-vga", "none"]
+        if not job.reboots:
+            command += ["-no-reboot"]
         command += [*accelerator, "-cpu", job.cpu_model or CPU, "-smp", f"{job.cpus}", "-m", f"{job.memory}"]
         command += ["-kernel", f"{image.kernel}", "-initrd", f"{image.initrd}", "-append", options]
         disks = [

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cache import REPO
 from conftest import HERE
 from dispositions import as_begun
 from metrics_text import Metrics
@@ -29,6 +30,7 @@ class Demonstration:
     status: int
     log: str
     left: list[str]  # processes and files
+    tried: subprocess.CompletedProcess[str]  # the command that it offers
 
 
 def demonstration(folder: Path) -> Demonstration:
@@ -56,7 +58,15 @@ def demonstration(folder: Path) -> Demonstration:
     left = [line for line in emulators if Path("/proc", line.split()[0]).exists()]
     if run.exists():
         left.append(str(run))
-    return Demonstration(port, scrapes, status, log.read_text(), left)
+    return Demonstration(port, scrapes, status, log.read_text(), left, _tried(log.read_text()))
+
+
+def _tried(log: str) -> subprocess.CompletedProcess[str]:
+    """Type what the last line says, in the checkout."""
+    command = log.splitlines()[-1].rpartition(": ")[2].removeprefix("sudo ")
+    return subprocess.run(
+        ["bash", "-c", command], cwd=REPO, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
 
 
 def _scrape(port: int, demo: subprocess.Popen[bytes], log: Path, more_than: int) -> Metrics:
@@ -80,6 +90,15 @@ def test_the_demonstration_is_traced_and_ends_on_ctrl_c(beside: Demonstration) -
     assert second.updates() > first.updates() > 0  # the VMs go on
     assert not second.lost()
     assert beside.status == 130
-    assert beside.log.splitlines()[-1] == f"msrtrace: serving http://127.0.0.1:{beside.port}/metrics"
+    url, try_ = beside.log.splitlines()[-2:]
+    assert url == f"msrtrace: serving http://127.0.0.1:{beside.port}/metrics"
+    assert try_.startswith("make run: in another terminal, ")
     assert "unpatched" not in beside.log  # built for nobody
     assert beside.left == []
+
+
+@pytest.mark.beside(boot=demonstration, host="trixie-amd")
+def test_what_the_demonstration_offers_to_try_works(beside: Demonstration) -> None:
+    assert beside.tried.returncode == 0, beside.tried.stderr
+    assert "workload" in beside.tried.stdout  # the VM
+    assert "FS_BASE" in beside.tried.stdout  # which its filter denies or allows

@@ -325,6 +325,7 @@ def test_a_download_is_retried_and_then_fails_with_its_reason(monkeypatch: pytes
         (["--host", "sid", "--module", "unpatched", "--", "true"], "--module unpatched: sid has patched, nobtf"),
         (["--host", "sid-amd", "--module", "patched", "--", "true"], "--module patched: sid-amd has unpatched, nobtf"),
         (["--host", "sid-amd", "--count-instructions", "--cpus", "2", "--", "true"], "needs --cpus 1 in QEMU"),
+        (["--fresh", "--", "true"], "--fresh needs --init systemd"),
     ],
 )
 def test_wrong_use_of_the_rig_is_said(words: list[str], said: str) -> None:

@@ -49,6 +49,19 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+def test_the_child_imports_from_where_its_parent_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package's own directory is in sys.path alone, and that of a venv is not that of its base."""
+    python, seen = sys.executable, tmp_path / "seen"
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/known_here_alone.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path / "private"))
+    fake_python(tmp_path, f'printf "%s" "$2" > {seen}', monkeypatch)
+    with pytest.raises(MsrtraceError):
+        compiled(tmp_path / "none.c", {})
+    paths, _, _ = seen.read_text().partition("; from tracer")
+    subprocess.run([python, "-c", f"{paths}; import known_here_alone, tracer.program.bcc_compiler"], check=True)
+
+
 @pytest.mark.parametrize(("script", "status"), [("exit 3", 3), ("kill -9 $$", -9)])
 def test_a_child_that_dies_is_one_clear_error(
     script: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,7 @@ import pytest
 from made import changed, patched, report
 from made_exits import BY_FILTER, EXITS, GUARDED, PLAIN, TOTAL, exiting, with_exits
 from made_vms import XFD, denies, state, vcpu, vm
-from pages import page
+from report_pages import page
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.exits import FILTERED, L1, SLOW, Exit

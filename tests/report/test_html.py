@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from made import any_reports, changed, patched, report, toggle, unpatched
-from pages import COMPARISONS, EITHER, REPORTS, Element, Page, bars, chart, many, page, shape
+from report_pages import COMPARISONS, EITHER, REPORTS, Element, Page, bars, chart, many, page, shape
 
 from tracer.model.snapshot import VmInfo
 from tracer.model.text import printable

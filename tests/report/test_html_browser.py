@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from chromium import Chromium
 from needs import tool
-from pages import COMPARISONS, REPORTS, many, source
+from report_pages import COMPARISONS, REPORTS, many, source
 
 from tracer.report.compare import Comparison, compare
 from tracer.report.report import Report

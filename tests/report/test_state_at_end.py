@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from made import patched, report, toggle, unpatched
 from made_vms import FS_BASE, PASSED, XFD, denies, state, vcpu, vm
-from pages import page
+from report_pages import page
 
 from tracer.model.msr_filter import NO_FILTER, READ, WRITE, MsrFilter
 from tracer.model.state import Vm

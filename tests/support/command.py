@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -45,16 +47,27 @@ def on_standin(directory: Path, *arguments: str) -> subprocess.CompletedProcess[
 class Running:
     """A command of msrtrace in a process of its own, on a fake kernel that is files in a directory."""
 
-    def __init__(self, directory: Path, *arguments: str, command: str = "run") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *arguments: str,
+        command: str = "run",
+        shell: str = "",
+        descriptors: Sequence[int] = (),
+        **environment: str,
+    ) -> None:
+        """Start it; `shell` is what bash does first in its process, which has the `descriptors`, too."""
         self.directory = directory
         self.out, self.err = directory / "out", directory / "err"
+        words = [sys.executable, "-m", "standin", str(directory), command, *arguments]
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "standin", directory, command, *arguments],
-                env=ON_STANDIN,
+                ["bash", "-c", f"{shell}\nexec {shlex.join(words)}"] if shell else words,
+                env=ON_STANDIN | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
+                pass_fds=descriptors,
             )
 
     def until(self, text: str, file: Path | None = None) -> str:

@@ -17,7 +17,7 @@ RELEASE = "6.1.0-56-amd64"
 
 
 OTHERS = ["symbols", "exits", "livepatch", "library", "headers", "bcc", "btf"]
-OTHERS += ["lockdown", "capabilities", "perf-event-paranoid", "bpf", "tracefs"]
+OTHERS += ["lockdown", "capabilities", "perf-event-paranoid", "bpf", "processes", "tracefs"]
 NAMES = ["cpu", "kvm-intel", *OTHERS]
 AMD_NAMES = ["cpu", "kvm-amd", *OTHERS]
 
@@ -166,6 +166,7 @@ class Host:
         self.remove(f"sys/module/{self.kind.module}")
         self.remove(f"sys/kernel/btf/{self.kind.module}")
         self.remove("sys/class/misc/kvm")
+        self.write("proc/modules", "")
         self.write("proc/kallsyms", kallsyms())
 
     def build_in(self, *, started: bool = True) -> None:

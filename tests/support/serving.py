@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from tracer.export import server as server_module
 from tracer.export.metrics import SnapshotCollector
+from tracer.export.security import TlsFiles
 from tracer.export.server import Server
 from tracer.export.web_config import WebConfig
 from tracer.model.snapshot import Snapshot
@@ -102,7 +103,7 @@ def main(*, collection: float = 0, patience: float = 30, vms: int = 1, config: s
     :param patience: how long the server waits for a client, in seconds
     :param vms: so many times 69 series
     :param config: a file for --web.config.file
-    :param tls: `cert`, `key` and `ca` of Server
+    :param tls: `cert`, `key` and `ca` of TlsFiles
     """
     counts, took = crowd(vms), list[float]()
 
@@ -118,8 +119,8 @@ def main(*, collection: float = 0, patience: float = 30, vms: int = 1, config: s
     server_module._PATIENCE = patience
     registry = CollectorRegistry()
     registry.register(SnapshotCollector(take, "0.1.0"))
-    security = WebConfig(config, complain) if config else None
-    server = Server(registry, ("127.0.0.1", 0), security=security, on_error=complain, **tls).start()
+    security = WebConfig(config, complain) if config else TlsFiles(**tls, on_error=complain)
+    server = Server(registry, ("127.0.0.1", 0), security=security, on_error=complain).start()
     print(server.url, flush=True)
     sys.stdin.read()
     print(json.dumps(took))

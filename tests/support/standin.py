@@ -22,6 +22,7 @@ from made_vms import FS_BASE, denies, state, vcpu, vm
 
 from tracer.cli import main as command_line
 from tracer.cli import session
+from tracer.doctor import examination
 from tracer.kernel.machine import Machine
 from tracer.kernel.symbols import Symbol, Symbols
 from tracer.model.errors import MsrtraceError
@@ -232,7 +233,7 @@ def main() -> None:
     places: tuple[tuple[Any, str, Any], ...] = (
         (Machine, "vendor", chosen.vendor),
         (Symbols, "read", symbols),
-        (session, "obstacle", obstacle),
+        (examination, "obstacle", obstacle),
         (session, "this_machine", machine),
         (engine, "Engine", chosen),
         (state_reader, "StateReader", States),

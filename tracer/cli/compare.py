@@ -8,20 +8,23 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from tracer.cli.command import Argument, Documented
 from tracer.cli.output import check_outputs, deliver, output_options
-from tracer.report.compare import Comparison, Window
-from tracer.report.compare import compare as compare_reports
-from tracer.report.file import read
+from tracer.cli.parameters import REPORT
 from tracer.report.formats import OF_COMPARISONS, write_comparison
+
+if TYPE_CHECKING:
+    from tracer.report.compare import Comparison
 
 #: A time that a user takes from another clock may be so much ahead of the server's.
 _SKEW_SECONDS = 5.0
 
 
-class _Sides(click.Command):
+class _Sides(Documented):
     """A command whose --base and --new take every file up to the next option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -41,9 +44,21 @@ class _Sides(click.Command):
         return super().parse_args(ctx, repeated)
 
 
-@click.command(cls=_Sides)
-@click.option("--base", multiple=True, metavar="FILE...", help="Reports of one side, one for each repeat.")
-@click.option("--new", multiple=True, metavar="FILE...", help="Reports of the other side.")
+@click.command(
+    cls=_Sides,
+    examples={
+        "msrtrace compare before.json after.json": "Two reports, of `msrtrace report -o FILE.json`",
+        "msrtrace compare --base a1.json a2.json --new b1.json b2.json": "With repeats of both",
+        "msrtrace compare --format changelog before.json after.json": "As text for a commit message",
+        "msrtrace compare --prometheus http://localhost:9090 \\\n"
+        """    --base 'patch="unpatched"' --new 'patch="patched"'""": "Two groups of hosts, by what Prometheus stored",
+        "msrtrace compare --prometheus http://localhost:9090 \\\n"
+        """    --base-at 2026-11-20T08:00Z --base 'job="kvm"' --new 'job="kvm"'""": "Before and after an upgrade",
+    },
+    statuses={"3": "the reports cannot be compared; --force does it all the same"},
+)
+@click.option("--base", multiple=True, type=REPORT, metavar="FILE...", help="Reports of one side, one for each repeat.")
+@click.option("--new", multiple=True, type=REPORT, metavar="FILE...", help="Reports of the other side.")
 @click.option(
     "--prometheus",
     metavar="URL",
@@ -55,12 +70,20 @@ class _Sides(click.Command):
 @click.option(
     "--http.config.file",
     "http_config",
+    type=click.Path(dir_okay=False),
     metavar="FILE",
     help="How to talk to Prometheus: credentials, TLS, headers, as promtool takes it (YAML).",
 )
-@output_options(OF_COMPARISONS, "; changelog: 75 columns, for a commit message.")
+@output_options(OF_COMPARISONS, " (75 columns, for a commit message)")
 @click.option("--force", is_flag=True, help="Compare even what should not be compared; the result says why.")
-@click.argument("files", nargs=-1, metavar="[BASE NEW]")
+@click.argument(
+    "files",
+    cls=Argument,
+    nargs=-1,
+    type=REPORT,
+    metavar="[BASE NEW]",
+    help="The reports (JSON); - is standard input. For repeats, or with --prometheus: --base and --new.",
+)
 def compare(  # noqa: PLR0917 (click passes them by name)
     base: tuple[str, ...],
     new: tuple[str, ...],
@@ -79,8 +102,8 @@ def compare(  # noqa: PLR0917 (click passes them by name)
     With several files per side, `--base a1.json a2.json --new b1.json b2.json`, counts must agree in all repeats,
     and times have a median and a confidence interval. Reports that cannot be compared are refused with exit status 3.
 
-    `compare --prometheus URL --base 'patch="unpatched"' --new 'patch="patched"'` compares the hosts that match the
-    selectors, by what Prometheus stored. With --base-at TIME these are hosts before and after an upgrade.
+    With --prometheus, --base and --new are label selectors: the hosts that match them are compared, by what Prometheus
+    stored. With --base-at TIME these are hosts before and after an upgrade.
     """
     if files and (base or new):
         raise click.UsageError("give either BASE and NEW, or --base FILE... and --new FILE...")
@@ -100,8 +123,16 @@ def compare(  # noqa: PLR0917 (click passes them by name)
     if prometheus:
         comparison = _of_stored(prometheus, http_config, (base, new), since or "1h", (base_at, new_at), force=force)
     else:
-        comparison = compare_reports(*([read(Path(name)) for name in names] for names in (base, new)), force=force)
+        comparison = _of_files(base, new, force=force)
     deliver(partial(write_comparison, comparison), fmt, outputs)
+
+
+def _of_files(base: Sequence[str], new: Sequence[str], *, force: bool) -> Comparison:
+    """Compare the reports in these files."""
+    from tracer.report.compare import compare
+    from tracer.report.file import read
+
+    return compare(*([read(Path(name)) for name in names] for names in (base, new)), force=force)
 
 
 def _of_stored(
@@ -114,6 +145,8 @@ def _of_stored(
     force: bool,
 ) -> Comparison:
     """Compare the hosts that the selectors of the sides match, by what Prometheus stored before the times `at`."""
+    from tracer.report.compare import Window
+    from tracer.report.compare import compare as compare_reports
     from tracer.report.fleet.fleet import Prometheus, before_and_after, compared, seconds
     from tracer.report.fleet.http_config import read_http_config
 
@@ -136,7 +169,7 @@ def _of_stored(
         *fleet.sides,
         force=force,
         titles=titles,
-        windows=(_window(base_end, window), _window(new_end, window)),
+        windows=(Window(*_window(base_end, window)), Window(*_window(new_end, window))),
         apart=fleet.apart,
     )
     return replace(comparison, warnings=(*fleet.warnings, *comparison.warnings))
@@ -175,5 +208,5 @@ def _utc(time: float) -> str:
     return f"{datetime.fromtimestamp(time, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _window(end: float, seconds: int) -> Window:
-    return Window(datetime.fromtimestamp(end - seconds, timezone.utc), datetime.fromtimestamp(end, timezone.utc))
+def _window(end: float, seconds: int) -> tuple[datetime, datetime]:
+    return datetime.fromtimestamp(end - seconds, timezone.utc), datetime.fromtimestamp(end, timezone.utc)

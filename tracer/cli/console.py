@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import click
 
+from tracer.cli import systemd
 from tracer.cli.streams import OutputError
 from tracer.model.text import COLUMNS, printable
 
@@ -21,14 +22,14 @@ DUMB = ("", "dumb", "unknown")
 
 def say(line: str) -> None:
     """Print a message to standard output."""
-    click.echo(f"msrtrace: {printable(line)}")
+    click.echo(f"{systemd.prefix(systemd.INFO, sys.stdout)}msrtrace: {printable(line)}")
     sys.stdout.flush()
 
 
 def warn(line: str) -> None:
     """Print a warning to standard error, if that can be written: what is warned of goes on."""
     with suppress(OutputError, OSError):
-        click.echo(f"msrtrace: warning: {printable(line)}", err=True)
+        click.echo(f"{systemd.prefix(systemd.WARNING, sys.stderr)}msrtrace: warning: {printable(line)}", err=True)
 
 
 def is_dumb() -> bool:

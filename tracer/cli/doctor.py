@@ -8,6 +8,7 @@ import sys
 
 import click
 
+from tracer.cli.command import Documented
 from tracer.cli.console import columns, is_dumb
 from tracer.cli.session import this_machine
 from tracer.doctor.check import State
@@ -15,8 +16,16 @@ from tracer.doctor.examination import examine
 from tracer.doctor.output import as_json, as_text
 
 
-@click.command()
-@click.option("--json", "as_json_", is_flag=True, help="Print JSON.")
+@click.command(
+    cls=Documented,
+    examples={
+        "sudo msrtrace doctor": "Is anything missing, and which command fixes it?",
+        "sudo msrtrace doctor --json | jq '.checks[] | select(.state != \"ok\")'": "What is not right, for a script",
+    },
+    statuses={"1": "something that tracing needs is missing"},
+    environment=("NO_COLOR", "TERM", "BCC_KERNEL_SOURCE"),
+)
+@click.option("--json", "as_json_", is_flag=True, help="Print the checks as JSON.")
 def doctor(as_json_: bool) -> None:
     """Check everything that tracing needs, and say how to fix what is missing."""
     machine = this_machine()

@@ -10,14 +10,20 @@ from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from tracer.cli.command import Documented
 from tracer.cli.streams import OutputError, guarded_streams
 from tracer.model.errors import MsrtraceError
 from tracer.model.text import printable
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+#: The variable that makes msrtrace complete a command line instead of running, as click names it.
+COMPLETION = "_MSRTRACE_COMPLETE"
 _COMMAND = re.compile(r'"""`msrtrace (\w+)`: (.+?)(?:\n\n|""")', re.DOTALL)
 
 
@@ -29,7 +35,7 @@ def commands() -> dict[str, str]:
     return {match[1]: " ".join(match[2].split()) for match in found if match}
 
 
-class _Commands(click.Group):
+class _Commands(Documented, click.Group):
     """The commands. Each is imported only when it is used, and none for the list of commands."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -43,6 +49,14 @@ class _Commands(click.Group):
         command: click.Command = getattr(import_module(f"tracer.cli.{cmd_name}"), cmd_name)
         return command
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Its options, and the commands, of which none is imported."""
+        from click.shell_completion import CompletionItem
+
+        found = {name: text for name, text in commands().items() if name.startswith(incomplete)}
+        options = click.Command.shell_complete(self, ctx, incomplete)
+        return [*(CompletionItem(name, help=text) for name, text in found.items()), *options]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands."""
         with formatter.section("Commands"):
@@ -53,6 +67,12 @@ class _Commands(click.Group):
     cls=_Commands,
     invoke_without_command=True,
     subcommand_metavar="[COMMAND] [ARGS]...",
+    examples={
+        "msrtrace": "What is this host, and what can be traced on it?",
+        "sudo msrtrace top": "Which MSR intercepts KVM changes, live",
+        "sudo msrtrace state": "What each vCPU intercepts now, and who wants that",
+        "sudo msrtrace report -d 10 -o report.html": "Trace for 10 seconds, and view the report in a browser",
+    },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="msrtrace")
@@ -76,8 +96,12 @@ def _one_line(error: Exception) -> str:
 def main() -> None:
     """Run the command line. Errors are one line on stderr; MSRTRACE_DEBUG=1 adds the traceback."""
     with guarded_streams():
+        if COMPLETION in os.environ:
+            from tracer.cli.completion import register
+
+            register()
         try:
-            cli.main(prog_name="msrtrace", standalone_mode=True)
+            cli.main(prog_name="msrtrace", standalone_mode=True, complete_var=COMPLETION)
         except MsrtraceError as error:
             _fail(f"msrtrace: error: {_one_line(error)}", error.status)
         except Exception as error:
@@ -89,8 +113,10 @@ def main() -> None:
 
 
 def _fail(line: str, status: int) -> NoReturn:
+    from tracer.cli import systemd
+
     with suppress(OutputError, OSError):  # the status remains
-        click.echo(line, err=True)
+        click.echo(f"{systemd.prefix(systemd.ERROR, sys.stderr)}{line}", err=True)
     sys.exit(status)
 
 

@@ -11,7 +11,6 @@ import click
 from tracer.cli.console import columns
 from tracer.model.errors import MsrtraceError
 from tracer.model.text import COLUMNS
-from tracer.report.file import check_writable, write
 from tracer.report.formats import DEFAULT, FORMATS, SUFFIXES, format_of, suffix_of
 
 
@@ -19,13 +18,20 @@ def output_options(formats: list[str], note: str = "") -> Callable[[Callable[...
     """Decorate a command with -o/--output and --format (one of `formats`), which it gets as `outputs` and `fmt`."""
 
     def with_options(function: Callable[..., None]) -> Callable[..., None]:
-        fmt = click.option("--format", "fmt", type=click.Choice(formats), help=f"[default: {DEFAULT}]{note}")
+        fmt = click.option(
+            "--format",
+            "fmt",
+            type=click.Choice(formats),
+            metavar="FORMAT",
+            help=f"{', '.join(formats[:-1])} or {formats[-1]}{note}.  [default: {DEFAULT}]",
+        )
         output = click.option(
             "-o",
             "--output",
             "outputs",
             multiple=True,
             type=click.Path(dir_okay=False, path_type=Path),
+            metavar="FILE",
             help=f"Write to this file, atomically at the end; its suffix ({', '.join(SUFFIXES)}) selects the format. "
             "May be given several times.",
         )
@@ -36,6 +42,8 @@ def output_options(formats: list[str], note: str = "") -> Callable[[Callable[...
 
 def check_outputs(outputs: tuple[Path, ...], fmt: str | None, formats: Collection[str] = FORMATS) -> None:
     """Fail before any work is done if its result could not be written, or a suffix is not that of one of `formats`."""
+    from tracer.report.file import check_writable
+
     for name in {fmt or format_of(output) or DEFAULT for output in outputs} or {fmt or DEFAULT}:
         if name not in formats:
             raise click.UsageError(f"what is shown cannot be written as {name}: {', '.join(formats)} are possible")
@@ -60,6 +68,7 @@ def deliver(
     :param render: returns the result in a format, given by name, with text that is at most so many columns wide; raises
         MsrtraceError where the format cannot have it
     """
+    from tracer.report.file import write
 
     if not outputs:
         click.echo(render(fmt or DEFAULT, columns()), nl=False, err=to_stderr)

@@ -14,33 +14,56 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tracer.cli.command import Argument, Documented
 from tracer.cli.console import is_dumb, version, warn
-from tracer.cli.options import tracing_options
+from tracer.cli.options import TRACING, tracing_options
 from tracer.cli.output import check_outputs, deliver, output_options
+from tracer.cli.parameters import COMMAND, Seconds
 from tracer.cli.session import ready_machine, tracing
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
-from tracer.model.snapshot import VmInfo
-from tracer.report.file import BOM, read
 from tracer.report.formats import OF_REPORTS, write_report
-from tracer.report.state_file import States
 
 if TYPE_CHECKING:
+    from tracer.model.snapshot import VmInfo
     from tracer.model.state import State
+    from tracer.report.state_file import States
     from tracer.trace.tracer import Tracer
 
 _LONGEST_SECONDS = 366 * 86400.0
 _TRACER_FAILED = 125  # as with env(1), timeout(1) and others that run a command
 
 
-@click.command(context_settings={"allow_interspersed_args": False})
-@click.option(
-    "-d", "--duration", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="How long to trace."
+@click.command(
+    cls=Documented,
+    context_settings={"allow_interspersed_args": False},
+    examples={
+        "sudo msrtrace report -d 60": "What KVM does in a minute",
+        "sudo msrtrace report --label before -o before.json -o before.html -- make -j8": "While a workload runs; for "
+        "`msrtrace compare`, and for a browser",
+        "sudo msrtrace report --exits --by-vm -d 30": "Which MSR accesses make VMs exit, and who wants that",
+        "sudo msrtrace report --pid 4321": "Of one VM, until Ctrl-C",
+    },
+    statuses={
+        "125": "with COMMAND, msrtrace itself failed",
+        "126": "COMMAND cannot be run",
+        "127": "there is no such COMMAND",
+        "others": "that of COMMAND, which is 128 + N if signal N ended it",
+    },
+    **TRACING,
 )
+@click.option("-d", "--duration", type=Seconds(_LONGEST_SECONDS), metavar="SECONDS", help="How long to trace.")
 @output_options(OF_REPORTS)
-@click.option("--label", default="", help="The name of this report in comparisons, such as `patched`.")
+@click.option("--label", default="", metavar="NAME", help="The name of this report in comparisons, such as `patched`.")
 @tracing_options
-@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.argument(
+    "command",
+    cls=Argument,
+    nargs=-1,
+    type=COMMAND,
+    metavar="[-- COMMAND...]",
+    help="What to run, with its arguments; all VMs are traced until it ends. Without it: -d, or until Ctrl-C.",
+)
 def report(  # noqa: PLR0917 (click passes them by name)
     duration: float | None,
     outputs: tuple[Path, ...],
@@ -56,8 +79,6 @@ def report(  # noqa: PLR0917 (click passes them by name)
     """
     if duration is not None and command:
         raise click.UsageError("give either -d or COMMAND: a COMMAND is traced until it ends")
-    if duration is not None and not duration <= _LONGEST_SECONDS:  # also if it is NaN
-        raise click.UsageError(f"-d {duration:g}: at most {_LONGEST_SECONDS:g} seconds")
     if command and _is_report(Path(command[0])):
         what = "compare" if len(command) == 2 and _is_report(Path(command[1])) else "show"
         instead = shlex.join(("msrtrace", what, *command))
@@ -146,6 +167,8 @@ def _own_failures(status: int) -> Iterator[None]:
 
 def _is_report(path: Path) -> bool:
     """Whether the path is that of a report file."""
+    from tracer.report.file import BOM, read
+
     try:
         if not path.is_file():  # nor open a pipe
             return False

@@ -5,52 +5,58 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracer.doctor.examination import MODULE, SYMBOLS, explain_eperm, obstacle
-from tracer.kernel.machine import Machine
 from tracer.model.errors import MsrtraceError
-from tracer.model.module_change import FOLLOW_SECONDS
 from tracer.model.options import BACKENDS, Options
 
 if TYPE_CHECKING:
+    from tracer.kernel.machine import Machine
     from tracer.kernel.symbols import Symbols
     from tracer.trace.state_follower import StateFollower
     from tracer.trace.state_reader import StateReader
     from tracer.trace.tracer import Tracer
 
-#: Checks of doctor on what only probes need.
-_NOT_FOR_STATES = (SYMBOLS, "livepatch", "library", "perf-event-paranoid", "tracefs")
 #: Those of a trace for which none are given.
 OPTIONS = Options()
 
 
 def this_machine(options: Options = OPTIONS) -> Machine:
     """This machine, what is already compiled, and how a trace with these options would go about it."""
+    from tracer.kernel.machine import Machine
+    from tracer.trace.capabilities import refused_calls
     from tracer.trace.engine import compiled_backends, expected_backends
 
-    return Machine.here(compiled_backends(), lambda machine: expected_backends(machine.symbols, options))
+    return Machine.here(compiled_backends(), lambda machine: expected_backends(machine.symbols, options), refused_calls)
 
 
 def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> Machine:
     """This machine. Raises MsrtraceError, which says what to do, if it cannot be traced with these options."""
+    from tracer.doctor.containers import explain_hidden_processes
+    from tracer.doctor.examination import MODULE, SYMBOLS, obstacle
+
     machine = this_machine(options)
     check_pid(options.pid)
     problem = obstacle(machine, ignore=(MODULE, SYMBOLS) if module_may_be_missing else ())
     if problem:
         raise MsrtraceError(problem)
+    needing = [name for name, given in (("--by-vm", options.by_vm), ("--pid", options.pid is not None)) if given]
+    if needing and (why := explain_hidden_processes(machine)):
+        raise MsrtraceError(f"{' and '.join(needing)} cannot be used: {why}")
     return machine
 
 
 def _machine_with_states() -> Machine:
     """This machine. Raises MsrtraceError, which says what to do, if the states of vCPUs cannot be read."""
+    from tracer.doctor.examination import NEEDED_BY_PROBES_ALONE, obstacle
+    from tracer.kernel.machine import Machine
     from tracer.trace.state_reader import state_program_is_compiled
 
     machine = Machine.here(frozenset(BACKENDS) if state_program_is_compiled() else frozenset())
-    if problem := obstacle(machine, ignore=_NOT_FOR_STATES):
+    if problem := obstacle(machine, ignore=NEEDED_BY_PROBES_ALONE):
         raise MsrtraceError(problem)
     return machine
 
@@ -58,6 +64,7 @@ def _machine_with_states() -> Machine:
 @contextmanager
 def state_reader() -> Iterator[StateReader]:
     """A context with what reads the states of vCPUs. Raises MsrtraceError, which says what to do, if that cannot be."""
+    from tracer.doctor.examination import explain_eperm
     from tracer.trace.state_reader import StateReader
 
     machine = _machine_with_states()
@@ -71,6 +78,7 @@ def state_reader() -> Iterator[StateReader]:
 @contextmanager
 def following_states(pid: int | None = None) -> Iterator[StateFollower]:
     """As `state_reader`, of vCPUs with the names of their VMs, across reloads; with `pid` of those of a process."""
+    from tracer.doctor.examination import explain_eperm
     from tracer.trace import state_reader
     from tracer.trace.state_follower import StateFollower
 
@@ -104,31 +112,33 @@ def module_is_loaded() -> bool:
 
 
 class EndSignals:
-    """SIGINT and SIGTERM, which end a command in order: in this context they are waited for, and interrupt nothing.
+    """SIGINT, SIGTERM and SIGHUP, which end a command in order: here they are waited for, and interrupt nothing.
 
     A handler could run in the middle of anything, and one that takes a lock may then wait for ever.
     """
 
-    _NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    def __init__(self, on_hangup: Callable[[], None] | None = None) -> None:
+        """With `on_hangup`, SIGHUP ends nothing: this runs during the wait. Else it ends unless it is ignored."""
+        self._on_hangup = on_hangup
+        self._numbers = {signal.SIGINT, signal.SIGTERM}
+        # A blocked signal comes even if it is ignored, as nohup(1) has it.
+        if on_hangup or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            self._numbers.add(signal.SIGHUP)
 
     def __enter__(self) -> EndSignals:
-        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, self._NUMBERS)
+        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
     def wait(self, seconds: float) -> bool:
-        """Wait this long; True at once when one of the signals has come."""
-        return signal.sigtimedwait(self._NUMBERS, seconds) is not None
-
-
-def wait_for_module(signals: EndSignals) -> bool:
-    """Wait until a module that can be traced is loaded; False if a signal came first."""
-    while not module_is_loaded():
-        if signals.wait(FOLLOW_SECONDS):
+        """Wait this long; True at once when one of the signals has come, which ends the command."""
+        came = signal.sigtimedwait(self._numbers, seconds)
+        if came and came.si_signo == signal.SIGHUP and self._on_hangup:
+            self._on_hangup()
             return False
-    return True
+        return came is not None
 
 
 @contextmanager
@@ -141,6 +151,7 @@ def tracing(
     :param keep_gone: see Tracer
     :raises MsrtraceError: if it cannot be attached
     """
+    from tracer.doctor.examination import explain_eperm
     from tracer.trace.engine import Engine
     from tracer.trace.tracer import Tracer
 
@@ -148,8 +159,11 @@ def tracing(
         return explain_eperm(machine)
 
     def reader(symbols: Symbols) -> StateReader:
+        from tracer.doctor.containers import explain_hidden_processes
         from tracer.trace.state_reader import StateReader
 
+        if why := explain_hidden_processes(machine):
+            raise MsrtraceError(f"what vCPUs intercept is not shown: {why}")
         return StateReader(symbols, explain, options.pid, nested=nested)
 
     tracer = Tracer(

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tracer.cli.command import Documented
 from tracer.cli.console import columns, is_dumb, warn
-from tracer.cli.options import tracing_options
+from tracer.cli.options import TRACING, tracing_options
+from tracer.cli.parameters import Seconds
 from tracer.cli.session import ready_machine, tracing
 from tracer.model.module_change import FOLLOW_SECONDS
 from tracer.model.options import Options
@@ -35,11 +37,19 @@ _CONSOLE = re.compile(r"vt\d|linux|ansi|cons")  # ASCII, and no second screen
 _NO_COLOR = re.compile(r"vt\d")
 
 
-@click.command()
+@click.command(
+    cls=Documented,
+    examples={
+        "sudo msrtrace top": "Which MSR intercepts KVM changes, every second",
+        "sudo msrtrace top --exits --by-vm -d 5": "Which MSR accesses make VMs exit, and who wants that",
+        "sudo msrtrace top -n 1 -d 10": "Print one frame, of 10 seconds",
+    },
+    **{**TRACING, "environment": (*TRACING["environment"], "NO_COLOR", "TERM")},
+)
 @click.option(
     "-d",
     "--delay",
-    type=click.FloatRange(0.1, _LONGEST_DELAY),
+    type=Seconds(_LONGEST_DELAY, least=0.1),
     default=1.0,
     show_default=True,
     metavar="SECONDS",
@@ -62,8 +72,6 @@ def top(delay: float, iterations: int | None, options: Options, sort: str | None
     In a terminal, `?` shows the keys and q quits. Elsewhere, and with TERM=dumb, the intervals are printed one after
     another, until Ctrl-C or -n. NO_COLOR is respected.
     """
-    if not delay <= _LONGEST_DELAY:  # NaN
-        raise click.UsageError("-d: give a number of seconds")
     orders = _SORTS_OF_EXITS if options.exits else _SORTS
     if sort and sort not in orders:
         option = "with --exits" if options.exits else "without --exits"

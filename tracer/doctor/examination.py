@@ -9,9 +9,12 @@ from dataclasses import replace
 
 from tracer.doctor import host, rights, tools
 from tracer.doctor.check import Check, Found, State
+from tracer.doctor.containers import check_processes, on_host
 from tracer.kernel.machine import Machine, search
 
 MODULE, SYMBOLS = "module", "symbols"
+#: Checks of what reading the states of vCPUs does not need.
+NEEDED_BY_PROBES_ALONE = (SYMBOLS, "livepatch", "library", "perf-event-paranoid", "tracefs")
 #: In the order in which to fix them. MODULE is shown under the name of the vendor's module.
 _CHECKS: dict[str, Callable[[Machine], Found]] = {
     "cpu": host.check_cpu,
@@ -27,6 +30,7 @@ _CHECKS: dict[str, Callable[[Machine], Found]] = {
     "capabilities": rights.check_capabilities,
     "perf-event-paranoid": rights.check_perf_event_paranoid,
     "bpf": rights.check_bpf,
+    "processes": check_processes,
     "tracefs": rights.check_tracefs,
 }
 
@@ -67,10 +71,10 @@ def explain_eperm(machine: Machine) -> str:
     why, fix = "probably SELinux or another security module", "see sudo dmesg and sudo ausearch -m avc -ts recent"
     if not rights.lockdown_asked(machine) and not machine.at(rights.LOCKDOWN).exists():
         why = "probably SELinux or another security module, or lockdown by the kernel's config"
-        fix += "; sudo mount -t securityfs securityfs /sys/kernel/security, which shows lockdown to msrtrace doctor"
+        mount = on_host(machine, "sudo mount -t securityfs securityfs /sys/kernel/security")
+        fix += f"; {mount}, which shows lockdown to msrtrace doctor"
     if search(r"^Seccomp:\s*(\d)", machine.text("/proc/self/status", "")) == "2":
-        why = "probably the seccomp filter of the container or service"
-        fix = "allow bpf and perf_event_open (docker run --security-opt seccomp=unconfined, SystemCallFilter=)"
+        why, fix = "probably the seccomp filter of the container or service", rights.ALLOW_CALLS
     return f"the kernel refused: {why}: {fix}"
 
 

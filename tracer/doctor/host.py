@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 from tracer.doctor.check import Found, State
+from tracer.doctor.containers import UNMASK, in_container, on_host
 from tracer.doctor.hypervisors import enable_nested
 from tracer.kernel.btf import Btf, BtfError
 from tracer.kernel.copies import describe
 from tracer.kernel.layout import choose, places
-from tracer.kernel.machine import Machine
+from tracer.kernel.machine import Machine, search
 from tracer.model.exits import EXIT_FUNCTIONS
 from tracer.model.vendor import Vendor
 from tracer.model.vendors import VENDORS
 
 #: Of a check that needs the functions which check_symbols() finds.
 _FIRST = "fix symbols first"
+_BTF_MOUNT = "-v /sys/kernel/btf:/sys/kernel/btf:ro"
 _NO_EXITS = "no exits: accesses that pass, that the virtual APIC serves, or that a guest's user space tries"
 
 
@@ -42,12 +44,20 @@ def check_module(machine: Machine) -> Found:
     (kernel/params.c, kernel/module/sysfs.c); the device is registered last (kvm_init(), virt/kvm/kvm_main.c).
     """
     vendor, module = machine.vendor, machine.vendor.module
-    directory, modules = f"/sys/module/{module}", f"/lib/modules/{machine.release}"
+    directory = f"/sys/module/{module}"
     there, loadable = machine.at(directory).exists(), machine.at(f"{directory}/initstate").exists()
     if loadable or (there and machine.at("/sys/class/misc/kvm").exists()):
         values = ((name, machine.text(f"{directory}/parameters/{name}", "")) for name in vendor.parameters)
         state = "loaded" if loadable else "built in"
         return State.OK, " ".join([state, *(f"{name}={value}" for name, value in values if value)]), None
+    if search(rf"^({module}) ", machine.text("/proc/modules", "")):
+        hidden = f"{module} is loaded, but /sys/module does not show it here"
+        return State.FAILED, hidden, UNMASK.format(path="/sys/module")
+    return _check_missing_module(machine, there)
+
+
+def _check_missing_module(machine: Machine, there: bool) -> Found:
+    vendor, module, modules = machine.vendor, machine.vendor.module, f"/lib/modules/{machine.release}"
     built_in = there or f"/{vendor.module_file}" in machine.text(f"{modules}/modules.builtin", "")
     unlisted = machine.at("/proc/modules").exists() and not machine.at(modules).exists()  # in a container
     detail = f"{module} is built in but did not start" if built_in else f"{module} is not loaded"
@@ -56,7 +66,7 @@ def check_module(machine: Machine) -> Found:
     if built_in:
         return State.FAILED, detail, _why_not_started(vendor)
     if unlisted or f"/{vendor.module_file}" in machine.text(f"{modules}/modules.dep", ""):
-        fix = f"sudo modprobe {module}"
+        fix = on_host(machine, f"sudo modprobe {module}")
         if vendor.flag_if_disabled:
             fix += f"; if that fails, {_why_not_started(vendor)}"
         return State.FAILED, detail, fix
@@ -74,12 +84,7 @@ def check_symbols(machine: Machine) -> Found:
     symbols, layout, vendor = machine.symbols, choose(machine.symbols), machine.vendor
     known = list(dict.fromkeys(f for one in vendor.layouts for f in one.functions))
     if layout is None:
-        if not machine.at(f"/sys/module/{vendor.module}").exists():
-            detail = f"its functions can be looked up once {vendor.module} is loaded"
-            return State.UNKNOWN, detail, f"fix {vendor.module_name} first"
-        names = "grep -E 'intercept|msr_filter' /proc/kallsyms"
-        fix = f"boot Linux 5.10 or newer; if this is one, report the output of: {names}"
-        return State.FAILED, f"kernel {machine.release} has none of {', '.join(known)} in /proc/kallsyms", fix
+        return _without_functions(machine, known)
     wanted = layout.functions
     probed = [s.name for f in wanted for s in places(layout, symbols, f)[:1]]
     own = {f for one in vendor.layouts for f in (*one.calls, one.update)}
@@ -98,9 +103,24 @@ def check_symbols(machine: Machine) -> Found:
     if hidden and not machine.missing:
         # kernel/ksyms_common.c: kptr_restrict 2 hides addresses from everybody, 0 and 1 require CAP_SYSLOG
         everybody = machine.text("/proc/sys/kernel/kptr_restrict", "") == "2"
-        fix = "sudo sysctl -w kernel.kptr_restrict=1" if everybody else "grant CAP_SYSLOG (--cap-add SYSLOG)"
+        unhide = on_host(machine, "sudo sysctl -w kernel.kptr_restrict=1")
+        fix = unhide if everybody else "grant CAP_SYSLOG (--cap-add SYSLOG)"
         return State.WARNING, f"{detail}; their addresses are hidden, so causes are unknown", fix
     return State.OK, detail + ("; their addresses are hidden from this user" if hidden else ""), None
+
+
+def _without_functions(machine: Machine, known: list[str]) -> Found:
+    """Why none of the known functions is found."""
+    vendor = machine.vendor
+    with machine.at("/proc/kallsyms").open("rb") as file:
+        if not file.read(1):
+            return State.FAILED, "/proc/kallsyms is empty: it is hidden here", UNMASK.format(path="/proc/kallsyms")
+    if not machine.at(f"/sys/module/{vendor.module}").exists():
+        detail = f"its functions can be looked up once {vendor.module} is loaded"
+        return State.UNKNOWN, detail, f"fix {vendor.module_name} first"
+    names = "grep -E 'intercept|msr_filter' /proc/kallsyms"
+    fix = f"boot Linux 5.10 or newer; if this is one, report the output of: {names}"
+    return State.FAILED, f"kernel {machine.release} has none of {', '.join(known)} in /proc/kallsyms", fix
 
 
 def check_livepatch(machine: Machine) -> Found:
@@ -120,6 +140,13 @@ def check_btf(machine: Machine) -> Found:
     try:
         offset = (Btf.of_module(module, directory) if module else Btf.of_kernel(directory)).nested_offset(path)
     except BtfError as error:
+        if in_container(machine) and not any(directory.glob("*")):
+            lost = "what vCPUs intercept, exits" + ("" if layout.pass_ else " and which calls were redundant")
+            return (
+                State.WARNING,
+                f"{directory} is hidden here: no fentry; unknown are {lost}",
+                f"docker run {_BTF_MOUNT}",
+            )
         if layout.pass_:
             detail = f"not needed: each call says where the bitmap is; but fentry cannot be used ({error})"
             return State.OK, detail, None

@@ -6,12 +6,18 @@ from __future__ import annotations
 import re
 
 from tracer.doctor.check import Found, State
+from tracer.doctor.containers import in_container, on_host
 from tracer.doctor.kernels import restricts_perf_events
 from tracer.kernel.machine import SYS_ADMIN, Machine, search
 
 LOCKDOWN = "/sys/kernel/security/lockdown"
 _CMDLINE = "the kernel command line"
 _REMOVE = "remove lockdown=confidentiality from {}, and reboot"
+#: Docker's seccomp profile, and Podman's from Debian 13 on, allow both calls to who has CAP_BPF and CAP_PERFMON.
+ALLOW_CALLS = (
+    "allow bpf and perf_event_open: docker run --cap-add SYS_ADMIN, which older seccomp profiles ask for, or "
+    "--security-opt seccomp=unconfined (systemd: SystemCallFilter=)"
+)
 
 
 def lockdown_asked(machine: Machine) -> str:
@@ -37,7 +43,7 @@ def check_lockdown(machine: Machine) -> Found:
     if not machine.at(path).exists():
         if not asked:
             return State.OK, "none found (securityfs is not mounted, or the kernel has no lockdown)", None
-        fix = "sudo mount -t securityfs securityfs /sys/kernel/security"
+        fix = on_host(machine, "sudo mount -t securityfs securityfs /sys/kernel/security")
         return State.UNKNOWN, f"the kernel command line has lockdown={asked}, but there is no {path}", fix
     level = search(r"\[(\w+)\]", machine.text(path))
     if level not in ("none", "integrity", "confidentiality"):
@@ -54,20 +60,30 @@ def check_lockdown(machine: Machine) -> Found:
 
 def check_capabilities(machine: Machine) -> Found:
     """Those in the initial user namespace, which bpf() and perf_event_open() require."""
-    if machine.missing and machine.euid:
-        return State.FAILED, f"not root, and without {machine.missing}", f"{machine.command} run"
-    if machine.missing:
-        fix = "docker run --cap-add BPF --cap-add PERFMON --cap-add SYSLOG (systemd: CapabilityBoundingSet=)"
-        return State.FAILED, f"root, but without {machine.missing} (a container's or a service's bounds)", fix
     if machine.text("/proc/self/uid_map", "0 0 4294967295").split() != ["0", "0", "4294967295"]:
-        detail = "root only in a user namespace (a rootless container), which may not trace"
-        return State.FAILED, detail, "as root of the host: sudo msrtrace run"
+        detail = "in a user namespace (a rootless container, userns-remap), whose capabilities do not permit tracing"
+        fix = "as root of the host: sudo msrtrace run, or a container without one (Kubernetes: hostUsers: true)"
+        return State.FAILED, detail, fix
+    if machine.missing:
+        return _without_capabilities(machine)
     if machine.capable(SYS_ADMIN):
         return State.OK, "CAP_SYS_ADMIN", None
     if machine.backends == ("fentry",) and machine.fentry_takes_sys_admin:
         detail = "CAP_BPF and CAP_PERFMON, but fentry on a module's functions takes CAP_SYS_ADMIN"
         return State.FAILED, detail, "grant that, too, or use --backend kprobe"
     return State.OK, "CAP_BPF and CAP_PERFMON", None
+
+
+def _without_capabilities(machine: Machine) -> Found:
+    contained = in_container(machine)
+    if machine.euid and not contained:
+        return State.FAILED, f"not root, and without {machine.missing}", f"{machine.command} run"
+    needed = ["BPF", "PERFMON", "SYSLOG", *(["SYS_ADMIN"] if _asks_for_sys_admin(machine) is not False else [])]
+    fix = f"docker run {' '.join(f'--cap-add {name}' for name in needed)} (systemd: CapabilityBoundingSet=)"
+    if machine.euid:
+        fix = fix.replace("docker run", "docker run --user 0", 1)
+        return State.FAILED, f"not root, and without {machine.missing}", fix
+    return State.FAILED, f"root, but without {machine.missing} (a container's or a service's bounds)", fix
 
 
 def check_perf_event_paranoid(machine: Machine) -> Found:
@@ -87,26 +103,40 @@ def check_perf_event_paranoid(machine: Machine) -> Found:
     detail += "Debian's kernels require" if restricts else f"kernel {machine.release} may require"
     detail += " CAP_SYS_ADMIN for kprobes, too"
     state = State.FAILED if restricts and machine.backends else State.WARNING
-    return state, detail, "sudo sysctl -w kernel.perf_event_paranoid=2"
+    fix = on_host(machine, "sudo sysctl -w kernel.perf_event_paranoid=2")
+    return state, detail, f"{fix}; or docker run --cap-add SYS_ADMIN" if in_container(machine) else fix
+
+
+def _asks_for_sys_admin(machine: Machine) -> bool | None:
+    """Whether the kernel asks for CAP_SYS_ADMIN to attach kprobes; None if it may."""
+    level = machine.text("/proc/sys/kernel/perf_event_paranoid", "2")
+    return restricts_perf_events(machine.release) if level not in ("-1", "0", "1", "2") else False
 
 
 def check_bpf(machine: Machine) -> Found:
-    """The bpf system call, by its sysctl, and perf's kprobe PMU, through which probes are attached."""
+    """The bpf system call, by its sysctl, and perf's kprobe PMU, through which probes are attached; and seccomp."""
     sysctl, pmu = "/proc/sys/kernel/unprivileged_bpf_disabled", "/sys/bus/event_source/devices/kprobe"
     for path, what in {sysctl: "BPF (CONFIG_BPF_SYSCALL)", pmu: "kprobes (CONFIG_KPROBE_EVENTS)"}.items():
         if not machine.at(path).exists():
             return State.FAILED, f"kernel {machine.release} has no {what}", "boot a kernel that has it"
+    if not machine.missing and (refused := machine.refused_calls()):
+        detail = f"{' and '.join(refused)}: refused by the seccomp filter of the container or service"
+        return State.FAILED, detail, ALLOW_CALLS
     return State.OK, "the kernel has BPF and kprobes", None
 
 
 def check_tracefs(machine: Machine) -> Found:
     """What disables attached probes (kernel/kprobes.c, kernel/trace/ftrace.c), and tracefs, which is optional."""
     if machine.text("/proc/sys/kernel/ftrace_enabled", "1") == "0":
-        return State.FAILED, "ftrace_enabled is 0: probes never fire", "sudo sysctl -w kernel.ftrace_enabled=1"
+        fix = on_host(machine, "sudo sysctl -w kernel.ftrace_enabled=1")
+        return State.FAILED, "ftrace_enabled is 0: probes never fire", fix
     armed = machine.text(switch := "/sys/kernel/debug/kprobes/enabled", "")  # lockdown closes it even to root
     if armed == "0":
-        return State.FAILED, "kprobes are disarmed: probes never fire", f"echo 1 | sudo tee {switch}"
+        fix = on_host(machine, f"echo 1 | sudo tee {switch}")
+        return State.FAILED, "kprobes are disarmed: probes never fire", fix
     if where := search(r"^\S+ (\S+) tracefs ", machine.text("/proc/self/mounts", "")):
         return State.OK, f"mounted at {where}" + ("" if armed else f"; {switch} cannot be read here"), None
+    if in_container(machine):
+        return State.OK, "not mounted in this container; msrtrace does not need it", None
     detail = "tracefs is not mounted; msrtrace does not need it, but its probes cannot be listed"
     return State.WARNING, detail, "sudo mount -t tracefs tracefs /sys/kernel/tracing"

@@ -66,6 +66,9 @@ class Connections:
         self._closed: set[Connection] = set()  # by us, and their threads have not ended yet
         self._waiting: dict[Connection, float] = {}  # since when, the longest first
 
+    def __len__(self) -> int:
+        return len(self._by_socket)
+
     def __getitem__(self, sock: socket.socket) -> Connection:
         """The connection that `add` was given this socket for."""
         with self.lock:

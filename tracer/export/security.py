@@ -34,16 +34,8 @@ class Security(Protocol):
     def now(self) -> Setup:
         """The setup for a new connection. Raises nothing."""
 
-
-@dataclass(frozen=True)
-class Fixed:
-    """A setup that stays."""
-
-    setup: Setup = Setup()
-
-    def now(self) -> Setup:
-        """The setup."""
-        return self.setup
+    def reload(self) -> None:
+        """Read all files again. Raises nothing: what is invalid is reported, and the setup before it stays."""
 
 
 Files = tuple[tuple[Path, bytes], ...]  # with their content
@@ -68,18 +60,27 @@ class Followed(ABC):
     def now(self) -> Setup:
         """The setup for a new connection, from the files as they are now."""
         with self._lock:
-            try:
-                if any(read_file(file) != content for file, content in self._files):
-                    setup, files = self._read()
-                    if (setup.context is None) != (self._setup.context is None):
-                        raise InvalidConfigError("TLS is switched on or off by a restart only")
-                    self._setup, self._files = setup, files
-                self._complaint = ""
-            except InvalidConfigError as error:
-                if str(error) != self._complaint:
-                    self._on_error(f"{self._name}{error}; the configuration before it stays in force")
-                self._complaint = str(error)
+            self._follow(lambda: any(read_file(file) != content for file, content in self._files))
             return self._setup
+
+    def reload(self) -> None:
+        """Read all files again, also those that look the same; what is invalid is reported again."""
+        with self._lock:
+            self._complaint = ""
+            self._follow(lambda: True)
+
+    def _follow(self, changed: Callable[[], bool]) -> None:
+        try:
+            if changed():
+                setup, files = self._read()
+                if (setup.context is None) != (self._setup.context is None):
+                    raise InvalidConfigError("TLS is switched on or off by a restart only")
+                self._setup, self._files = setup, files
+            self._complaint = ""
+        except InvalidConfigError as error:
+            if str(error) != self._complaint:
+                self._on_error(f"{self._name}{error}; the configuration before it stays in force")
+            self._complaint = str(error)
 
 
 def server_context() -> ssl.SSLContext:
@@ -96,30 +97,32 @@ def no_password() -> NoReturn:
     raise ValueError("the key is encrypted")
 
 
-class _OfFiles(Followed):
-    def __init__(self, paths: tuple[str | None, str | None, str | None], on_error: Callable[[str], None]) -> None:
-        self._paths = paths
+class TlsFiles(Followed):
+    """TLS with a certificate and its key, if any; with a CA, only for clients with a certificate by it."""
+
+    def __init__(
+        self,
+        cert: str | None = None,
+        key: str | None = None,
+        ca: str | None = None,
+        *,
+        on_error: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Read the files; `on_error` gets a line when they are invalid later. Raises MsrtraceError if they are now."""
+        self._paths = (cert, key, ca)
         super().__init__("", on_error)
 
     def _read(self) -> tuple[Setup, Files]:
         cert, key, ca = self._paths
+        if not cert:
+            return Setup(), ()
         files = tuple((Path(file), read_file(Path(file))) for file in self._paths if file)
         context = server_context()
         try:
             if ca:
                 context.load_verify_locations(ca)
                 context.verify_mode = ssl.CERT_REQUIRED
-            context.load_cert_chain(str(cert), key, password=no_password)
+            context.load_cert_chain(cert, key, password=no_password)
         except (OSError, ValueError) as error:  # ssl.SSLError is the former
             raise InvalidConfigError(f"the TLS files cannot be used: {error}") from None
         return Setup(context), files
-
-
-def of_files(
-    cert: str | None, key: str | None, ca: str | None, on_error: Callable[[str], None] = lambda _: None
-) -> Security:
-    """TLS with a certificate and its key, if any; with a CA, only for clients with a certificate by it.
-
-    Raises MsrtraceError if a file cannot be used. When that happens later, after a change, `on_error` gets a line.
-    """
-    return _OfFiles((cert, key, ca), on_error) if cert else Fixed()

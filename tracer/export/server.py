@@ -5,27 +5,27 @@ from __future__ import annotations
 
 import errno
 import io
+import selectors
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import IPv6Address, ip_address
-from socketserver import TCPServer
+from socketserver import BaseServer
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from prometheus_client.registry import Collector
 
 from tracer.export.connections import Connection, Connections
+from tracer.export.listening import bound, cannot_listen, leaves_machine, place
 from tracer.export.negotiation import content_type, gzip_accepted, is_openmetrics
-from tracer.export.security import Security, Setup, of_files
+from tracer.export.security import Security, Setup, TlsFiles
 from tracer.export.texts import Texts, Wanted
-from tracer.model.errors import MsrtraceError
 
 #: Connections that are answered at once. Where none of them waits for its client, as many more are told to come back
 #: as `_REFUSALS`; others are closed.
@@ -33,6 +33,8 @@ CONNECTIONS, _REFUSALS = 512, 32
 _PATIENCE = 30.0  # seconds that a client may take to send its request, and again to receive the answer
 _LARGEST_HEAD = 1 << 14  # bytes of a request without its body; Prometheus' have 300
 _SEND_BUFFER = 1 << 16  # bytes; by itself the kernel keeps megabytes for each client that does not read
+#: How often the loop that accepts connections looks around.
+_TURN_SECONDS = 0.5
 _LARGEST_BODY = 1 << 16  # bytes of a request that are read before it is refused, so that the client reads why
 
 _TEXT = "text/plain; charset=utf-8"
@@ -61,117 +63,132 @@ class Server(ThreadingHTTPServer):
     def __init__(
         self,
         registry: Collector,
-        address: tuple[str, int],
+        where: tuple[str, int] | Sequence[socket.socket],
         *,
         version: str = "",
-        cert: str | None = None,
-        key: str | None = None,
-        ca: str | None = None,
         security: Security | None = None,
         on_error: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Bind the address. Until `start`, connections are refused, so clients need not wait for an answer.
 
-        :param address: an empty host means all of the machine, IPv6 and IPv4
+        :param where: an address, of which an empty host means all of the machine, IPv6 and IPv4; or sockets that listen
         :param version: of msrtrace, for the page at /
-        :param cert: a certificate file, for TLS; `key` is its private key
-        :param ca: clients need a certificate by this CA
-        :param security: in place of those three: TLS, passwords and headers
+        :param security: TLS, passwords and headers
         :param on_error: gets a line for each answer that fails
-        :raises MsrtraceError: if the address or a file cannot be used
+        :raises MsrtraceError: if the address cannot be used
         """
         self.registry, self.version, self._on_error = registry, version, on_error
-        self.security = security or of_files(cert, key, ca, on_error)
+        self.security = security or TlsFiles()
         self.tls = self.security.now().context is not None
         #: Why there are no counts yet, a sentence; empty when there are.
         self.waiting = ""
-        self._address = address
-        self._bind(address)
+        if isinstance(where, tuple):
+            self._asked: tuple[str, int] | None = where
+            self.sockets = [bound(where)]
+        else:
+            self._asked, self.sockets = None, list(where)
+        BaseServer.__init__(self, self.sockets[0].getsockname(), _Handler)  # type: ignore[arg-type]
+        self.socket = self.sockets[0]
         self._texts = Texts()
         self._connections = Connections(CONNECTIONS, _REFUSALS, _PATIENCE)
         self._loop: threading.Thread | None = None
-
-    def _bind(self, address: tuple[str, int]) -> None:
-        """Bind the first of a name's addresses that this machine has."""
-        problem: OSError | None = None
-        try:
-            candidates = list(_candidates(*address))
-        except OSError as error:
-            raise _cannot_listen(address, error) from None
-        for self.address_family, where in candidates:
-            try:
-                super().__init__(where, _Handler, bind_and_activate=False)  # type: ignore[arg-type]
-            except OSError as error:
-                if error.errno != errno.EAFNOSUPPORT:  # a kernel without IPv6
-                    raise _cannot_listen(address, error) from None
-                problem = problem or error
-                continue
-            try:
-                if not address[0] and self.address_family == socket.AF_INET6:
-                    self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-                self.server_bind()
-                return
-            except OSError as error:
-                self.server_close()
-                problem = problem or error
-                if error.errno != errno.EADDRNOTAVAIL:
-                    break
-        assert problem
-        raise _cannot_listen(address, problem) from None
+        self._ending = threading.Event()
+        self._turned = time.monotonic()  # when the loop last was about to wait for connections
 
     def start(self, prepare: Callable[[], None] = lambda: None) -> Server:
         """Listen and answer, in threads with the capabilities of the caller. Raises MsrtraceError.
 
         :param prepare: runs first in the thread that the threads of all requests are started by
         """
-        try:
-            self.server_activate()
-        except OSError as error:  # another process bound the address at the same time
-            raise _cannot_listen(self._address, error) from None
+        self.server_activate()
         self._serve(prepare)
         return self
+
+    def server_activate(self) -> None:
+        """Listen, unless the sockets do. Raises MsrtraceError."""
+        if self._asked:
+            try:
+                self.socket.listen(self.request_queue_size)
+            except OSError as error:  # another process bound the address at the same time
+                raise cannot_listen(self._asked, error) from None
 
     def ready(self, registry: Collector) -> None:
         """Serve this registry, which has counts, from now on, as after `start`. Raises MsrtraceError."""
         if self._loop:
             self.shutdown()  # connections wait meanwhile
-            self._loop.join()
         self.registry, self.waiting = registry, ""
         self.start()
+
+    def finish(self, seconds: float) -> None:
+        """Accept no more connections, and let those that are accepted be answered, if that takes no longer."""
+        self.shutdown()
+        deadline = time.monotonic() + seconds
+        while self._connections and time.monotonic() < deadline:
+            time.sleep(_TURN_SECONDS / 10)
+
+    def works(self, seconds: float) -> bool:
+        """Whether connections are accepted and counts are collected, and neither has waited longer for anything."""
+        begun, now = self._texts.collecting_since, time.monotonic()
+        return now - self._turned <= seconds and (begun is None or now - begun <= seconds)
 
     def _serve(self, prepare: Callable[[], None]) -> None:
         def loop() -> None:
             prepare()
             self.serve_forever()
 
+        self._ending.clear()
+        self._turned = time.monotonic()
         self._loop = threading.Thread(target=loop, daemon=True)
         self._loop.start()
 
+    def serve_forever(self, poll_interval: float = _TURN_SECONDS) -> None:
+        """Accept connections on all sockets, until `shutdown`."""
+        with selectors.DefaultSelector() as selector:
+            for listening in self.sockets:
+                selector.register(listening, selectors.EVENT_READ, listening)
+            while not self._ending.is_set():
+                self._turned = time.monotonic()
+                self._connections.close_overdue()
+                for key, _ in selector.select(poll_interval):
+                    self.socket = key.data  # which a connection is accepted from
+                    self._handle_request_noblock()  # type: ignore[attr-defined]
+
+    def shutdown(self) -> None:
+        """Accept no more connections; they wait. Returns when none is being accepted."""
+        self._ending.set()
+        if self._loop:
+            self._loop.join()
+
+    def server_close(self) -> None:
+        """Close the sockets."""
+        for listening in self.sockets:
+            listening.close()
+
     @property
-    def place(self) -> str:
-        """The host and the port, as in a URL."""
-        return f"{_shown(self._address[0] or str(self.server_address[0]))}:{self.server_address[1]}"
+    def places(self) -> list[str]:
+        """The hosts and ports that it serves on, as in a URL: as they were asked for."""
+        asked = self._asked[0] if self._asked else ""
+        names = [listening.getsockname() for listening in self.sockets]
+        return [place(asked or str(host), port) for host, port, *_ in names]
+
+    @property
+    def exposed(self) -> list[str]:
+        """Those of them that other machines may reach."""
+        return [where for where, one in zip(self.places, self.sockets, strict=True) if leaves_machine(one)]
+
+    @property
+    def urls(self) -> list[str]:
+        """The URLs of the metrics."""
+        return [f"{'https' if self.tls else 'http'}://{where}/metrics" for where in self.places]
 
     @property
     def url(self) -> str:
-        """The URL of the metrics."""
-        return f"{'https' if self.tls else 'http'}://{self.place}/metrics"
-
-    @property
-    def leaves_machine(self) -> bool:
-        """Whether other machines may reach it."""
-        address = ip_address(str(self.server_address[0]).partition("%")[0])
-        if isinstance(address, IPv6Address):
-            address = address.ipv4_mapped or address
-        return not address.is_loopback
+        """The first of them."""
+        return self.urls[0]
 
     def text(self, wanted: Wanted) -> bytes:
         """The requested text, from a collection that begins after this call."""
         return self._texts.of(self.registry, wanted)
-
-    def server_bind(self) -> None:
-        """Bind the address without looking up its host name, which may take seconds and is not needed."""
-        TCPServer.server_bind(self)
 
     def get_request(self) -> Any:
         """The next connection. Where there is no descriptor for it, the one that has waited longest makes room."""
@@ -184,10 +201,6 @@ class Server(ThreadingHTTPServer):
                 self._connections.make_room()
                 time.sleep(0.01)  # if there was none: the client is there still, and the loop would not rest
             raise
-
-    def service_actions(self) -> None:
-        """Close what is overdue: after each connection, and twice a second."""
-        self._connections.close_overdue()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread of its own, unless there are too many."""
@@ -367,24 +380,3 @@ class _Refusal(_Handler):
         if BaseHTTPRequestHandler.parse_request(self):
             self.answer(HTTPStatus.SERVICE_UNAVAILABLE, "There are too many connections.\n", Retry_After="5")
         return False
-
-
-def _candidates(host: str, port: int) -> Iterator[tuple[socket.AddressFamily, tuple[Any, ...]]]:
-    """The families and addresses to try in turn. Raises OSError if the host is not known."""
-    if not host:
-        yield socket.AF_INET6, ("::", port)
-        yield socket.AF_INET, ("0.0.0.0", port)
-        return
-    for family, _, _, _, where in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
-        yield family, where
-
-
-def _cannot_listen(address: tuple[str, int], error: OSError) -> MsrtraceError:
-    return MsrtraceError(
-        f"cannot listen on {_shown(address[0])}:{address[1]}: {error.strerror}; "
-        "choose another address with --web.listen-address"
-    )
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import threading
+import time
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Texts:
         self._asking, self._collecting = threading.Lock(), threading.Lock()
         self._everything, self._parts = dict[Wanted, Future[bytes]](), dict[Wanted, Future[bytes]]()
         self._making_parts = threading.Lock()
+        self.collecting_since: float | None = None  #: when the collection that is being made began
 
     def of(self, registry: Collector, wanted: Wanted) -> bytes:
         """The text; raises what the collection raised."""
@@ -62,15 +64,18 @@ class Texts:
             with self._asking:
                 texts = dict(asked)
                 asked.clear()  # requests from here on need a newer collection
-            if partial or len(texts) > 1:
-                try:
+            self.collecting_since = time.monotonic()
+            try:
+                if partial or len(texts) > 1:
                     registry = Families(registry.collect())
-                except Exception as error:
-                    for text in texts.values():
-                        text.set_exception(error)
-                    return
-            if not partial:  # a single text, the usual case, is made while families are collected: they take memory
-                _make(registry, texts)
+                if not partial:  # a single text, the usual case, is made while families are collected: they take memory
+                    _make(registry, texts)
+            except Exception as error:
+                for text in texts.values():
+                    text.set_exception(error)
+                return
+            finally:
+                self.collecting_since = None
         if partial:
             _make(registry, texts)
 

@@ -36,17 +36,20 @@ class Machine:
     compiled: frozenset[str] = frozenset()
     #: the backends that a trace would try, in this order; the function may raise MsrtraceError
     expected: Callable[[Machine], tuple[str, ...]] = lambda _: ()
+    #: the system calls that tracing takes and that a seccomp filter refuses
+    refused_calls: Callable[[], tuple[str, ...]] = tuple
 
     @classmethod
     def here(
         cls,
         compiled: frozenset[str] = frozenset(),
         expected: Callable[[Machine], tuple[str, ...]] = lambda _: (),
+        refused_calls: Callable[[], tuple[str, ...]] = tuple,
     ) -> Machine:
-        """This machine and this process; what is compiled and expected is for the caller to know."""
+        """This machine and this process; what is compiled, expected and refused is for the caller to know."""
         venv = sys.prefix if sys.prefix != sys.base_prefix else None
         process = (os.environ, tuple(sys.path), sys.executable, venv)
-        return cls(Path("/"), os.geteuid(), os.uname().release, *process, compiled, expected)
+        return cls(Path("/"), os.geteuid(), os.uname().release, *process, compiled, expected, refused_calls)
 
     @property
     def command(self) -> str:

@@ -40,8 +40,9 @@ PROGRAMS: tuple[tuple[str, Mapping[str, int]], ...] = (
 
 #: What makes a Program of what BCC compiles.
 _MADE_BY = [Path(str(module.__file__)) for module in (bcc_compiler, programs, relocation, structs)]
-#: Nothing is imported from the directory that we happen to be in: what python -P does, which Python 3.10 does not have.
-_COMPILE = "import sys; sys.path[:] = filter(None, sys.path); from tracer.program.bcc_compiler import main; main()"
+#: The child imports from where this process does, which no variable need name: packages have a directory of their own.
+#: The directory that we happen to be in, "", is not among them.
+_COMPILE = "import sys; sys.path[:] = {path}; from tracer.program.bcc_compiler import main; main()"
 _DEBUG_HINT = " (MSRTRACE_DEBUG=1 shows all)"
 #: What tells BCC where to find headers (src/cc/frontends/clang/loader.cc).
 _BCC_SETTINGS = ("BCC_KERNEL_SOURCE", "BCC_KERNEL_MODULES_SUFFIX", "BCC_LINUX_VERSION_CODE", "BCC_PROBEREAD_KERNEL")
@@ -167,7 +168,8 @@ def compile_program(source: Path, definitions: Mapping[str, int], headers: Heade
 
     Raises VariantRejected, NotPermitted, or MsrtraceError.
     """
-    command = [sys.executable, "-c", _COMPILE, str(os.getpid()), str(source)]
+    code = _COMPILE.format(path=[entry for entry in sys.path if entry])
+    command = [sys.executable, "-c", code, str(os.getpid()), str(source)]
     command += [f"-D{name}={value}" for name, value in definitions.items()]
     try:
         with tempfile.TemporaryDirectory(prefix="msrtrace-") as scratch:

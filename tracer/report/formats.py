@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The formats in which reports and comparisons are written: the one place that lists them."""
+"""The formats in which reports and comparisons are written: the one place that lists them.
+
+What writes is imported when something is written: a command that only asks what formats there are needs none of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.text import COLUMNS
-from tracer.report.changelog import changelog
-from tracer.report.compare import Comparison
-from tracer.report.comparison_json import comparison_json
-from tracer.report.comparison_view import comparison_document
-from tracer.report.file import encode
-from tracer.report.report import Report
-from tracer.report.report_view import report_document
-from tracer.report.state_diff import StateDiff
-from tracer.report.state_diff_view import state_diff_document, state_diff_json
-from tracer.report.state_file import StateFile
-from tracer.report.state_view import RowChoice, state_document
+
+if TYPE_CHECKING:
+    from tracer.report.compare import Comparison
+    from tracer.report.document import Document
+    from tracer.report.report import Report
+    from tracer.report.state_diff import StateDiff
+    from tracer.report.state_file import StateFile
+    from tracer.report.state_view import RowChoice
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,54 @@ class Format:
     state_diff: Callable[[StateDiff, int], bytes] | None = None
 
 
+def _report(report: Report) -> Document:
+    from tracer.report.report_view import report_document
+
+    return report_document(report)
+
+
+def _comparison(comparison: Comparison) -> Document:
+    from tracer.report.comparison_view import comparison_document
+
+    return comparison_document(comparison)
+
+
+def _state(state: StateFile, shown: RowChoice) -> Document:
+    from tracer.report.state_view import state_document
+
+    return state_document(state, shown)
+
+
+def _state_diff(diff: StateDiff) -> Document:
+    from tracer.report.state_diff_view import state_diff_document
+
+    return state_diff_document(diff)
+
+
+def _file(content: Report | StateFile) -> bytes:
+    from tracer.report.file import encode
+
+    return encode(content)
+
+
+def _comparison_json(comparison: Comparison, _: int) -> bytes:
+    from tracer.report.comparison_json import comparison_json
+
+    return comparison_json(comparison)
+
+
+def _state_diff_json(diff: StateDiff, _: int) -> bytes:
+    from tracer.report.state_diff_view import state_diff_json
+
+    return state_diff_json(diff)
+
+
+def _changelog(comparison: Comparison, _: int) -> bytes:
+    from tracer.report.changelog import changelog
+
+    return changelog(comparison).encode()
+
+
 def _report_html(report: Report, _: int) -> bytes:
     from tracer.report.html import report_html  # the template engine takes long to import
 
@@ -53,28 +102,28 @@ def _comparison_html(comparison: Comparison, _: int) -> bytes:
 #: By name; the first is the default, and that of files without a suffix.
 FORMATS = {
     "text": Format(
-        lambda report, columns: report_document(report).text(columns).encode(),
-        lambda comparison, columns: comparison_document(comparison).text(columns).encode(),
+        lambda report, columns: _report(report).text(columns).encode(),
+        lambda comparison, columns: _comparison(comparison).text(columns).encode(),
         (".txt",),
-        lambda state, shown, columns: state_document(state, shown).text(columns).encode(),
-        lambda diff, columns: state_diff_document(diff).text(columns).encode(),
+        lambda state, shown, columns: _state(state, shown).text(columns).encode(),
+        lambda diff, columns: _state_diff(diff).text(columns).encode(),
     ),
     "markdown": Format(
-        lambda report, _: report_document(report).markdown().encode(),
-        lambda comparison, _: comparison_document(comparison).markdown().encode(),
+        lambda report, _: _report(report).markdown().encode(),
+        lambda comparison, _: _comparison(comparison).markdown().encode(),
         (".md",),
-        lambda state, shown, _: state_document(state, shown).markdown().encode(),
-        lambda diff, _: state_diff_document(diff).markdown().encode(),
+        lambda state, shown, _: _state(state, shown).markdown().encode(),
+        lambda diff, _: _state_diff(diff).markdown().encode(),
     ),
     "json": Format(
-        lambda report, _: encode(report),
-        lambda comparison, _: comparison_json(comparison),
+        lambda report, _: _file(report),
+        _comparison_json,
         (".json",),
-        lambda state, _, __: encode(state),
-        lambda diff, _: state_diff_json(diff),
+        lambda state, _, __: _file(state),
+        _state_diff_json,
     ),
     "html": Format(_report_html, _comparison_html, (".html", ".htm")),
-    "changelog": Format(None, lambda comparison, _: changelog(comparison).encode()),
+    "changelog": Format(None, _changelog),
 }
 DEFAULT = next(iter(FORMATS))
 #: The names of formats that reports, comparisons and states (and comparisons of states) can have.

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The capabilities of a process that traces: few while it serves, for good."""
+"""What a process that traces may do: few capabilities while it serves, for good; and which system calls."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import re
 import struct
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ _PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 23, 
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _VERSION_3 = 0x20080522  # include/uapi/linux/capability.h
 _CAP_SYS_PTRACE, _CAP_SYS_ADMIN, _CAP_SYSLOG, _CAP_PERFMON, _CAP_BPF = 19, 21, 34, 38, 39
+_SYS_PERF_EVENT_OPEN, _SYS_BPF = 298, 321  # on x86-64
 _NAMES = (
     *("CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP"),
     *("LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER"),
@@ -73,6 +75,21 @@ def raised() -> Iterator[None]:
 def sees_processes() -> bool:
     """Whether a process that is not in /proc does not exist."""
     return not _hides_processes() or bool(_state("CapEff") >> _CAP_SYS_PTRACE & 1)
+
+
+def refused_calls() -> tuple[str, ...]:
+    """The system calls of a tracer that fail with EPERM or ENOSYS whatever they ask for, as seccomp forbids them.
+
+    For a process with the capabilities that they take. Each asks for what there is not, a command or flags: the kernel
+    itself answers EINVAL or EFAULT.
+    """
+    nothing = ctypes.c_void_p()
+    calls = {"bpf": (_SYS_BPF, -1, nothing, 0), "perf_event_open": (_SYS_PERF_EVENT_OPEN, nothing, 0, -1, -1, -1)}
+    refused = []
+    for name, arguments in calls.items():
+        if _libc.syscall(*arguments) < 0 and ctypes.get_errno() in (errno.EPERM, errno.ENOSYS):
+            refused.append(name)
+    return tuple(refused)
 
 
 def _hides_processes() -> bool:
