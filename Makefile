@@ -2,6 +2,7 @@
 # make run        trace this machine if it is a KVM host, else an emulated one; HOST=trixie: that emulated one
 # make test       everything that must hold, on the emulated bookworm and trixie hosts of both vendors
 # make test-all   that, and the hosts of suites that move (sid, backports) or are about to leave the archive (filter-only)
+# make test-faults  faults made to happen, in less than an hour once the hosts are built, and docs/reliability.md made from the results
 # make test-dashboard  the dashboard by what Grafana itself uses (npm, Chromium); pictures of made-up hosts go to
 #                 build/dashboard/ and build/dashboard-500/, of emulated ones (the whole chain: probes, exporter, Prometheus, panels) to build/chain/
 # make check      linter, formatter, types and unit tests: no root, no emulator, no network once installed; it says
@@ -27,12 +28,14 @@ SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 -qq
 PORT := 9753
 ALL_HOSTS := bookworm,trixie,sid,backports,filter-only,bookworm-amd,trixie-amd,sid-amd,backports-amd,filter-only-amd,bookworm-2-cpus,trixie-2-cpus
+FAULT_HOSTS := bookworm-amd trixie-amd
+COMMA := ,
 # An emulated host of docs/hosts.md; what the environment has of that name is another thing.
 HOST :=
 # This machine's KVM module, if its CPU has VMX or SVM and no emulated host is asked for.
 KVM := $(if $(HOST),,$(shell sed -n '/^flags/{s/.*\b\(vmx\|svm\)\b.*/\1/p;q}' /proc/cpuinfo | sed 's/vmx/kvm_intel/; s/svm/kvm_amd/'))
 
-.PHONY: run dist wheel deb check check-versions test test-all lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts bench-exits test-dashboard
+.PHONY: run dist wheel deb check check-versions test test-all test-faults lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts bench-exits test-dashboard
 
 # What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
 build/packages: Makefile
@@ -106,6 +109,13 @@ test: lint build/test-packages build/headers
 test-all: lint build/test-packages build/headers
 	$(SUDO) $(VENV)/bin/pytest --hosts $(ALL_HOSTS)
 	$(VENV)/bin/python tests/versions.py
+
+# Faults are counted in minutes: what a host does in them is not to be cut short by what builds it.
+test-faults: lint build/test-packages
+	for host in $(FAULT_HOSTS); do $(SUDO) tests/kvmhost/run --host $$host --build || exit; done
+	$(SUDO) rm -f build/faults.json
+	$(SUDO) timeout --foreground 3600 $(VENV)/bin/pytest -m fault --faults --hosts $(subst $() $(),$(COMMA),$(FAULT_HOSTS))
+	$(VENV)/bin/python tests/reliability.py
 
 compare-demo: $(VENV)/ready
 	$(SUDO) tests/kvmhost/compare-demo build/compare$(HOST:%=-%) $(HOST)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from tracer.cli import main as cli
 
-pytest_plugins = ["children", "dispositions", "needs"]
+pytest_plugins = ["children", "dispositions", "faults", "needs"]
 
 # The emulated hosts take both cores while the unit tests run: how long an example takes says nothing then.
 settings.register_profile("beside emulated hosts", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -20,7 +20,7 @@ import pytest
 from needs import tool
 from prometheus_client import CollectorRegistry
 
-from tracer.export import passwords, web_config
+from tracer.export import passwords, security
 from tracer.export.server import Server
 from tracer.export.web_config import WebConfig
 from tracer.model.errors import MsrtraceError
@@ -296,6 +296,6 @@ def test_a_file_that_cannot_be_read_any_more_keeps_the_old(serve: Serve, monkeyp
     def refused(_: Path) -> bytes:
         raise InvalidConfigError("cannot read it: Permission denied")
 
-    monkeypatch.setattr(web_config, "read_file", refused)
+    monkeypatch.setattr(security, "read_file", refused)
     assert served.get(user="alice:secret")[0] == 200
     assert len(served.said) == 2

@@ -7,15 +7,20 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import Figures
+from needs import ROOT_ALONE
 
 from tracer.model.errors import MsrtraceError
 from tracer.report.file import check_writable, write
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason=ROOT_ALONE)
 
 OLD, NEW = b"old" * 100_000, b"new" * 100_000
 
@@ -88,7 +93,7 @@ def test_readers_see_the_old_file_or_the_new(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.json"]
 
 
-@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("step", ["fsync", "fchmod", "replace"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
@@ -164,3 +169,82 @@ def test_an_unwritable_path_is_an_error(tmp_path: Path) -> None:
 def test_missing_permission_to_write_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everything
     assert unwritable(check_writable, Path("/dev/stdout")) == "Permission denied"
+
+
+# --- where other users can write, too ---
+
+
+@pytest.fixture
+def everybodys(tmp_path: Path) -> Path:
+    """A directory like /tmp."""
+    directory = tmp_path / "everybodys"
+    directory.mkdir()
+    directory.chmod(0o1777)
+    return directory
+
+
+@as_root
+@pytest.mark.fault(
+    "access", "-o in /tmp, where something is planted", "a link to a file of root, a link to nothing, a file, a pipe"
+)
+def test_nothing_is_written_through_what_another_user_has_planted(
+    everybodys: Path, tmp_path: Path, figures: Figures
+) -> None:
+    """Where fs.protected_symlinks and the like are off, too."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(OLD)
+    (everybodys / "link").symlink_to(victim)
+    (everybodys / "nowhere").symlink_to(tmp_path / "made")
+    (everybodys / "file").write_bytes(OLD)
+    os.mkfifo(everybodys / "pipe")
+    planted = sorted(everybodys.iterdir())
+    for path in planted:
+        os.chown(path, 12345, 12345, follow_symlinks=False)
+    for path in planted:
+        for function in (check_writable, lambda file: write(file, NEW)):
+            why = f"it belongs to another user, and everybody may create files in {everybodys}"
+            assert unwritable(function, path) == why
+    assert sorted(everybodys.iterdir()) == planted
+    assert (victim.read_bytes(), (everybodys / "file").read_bytes()) == (OLD, OLD)
+    assert not (tmp_path / "made").exists()
+    own = everybodys / "own"
+    own.symlink_to(victim)
+    write(own, NEW)
+    assert victim.read_bytes() == NEW
+    figures["refused"] = f"{len(planted)} of {len(planted)}; a link of one's own is followed"
+
+
+@as_root
+@pytest.mark.fault(
+    "access", "-o in another user's directory", "the new file is replaced by a link before it gets its owner"
+)
+def test_owner_and_mode_are_those_of_the_file_that_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: Figures
+) -> None:
+    victim, file = tmp_path / "victim", tmp_path / "a.json"
+    victim.write_bytes(OLD)
+    victim.chmod(0o600)
+    file.write_bytes(OLD)
+    file.chmod(0o4777)
+    os.chown(file, 12345, 12345)
+    file.chmod(0o4777)
+    make = tempfile.mkstemp
+
+    def swap(**options: Any) -> tuple[int, str]:
+        descriptor, name = make(**options)
+        os.unlink(name)
+        os.symlink(victim, name)
+        return descriptor, name
+
+    monkeypatch.setattr(tempfile, "mkstemp", swap)
+    write(file, NEW)
+    status = victim.stat()
+    assert (victim.read_bytes(), status.st_uid, stat.S_IMODE(status.st_mode)) == (OLD, 0, 0o600)
+    monkeypatch.undo()
+    file.unlink()
+    file.write_bytes(OLD)
+    os.chown(file, 12345, 12345)
+    file.chmod(0o4777)
+    write(file, NEW)
+    assert (file.stat().st_uid, stat.S_IMODE(file.stat().st_mode)) == (12345, 0o777)  # and no longer setuid
+    figures["owner and mode of root's file"] = "as before"

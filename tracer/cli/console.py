@@ -12,7 +12,7 @@ import click
 
 from tracer.cli import systemd
 from tracer.cli.streams import OutputError
-from tracer.model.text import COLUMNS
+from tracer.model.text import COLUMNS, printable
 
 _NARROWEST = 40  # columns
 
@@ -22,14 +22,14 @@ DUMB = ("", "dumb", "unknown")
 
 def say(line: str) -> None:
     """Print a message to standard output."""
-    click.echo(f"{systemd.prefix(systemd.INFO, sys.stdout)}msrtrace: {line}")
+    click.echo(f"{systemd.prefix(systemd.INFO, sys.stdout)}msrtrace: {printable(line)}")
     sys.stdout.flush()
 
 
 def warn(line: str) -> None:
     """Print a warning to standard error, if that can be written: what is warned of goes on."""
     with suppress(OutputError, OSError):
-        click.echo(f"{systemd.prefix(systemd.WARNING, sys.stderr)}msrtrace: warning: {line}", err=True)
+        click.echo(f"{systemd.prefix(systemd.WARNING, sys.stderr)}msrtrace: warning: {printable(line)}", err=True)
 
 
 def is_dumb() -> bool:

@@ -3,32 +3,36 @@
 
 from __future__ import annotations
 
-import gzip
+import errno
+import io
 import selectors
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import BaseServer
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from prometheus_client.registry import Collector
 
-from tracer.export.exposition import Families, Selection, exposed
+from tracer.export.connections import Connection, Connections
 from tracer.export.listening import bound, cannot_listen, leaves_machine, place
 from tracer.export.negotiation import content_type, gzip_accepted, is_openmetrics
 from tracer.export.security import Security, Setup, TlsFiles
+from tracer.export.texts import Texts, Wanted
 
-#: Connections that are answered at once; as many more are told to come back as `_REFUSALS`; others are closed.
+#: Connections that are answered at once. Where none of them waits for its client, as many more are told to come back
+#: as `_REFUSALS`; others are closed.
 CONNECTIONS, _REFUSALS = 512, 32
+_PATIENCE = 30.0  # seconds that a client may take to send its request, and again to receive the answer
+_LARGEST_HEAD = 1 << 14  # bytes of a request without its body; Prometheus' have 300
+_SEND_BUFFER = 1 << 16  # bytes; by itself the kernel keeps megabytes for each client that does not read
 #: How often the loop that accepts connections looks around.
 _TURN_SECONDS = 0.5
 _LARGEST_BODY = 1 << 16  # bytes of a request that are read before it is refused, so that the client reads why
@@ -50,28 +54,10 @@ _PAGE = """<!DOCTYPE html>
 """
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a request asks for, which determines its text: the format, and the names of metrics (None: all)."""
-
-    as_openmetrics: bool
-    names: frozenset[str] | None
-
-    def of(self, registry: Collector) -> bytes:
-        """The text of the registry, or of the named part."""
-        part = registry if self.names is None else Selection(registry, self.names)
-        return exposed(part, self.as_openmetrics)
-
-
 class Server(ThreadingHTTPServer):
-    """Serves a registry, each request in its own thread, from `start` until it is closed.
+    """Serves a registry, each request in its own thread, from `start` until it is closed."""
 
-    Clients whose requests arrive during a collection share the next one, and those with the same request share its
-    text. So under more requests than it can answer, from many clients or impatient ones that retry, the server falls
-    behind by no more than one collection.
-    """
-
-    request_queue_size = 512  # connections that the kernel accepts in advance; beyond, a client waits a second
+    request_queue_size = 4096  # connections that the kernel accepts in advance; beyond, a client waits a second
     daemon_threads = True
 
     def __init__(
@@ -103,14 +89,11 @@ class Server(ThreadingHTTPServer):
             self._asked, self.sockets = None, list(where)
         BaseServer.__init__(self, self.sockets[0].getsockname(), _Handler)  # type: ignore[arg-type]
         self.socket = self.sockets[0]
-        self._asking = threading.Lock()
-        self._reading = threading.Lock()
-        self._next: dict[Wanted, Future[bytes]] = {}
-        self._connections, self._counting = 0, threading.Lock()
+        self._texts = Texts()
+        self._connections = Connections(CONNECTIONS, _REFUSALS, _PATIENCE)
         self._loop: threading.Thread | None = None
         self._ending = threading.Event()
         self._turned = time.monotonic()  # when the loop last was about to wait for connections
-        self._reading_since: float | None = None
 
     def start(self, prepare: Callable[[], None] = lambda: None) -> Server:
         """Listen and answer, in threads with the capabilities of the caller. Raises MsrtraceError.
@@ -145,7 +128,7 @@ class Server(ThreadingHTTPServer):
 
     def works(self, seconds: float) -> bool:
         """Whether connections are accepted and counts are collected, and neither has waited longer for anything."""
-        begun, now = self._reading_since, time.monotonic()
+        begun, now = self._texts.collecting_since, time.monotonic()
         return now - self._turned <= seconds and (begun is None or now - begun <= seconds)
 
     def _serve(self, prepare: Callable[[], None]) -> None:
@@ -165,6 +148,7 @@ class Server(ThreadingHTTPServer):
                 selector.register(listening, selectors.EVENT_READ, listening)
             while not self._ending.is_set():
                 self._turned = time.monotonic()
+                self._connections.close_overdue()
                 for key, _ in selector.select(poll_interval):
                     self.socket = key.data  # which a connection is accepted from
                     self._handle_request_noblock()  # type: ignore[attr-defined]
@@ -204,71 +188,50 @@ class Server(ThreadingHTTPServer):
 
     def text(self, wanted: Wanted) -> bytes:
         """The requested text, from a collection that begins after this call."""
-        with self._asking:
-            first = not self._next
-            text = self._next.setdefault(wanted, Future())
-        if first:
-            with self._reading:
-                with self._asking:
-                    texts, self._next = self._next, {}  # requests from here on need a newer collection
-                self._reading_since = time.monotonic()
-                try:
-                    self._make(texts)
-                finally:
-                    self._reading_since = None
-        return text.result()
+        return self._texts.of(self.registry, wanted)
 
-    def _make(self, texts: dict[Wanted, Future[bytes]]) -> None:
-        """Make all texts from one collection."""
+    def get_request(self) -> Any:
+        """The next connection. Where there is no descriptor for it, the one that has waited longest makes room."""
         try:
-            # For a single text, the usual case, the families need not all be in memory at once.
-            registry = self.registry if len(texts) == 1 else Families(self.registry.collect())
-        except Exception as error:
-            for text in texts.values():
-                text.set_exception(error)
-            return
-        for wanted, text in texts.items():
-            try:
-                text.set_result(wanted.of(registry))
-            except Exception as error:
-                text.set_exception(error)
+            found, address = super().get_request()
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            return found, address
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._connections.make_room()
+                time.sleep(0.01)  # if there was none: the client is there still, and the loop would not rest
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread of its own, unless there are too many."""
-        with self._counting:
-            self._connections += 1
-            number = self._connections
+        self._connections.add(request)
         try:
-            if number > CONNECTIONS + _REFUSALS:
-                raise ConnectionAbortedError("too many connections")
             super().process_request(request, client_address)
         except BaseException:  # also if no thread can be started
-            self._disconnected()
+            self._connections.remove(request)
             raise
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer, in this thread."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._disconnected()
-
-    def _disconnected(self) -> None:
-        with self._counting:
-            self._connections -= 1
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Answer, by what was configured when the client connected."""
-        handler = _Refusal if self._connections > CONNECTIONS else _Handler
-        setup = self.security.now()
-        if not setup.context:
-            handler(request, client_address, self, setup)
-            return
-        # The handshake is done here, in the connection's thread, as a silent client would block all others.
-        request.settimeout(handler.timeout)
-        with setup.context.wrap_socket(request, server_side=True) as connection:
-            handler(connection, client_address, self, setup)
-            connection.shutdown(socket.SHUT_WR)
+        connection = self._connections[request]
+        handler = _Refusal if connection.refused else _Handler
+        try:
+            setup = self.security.now()
+            if not setup.context:
+                handler(request, client_address, self, setup, connection)
+                return
+            # The handshake is done here, in the connection's thread, as a silent client would block all others.
+            request.settimeout(handler.timeout)
+            with setup.context.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as encrypted:
+                connection.uses(encrypted)
+                try:
+                    encrypted.do_handshake()
+                    handler(encrypted, client_address, self, setup, connection)
+                    encrypted.shutdown(socket.SHUT_WR)
+                finally:
+                    self._connections.remove(request)
+        finally:
+            self._connections.remove(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report an error, unless a client disconnected or has no certificate."""
@@ -278,16 +241,26 @@ class Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    timeout = 30.0  # seconds without data from or to the client
     server: Server
+    timeout: ClassVar[float | None] = None  # its time is limited as a whole, by Connections
+    default_request_version = "HTTP/1.0"  # else http.server answers what has no version, as in HTTP/0.9, without a head
 
-    def __init__(self, request: Any, client_address: Any, server: Server, protection: Setup) -> None:
-        self.protection = protection
+    def __init__(self, request: Any, client_address: Any, server: Server, protection: Setup, slot: Connection) -> None:
+        self.protection, self.slot = protection, slot
         super().__init__(request, client_address, server)
+
+    def setup(self) -> None:
+        """Read no more of a head than anybody needs: http.server would keep 6 MB for each connection."""
+        super().setup()
+        self.rfile = _Head(self.rfile, _LARGEST_HEAD)
+
+    def version_string(self) -> str:
+        """The header Server: what serves, and not which Python it runs on."""
+        return "msrtrace"
 
     def parse_request(self) -> bool:
         """Parse a request, and answer it here if none of its kind is served."""
-        if not super().parse_request():
+        if not super().parse_request() or self.slot.closed:  # closed in its headers, which then seem to end
             return False
         if not self.protection.admits(self.headers.get("Authorization")):
             self.answer(HTTPStatus.UNAUTHORIZED, "Unauthorized\n", WWW_Authenticate='Basic realm="msrtrace"')
@@ -300,7 +273,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a request."""
-        url = urlsplit(self.path)
+        try:
+            url = urlsplit(self.path)
+        except ValueError:
+            self.answer(HTTPStatus.BAD_REQUEST, "That is no URL.\n")
+            return
         answers: dict[str, Callable[[], None]] = {
             "/": self._page,
             "/metrics": partial(self._metrics, url.query),
@@ -330,12 +307,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _metrics(self, query: str) -> None:
         kind = content_type(self._all("Accept"))
         names = parse_qs(query).get("name[]")
-        text = self.server.text(Wanted(is_openmetrics(kind), frozenset(names) if names else None))
-        if gzip_accepted(self._all("Accept-Encoding")):
-            text = gzip.compress(text, compresslevel=1)  # the default, 9, takes six times as long
-            self.answer(HTTPStatus.OK, text, kind, Content_Encoding="gzip")
-        else:
-            self.answer(HTTPStatus.OK, text, kind)
+        compressed = gzip_accepted(self._all("Accept-Encoding"))
+        with self.slot.working():
+            text = self.server.text(Wanted(is_openmetrics(kind), frozenset(names) if names else None, compressed))
+        self.answer(HTTPStatus.OK, text, kind, **{"Content_Encoding": "gzip"} if compressed else {})
 
     def _all(self, name: str) -> str:
         """The elements of all headers of this name."""
@@ -354,6 +329,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what http.server cannot read, without what that would say: it repeats what was sent."""
+        status = HTTPStatus(code)
+        self.close_connection = True
+        self.answer(status, f"{status.phrase}\n")
+
     def end_headers(self) -> None:
         """Add those that every answer has."""
         for name, value in self.protection.headers.items():
@@ -370,8 +351,29 @@ class _Handler(BaseHTTPRequestHandler):
         """Log nothing."""
 
 
+class _Head(io.BufferedIOBase):
+    """What a client sends, of which so many bytes may be lines. A line beyond them is too long for http.server, too."""
+
+    def __init__(self, file: io.BufferedIOBase, most: int) -> None:
+        self._file, self._left = file, most
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """A line, of at most `size` bytes, or `size` bytes of nothing."""
+        line = self._file.readline(self._left + 1)
+        self._left -= len(line)
+        return line if self._left >= 0 else line.ljust(size or 0)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """So many bytes of what follows."""
+        return self._file.read(-1 if size is None else size)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 class _Refusal(_Handler):
-    timeout = 2.0
+    timeout: ClassVar[float | None] = 2.0
 
     def parse_request(self) -> bool:
         """Parse a request, so that the client reads the answer, and refuse it."""

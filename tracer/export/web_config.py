@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import re
 import ssl
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
 
 from tracer.export.passwords import Passwords, is_hash
-from tracer.export.security import Setup
+from tracer.export.security import Files, Followed, Setup, no_password, server_context
 from tracer.model.errors import MsrtraceError
 from tracer.model.yaml_config import InvalidConfigError, Section, missing, parse, read_file
 
@@ -35,7 +33,7 @@ _UNSUPPORTED = {
     "tls_server_config.key": "use key_file",
     "tls_server_config.client_ca": "use client_ca_file",
     "tls_server_config.client_allowed_sans": "use a CA of its own for those who may scrape",
-    "tls_server_config.cipher_suites": "set min_version; the suites are those of OpenSSL",
+    "tls_server_config.cipher_suites": "all that there are have forward secrecy and authenticated encryption",
     "tls_server_config.curve_preferences": "the curves are those of OpenSSL",
 }
 #: The headers that the toolkit allows, and what their values may be.
@@ -48,54 +46,21 @@ _HEADERS = {
 }
 
 
-class WebConfig:
-    """The setup that a file describes, at any time. An invalid or unreadable file leaves the valid one before it."""
+class WebConfig(Followed):
+    """The setup that a file, and those that it names, describe."""
 
     def __init__(self, path: str, on_error: Callable[[str], None] = lambda _: None) -> None:
         """Read the file; `on_error` gets a line when it becomes invalid later.
 
         :raises MsrtraceError: if it cannot be read, is invalid, or needs a Python package that is not installed
         """
-        self._path, self._on_error = Path(path), on_error
-        self._passwords = Passwords()
-        self._lock = threading.Lock()
-        self._content, self._files = b"", tuple[tuple[Path, bytes], ...]()
-        self._complaint = ""
+        self._path, self._passwords = Path(path), Passwords()
         try:
-            self._setup = self._read()
+            super().__init__(f"{path}: ", on_error)
         except InvalidConfigError as error:
             raise MsrtraceError(f"--web.config.file {path}: {error}") from None
-        self._tls = self._setup.context is not None
 
-    def now(self) -> Setup:
-        """The setup for a new connection, from the files as they are now."""
-        with self._lock:
-            try:
-                if self._changed():
-                    setup = self._read()
-                    if (setup.context is not None) != self._tls:
-                        raise InvalidConfigError("TLS is switched on or off by a restart only")
-                    self._setup = setup
-                self._complaint = ""
-            except InvalidConfigError as error:
-                self._content = b"\0"  # no valid file: it is read again for the next connection
-                if str(error) != self._complaint:
-                    self._on_error(f"{self._path}: {error}; the configuration before it stays in force")
-                self._complaint = str(error)
-            return self._setup
-
-    def reload(self) -> None:
-        """Read all files again, also those that look the same; what is invalid is reported again."""
-        with self._lock:
-            self._content, self._complaint = b"\0", ""
-        self.now()
-
-    def _changed(self) -> bool:
-        return read_file(self._path) != self._content or any(
-            read_file(file) != content for file, content in self._files
-        )
-
-    def _read(self) -> Setup:
+    def _read(self) -> tuple[Setup, Files]:
         """Read all files. Raises InvalidConfigError."""
         content = read_file(self._path)
         top = parse(content, self._path.parent)
@@ -105,12 +70,11 @@ class WebConfig:
         http.check(("headers", "http2"), _UNSUPPORTED)
         http.flag("http2", True)  # an offer that a server need not make
         paths = {name: tls.file(tls.text(name)) for name in _FILES if tls.text(name)}
-        files = tuple((file, read_file(file)) for file in paths.values())
+        files = ((self._path, content), *((file, read_file(file)) for file in paths.values()))
         hashes = _users(users)
         admits = self._passwords.checker(hashes) if hashes else Setup().admits
         setup = Setup(_context(tls, paths) if tls.names() else None, _headers(http.section("headers")), admits)
-        self._content, self._files = content, files
-        return setup
+        return setup, files
 
 
 def _context(tls: Section, paths: Mapping[str, Path]) -> ssl.SSLContext:
@@ -125,7 +89,7 @@ def _context(tls: Section, paths: Mapping[str, Path]) -> ssl.SSLContext:
     highest = tls.choice("max_version", _VERSIONS) or ssl.TLSVersion.TLSv1_3
     if highest < lowest:
         raise InvalidConfigError("tls_server_config.max_version is below min_version")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = server_context()
     context.minimum_version, context.maximum_version = lowest, highest
     if tls.flag("prefer_server_cipher_suites", True):
         context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE
@@ -137,16 +101,12 @@ def _context(tls: Section, paths: Mapping[str, Path]) -> ssl.SSLContext:
             else:
                 context.load_default_certs(ssl.Purpose.CLIENT_AUTH)
         names = ["cert_file", "key_file"]
-        context.load_cert_chain(paths["cert_file"], paths["key_file"], password=_no_password)
+        context.load_cert_chain(paths["cert_file"], paths["key_file"], password=no_password)
     except (OSError, ValueError) as error:  # ssl.SSLError is the former
         used = " and ".join(str(paths[name]) for name in names if name in paths)
         raise InvalidConfigError(f"cannot use {used}: {error}") from None
     context.verify_mode = mode
     return context
-
-
-def _no_password() -> NoReturn:
-    raise ValueError("the key is encrypted")  # else ssl asks for a password at the terminal
 
 
 def _headers(section: Section) -> dict[str, str]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from tracer.program.program import (
-    Program,
-)
+from tracer.program.program import Program
 
 _CACHE = Path("/var/cache/msrtrace")
 _KEPT = 16  # programs: five of a kernel
 _DIGEST = 32  # bytes of SHA-256
+_NAME = re.compile(r"[0-9a-f]{64}(\..+)?")  # a key, which is a digest; what was not finished, as by SIGKILL
 
 
 def seal(content: bytes) -> bytes:
@@ -44,9 +45,10 @@ def cache_get(key: str) -> Program | None:
     """The program cached by a key; None if it is not there, not whole, or was in reach of another user."""
     path = cache_dir() / key
     try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+        if not _ours(path.parent.stat()):
+            return None
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            if not _ours(os.fstat(file.fileno())):
                 return None
             content = file.read()
         program = msgspec.msgpack.decode(unseal(content), type=Program)
@@ -63,12 +65,26 @@ def cache_put(key: str, program: Program) -> None:
     path = cache_dir() / key
     with suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new = path.with_name(f"{key}.{os.getpid()}")
+        if not _ours(path.parent.stat()):
+            return
+        descriptor, new = tempfile.mkstemp(prefix=f"{key}.", dir=path.parent)
         try:
-            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(seal(content))
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
-        for old in sorted(path.parent.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)[_KEPT:]:
-            old.unlink(missing_ok=True)
+            os.replace(new, path)
+        except BaseException:
+            os.unlink(new)
+            raise
+        _tidy(path.parent)
+
+
+def _ours(status: os.stat_result) -> bool:
+    """Whether nobody but root and this user may have changed a file or what is in a directory."""
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+
+
+def _tidy(directory: Path) -> None:
+    """Remove what was not used for longest, and nothing that is not ours: the directory may be used for more."""
+    found = [file for file in directory.iterdir() if _NAME.fullmatch(file.name)]
+    for old in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)[_KEPT:]:
+        old.unlink(missing_ok=True)

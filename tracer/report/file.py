@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import stat
 import sys
 import tempfile
 from contextlib import suppress
@@ -83,6 +84,7 @@ def write(path: Path, text: bytes) -> None:
     What exists and is not a regular file (a pipe, /dev/stdout) is written to directly. Raises MsrtraceError.
     """
     try:
+        _refuse_planted(path)
         if _is_stream(path):
             with path.open("ab") as stream:  # standard output may be a file with something in it
                 stream.write(text)
@@ -92,15 +94,16 @@ def write(path: Path, text: bytes) -> None:
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(text)
+                # By its descriptor: whoever may write to the directory may put something else in the file's place.
+                if target.exists():
+                    before = target.stat()
+                    with suppress(OSError):  # under sudo a user's file stays the user's
+                        os.fchown(descriptor, before.st_uid, before.st_gid)
+                    os.fchmod(descriptor, before.st_mode & 0o777)
+                else:
+                    os.fchmod(descriptor, 0o666 & ~_umask())
                 file.flush()
-                os.fsync(file.fileno())
-            if target.exists():
-                before = target.stat()
-                with suppress(OSError):  # under sudo a user's file stays the user's
-                    os.chown(temporary, before.st_uid, before.st_gid)
-                os.chmod(temporary, before.st_mode & 0o7777)
-            else:
-                os.chmod(temporary, 0o666 & ~_umask())
+                os.fsync(descriptor)
             os.replace(temporary, target)
         except BaseException:
             with suppress(OSError):
@@ -113,6 +116,7 @@ def write(path: Path, text: bytes) -> None:
 def check_writable(path: Path) -> None:
     """Raise the MsrtraceError that `write` would, as far as can be known before there is something to write."""
     try:
+        _refuse_planted(path)
         if _is_stream(path):
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -124,12 +128,31 @@ def check_writable(path: Path) -> None:
         raise _unwritable(path, error) from None
 
 
+def _refuse_planted(path: Path) -> None:
+    """Refuse what another user has put there, in a directory like /tmp: a link, a pipe, a file that would stay theirs.
+
+    So do fs.protected_symlinks and fs.protected_regular where a file is opened for writing, which it is not here.
+    Raises MsrtraceError, or OSError.
+    """
+    with suppress(FileNotFoundError):
+        directory, found = path.parent.stat(), path.lstat()
+        everybodys = directory.st_mode & stat.S_ISVTX and directory.st_mode & stat.S_IWOTH
+        if everybodys and found.st_uid not in (os.geteuid(), directory.st_uid):
+            raise MsrtraceError(
+                f"cannot write {path}: it belongs to another user, and everybody may create files in {path.parent}"
+            )
+
+
 def _resolved(path: Path) -> Path:
-    """The path without links. Raises OSError for a loop of them, as Path.resolve() does not since Python 3.13."""
-    found = Path(os.path.realpath(path))
-    if found.is_symlink():
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-    return found
+    """The path without links, as the kernel follows them. Raises OSError, also for a loop of them."""
+    try:
+        opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:  # or a link to what is not there
+        return Path(os.path.realpath(path))
+    try:
+        return Path(os.readlink(f"/proc/self/fd/{opened}"))
+    finally:
+        os.close(opened)
 
 
 def _is_stream(path: Path) -> bool:

@@ -14,6 +14,7 @@ import msgspec
 from tracer.model.msr_filter import X2APIC
 from tracer.model.nested import L1, L1_OR_UNMERGED, MERGED, NONE, OWN
 from tracer.model.state import BOTH, KVM, UNKNOWN, does_exit
+from tracer.model.text import printable
 from tracer.report.computer import Computer, Difference, differing, machines, parameters
 from tracer.report.state_file import Filter, FilterRangeRow, States, VcpuGroup, VmState, msr_range
 from tracer.report.state_view import RowChoice
@@ -100,6 +101,9 @@ class Side:
     taken: str
     vms: tuple[VmState, ...]
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", printable(self.title))  # which may be the name of a file
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ NAME_LIMIT = 128
 # A command line may have megabytes. libvirt's, with name and UUID at the front, has about 10 KB.
 _READ_LIMIT = 32 * 1024
 
+#: Of so many processes more than run what they are called is cached before those that ended are dropped.
+_ROOM = 100
+
 
 def vm_info(pid: int, proc: Path = Path("/proc")) -> VmInfo | None:
     """The VM that a process runs; None if there is no such process.
@@ -60,6 +63,7 @@ class VmInfos:
         self._proc = proc
         self._started: dict[int, int] = {}
         self._infos: dict[int, VmInfo] = {}
+        self._room = _ROOM  # processes, until it is looked which of them have ended
 
     def info(self, pid: int) -> VmInfo | None:
         """As `vm_info`. After the pid is reused, it is of the new process."""
@@ -78,7 +82,14 @@ class VmInfos:
         self._started[pid] = started
         if named:
             self._infos[pid] = info
+        if len(self._started) > self._room:
+            self._drop_ended()
         return info
+
+    def _drop_ended(self) -> None:
+        self._started = {pid: then for pid, then in self._started.items() if start_time(pid, self._proc) == then}
+        self._infos = {pid: info for pid, info in self._infos.items() if pid in self._started}
+        self._room = 2 * len(self._started) + _ROOM
 
     def alive(self, pid: int) -> bool:
         """Whether the process that `info` last described under this pid is still running.

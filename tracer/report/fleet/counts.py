@@ -28,6 +28,8 @@ from tracer.report.fleet.targets import (
     selector,
 )
 
+_ROUNDING = 1e-6  # VictoriaMetrics keeps about 15 digits of a float
+
 
 @dataclass(frozen=True, eq=False)
 class Grown:
@@ -68,6 +70,18 @@ def check_complete(one: Grown) -> None:
     calls = sum(value for _, value in one.family(CALLS))
     if calls and info.get("redundancy") == "exact" and not one.family(REDUNDANT):
         raise refuse(REDUNDANT, "without it, which calls changed nothing is unknown")
+    made = {key[1]: value for key, value in one.counters.items() if key[0] == CALLS}
+    for (metric, own), value in one.counters.items():
+        if metric == REDUNDANT and value > made.get(own, value):
+            raise MsrtraceError(
+                f"{REDUNDANT}{selector((*target, *own))} grew by {value:g}, more than {CALLS} of the same labels "
+                f"({made[own]:g}), of which it is a part: these are no counts of one msrtrace"
+            )
+        if metric != SECONDS and abs(value - round(value)) > _ROUNDING * max(1, value):
+            raise MsrtraceError(
+                f"{metric}{selector((*target, *own))} grew by {value:g}, and counts whole things: what is stored are "
+                "not the samples as they were scraped"
+            )
     updates = sum(value for _, value in one.family(UPDATES))
     layout = vendor_of(info).layout(info.get("layout", ""))
     if updates and layout and layout.calls and not one.family(CALLS) and all(_attached([one]).values()):

@@ -10,28 +10,38 @@ import http.client
 import json
 import math
 import re
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+
+import msgspec
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.text import printable
 from tracer.report.fleet.http_client import HttpConfig, basic_credentials
 
-_TIMEOUT_SECONDS = 60.0
+#: Without a byte of an answer, and until it is complete: Prometheus gives a query two minutes (--query.timeout).
+_TIMEOUT_SECONDS, _LONGEST_SECONDS = 60.0, 300.0
+#: The most bytes of an answer: ten million samples, which take 2 GB here while they are read.
+_LARGEST_ANSWER = 256 << 20
 #: The most bytes of an error that are read, and characters of a remark that are shown.
 _LONGEST_ERROR, _REMARK = 1 << 16, 500
 #: Thanos' own parameters, which others ignore: replicas as one, and never downsampled.
 _THANOS = {"dedup": "true", "max_source_resolution": "0s"}
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-#: No counter of ours is larger: they are unsigned 64-bit numbers in the kernel, and floats here.
-_LARGEST = 2.0**63
+#: No counter of ours is larger: up to here floats, which Prometheus stores, count one by one.
+_LARGEST = 2.0**53
+#: How much sooner or later than asked a sample may be, in seconds.
+_OUTSIDE = 1.0
 
 
 def seconds(text: str) -> int:
@@ -77,18 +87,18 @@ class Samples:
 
     @classmethod
     def of(cls, samples: Mapping[float, float]) -> Samples:
-        """Samples from values by timestamp; NaNs are stale markers and dropped. Raises ValueError."""
+        """Samples from values by timestamp; NaNs are stale markers and dropped."""
         kept = sorted((time, value) for time, value in samples.items() if not math.isnan(value))
-        if any(abs(value) > _LARGEST or not math.isfinite(time) for time, value in kept):
-            raise ValueError("a sample is out of range")
         return cls(array("d", (time for time, _ in kept)), array("d", (value for _, value in kept)))
 
     def merged(self, other: Samples) -> Samples:
-        """The union with other samples."""
+        """The union with other samples. Raises ValueError if they have different values at a time."""
         if self.times == other.times and self.values == other.values:
             return self
-        times = dict(zip(self.times, self.values, strict=True)) | dict(zip(other.times, other.values, strict=True))
-        return Samples.of(times)
+        one, two = (dict(zip(samples.times, samples.values, strict=True)) for samples in (self, other))
+        if any(one[time] != two[time] for time in one.keys() & two.keys()):
+            raise ValueError("different values at one time")
+        return Samples.of(one | two)
 
     def between(self, first: float, last: float) -> Samples:
         """The samples from `first` to `last`, both included."""
@@ -141,19 +151,42 @@ class Prometheus:
             f"{self.url}/api/v1/query", data=urllib.parse.urlencode(form).encode(), headers=self._headers
         )
         try:
-            with self._opener.open(request, timeout=_TIMEOUT_SECONDS) as answer:
-                reply = json.load(answer)
-        except urllib.error.HTTPError as error:
-            with error:
-                why = self._without_secrets(_reason(error))
-            raise MsrtraceError(f"Prometheus at {self.url} refused the query: {why}") from None
-        except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
+            reply = self._reply(request)
+        except (OSError, ValueError, RecursionError, http.client.HTTPException, msgspec.DecodeError) as error:
             why = self._without_secrets(str(getattr(error, "reason", error)))
             raise MsrtraceError(f"cannot query Prometheus at {self.url}: {why}") from None
         if not isinstance(reply, dict) or reply.get("status") != "success":
             raise self._unexpected()
         self._heed(reply)
         return reply.get("data")
+
+    def _reply(self, request: urllib.request.Request) -> Any:
+        """The JSON of an answer, which must neither be too large nor take too long, however it is sent."""
+        done: Future[bytearray] = Future()
+
+        def read() -> None:
+            try:
+                with self._opener.open(request, timeout=_TIMEOUT_SECONDS) as answer:
+                    content = bytearray()
+                    while len(content) <= _LARGEST_ANSWER and (piece := answer.read(1 << 20)):
+                        content += piece
+                    done.set_result(content)
+            except urllib.error.HTTPError as error:
+                with error:
+                    why = self._without_secrets(_reason(error))
+                done.set_exception(MsrtraceError(f"Prometheus at {self.url} refused the query: {why}"))
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=read, daemon=True).start()  # which may be left behind
+        try:
+            content = done.result(_LONGEST_SECONDS)
+        except FutureTimeoutError:
+            raise OSError(f"its answer is not complete after {_LONGEST_SECONDS:.0f} s") from None
+        if len(content) > _LARGEST_ANSWER:
+            size = f"{_LARGEST_ANSWER >> 20} MB"
+            raise OSError(f"its answer has more than {size}: select fewer hosts, or a shorter time (--since)")
+        return msgspec.json.decode(content)
 
     def _heed(self, reply: Mapping[str, Any]) -> None:
         """Keep what the server remarked on its answer.
@@ -199,7 +232,10 @@ class Prometheus:
         return max(clocks)
 
     def series(self, name: str, selector: str, window: int, end: float) -> list[Series]:
-        """The raw samples of a metric in the `window` seconds before `end` (seconds since 1970)."""
+        """The raw samples of a metric in the `window` seconds before `end` (seconds since 1970).
+
+        Raises MsrtraceError also for samples that no counter or gauge of ours has, or of other times.
+        """
         found = self._query(f"{name}{{{selector}}}[{window}s]", end)
         try:
             stored = [
@@ -211,6 +247,16 @@ class Prometheus:
             ]
         except (AttributeError, KeyError, TypeError, ValueError):
             raise self._unexpected() from None
+        for series in stored:
+            times, values = series.samples.times, series.samples.values
+            wrong = next((value for value in values if not 0 <= value <= _LARGEST), None)
+            if wrong is not None:
+                raise MsrtraceError(f"{self.url} has stored {wrong:g} as {name}, which no msrtrace counts")
+            wrong = next((time for time in times if not -_OUTSIDE <= end - time <= window + _OUTSIDE), None)
+            if wrong is not None:
+                raise MsrtraceError(
+                    f"{self.url} was asked for {name} in the {window} s before {end:.0f}, and answers with {wrong:.0f}"
+                )
         return [series for series in stored if series.samples.times]
 
 

@@ -173,6 +173,12 @@ def _without_falls(stream: Stream, start: float | None, times: list[float]) -> I
                 f"{loss.metric}{selector(stream.target)} lost a kind of call, and without {START}, which is not "
                 "stored, whether msrtrace was restarted is unknown"
             )
+    for loss in _ended(inside):
+        if loss.until <= known_until:
+            raise MsrtraceError(
+                f"{loss.metric}{selector(stream.target)} lost a kind of call while {START} stays the same: msrtrace "
+                "keeps them all, so labels of stored series were changed, or two processes have the same labels"
+            )
     losses += [loss for loss in _modes(inside) if loss.until > known_until]
     place, cut = 0, -inf
     for loss in sorted(losses, key=lambda loss: loss.until):
@@ -212,6 +218,14 @@ def _gone(series: Mapping[Key, Samples]) -> Iterator[_Loss]:
                     place = bisect_right(present, time)
                     if place < len(present) and samples.at(present[place]) is None:
                         yield _Loss(time, present[place], metric)
+
+
+def _ended(series: Mapping[Key, Samples]) -> Iterator[_Loss]:
+    """Where a kind of call disappears for good while others go on, at two scrapes: of the last some may be missing."""
+    for loss in _gone(series):
+        ends = [s.times[-1] for (metric, own), s in series.items() if metric == loss.metric and "vm" not in dict(own)]
+        if loss.after in ends and sum(time > loss.after for time in _times(series, loss.metric)) > 1:
+            yield loss
 
 
 def _modes(series: Mapping[Key, Samples]) -> Iterator[_Loss]:

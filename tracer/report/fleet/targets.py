@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 
+from tracer.model.errors import MsrtraceError
 from tracer.report.fleet.prometheus_api import Samples, Series
 
 CALLS = "msrtrace_intercept_calls_total"
@@ -95,9 +96,15 @@ class Stream:
     series: dict[Key, Samples] = field(default_factory=dict)
 
     def add(self, key: Key, samples: Samples) -> None:
-        """Add samples to a series, which may exist already."""
+        """Add samples to a series, which may exist already. Raises MsrtraceError if they contradict each other."""
         known = self.series.get(key)
-        self.series[key] = known.merged(samples) if known else samples
+        try:
+            self.series[key] = known.merged(samples) if known else samples
+        except ValueError:
+            raise MsrtraceError(
+                f"{key[0]}{selector((*self.target, *key[1]))} has two values at one time: Prometheus answers with a "
+                "series twice"
+            ) from None
 
 
 def streams(found: Mapping[str, Iterable[Series]]) -> dict[Target, Stream]:
