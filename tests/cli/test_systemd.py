@@ -208,7 +208,9 @@ def test_a_reload_reads_the_tls_files_again(manager: Manager, certificates: tupl
         assert manager.told() == {"READY": "1"}
         assert COUNTS in scrape(url, context)
     [warning] = [line for line in running.warnings() if "TLS" in line]
-    assert re.fullmatch(r"msrtrace: warning: the TLS files cannot be used: .*; the configuration before it stays in force", warning)
+    assert re.fullmatch(
+        r"msrtrace: warning: the TLS files cannot be used: .*; the configuration before it stays in force", warning
+    )
     assert running.end() == 0
 
 

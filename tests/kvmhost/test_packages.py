@@ -176,7 +176,9 @@ def test_removed_it_leaves_its_configuration_alone(packages: Packages) -> None:
     assert set(re.findall(r"^ (\S+) ", seen.printed("conffiles"), re.MULTILINE)) == _CONFFILES
     left = {path for path in seen.files("removed") - seen.files("before") if "msrtrace" in path}
     # dpkg and systemd know of it until it is purged.
-    known = re.compile(r"/var/lib/(dpkg/info|systemd/deb-systemd-helper-\w+)/|/etc/systemd/system/[\w-]+\.target\.wants/")
+    known = re.compile(
+        r"/var/lib/(dpkg/info|systemd/deb-systemd-helper-\w+)/|/etc/systemd/system/[\w-]+\.target\.wants/"
+    )
     assert {path for path in left if not known.match(path)} == _CONFFILES
 
 
