@@ -271,3 +271,15 @@ def test_what_prevents_tracing_is_the_error(monkeypatch: pytest.MonkeyPatch, mai
     assert main("run") == expected
     assert main("run", "--wait-module") == expected
     assert ignored == [(), ("module", "symbols")]
+
+
+@pytest.mark.parametrize(("limits", "after"), [((64, 4096), 1024), ((64, 200), 200), ((2000, 4096), 2000)])
+def test_a_low_limit_on_open_files_is_raised_as_far_as_allowed(limits: tuple[int, int], after: int) -> None:
+    """In a process of its own: a lowered hard limit is for good."""
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, {limits})\n"
+        "from tracer.cli.session import _allow_descriptors\n"
+        "_allow_descriptors(); print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(after), str(limits[1])]

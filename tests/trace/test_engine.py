@@ -33,6 +33,7 @@ class Probing:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.refused: set[str] = set()
+        self.reason = errno.ENOENT
         self.held = Counter[str]()
         self._of: dict[int, str] = {}
         monkeypatch.setattr(Probes, "_link", lambda _, symbol, symbols, program, at_return: self.link(symbol.name))
@@ -48,7 +49,7 @@ class Probing:
 
     def link(self, symbol: str) -> int:
         if symbol in self.refused:
-            raise OSError(errno.ENOENT, "refused")
+            raise OSError(self.reason, "refused")
         fd = os.open("/dev/null", os.O_RDONLY)
         self._of[fd] = symbol
         self.held[symbol] += 1
@@ -300,6 +301,16 @@ def test_a_reattachment_that_fails_leaves_no_probe(no_probes: Probing) -> None:
         assert not +no_probes.held  # or it would be there twice after the next attempt
     finally:
         engine.close()
+
+
+@pytest.mark.usefixtures("headers")
+@pytest.mark.parametrize("reason", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_shortage_is_no_missing_probe(no_probes: Probing, reason: int) -> None:
+    """Without descriptors for all probes, counts would be of the few that are attached."""
+    no_probes.refused, no_probes.reason = {DISABLE}, reason
+    with pytest.raises(MsrtraceError, match=f"{DISABLE}.* is not probed: .*(limit on open files|too many|memory)"):
+        Engine(TOGGLE, symbols(TOGGLE), Options(backend="kprobe"))
+    assert not +no_probes.held
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import sys
 import tempfile
@@ -188,6 +190,27 @@ def test_a_reloaded_module_is_another_one(tmp_path: Path) -> None:
     module.mkdir()
     (module / "initstate").write_text("live\n")
     assert loaded_module(tmp_path) not in (None, first)
+
+
+@pytest.mark.parametrize("reason", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES])
+def test_a_module_that_cannot_be_looked_at_is_not_gone(
+    kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    (tmp_path / "kvm_intel").mkdir()
+    (tmp_path / "kvm_intel/initstate").write_text("live\n")
+
+    def failing(*_: object, **__: object) -> str:
+        raise OSError(reason, os.strerror(reason))
+
+    kernel.tracer.attach()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", failing)
+        with pytest.raises(MsrtraceError, match=f"whether kvm_intel is loaded cannot be told: {os.strerror(reason)}"):
+            loaded_module(tmp_path)
+        patch.setattr(kernel.tracer._following, "module", lambda: loaded_module(tmp_path))
+        assert kernel.tracer.follow() is None
+    assert kernel.tracer.attached
+    assert kernel.tracer.follow() is None
 
 
 class Life(RuleBasedStateMachine):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Those of a trace for which none are given.
 OPTIONS = Options()
+#: Open files: some 60 for a trace, the others for clients.
+_DESCRIPTORS = 1024
 
 
 def this_machine(options: Options = OPTIONS) -> Machine:
@@ -33,11 +36,20 @@ def this_machine(options: Options = OPTIONS) -> Machine:
     return Machine.here(compiled_backends(), lambda machine: expected_backends(machine.symbols, options), refused_calls)
 
 
+def _allow_descriptors() -> None:
+    """Raise this process's limit on open files to what is usual, where it is lower and may be raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def ready_machine(options: Options, *, module_may_be_missing: bool = False) -> Machine:
     """This machine. Raises MsrtraceError, which says what to do, if it cannot be traced with these options."""
     from tracer.doctor.containers import explain_hidden_processes
     from tracer.doctor.examination import MODULE, SYMBOLS, obstacle
 
+    _allow_descriptors()
     machine = this_machine(options)
     check_pid(options.pid)
     problem = obstacle(machine, ignore=(MODULE, SYMBOLS) if module_may_be_missing else ())
@@ -55,6 +67,7 @@ def _machine_with_states() -> Machine:
     from tracer.kernel.machine import Machine
     from tracer.trace.state_reader import state_program_is_compiled
 
+    _allow_descriptors()
     machine = Machine.here(frozenset(BACKENDS) if state_program_is_compiled() else frozenset())
     if problem := obstacle(machine, ignore=NEEDED_BY_PROBES_ALONE):
         raise MsrtraceError(problem)

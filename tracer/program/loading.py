@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from tracer.model.errors import MsrtraceError
 from tracer.program import syscalls
 from tracer.program.program import (
     NotPermitted,
@@ -24,6 +25,7 @@ from tracer.program.program import (
     Target,
     Variant,
     VariantRejected,
+    shortage,
 )
 from tracer.program.relocation import resolved
 from tracer.program.structs import Member
@@ -129,6 +131,8 @@ def translate_errors(what: str, log: bytearray | None = None) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EPERM:
             raise NotPermitted from None
+        if too_little := shortage(error):
+            raise MsrtraceError(f"the kernel {what}: {too_little}") from None
         text = log[: log.index(0)].decode(errors="replace") if log else ""
         if _NO_READS.search(text):
             raise NotPermitted from None

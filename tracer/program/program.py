@@ -100,3 +100,16 @@ def not_permitted(error: Exception, text: str = "") -> bool:
     """Whether the kernel said EPERM, or EACCES as perf_event_paranoid makes it; `text` is what was printed with it."""
     words = ("Operation not permitted", "Permission denied", "privileges")
     return getattr(error, "errno", 0) in (errno.EPERM, errno.EACCES) or any(word in f"{error} {text}" for word in words)
+
+
+#: What a limit of the process or a lack of memory makes the kernel say, whatever was asked for; and what to do.
+_SHORTAGES = {
+    errno.EMFILE: "the limit on open files is too low (ulimit -n, LimitNOFILE=)",
+    errno.ENFILE: "the machine has too many open files (sysctl fs.file-max)",
+    errno.ENOMEM: "there is not enough memory",
+}
+
+
+def shortage(error: BaseException) -> str:
+    """What there was too little of, and what to do, if that is the error's reason; otherwise an empty string."""
+    return _SHORTAGES.get(getattr(error, "errno", None) or 0, "")

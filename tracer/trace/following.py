@@ -25,11 +25,16 @@ class Following:
     ) -> ModuleChange | None:
         """What changed, if anything; a module that cannot be used is tried again after RETRY_SECONDS.
 
+        Where it cannot be told which module is loaded, nothing has changed.
+
         :param name: of the module, once `use` has found it
         :param leave: let go of the module that was in use
         :param use: use the one that is loaded, and set `used`; raises MsrtraceError
         """
-        module = self.module()
+        try:
+            module = self.module()
+        except MsrtraceError:
+            return None
         if module == self.used:
             return None
         if module is not None and module == self._refused and self._clock() < self._retry_at:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tracer.kernel.symbols import Symbol, Symbols
+from tracer.model.errors import MsrtraceError
 from tracer.model.snapshot import Probe
 from tracer.program import syscalls
 from tracer.program.bcc_library import attach_tracing
 from tracer.program.compiler import Built
-from tracer.program.program import not_permitted
+from tracer.program.program import not_permitted, shortage
 from tracer.trace.kprobe import attach_kprobe
 
 
@@ -56,9 +57,16 @@ class Probes:
         self._probes: list[Probe] = []
 
     def attach(self, points: Sequence[Point], symbols: Symbols, places: Callable[[str], list[Symbol]]) -> list[Probe]:
-        """Probe the functions of `points`, in this order; `places` gives the symbols of a function, the best first."""
+        """Probe the functions of `points`, in this order; `places` gives the symbols of a function, the best first.
+
+        Raises MsrtraceError where descriptors or memory do not suffice; then nothing is attached.
+        """
         self._points = points
-        self._probes = [self._attach(point, symbols, places(point.function)) for point in points]
+        try:
+            self._probes = [self._attach(point, symbols, places(point.function)) for point in points]
+        except MsrtraceError:
+            self.remove()
+            raise
         return self._probes
 
     def _attach(self, point: Point, symbols: Symbols, places: list[Symbol]) -> Probe:
@@ -73,6 +81,8 @@ class Probes:
         except (OSError, KeyError) as error:
             for fd in links:
                 os.close(fd)
+            if too_little := shortage(error):
+                raise MsrtraceError(f"{where} is not probed: {too_little}") from None
             reason = self._explain() if not_permitted(error) else str(error)
             return Probe(point.function, symbol.name, False, f"{where}: {reason}")
         self._links[point.function] = links

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from tracer.trace.vm_info import VmInfos, info_of_command
 _PATIENCE_SECONDS = 0.1  # for calls in progress when counts are read for the last time
 
 MODULES = Path("/sys/module")
+#: ENODEV: of a file in sysfs that is open while it goes (kernfs_get_active(), fs/kernfs/).
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENODEV)
 
 
 class Attachment(Protocol):
@@ -74,15 +77,19 @@ class StateSource(Protocol):
 def loaded_module(modules: Path = MODULES) -> tuple[str, int, int] | None:
     """Identifies the loaded module of a vendor; differs after a reload. None if there is none.
 
-    One that was loaded comes before those that are built in, which may be of another vendor than the CPU.
+    One that was loaded comes before those that are built in, which may be of another vendor than the CPU. Raises
+    MsrtraceError if that cannot be told, such as for lack of descriptors.
     """
     found: list[tuple[bool, tuple[str, int, int]]] = []
     for module in (modules / vendor.module for vendor in VENDORS):
-        with suppress(OSError):
+        try:
             built_in = not (module / "initstate").exists()
             if built_in or (module / "initstate").read_text().strip() == "live":
                 status = module.stat()
                 found.append((built_in, (module.name, status.st_ino, status.st_ctime_ns)))
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise MsrtraceError(f"whether {module.name} is loaded cannot be told: {error.strerror}") from None
     return min(found)[1] if found else None
 
 
