@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Faults that a fleet brings within a year, made to happen: `faults_guest.py NAME...`, each of which is a function here.
+"""Faults that a fleet brings within a year: `faults_guest.py NAME...`, each of which is a function here.
 
 They only collect; tests/kvmhost/test_faults.py judges. Wherever something is counted meanwhile, the kernel's own tracer
 counts beside msrtrace (kerneltracer.py).
