@@ -236,6 +236,20 @@ def test_a_terminal_that_is_closed_ends_it_in_order(manager: Manager) -> None:
     assert (running.directory / "closed").exists()
 
 
+def test_one_that_was_stopped_goes_on(manager: Manager) -> None:
+    """As by Ctrl-Z and `fg`."""
+    running = manager.serve(NOTIFY_SOCKET="")
+    url = running.url()
+    for _ in range(4):
+        time.sleep(0.07)
+        running.process.send_signal(signal.SIGSTOP)
+        time.sleep(0.5)
+        running.process.send_signal(signal.SIGCONT)
+    time.sleep(0.5)
+    assert COUNTS in scrape(url)
+    assert running.end() == 0
+
+
 def test_nohup_is_respected(manager: Manager) -> None:
     running = manager.serve(NOTIFY_SOCKET="", shell="trap '' HUP")
     url = running.url()

@@ -148,10 +148,12 @@ class EndSignals:
     def wait(self, seconds: float) -> bool:
         """Wait this long; True at once when one of the signals has come, which ends the command."""
         came = signal.sigtimedwait(self._numbers, seconds)
-        if came and came.si_signo == signal.SIGHUP and self._on_hangup:
+        # A process that is stopped meanwhile, as by Ctrl-Z, gets a result of no meaning from CPython (signalmodule.c).
+        number = came.si_signo if came else None
+        if number == signal.SIGHUP and self._on_hangup:
             self._on_hangup()
             return False
-        return came is not None
+        return number in self._numbers
 
 
 @contextmanager
