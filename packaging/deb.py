@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
@@ -59,6 +60,21 @@ def date() -> str:
     """When this version was made, as debian/changelog has it: what depends on the time takes it from there."""
     [found, *_] = re.findall(r"^ -- .+>  (.+)$", changelog("sid"), re.MULTILINE)
     return str(found)
+
+
+def news(suite: str) -> str:
+    """debian/NEWS, which apt-listchanges shows before an upgrade: what CHANGELOG.md has under `Upgrading`; or ""."""
+    releases = re.split(r"^## ", (REPO / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    [release] = [one for one in releases if one.startswith(f"{PROJECT['version']} ")]
+    section = re.search(r"^### Upgrading\n\n(.*?)(?=\n###|\Z)", release, re.MULTILINE | re.DOTALL)
+    if not section:
+        return ""
+    head, *_, tail = changelog(suite).strip().splitlines()
+    entries = [re.sub(r"\*\*|`", "", " ".join(one.split())) for one in section[1].split("\n- ")]
+    paragraphs = (
+        textwrap.fill(one.removeprefix("- "), 78, initial_indent="  ", subsequent_indent="  ") for one in entries
+    )
+    return "\n\n".join([head, *paragraphs, tail]) + "\n"
 
 
 def lacking(suite: Suite) -> dict[str, Suite]:
@@ -127,6 +143,8 @@ def unpack_source(suite: Suite, work: Path) -> Path:
         sh(["tar", "-x", "-f", component, "-C", tree / library, "--strip-components=1"])
     shutil.copytree(REPO / "packaging/debian", tree / "debian")
     (tree / "debian/changelog").write_text(changelog(suite.name))
+    if told := news(suite.name):
+        (tree / "debian/NEWS").write_text(told)
     for library in lacking(suite):
         for addition in (tree / "debian/bundled" / library).iterdir():
             with (tree / "debian" / addition.name).open("a") as whole:
@@ -169,7 +187,7 @@ def packages(suite: Suite) -> Path:
     """The directory of what `build` leaves, built once for what it is made from."""
     bundled = [newer.upstream_tarball(f"python3-{library}") for library, newer in lacking(suite).items()]
     names = [str(file.relative_to(REPO)) for file in files()]
-    inputs = [build_root(suite).parent.name, bundled, version(suite.name), names, *files()]
+    inputs = [build_root(suite).parent.name, bundled, version(suite.name), names, "news", *files()]
     return cached(f"deb-{suite.name}", inputs, lambda work: build(suite, work))
 
 

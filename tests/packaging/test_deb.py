@@ -45,6 +45,24 @@ def test_the_changelog_of_a_suite_is_valid(suite: str) -> None:
         assert (field, done.stdout.strip(), done.stderr) == (field, expected, "")
 
 
+def test_what_an_upgrade_takes_is_the_news_of_the_package() -> None:
+    """Every entry of CHANGELOG.md's section for this release, as dpkg reads it."""
+    section = (REPO / "CHANGELOG.md").read_text().partition("### Upgrading\n\n")[2].partition("\n###")[0]
+    news = deb.news("trixie")
+    done = subprocess.run(
+        ["dpkg-parsechangelog", "--file", "-", "--show-field", "Version"],
+        input=news,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout.strip(), done.stderr) == (deb.version("trixie"), "")
+    told = " ".join(news.split())
+    for entry in section.removeprefix("- ").split("\n- "):
+        assert " ".join(re.sub(r"\*\*|`", "", entry).split()) in told
+    assert max(len(line) for line in news.splitlines() if line.startswith("  ")) <= 80
+
+
 def test_a_newer_suite_has_a_higher_version() -> None:
     versions = [deb.version(suite) for suite in deb.SUITES]
     for older, newer in pairwise(versions):
