@@ -14,12 +14,13 @@ from typing import Any
 import bcrypt
 import pytest
 import yaml
-from cache import REPO, sh
+from cache import REPO, cached, retried, sh
 from configured import FILES, PASSWORD, URL, USER
 from conftest import HERE, LIMIT_SECONDS, RUN
 from deb import packages
 from dispositions import as_begun
-from hosts import HOSTS
+from hosts import HOSTS, Host, userland
+from payload import pip
 from repository import repository
 
 HOST = "trixie-amd"
@@ -44,11 +45,39 @@ def play(folder: Path) -> list[dict[str, Any]]:
     return [example]
 
 
+def ansible(host: Host) -> Path:
+    """A directory of Python modules with Ansible, compiled: to install it and compile it there takes a quarter hour."""
+    root = userland(host, "fresh")
+
+    def make(work: Path) -> None:
+        scratch = work / "root"  # links: what is written there is new
+        sh(["cp", "-al", root, scratch])
+        site = scratch / "mnt/site"
+        version = sh(["chroot", scratch, "python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).strip()
+        options: list[str | Path] = [
+            "--quiet",
+            "--only-binary=:all:",
+            "--no-compile",
+            "--python-version",
+            version,
+            "--target",
+            site,
+        ]
+        retried("Ansible", lambda: sh([*pip(), "install", *options, "ansible-core"]))
+        compiling = ["-q", "-s", "/mnt/site", "-p", "/in/site", "/mnt/site"]
+        sh(["chroot", scratch, "sh", "-c", 'python3 -m compileall "$@" || :', "-", *compiling])
+        site.rename(work / "site")
+        shutil.rmtree(scratch)
+
+    return cached(f"ansible-{host.userland.name}", [root.parent.name], make) / "site"
+
+
 def configured_host(folder: Path) -> dict[str, Any]:
     sent, host = folder / "in", HOSTS[HOST]
     [package] = packages(host.userland).glob("msrtrace_*_amd64.deb")
-    others = ["ansible-core", "python3-apt", "python3-yaml", "python3-bcrypt"]
+    others = ["python3-apt", "python3-yaml", "python3-bcrypt"]
     repository(host, [package], sent / "repository", others=others)
+    shutil.copytree(ansible(host), sent / "site")
     shutil.copytree(ROLE, sent / "ansible/roles/msrtrace")
     (sent / "ansible/play.yml").write_text(yaml.safe_dump(play(sent / "ansible")))
     shutil.copy(HERE / "scenarios/configured.py", sent)
