@@ -32,6 +32,8 @@ TROUBLE = re.compile(
     r"Kernel panic|WARNING: (CPU|possible)|BUG: |Oops: |general protection fault|Call Trace:|"
     r"rcu_\w+ (self-)?detected|soft lockup|hung_task|blocked for more than"
 )
+#: What is the last that is heard of a guest.
+DEAD = ("Kernel panic", "kvmhost: no root disk", "systemd[1]: Freezing execution")
 #: Where it starts, in dmesg and on the console.
 USER_SPACE = re.compile(r"Run /init as init process|^kvmhost: up ", re.M)
 POLL_SECONDS = 0.05
@@ -148,9 +150,11 @@ class Machine:
                 # All that the guest sends back is on its disk then; its way through power-off is as long as a boot.
                 if ended or "kvmhost: done" in log:
                     break
-                if "Kernel panic" in log or "kvmhost: no root disk" in log:
+                if any(end in log for end in DEAD):
                     time.sleep(1)  # let it print the trace
-                    raise RigError(f"the guest's kernel died:\n{log + kernel.read().decode(errors='replace')}")
+                    raise RigError(
+                        f"the guest's kernel died, or its init:\n{log + kernel.read().decode(errors='replace')}"
+                    )
                 if time.monotonic() > deadline:
                     say(f"{self.job.host}: timed out after {self.job.timeout:.0f} s")
                     return TIMED_OUT

@@ -45,7 +45,18 @@ def rebooted_host(folder: Path) -> Rebooted:
     sent = folder / "in"
     repository(HOSTS[HOST], [example_package(folder)], sent / "repository")
     shutil.copy(HERE / "scenarios/systemd_host.py", sent)
-    options = ["--host", HOST, "--init", "systemd", "--fresh", "--in", str(sent), "--out", str(folder / "out")]
+    options = [
+        "--host",
+        HOST,
+        "--init",
+        "systemd",
+        "--fresh",
+        "--count-instructions",
+        "--in",
+        str(sent),
+        "--out",
+        str(folder / "out"),
+    ]
     run = subprocess.run(
         as_begun([sys.executable, str(RUN), *options, "--timeout", "1200", "--", "python3", "/in/systemd_host.py"]),
         stdin=subprocess.DEVNULL,
