@@ -51,7 +51,6 @@ def rebooted_host(folder: Path) -> Rebooted:
         "--init",
         "systemd",
         "--fresh",
-        "--count-instructions",
         "--in",
         str(sent),
         "--out",
