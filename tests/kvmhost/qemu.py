@@ -14,6 +14,7 @@ from pathlib import Path
 
 from apt import Suite
 from cache import cached, sh
+from clock import tsc_khz
 from disks import KERNEL_OPTIONS, Image
 from emulator import GUEST_MAC, Job
 
@@ -49,8 +50,9 @@ class Qemu:
             accelerator = ["-accel", "tcg", "-icount", f"shift=0,sleep={'on' if job.real_time else 'off'}"]
             options += " tsc_early_khz=1000000"
         else:
-            # The TSC is that of this machine: the guest's kernel measures its frequency.
+            # The TSC is that of this machine. A guest's kernel that measured it on a busy one would be far off.
             accelerator = ["-accel", "tcg,thread=multi"]
+            options += f" tsc_early_khz={tsc_khz()}"
         command = [f"{here}/{LOADER}", "--library-path", f"{here}", f"{here}/{PROGRAM}", "-L", f"{here}"]
         command += ["-nodefaults", "-display", "none", "-vga", "none"]
         if not job.reboots:

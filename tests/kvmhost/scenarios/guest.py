@@ -29,8 +29,7 @@ ADDRESS = "127.0.0.1:9753"
 MEASURED_UPDATES = 101
 #: By vendor, the variant of its module that Debian ships: SVM's code never got the patch.
 STOCK = {"vmx": "patched", "svm": "unpatched"}
-#: Of guest time. An emulated host is slow, and where nobody counts instructions and the machine is busy while the guest
-#: calibrates its clock, that runs several times too fast.
+#: Of guest time: an emulated host is slow, and so is one on a busy machine.
 START_SECONDS = 300.0
 
 

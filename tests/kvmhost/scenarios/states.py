@@ -34,7 +34,7 @@ SPEC_CTRL, SYSENTER_CS, FS_BASE, GS_BASE = 0x48, 0x174, 0xC0000100, 0xC0000101
 NO_CPUID, WITH_CPUID, NEVER_RUN = VCPUS = range(3)
 PR_SET_PDEATHSIG = 1
 MANY = 10  # vCPUs of five VMs
-LIMIT_SECONDS = 600.0  # of the guest's, whose clock may be too fast where it does not count instructions
+LIMIT_SECONDS = 600.0  # of the guest's time
 AREA = 0x2000  # MSRs
 LONGEST = 0x3000  # of a range: KVM_MSR_FILTER_MAX_BITMAP_SIZE bytes of bits
 #: What may pass of a VM whose filter denies all else: sixteen ranges are the most.
