@@ -226,3 +226,11 @@ def test_no_library(host: Host) -> None:
     assert (check.state, check.fix) == (FAILED, "sudo apt-get install libbpfcc")
     host.be(environ={"LD_LIBRARY_PATH": "/opt/bcc/lib"})
     assert host.found("library") == (OK, None)
+
+
+@pytest.mark.parametrize("place", ["usr/lib/x86_64-linux-gnu", "usr/lib64", "usr/lib"])
+def test_a_library_that_the_linker_does_not_list_yet(host: Host, place: str) -> None:
+    """As dpkg has it that starts the service of a package and renews the list at its end."""
+    host.write("etc/ld.so.cache", b"glibc-ld.so.cache1.1\0libc.so.6\0")
+    host.write(f"{place}/libbcc_bpf.so.0", b"")
+    assert host.found("library") == (OK, None)

@@ -23,6 +23,8 @@ from tracer.model.options import BACKENDS
 
 #: What attaches: tracer/program/bcc_library.py.
 _LIBRARIES = ("libbcc_bpf.so.0", "libbcc.so.0")
+#: Where the dynamic linker looks for what is not in its list (ld.so(8)), as Debian and others have these directories.
+_USUAL_PLACES = ("/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib")
 
 _MOUNTS = "-v /lib/modules:/lib/modules:ro -v /usr/src:/usr/src:ro"
 
@@ -32,13 +34,17 @@ _SHIPPED = "install a wheel of msrtrace that has the compiled BPF program (make 
 
 
 def check_library(machine: Machine) -> Found:
-    """BCC's library, which attaches probes; the dynamic linker lists every one that it knows, but musl has no list."""
+    """BCC's library, which attaches probes.
+
+    The dynamic linker has a list of all that it knows (musl has none), and also looks where libraries usually are: the
+    list is not yet new while a package manager starts the service of what it has just installed.
+    """
     cache = machine.at("/etc/ld.so.cache")
     if not cache.exists() or "LD_LIBRARY_PATH" in machine.environ:
         return State.OK, "looked for when tracing starts: the dynamic linker has no list here", None
     known = cache.read_bytes()
     for name in _LIBRARIES:
-        if name.encode() in known:
+        if name.encode() in known or any(machine.at(f"{place}/{name}").exists() for place in _USUAL_PLACES):
             return State.OK, name, None
     install = install_library(machine) or "install BCC's library (libbcc) with the system's package manager"
     return State.FAILED, f"BCC's library, which attaches probes, is missing ({' and '.join(_LIBRARIES)})", install
