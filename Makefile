@@ -27,7 +27,7 @@ VENV := build/venv
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 -qq
 PORT := 9753
-ALL_HOSTS := bookworm,trixie,sid,backports,filter-only,bookworm-amd,trixie-amd,sid-amd,backports-amd,filter-only-amd,bookworm-2-cpus,trixie-2-cpus
+ALL_HOSTS := bookworm,trixie,sid,backports,filter-only,bookworm-amd,trixie-amd,sid-amd,backports-amd,filter-only-amd,bookworm-2-cpus,trixie-2-cpus,container,ansible
 FAULT_HOSTS := bookworm-amd trixie-amd
 COMMA := ,
 # An emulated host of docs/hosts.md; what the environment has of that name is another thing.

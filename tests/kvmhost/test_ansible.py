@@ -93,7 +93,7 @@ def configured_host(folder: Path) -> dict[str, Any]:
     return found
 
 
-beside_ansible = pytest.mark.beside(boot=configured_host, host=HOST)
+beside_ansible = pytest.mark.beside(boot=configured_host, host="ansible")
 
 
 @beside_ansible

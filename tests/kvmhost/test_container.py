@@ -83,7 +83,7 @@ def in_containers(folder: Path) -> Any:
     return json.loads((out / "containers.json").read_text())
 
 
-beside_containers = pytest.mark.beside(boot=in_containers, host=HOST)
+beside_containers = pytest.mark.beside(boot=in_containers, host="container")
 
 
 def test_every_row_has_an_answer() -> None:
