@@ -45,6 +45,7 @@ def main(directory: Path) -> None:
 
 def man_pages() -> dict[str, str]:
     """The man pages by their file names."""
+    assert isinstance(cli, Documented)
     root = click.Context(cli, info_name="msrtrace", **cli.context_settings)
     pages = {"msrtrace.1": _page(cli, root, cli.help or "")}
     for name, summary in commands().items():
@@ -67,7 +68,7 @@ def _page(command: Documented, ctx: click.Context, summary: str) -> str:
         *_section("ARGUMENTS", _items((_metavar(a.human_readable_name), a.help or "") for a in command.arguments())),
         *_section("OPTIONS", _items(_options(command, ctx))),
     ]
-    if command is cli:
+    if ctx.parent is None:
         listed = ((f"{_bold(f'msrtrace-{name}')}(1)", text) for name, text in commands().items())
         lines += _section("COMMANDS", _items(listed))
     lines += [

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-from click.shell_completion import (
+from click.shell_completion import (  # type: ignore[attr-defined,unused-ignore] # split_arg_string, before click 8.2
     BashComplete,
     CompletionItem,
     FishComplete,
