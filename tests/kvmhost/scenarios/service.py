@@ -169,7 +169,7 @@ def reloading() -> dict[str, Any]:
     found["served"].append(served_certificate())
     CERTIFICATE.write_text("nothing")
     found["invalid"] = systemctl("reload", UNIT)
-    until(lambda: "stay in force" in journal())
+    until(lambda: "stays in force" in journal())
     found["served"].append(served_certificate())
     found["unit"] = unit("ActiveState", "SubState", "NRestarts")
     certificate("three")
