@@ -13,6 +13,7 @@
 # make wheel      the same
 # make deb       build/deb/SUITE/*.deb for the suites of Debian in SUITES (bookworm, trixie and sid), in clean chroots
 # make lint       linter, formatter and types alone
+# make operators-hour  what a new operator does, on fresh emulated Debian 12 and 13 hosts: install, scrape, upgrade, reboot, remove
 # make compare-demo  the kernel without the patch against the one with it, on an emulated host; leaves build/compare/.
 #                 HOST=trixie-amd: on that host; leaves build/compare-trixie-amd/
 # make saving     what the patch saves, in calls and instructions, with no tracer attached
@@ -27,7 +28,7 @@ VENV := build/venv
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 -qq
 PORT := 9753
-ALL_HOSTS := bookworm,trixie,sid,backports,filter-only,bookworm-amd,trixie-amd,sid-amd,backports-amd,filter-only-amd,bookworm-2-cpus,trixie-2-cpus,container,ansible
+ALL_HOSTS := bookworm,trixie,sid,backports,filter-only,bookworm-amd,trixie-amd,sid-amd,backports-amd,filter-only-amd,bookworm-2-cpus,trixie-2-cpus,container,ansible,operators-hour
 FAULT_HOSTS := bookworm-amd trixie-amd
 COMMA := ,
 # An emulated host of docs/hosts.md; what the environment has of that name is another thing.
@@ -35,7 +36,7 @@ HOST :=
 # This machine's KVM module, if its CPU has VMX or SVM and no emulated host is asked for.
 KVM := $(if $(HOST),,$(shell sed -n '/^flags/{s/.*\b\(vmx\|svm\)\b.*/\1/p;q}' /proc/cpuinfo | sed 's/vmx/kvm_intel/; s/svm/kvm_amd/'))
 
-.PHONY: run dist wheel deb check check-versions test test-all test-faults lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts bench-exits test-dashboard
+.PHONY: run operators-hour dist wheel deb check check-versions test test-all test-faults lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts bench-exits test-dashboard
 
 # What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
 build/packages: Makefile
@@ -116,6 +117,9 @@ test-faults: lint build/test-packages
 	$(SUDO) rm -f build/faults.json
 	$(SUDO) timeout --foreground 3600 $(VENV)/bin/pytest -m fault --faults --hosts $(subst $() $(),$(COMMA),$(FAULT_HOSTS))
 	$(VENV)/bin/python tests/reliability.py
+
+operators-hour: $(VENV)/ready
+	@$(SUDO) $(VENV)/bin/python tests/kvmhost/operators_hour.py
 
 compare-demo: $(VENV)/ready
 	$(SUDO) tests/kvmhost/compare-demo build/compare$(HOST:%=-%) $(HOST)

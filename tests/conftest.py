@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--hosts",
         default="bookworm,trixie,bookworm-amd,trixie-amd",
         help="emulated hosts to test on, by commas: bookworm, trixie, sid, backports, filter-only, "
-        "each also with -amd; bookworm-2-cpus, trixie-2-cpus; container, ansible (on trixie-amd); or none",
+        "each also with -amd; bookworm-2-cpus, trixie-2-cpus; container, ansible, operators-hour; or none",
     )
 
 

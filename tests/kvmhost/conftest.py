@@ -4,7 +4,7 @@
 Tests that need a boot of their own name a function that does it, and the host that must be asked for:
 `@pytest.mark.beside(boot=function, host=WHOLE[0])`. It runs beside the other boots, once for all tests that name it,
 and its result is the fixture `beside`. Those that take too long for `make test` name themselves in place of a host, and
-are asked for by that name: `--hosts container`, `--hosts ansible`.
+are asked for by that name: `--hosts container`, `ansible`, `operators-hour`.
 """
 
 from __future__ import annotations
