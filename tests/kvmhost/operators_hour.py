@@ -181,6 +181,7 @@ def hour(folder: Path, show: Callable[[str], None] = lambda _: None) -> Hour:
                 process.terminate()
                 process.wait(60)
         server.shutdown()
+        server.server_close()
     return found
 
 
