@@ -13,6 +13,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from command_lines import root
 from containers import ALL_FOUR
 from project import PROJECT, REPO
 from prometheus_client import CollectorRegistry
@@ -53,7 +54,7 @@ def test_its_rights_are_those_that_were_tried() -> None:
 def test_msrtrace_takes_the_arguments() -> None:
     command, *arguments = CONTAINER["args"]
     assert command == "run"
-    given = run.make_context("run", arguments).params
+    given = run.make_context("run", arguments, parent=root()).params
     [port] = CONTAINER["ports"]
     assert given["address"] == ("", port["containerPort"])  # every address of the pod
     assert given["wait_module"]
