@@ -205,13 +205,18 @@ def _ask(coordinator: Coordinator, hour: Hour, port: int) -> None:
         shown = Range(brought["began"], brought["now"], SCRAPE_SECONDS)
         asked = ask(Prometheus(f"http://127.0.0.1:{port}"), brought["dashboard"], shown, at_once=1)
         hour.queries = len(asked.seconds)
-        hour.complaints = [one for one in asked.complaints if not any(f"'{title}'" in one for title in NOTHING_TO_SHOW)]
+        hour.complaints = [one for one in asked.complaints if not _nothing_to_show(one)]
         empty = len(asked.complaints) - len(hour.complaints)
         verdict = "; ".join(hour.complaints) or f"answered; {empty} have nothing to show on these hosts"
         coordinator.log("outside ", f"    the dashboard's {len(asked.seconds)} queries: {verdict}")
         coordinator.meet("outside", "asked")
     except Exception as error:
         coordinator.failed("outside", f"{type(error).__name__}: {error}")
+
+
+def _nothing_to_show(complaint: str) -> bool:
+    """Whether a query of NOTHING_TO_SHOW has no answer. An error, or what is no number, is none of that."""
+    return ": no answer to " in complaint and any(f", '{title}', query " in complaint for title in NOTHING_TO_SHOW)
 
 
 def main() -> int:
