@@ -187,7 +187,7 @@ def packages(suite: Suite) -> Path:
     """The directory of what `build` leaves, built once for what it is made from."""
     bundled = [newer.upstream_tarball(f"python3-{library}") for library, newer in lacking(suite).items()]
     names = [str(file.relative_to(REPO)) for file in files()]
-    inputs = [build_root(suite).parent.name, bundled, version(suite.name), names, "news", *files()]
+    inputs = [build_root(suite).parent.name, bundled, version(suite.name), names, *files()]
     return cached(f"deb-{suite.name}", inputs, lambda work: build(suite, work))
 
 

@@ -103,6 +103,19 @@ LONGEST_FIRST = [
 ]
 
 
+def rig(*words: str) -> subprocess.CompletedProcess[str]:
+    """`run` with these words: its status and what it printed."""
+    return subprocess.run(
+        as_begun([sys.executable, RUN, *words]),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        timeout=LIMIT_SECONDS,
+    )
+
+
 def variants(host: str) -> list[str]:
     """Those of the HOST's module that have BTF, the stock one first."""
     return [variant for variant in HOSTS[host].variants if variant != "nobtf"]

@@ -106,13 +106,13 @@ HOSTS = {
 }
 
 
-def mmdebstrap(suite: Suite, packages: list[str], target: Path, *options: str, whole: bool = False) -> None:
+def mmdebstrap(suite: Suite, packages: list[str], target: Path, *, whole: bool = False) -> None:
     """A root tree of SUITE with PACKAGES below TARGET; unless it is to be WHOLE, without documentation."""
     suite.refresh()
-    made = ["--aptopt=Acquire::Retries 4", "--aptopt=APT::Sandbox::User root"]
+    options = ["--aptopt=Acquire::Retries 4", "--aptopt=APT::Sandbox::User root"]
     if not whole:
-        made += [f"--dpkgopt=path-exclude=/usr/share/{directory}/*" for directory in DOCUMENTATION]
-    command = ["mmdebstrap", "--mode=root", "--variant=apt", "--format=directory", *made, *options]
+        options += [f"--dpkgopt=path-exclude=/usr/share/{directory}/*" for directory in DOCUMENTATION]
+    command = ["mmdebstrap", "--mode=root", "--variant=apt", "--format=directory", *options]
     include = f"--include={','.join(packages)}"
     sh([*command, include, suite.name, target, *suite.sources()], log=target.parent / "mmdebstrap.log")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import cache
 import pytest
-from conftest import LIMIT_SECONDS, PACKED, RUN, STATUS, Collected
+from conftest import PACKED, RUN, STATUS, Collected, rig
 from dispositions import as_begun
 from machine import TIMED_OUT, TROUBLE
 
@@ -47,18 +47,6 @@ def test_a_kernel_runs_as_debian_packed_it(collected: Collected) -> None:
     assert (kernel["virtual"], kernel["physical"]) != (unmoved["virtual"], unmoved["physical"])
 
 
-def _rig(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        as_begun([sys.executable, RUN, *words]),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        timeout=LIMIT_SECONDS,
-    )
-
-
 @dataclass(frozen=True)
 class TimedOut:
     """A run that was ended, and the directory in which it was."""
@@ -68,7 +56,7 @@ class TimedOut:
 
 
 def _timed_out(folder: Path, host: str) -> TimedOut:
-    run = _rig("--host", host, "--timeout", "3", "--keep-log", str(folder / "log"), "--", "sleep", "60")
+    run = rig("--host", host, "--timeout", "3", "--keep-log", str(folder / "log"), "--", "sleep", "60")
     found = re.search(r"(/[^\s=]*/runs/[^/\s]+)/", (folder / "log/emulator.command").read_text())
     assert found
     return TimedOut(run, Path(found[1]))
@@ -116,7 +104,7 @@ def two_cpus_of_amd(folder: Path) -> Seen:
     inside = (
         "nproc; for variant in nobtf unpatched; do kvm-module $variant; ls /sys/module | grep kvm_; done; date +%s.%N"
     )
-    run = _rig("--host", "trixie-amd", "--cpus", "2", "--", "sh", "-e", "-c", inside)
+    run = rig("--host", "trixie-amd", "--cpus", "2", "--", "sh", "-e", "-c", inside)
     return Seen(run, time.time())
 
 
@@ -133,7 +121,7 @@ def test_time_passes_on_an_amd_host_as_it_does_here(beside: Seen) -> None:
 
 def counted_instructions(folder: Path) -> Seen:
     measure = "workload --updates 11 --initial-run --ticks | sed -n 's/^ticks: n=11 min=//p'"
-    run = _rig("--host", "trixie-amd", "--count-instructions", "--", "sh", "-c", f"{measure}; {measure}")
+    run = rig("--host", "trixie-amd", "--count-instructions", "--", "sh", "-c", f"{measure}; {measure}")
     return Seen(run, time.time())
 
 
@@ -148,7 +136,7 @@ def test_costs_on_an_amd_host_repeat_to_the_tick_when_instructions_are_counted(b
 
 
 def panic(folder: Path) -> subprocess.CompletedProcess[str]:
-    return _rig("--", "sh", "-c", "echo c >/proc/sysrq-trigger")
+    return rig("--", "sh", "-c", "echo c >/proc/sysrq-trigger")
 
 
 @pytest.mark.beside(boot=panic)
@@ -329,6 +317,6 @@ def test_a_download_is_retried_and_then_fails_with_its_reason(monkeypatch: pytes
     ],
 )
 def test_wrong_use_of_the_rig_is_said(words: list[str], said: str) -> None:
-    done = _rig(*words)
+    done = rig(*words)
     assert done.returncode == 2
     assert said in done.stderr

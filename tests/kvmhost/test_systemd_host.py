@@ -7,15 +7,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cache import sh
-from conftest import HERE, LIMIT_SECONDS, RUN
-from dispositions import as_begun
+from conftest import HERE, rig
 from hosts import HOSTS
 from repository import repository
 
@@ -56,15 +54,7 @@ def rebooted_host(folder: Path) -> Rebooted:
         "--out",
         str(folder / "out"),
     ]
-    run = subprocess.run(
-        as_begun([sys.executable, str(RUN), *options, "--timeout", "1200", "--", "python3", "/in/systemd_host.py"]),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        timeout=LIMIT_SECONDS,
-    )
+    run = rig(*options, "--timeout", "1200", "--", "python3", "/in/systemd_host.py")
     files = sorted((folder / "out").glob("systemd-*.json"))
     return Rebooted([json.loads(file.read_text()) for file in files], run)
 
