@@ -78,6 +78,16 @@ def test_run_serves_until_a_signal(start: Start, number: signal.Signals) -> None
     assert running.warnings() == ["msrtrace: warning: vmx_vcpu_create is not probed: none"]
 
 
+def test_a_repeated_signal_changes_nothing(start: Start) -> None:
+    """podman-stop(1) sends one to a container's first process and, if that has the host's pids, to all."""
+    running = start()
+    running.url()
+    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCONT):
+        running.process.send_signal(number)
+    assert running.process.wait(20) == 0
+    assert (running.directory / "closed").exists()
+
+
 def test_an_amd_host_is_served_as_one(start: Start, tmp_path: Path) -> None:
     (tmp_path / "vendor").touch()
     running = start()

@@ -208,4 +208,5 @@ def test_in_a_network_of_its_own_it_is_reached_by_its_health_check_alone(beside:
     assert "Connection refused" in own["reached"]["stderr"]
     said = own["logs"]["stdout"] + own["logs"]["stderr"]
     assert "is served as plain HTTP" in said
-    assert "what vCPUs intercept is not served: docker run --pid=host" in said
+    assert "what vCPUs intercept is not shown: a pid namespace of its own" in said
+    assert "docker run --pid=host (Kubernetes: hostPID: true)" in said

@@ -106,6 +106,16 @@ def test_a_signal_ends_it_cleanly(start: Start, number: signal.Signals) -> None:
         assert result["notes"] == ([note] if seconds else [])
 
 
+def test_a_repeated_signal_costs_no_recording(start: Start) -> None:
+    """timeout(1) sends one to its command and to the command's process group."""
+    recorded = start()
+    recorded.until()
+    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCONT):
+        recorded.signal(number)
+    result, _ = recorded.end()
+    assert result["snapshots"] == 2
+
+
 def test_ignored_signals_stay_ignored(start: Start) -> None:
     """Signals that were ignored at the start stay ignored."""
     recorded = start(*python("signal.signal(1, signal.SIG_IGN); " + EXEC), seconds=1)

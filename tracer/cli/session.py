@@ -140,9 +140,14 @@ class EndSignals:
 
     def __enter__(self) -> EndSignals:
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
+        self._ended = False
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._ended:
+            from tracer.trace.recording import discard_repeats
+
+            discard_repeats(self._numbers)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
     def wait(self, seconds: float) -> bool:
@@ -153,7 +158,8 @@ class EndSignals:
         if number == signal.SIGHUP and self._on_hangup:
             self._on_hangup()
             return False
-        return number in self._numbers
+        self._ended = number in self._numbers
+        return self._ended
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -85,11 +85,11 @@ def record(
     if signal.SIGCHLD in ignored:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the kernel would discard the command's status
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+    interrupted = ""
     try:
         before = tracer.snapshot()
         started, begin = datetime.now(timezone.utc), time.monotonic()
         child = _start(command, blocked, ignored) if command else None
-        interrupted = ""
         while True:
             passed = time.monotonic() - begin
             with suppress(OSError):  # the terminal has been closed
@@ -107,6 +107,8 @@ def record(
         spent = time.monotonic() - begin
         counted = tracer.snapshot(_PATIENCE_SECONDS).since(before)
     finally:
+        if interrupted:
+            discard_repeats(handled)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
@@ -114,6 +116,16 @@ def record(
         after = "" if child else f" of {seconds:g}"
         notes.append(f"ended by {interrupted} after {spent:.1f}{after} s")
     return Recording(counted, started, spent, _status(child), tuple(dict.fromkeys(notes)))
+
+
+def discard_repeats(numbers: Set[signal.Signals]) -> None:
+    """Take what is pending of blocked signals, one of which has come: else it would kill who is about to end in order.
+
+    timeout(1) sends a signal to its command and then to the command's process group; podman-stop(1), where a container
+    has the host's pid namespace, to its first process and then to all.
+    """
+    while signal.sigtimedwait(numbers, 0):
+        pass
 
 
 def _start(
