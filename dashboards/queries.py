@@ -214,6 +214,7 @@ LOSSES = {
     "dropped_updates_total": "full maps",
     "unpaired_returns_total": "returns without an entry",
     "read_failures_total": "bitmaps not read",
+    "probes_off_seconds_total": "seconds with probes switched off",
     LOSS_OF_EXITS: "refused accesses without an exit",
 }
 _COUNTERS = "|".join(LOSSES)

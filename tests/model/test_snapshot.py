@@ -259,6 +259,7 @@ def test_losses_outlive_the_probe_that_had_them() -> None:
         ({"probes": (Probe("f", None, False, "no such function"),), "maps": (Map("calls", 8192, 8192),)}, False),
         ({"unpaired_returns": 1}, True),
         ({"read_failures": 1}, True),
+        ({"blind_seconds": 0.2}, True),
         ({"probes": (Probe("f", "f", True, ""), Probe("g", "g", True, "", 1))}, True),
         ({"maps": (Map("calls", 8192, 8192), Map("threads", 1, 16384, 1))}, True),
     ],

@@ -318,6 +318,7 @@ LOST: list[tuple[dict[str, Any], str]] = [
     ({"maps": (Map("calls", 9, 9, 1234),)}, "1,234 updates of map calls dropped"),
     ({"probes": (Probe("f", "f", True, "", 2), Probe("g", None, False, ""))}, "2 runs of f missed, g not probed"),
     ({"unpaired_returns": 3, "read_failures": 4}, "3 unpaired returns, 4 bitmaps not read"),
+    ({"blind_seconds": 5.25}, "5.2 s with the kernel's probes switched off"),
     ({"module_unloads": 1}, "kvm_intel reloaded once"),
 ]
 REFUSED: dict[str, tuple[Callable[[], Report], str]] = {

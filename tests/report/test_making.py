@@ -318,6 +318,7 @@ def test_idle_vms_are_left_out() -> None:
         ({"probes": (Probe(HOOK, None, False, "none"),)}, {"not_probed": [HOOK]}),
         ({"unpaired_returns": 4}, {"unpaired_returns": 4}),
         ({"read_failures": 5}, {"read_failures": 5}),
+        ({"blind_seconds": 2.50004}, {"blind_seconds": 2.5}),
         ({"open_calls": 2}, {"open_calls": 2}),
         ({"unpaired_refusals": 6}, {"unpaired_refusals": 6}),
         ({"open_exits": 3}, {"open_exits": 3}),
@@ -328,7 +329,7 @@ def test_idle_vms_are_left_out() -> None:
 def test_every_loss_makes_a_lower_bound(change: dict[str, Any], loss: dict[str, Any]) -> None:
     made = as_json(replace(toggle(), **change))
     nothing = {"dropped_updates": {}, "probe_missed": {}, "unpaired_returns": 0, "read_failures": 0}
-    nothing |= {"unpaired_refusals": 0, "open_exits": 0}
+    nothing |= {"unpaired_refusals": 0, "open_exits": 0, "blind_seconds": 0.0}
     nothing |= {"open_calls": 0, "module_unloads": 0, "not_probed": [], "uncounted": []}
     assert (made["loss"], made["lower_bound"]) == (nothing | loss, True)
     whole = as_json(toggle())

@@ -44,6 +44,7 @@ class Kernel:
         self.engines: list[Engine] = []
         self.proc = proc
         self.now = 1000.0
+        self.probes_on = True
         self.tracer = Tracer(
             self.attach,
             symbols=lambda: Symbols.of(Symbol(64, name, "kvm_intel") for name in self.functions),
@@ -51,6 +52,7 @@ class Kernel:
             vms=VmInfos(proc),
             keep_gone=keep_gone,
             states=states,
+            sight=lambda backend: Sight(self, backend),
             clock=lambda: self.now,
         )
 
@@ -84,7 +86,7 @@ class Kernel:
 
     def call(self, pid: int = 0, times: int = 1) -> int:
         """Create and update a vCPU of a VMM so many times. Returns how often each was seen: once, or never."""
-        seeing = [engine for engine in self.engines if engine.sees()]
+        seeing = [engine for engine in self.engines if self.probes_on and engine.sees()]
         assert len(seeing) <= 1
         for engine in seeing:
             engine.count(pid if self.by_vm else 0, times)
@@ -95,6 +97,20 @@ class Kernel:
         for engine in (seeing := [engine for engine in self.engines if engine.sees()]):
             engine.lost += times
         return times if seeing else 0
+
+
+class Sight:
+    """Whether a kernel has its probes switched on."""
+
+    def __init__(self, kernel: Kernel, backend: str) -> None:
+        assert backend == Engine.backend
+        self._kernel = kernel
+
+    def clear(self) -> bool:
+        return self._kernel.probes_on
+
+    def close(self) -> None:
+        self._kernel.probes_on = True
 
 
 class Engine:

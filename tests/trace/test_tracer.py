@@ -23,7 +23,7 @@ from made_kernel import DISABLE, ENABLE, HOOK, TSC, Kernel, counts, losses, name
 from tracer.kernel.layout import layout_of
 from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
-from tracer.model.module_change import RETRY_SECONDS, ModuleChange
+from tracer.model.module_change import RETRY_SECONDS, ModuleChange, ProbesSwitched
 from tracer.model.snapshot import Durations, Outcome, Snapshot
 from tracer.model.vendors import VENDORS
 from tracer.trace.tracer import loaded_module
@@ -63,6 +63,28 @@ def test_counts_survive_a_reload(kernel: Kernel) -> None:
     assert snapshot.calls == {TSC: Outcome(10, 0, 10, 0, 0)}
     assert snapshot.updates == {0: Durations(10, 2.5, (10, *[0] * 24))}
     assert [probe.attached for probe in snapshot.probes] == [True, False]
+
+
+def test_probes_that_are_switched_off_make_a_lower_bound(kernel: Kernel) -> None:
+    tracer = kernel.tracer
+    tracer.attach()
+    kernel.call(times=7)
+    before = tracer.snapshot()
+    kernel.probes_on = False
+    assert kernel.call(times=5) == 0
+    kernel.now += 1
+    assert isinstance(tracer.follow(), ProbesSwitched)
+    assert not tracer.follow()
+    kernel.probes_on = True
+    kernel.now += 2
+    assert tracer.follow() == ProbesSwitched(seconds=3)
+    kernel.call(times=2)
+    later = tracer.snapshot()
+    assert (counts(later), later.blind_seconds, later.lower_bound) == ({0: 9}, 3, True)
+    assert (later.since(before).blind_seconds, later.since(later).lower_bound) == (3, False)
+    kernel.reload()
+    tracer.follow()
+    assert tracer.snapshot().blind_seconds == 3
 
 
 def test_every_unload_is_counted(kernel: Kernel) -> None:

@@ -173,6 +173,7 @@ def tracing(
     :raises MsrtraceError: if it cannot be attached
     """
     from tracer.doctor.examination import explain_eperm
+    from tracer.trace.blindness import sight_of
     from tracer.trace.engine import Engine
     from tracer.trace.tracer import Tracer
 
@@ -191,6 +192,7 @@ def tracing(
         lambda layout, symbols: Engine(layout, symbols, options, explain),
         keep_gone=keep_gone,
         states=reader if states else None,
+        sight=sight_of,
     )
     tracer.attach(machine.symbols)
     try:

@@ -291,6 +291,11 @@ def _health(snapshot: Snapshot) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "msrtrace_read_failures", "Calls whose MSR bitmap could not be read.", value=snapshot.read_failures
     )
+    yield CounterMetricFamily(
+        "msrtrace_probes_off_seconds",
+        "Time in which the kernel's probes were switched off, so that nothing was counted.",
+        value=snapshot.blind_seconds,
+    )
     yield GaugeMetricFamily(
         "msrtrace_open_calls",
         "Calls in progress, which are counted once their vCPU has left them.",

@@ -13,7 +13,7 @@ from tracer.model import msr
 from tracer.model.cause import FILTER_CHANGE
 from tracer.model.exit_table import ExitTable
 from tracer.model.loss import loss_of
-from tracer.model.module_change import ModuleChange
+from tracer.model.module_change import Change
 from tracer.model.quantity import listed, per_second
 from tracer.model.snapshot import Durations, Outcome, Snapshot
 from tracer.model.state import State
@@ -204,7 +204,7 @@ class Source(Protocol):
     def snapshot(self) -> Snapshot:
         """The present counts."""
 
-    def follow(self) -> ModuleChange | None:
+    def follow(self) -> Change | None:
         """Follow a reload of the module."""
 
     def state(self) -> State | None:

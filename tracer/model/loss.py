@@ -14,6 +14,8 @@ from tracer.model.snapshot import Snapshot
 class Loss(Sanitized, frozen=True, kw_only=True):
     """What a trace missed: by map, by function, and the rest. `not_probed` names the functions without a probe.
 
+    In `blind_seconds` the kernel's probes were switched off.
+
     `uncounted` says, a phrase each, what could not be counted from the start: because of a livepatch, say.
     """
 
@@ -22,6 +24,7 @@ class Loss(Sanitized, frozen=True, kw_only=True):
     unpaired_returns: Count = 0
     unpaired_refusals: Count = 0
     read_failures: Count = 0
+    blind_seconds: Annotated[float, Meta(ge=0)] = 0.0
     open_calls: Count = 0
     open_exits: Count = 0
     module_unloads: Count = 0
@@ -38,6 +41,8 @@ class Loss(Sanitized, frozen=True, kw_only=True):
             found.append(f"{self.unpaired_refusals:,} refused accesses whose exit was not seen")
         if self.read_failures:
             found.append(f"{self.read_failures:,} bitmaps not read")
+        if self.blind_seconds:
+            found.append(f"{self.blind_seconds:,.1f} s with the kernel's probes switched off")
         if self.open_calls:
             found.append(f"{self.open_calls:,} calls still in progress")
         if self.open_exits:
@@ -53,6 +58,7 @@ def loss_of(counted: Snapshot) -> Loss:
         unpaired_returns=counted.unpaired_returns,
         unpaired_refusals=counted.unpaired_refusals,
         read_failures=counted.read_failures,
+        blind_seconds=round(counted.blind_seconds, 3),
         open_calls=counted.open_calls,
         open_exits=counted.open_exits,
         uncounted=list(counted.uncounted),

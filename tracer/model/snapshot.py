@@ -172,6 +172,7 @@ class Snapshot:
     read_failures: int = 0
     open_calls: int = 0  # in progress when this was taken: not counted yet
     open_exits: int = 0
+    blind_seconds: float = 0.0  # in which the kernel's probes were switched off, at most
     uncounted: tuple[str, ...] = ()  # what is known not to be counted, a phrase each
     vendor: str = FIRST.name
     vcpus_seen: int = 0
@@ -189,7 +190,8 @@ class Snapshot:
     @property
     def lower_bound(self) -> bool:
         """Whether something was lost, so that the true counts may be higher."""
-        lost = self.unpaired_returns + self.unpaired_refusals + self.read_failures + len(self.uncounted)
+        lost = self.unpaired_returns + self.unpaired_refusals + self.read_failures + self.blind_seconds
+        lost += len(self.uncounted)
         return bool(lost + sum(m.dropped for m in self.maps) + sum(p.missed for p in self.probes))
 
     @property
@@ -248,6 +250,7 @@ class Snapshot:
             unpaired_returns=self.unpaired_returns - earlier.unpaired_returns,
             unpaired_refusals=self.unpaired_refusals - earlier.unpaired_refusals,
             read_failures=self.read_failures - earlier.read_failures,
+            blind_seconds=self.blind_seconds - earlier.blind_seconds,
             vcpus_seen=self.vcpus_seen - earlier.vcpus_seen,
             vmms_seen=self.vmms_seen - earlier.vmms_seen,
             vcpus_created=self.vcpus_created - earlier.vcpus_created,

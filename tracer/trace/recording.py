@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from typing import Protocol
 
 from tracer.model.errors import MsrtraceError
-from tracer.model.module_change import FOLLOW_SECONDS, ModuleChange
+from tracer.model.module_change import FOLLOW_SECONDS, Change
 from tracer.model.snapshot import Snapshot
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
@@ -41,7 +41,7 @@ class Traced(Protocol):
     def snapshot(self, patience: float = 0) -> Snapshot:
         """The present counts."""
 
-    def follow(self) -> ModuleChange | None:
+    def follow(self) -> Change | None:
         """Follow a reload of the module."""
 
 
@@ -105,6 +105,7 @@ def record(
             if not info:
                 _keep_up(tracer, by_vm, notes)
         spent = time.monotonic() - begin
+        _keep_up(tracer, by_vm, notes)
         counted = tracer.snapshot(_PATIENCE_SECONDS).since(before)
     finally:
         if interrupted:

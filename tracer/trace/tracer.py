@@ -16,11 +16,12 @@ from tracer.kernel.btf import kernel_btf_kept
 from tracer.kernel.layout import layout_of
 from tracer.kernel.symbols import Symbols
 from tracer.model.errors import MsrtraceError
-from tracer.model.module_change import ModuleChange
+from tracer.model.module_change import Change
 from tracer.model.snapshot import Probe, Snapshot, VmInfo
 from tracer.model.state import State, seen_wishes
 from tracer.model.vendor import Layout
 from tracer.model.vendors import FIRST, VENDORS
+from tracer.trace.blindness import Blindness, Sight
 from tracer.trace.following import Following
 from tracer.trace.state_reader import named
 from tracer.trace.vm_info import VmInfos, info_of_command
@@ -105,6 +106,7 @@ class Tracer:
         vms: VmInfos | None = None,
         keep_gone: bool = False,
         states: Callable[[Symbols], StateSource] | None = None,
+        sight: Callable[[str], Sight] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Does not attach yet.
@@ -114,8 +116,10 @@ class Tracer:
         :param module: identifies the loaded module, as `loaded_module`
         :param keep_gone: keep VMs that are gone separate, with their names: for a trace that ends
         :param states: makes what reads the states of vCPUs; without it there are none
+        :param sight: makes what knows whether the probes of a backend run; without it they are taken to
         :param clock: returns seconds
         """
+        self._blindness = Blindness(sight, clock) if sight else None
         self._attach_engine, self._read_symbols = attach, symbols
         self._following = Following(module, clock)
         self._vms = vms or VmInfos()
@@ -147,7 +151,10 @@ class Tracer:
     @property
     def warnings(self) -> list[str]:
         """The reasons why the counts of the current attachment are incomplete."""
-        return self._engine.warnings if self._engine else []
+        if not self._engine:
+            return []
+        unknown = self._blindness.problem if self._blindness else ""
+        return [*self._engine.warnings, *([unknown] if unknown else [])]
 
     def attach(self, symbols: Symbols | None = None) -> None:
         """Attach to the loaded module; `symbols` are the kernel's, if already read. Raises MsrtraceError."""
@@ -164,6 +171,8 @@ class Tracer:
                     self._idle.close()
             self._idle = None
             self._following.used = module
+            if self._blindness:
+                self._blindness.begin(self._engine.backend)
             self._read_states(symbols)
 
     def _read_states(self, symbols: Symbols) -> None:
@@ -198,14 +207,17 @@ class Tracer:
             notes = (f"{note} ({known_of} vCPU{'s' * (known_of != 1)})",) if known_of else ()
             return replace(found, vms=tuple(vms), notes=(*found.notes, *notes))
 
-    def follow(self) -> ModuleChange | None:
-        """Follow an unload or reload of the module; returns what changed, if anything.
+    def follow(self) -> Change | None:
+        """Follow an unload or reload of the module, and look whether probes run; returns what changed, if anything.
 
         Probes never fire again after their module is unloaded, so they are replaced. A module that cannot be traced is
-        retried after RETRY_SECONDS, or when another one is loaded.
+        retried after RETRY_SECONDS, or when another one is loaded. To be called in the thread that called `attach`.
         """
         with self._lock:
-            return self._following.follow(lambda: self._vendor.module, self._detach, self.attach)
+            change = self._following.follow(lambda: self._vendor.module, self._detach, self.attach)
+            if change or not self._engine or not self._blindness:
+                return change
+            return self._blindness.look()
 
     def _detach(self) -> None:
         if self._states:
@@ -246,13 +258,12 @@ class Tracer:
             return replace(total, vms=vms)
 
     def _total(self, patience: float = 0) -> Snapshot:
-        now = self._engine.snapshot(patience) if self._engine else None
-        if now and self._earlier:
-            return now.after(self._earlier)
-        result = now or self._earlier
+        result = now = self._engine.snapshot(patience) if self._engine else None
+        if self._earlier:
+            result = now.after(self._earlier) if now else self._earlier
         if result is None:
             raise MsrtraceError("nothing is attached")
-        return result
+        return replace(result, blind_seconds=self._blindness.seconds) if self._blindness else result
 
     def _forget(self, gone: set[int]) -> None:
         """Merge the counts of ended processes into the totals, and free their entries in the engine's maps."""
@@ -272,3 +283,5 @@ class Tracer:
                 if engine:
                     engine.close()
             self._engine = self._idle = None
+            if self._blindness:
+                self._blindness.close()

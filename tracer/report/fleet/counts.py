@@ -152,6 +152,7 @@ def snapshot(info: Mapping[str, str], grown: Sequence[Grown]) -> Snapshot:
         unpaired_returns=_sum(family("msrtrace_unpaired_returns_total")),
         unpaired_refusals=_sum(family("msrtrace_unpaired_refusals_total")),
         read_failures=_sum(family("msrtrace_read_failures_total")),
+        blind_seconds=sum(value for _, value in family("msrtrace_probes_off_seconds_total")),
         module_unloads=_sum(family("msrtrace_module_unloads_total")),
         calls_observable=bool(layout is None or layout.calls),
         updates_observable=bool(updates),

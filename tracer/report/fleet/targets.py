@@ -39,6 +39,7 @@ LOSSES: Mapping[str, tuple[str, ...]] = {
     "msrtrace_unpaired_returns_total": (),
     "msrtrace_unpaired_refusals_total": (),
     "msrtrace_read_failures_total": (),
+    "msrtrace_probes_off_seconds_total": (),
     "msrtrace_module_unloads_total": (),
 }
 
