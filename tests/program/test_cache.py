@@ -41,9 +41,11 @@ def test_what_was_kept_is_what_comes_back(directory: Path) -> None:
     assert (directory.stat().st_mode & 0o777, (directory / "one").stat().st_mode & 0o777) == (0o700, 0o600)
 
 
-def test_a_program_that_is_not_whole_is_none(directory: Path) -> None:
+@pytest.mark.fault("killed", "a cache that is corrupt", "each byte of a program changed, and the file cut off at each")
+def test_a_program_that_is_not_whole_is_none(directory: Path, figures: Figures) -> None:
     cache_put("one", ANY)
     whole = (directory / "one").read_bytes()
+    figures["programs loaded"] = f"0 of {2 * len(whole):,}, and the whole one"
     for at in range(len(whole)):
         (directory / "one").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         assert cache_get("one") is None

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Boots on which faults are made to happen, and what is the same in judging them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench import tools
+from cache import HERE, cached, sh
+from conftest import CPUS, Collected, rig
+from faults import Figures
+from hosts import HOSTS, Host, build_chroot
+from metrics_text import Metrics, created, nonzero
+from witness import Counts, recorded
+
+#: As FAULT_HOSTS of the Makefile. Before 6.17, so that all updates are for a new filter.
+ON = ["bookworm-amd", "trixie-amd"]
+
+
+def livepatch(host: Host) -> Path:
+    """The module of livepatch/ for HOST."""
+    source = HERE / "livepatch"
+
+    def make(work: Path) -> None:
+        root = work / "root"
+        sh(["cp", "-al", build_chroot(host), root])  # links: the build adds files and changes none
+        shutil.copytree(source, root / "tmp/livepatch")
+        headers = f"/usr/src/linux-headers-{host.release}"
+        sh(["chroot", root, "make", "-C", headers, "M=/tmp/livepatch", "modules"], log=work / "log")
+        shutil.copy(root / "tmp/livepatch/livepatch.ko", work)
+        shutil.rmtree(root)
+
+    return cached(f"livepatch-{host.name}", [host.release, *sorted(source.iterdir())], make) / "livepatch.ko"
+
+
+def faulted(
+    script: str, *, timeout: int, takes_along: bool = False, environment: Mapping[str, str] | None = None
+) -> pytest.MarkDecorator:
+    """Parametrizes a test with `host`: it gets as `beside` what the script of scenarios/ left on each of ON.
+
+    It `takes_along` the tools of bench.py and a livepatch; the run ends after so many seconds of timeout.
+    """
+
+    def booting(host: str) -> Callable[[Path], Collected]:
+        def boot(folder: Path) -> Collected:
+            into, out = folder / "in", folder / "out"
+            shutil.copytree(HERE / "scenarios", into, ignore=shutil.ignore_patterns("__pycache__"))
+            if takes_along:
+                sh(["cp", "-al", tools(HOSTS[host]), into / "tools"])
+                shutil.copy(livepatch(HOSTS[host]), into)
+            options = ["--host", host, "--cpus", str(CPUS), "--timeout", str(timeout)]
+            options += ["--in", str(into), "--out", str(out), "--keep-log", str(folder / "log")]
+            run = rig(*options, "--", "env", *given, "python3", f"/in/{script}")
+            return Collected(host, out, run.returncode, run.stdout + run.stderr)
+
+        boot.__name__ = f"{Path(script).stem}_on_{host}"
+        return boot
+
+    given = [f"{name}={value}" for name, value in (environment or {}).items()]
+    boots = {host: booting(host) for host in ON}
+    return pytest.mark.parametrize(
+        "host", [pytest.param(host, marks=pytest.mark.beside(boot=boots[host], host=host)) for host in ON]
+    )
+
+
+def equal(collected: Collected, found: dict[str, Any], name: str, figures: Figures) -> Counts:
+    """What the witness of that name counted; fails unless msrtrace counted the same, and lost nothing."""
+    counts = recorded(collected.folder / f"witness-{name}", updates_are_filters=True)
+    before, after = Metrics.of(found["before"]), Metrics.of(found["after"])
+    assert nonzero(after.calls() - before.calls()) == nonzero(counts.calls)
+    assert nonzero(after.redundant() - before.redundant()) == nonzero(counts.redundant)
+    assert after.updates() - before.updates() == counts.updates > 0
+    assert created(before, after)[0] == counts.vcpus
+    assert after.lost() == []
+    figures["calls"] = f"{counts.calls.total():,}, equal"
+    figures["updates"] = f"{counts.updates:,}, equal"
+    return counts

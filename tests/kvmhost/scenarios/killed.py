@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""msrtrace killed and starved: `killed.py [NAME...]`, each a function here. tests/kvmhost/test_killed.py judges."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from faulty import counted, counts_again, kill, known_workload, left_after, run, start_workload, updating
+from guest import STOCK, Msrtrace, kernel_state, load, output_of, scrape, until, vendor
+
+STOPPED_SECONDS = 60
+#: Of run, in a cgroup: with the least it works, with the other the kernel kills it.
+ENOUGH_MB, LITTLE_MB = 40, 16
+LIMITS = (8, 12, 16, 20, 24, 32, 64)  #: of descriptors
+CGROUP = Path("/sys/fs/cgroup")
+CHANCE = random.Random(1)
+
+
+def start_of_run() -> subprocess.Popen[bytes]:
+    """`msrtrace run`, not waited for."""
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(["msrtrace", "run"], stdin=quiet, stdout=quiet, stderr=quiet)
+
+
+def killed_at_each_step_of_a_start() -> Any:
+    """SIGKILL at moments spread evenly over a start, with VMs under updates; then one that is left alone.
+
+    It is stopped first, so that what it has in the kernel at that moment can be looked at.
+    """
+    before = kernel_state()
+    begun = Msrtrace()
+    begun.end()
+    moments, steps, left = 20, [], []
+    with updating():
+        for number in range(moments):
+            process = start_of_run()
+            time.sleep(begun.started_in * 1.1 * number / moments)
+            process.send_signal(signal.SIGSTOP)
+            then = kernel_state()
+            steps.append({name: len(there) - len(before[name]) for name, there in then.items()})
+            kill(process)
+            if after := left_after(before):
+                left.append(after)
+    return {"steps": steps, "seconds": begun.started_in, "left": left} | counts_again()
+
+
+def killed_in_a_scrape() -> Any:
+    """SIGKILL while two clients scrape without a pause and VMs get updates."""
+    before, kills, left, scrapes = kernel_state(), 6, [], [0]
+    with updating():
+        for _ in range(kills):
+            msrtrace = Msrtrace()
+            over = threading.Event()
+
+            def client(over: threading.Event = over) -> None:
+                while not over.is_set():
+                    with suppress(OSError, RuntimeError):
+                        scrape()
+                        scrapes[0] += 1
+
+            clients = [threading.Thread(target=client) for _ in range(2)]
+            for thread in clients:
+                thread.start()
+            time.sleep(CHANCE.uniform(0.05, 0.4))
+            kill(msrtrace.process)
+            over.set()
+            for thread in clients:
+                thread.join()
+            if after := left_after(before):
+                left.append(after)
+    return {"kills": kills, "scrapes": scrapes[0], "left": left} | counts_again()
+
+
+def killed_in_a_reload() -> Any:
+    """SIGKILL at random moments while it follows a reload of the module."""
+    before, kills, left = kernel_state(), 6, []
+    for _ in range(kills):
+        msrtrace = Msrtrace("--backend", "kprobe")
+        load(STOCK[vendor().name])
+        time.sleep(CHANCE.uniform(0, 1.5))
+        kill(msrtrace.process)
+        if after := left_after(before):
+            left.append(after)
+    return {"kills": kills, "left": left} | counts_again()
+
+
+def killed_at_a_reports_last_write() -> Any:
+    """SIGKILL around the end of a report that replaces another, most as soon as anything changes in its directory."""
+    directory = Path("/tmp/reports")
+    directory.mkdir(exist_ok=True)
+    file = directory / "report.json"
+    command = ["msrtrace", "report", "--label", "new", "-o", str(file), "--", "true"]
+    done = output_of(*command)
+    whole, kills, states, beside = file.read_bytes(), 12, [], []
+    for number in range(kills):
+        file.write_bytes(whole.replace(b'"new"', b'"old"'))
+        before = _seen(directory)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while _seen(directory) == before and process.poll() is None:
+            pass
+        time.sleep(0.001 * (number % 4))
+        finished = process.poll() is not None
+        kill(process)
+        found = sorted(os.listdir(directory))
+        with suppress(ValueError):
+            states.append({"label": json.loads(file.read_text())["label"], "finished": finished})
+        beside += [name for name in found if name != file.name]
+        for name in beside:
+            (directory / name).unlink(missing_ok=True)
+    return {"first": done, "kills": kills, "states": states, "beside": beside}
+
+
+def _seen(directory: Path) -> list[tuple[str, int]]:
+    """What is in a directory, and which file has each name."""
+    with os.scandir(directory) as entries:
+        return sorted((entry.name, entry.inode()) for entry in entries)
+
+
+def stopped_for_a_minute() -> Any:
+    """SIGSTOP, everything that the workload does, and SIGCONT."""
+    found: dict[str, Any] = {}
+    msrtrace = Msrtrace()
+    with counted("stopped", found):
+        os.kill(msrtrace.process.pid, signal.SIGSTOP)
+        running = start_workload()
+        time.sleep(STOPPED_SECONDS)
+        found["workload"] = running.wait()
+        os.kill(msrtrace.process.pid, signal.SIGCONT)
+    return found | {"seconds": STOPPED_SECONDS} | msrtrace.end()
+
+
+def few_descriptors() -> Any:
+    """RLIMIT_NOFILE at several values: which of them suffice, and what is said of the others."""
+    found: dict[str, Any] = {}
+    before = kernel_state()
+    for limit in LIMITS:
+        done = output_of("prlimit", f"--nofile={limit}", "timeout", "-s", "INT", "15", "msrtrace", "run")
+        found[str(limit)] = done
+    return {"limits": found, "left": left_after(before)}
+
+
+def descriptors_run_out() -> Any:
+    """A limit of 40, and 60 clients that keep their connections; then they leave."""
+    found: dict[str, Any] = {}
+    msrtrace = Msrtrace()
+    with counted("descriptors", found):
+        subprocess.run(["prlimit", "--nofile=40", "--pid", str(msrtrace.process.pid)], check=True)
+        clients = [socket.create_connection(("127.0.0.1", 9753), timeout=5) for _ in range(60)]
+        running = start_workload()
+        found["workload"] = running.wait()
+        found["alive"] = msrtrace.process.poll() is None
+        for client in clients:
+            client.close()
+        until(_answers, 60)
+    return found | msrtrace.end()
+
+
+def _answers() -> bool:
+    with suppress(OSError, RuntimeError):
+        return bool(scrape())
+    return False
+
+
+def little_memory() -> Any:
+    """A memory cgroup: what `run` takes in 40 MB, and what is left when it is killed for memory."""
+    if not (CGROUP / "cgroup.controllers").exists():
+        subprocess.run(["mount", "-t", "cgroup2", "none", CGROUP], check=True)
+    with suppress(OSError):
+        (CGROUP / "cgroup.subtree_control").write_text("+memory")
+    group = CGROUP / "little"
+    group.mkdir(exist_ok=True)
+    (group / "memory.swap.max").write_text("0")
+    before = kernel_state()
+    # The kernel tells of a process that it kills with a trace of its stack, which is no trouble here.
+    subprocess.run(["dmesg", "--console-level", "emerg"], check=True)
+    found: dict[str, Any] = {"log before": output_of("dmesg")["stdout"]}
+    for megabytes in (ENOUGH_MB, LITTLE_MB):
+        (group / "memory.max").write_text(str(megabytes << 20))
+        enter = ["sh", "-c", f"echo $$ > {group}/cgroup.procs; exec msrtrace run"]
+        log = Path(f"/tmp/little-{megabytes}.log")
+        with log.open("w") as out:
+            process = subprocess.Popen(enter, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        with suppress(RuntimeError):
+            until(lambda log=log, process=process: "serving" in log.read_text() or process.poll() is not None, 60)
+        one: dict[str, Any] = {"alive": process.poll() is None}
+        if one["alive"]:
+            known_workload()
+            one["scrape"] = scrape()
+            one["peak"] = int((group / "memory.peak").read_text()) if (group / "memory.peak").exists() else None
+            process.send_signal(signal.SIGINT)
+        one["status"] = process.wait(60)
+        one["log"] = log.read_text()
+        one["events"] = (group / "memory.events").read_text()
+        one["left"] = left_after(before)
+        found[str(megabytes)] = one
+    found["log"] = output_of("dmesg")["stdout"].removeprefix(found["log before"])
+    subprocess.run(["dmesg", "--clear", "--console-level", "warn"], check=True)
+    return found
+
+
+def full_and_read_only() -> Any:
+    """A cache and a place for reports that are full, or read-only."""
+    found: dict[str, Any] = {}
+    for name, options in (("full", "size=16k"), ("read-only", "size=1m")):
+        place = Path(f"/tmp/{name}")
+        place.mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", place], check=True)
+        (place / "old.json").write_text("{}")
+        if name == "full":
+            with suppress(OSError):
+                (place / "fill").write_bytes(b"x" * (1 << 20))
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+        environment = {**os.environ, "CACHE_DIRECTORY": str(place)}
+        report = output_of("msrtrace", "report", "-o", str(place / "old.json"), "--", "true", env=environment)
+        found[name] = {"report": report, "old": (place / "old.json").read_text(), "there": sorted(os.listdir(place))}
+        subprocess.run(["umount", place], check=True)
+    return found
+
+
+SCENARIOS: list[Callable[[], Any]] = [
+    killed_at_each_step_of_a_start,
+    killed_in_a_scrape,
+    killed_in_a_reload,
+    killed_at_a_reports_last_write,
+    few_descriptors,
+    descriptors_run_out,
+    little_memory,
+    full_and_read_only,
+    stopped_for_a_minute,
+]
+
+if __name__ == "__main__":
+    run(SCENARIOS, sys.argv[1:])

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The kernel moves under msrtrace: `moving.py [NAME...]`, each a function here. tests/kvmhost/test_moving.py judges."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from faulty import counted, known_workload, run, start_workload
+from guest import STOCK, Msrtrace, kernel_state, load, output_of, scrape, until, vendor
+
+#: bpftrace and perf, which the image has not (bench.py).
+TOOLS = Path("/in/tools")
+SECOND = "127.0.0.1:9754"  #: where another msrtrace listens
+
+
+def reloads() -> Any:
+    """The module is unloaded and loaded, both variants in turn, with VMs in between and clients all the time."""
+    msrtrace = Msrtrace("--backend", "kprobe")
+    idle = msrtrace.process_state(), _descriptors(msrtrace)
+    over, scrapes = threading.Event(), [0]
+
+    def client() -> None:
+        while not over.is_set():
+            scrape()
+            scrapes[0] += 1
+            time.sleep(1)
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    times, variants = int(os.environ["RELOADS"]), ("unpatched", "patched")
+    loaded = dict.fromkeys(variants, 0)
+    try:
+        for number in range(times):
+            variant = variants[number % len(variants)]
+            load(variant)
+            msrtrace.wait_for(f"{vendor().module} was loaded again", number + 1)
+            known_workload()
+            loaded[variant] += 1
+    finally:
+        over.set()
+        thread.join()
+    found = {"loaded": loaded, "scrapes": scrapes[0], "after": scrape(), "idle": idle}
+    found["used"] = msrtrace.process_state(), _descriptors(msrtrace)
+    load(STOCK[vendor().name])
+    msrtrace.wait_for(f"{vendor().module} was loaded again", times + 1)
+    ended = msrtrace.end()
+    return found | {"status": ended["status"], "log": ended["log"][-3000:], "left": kernel_state()}
+
+
+def _descriptors(msrtrace: Msrtrace) -> int:
+    return len(os.listdir(f"/proc/{msrtrace.process.pid}/fd"))
+
+
+def cpus_come_and_go() -> Any:
+    """A CPU that goes offline and comes online without a pause."""
+    online = Path("/sys/devices/system/cpu/cpu1/online")
+    found: dict[str, Any] = {"switches": 0}
+    over = threading.Event()
+
+    def switch() -> None:
+        while not over.is_set():
+            for value in "01":
+                online.write_text(value)
+                found["switches"] += 1
+                scrape()
+
+    msrtrace = Msrtrace()
+    with counted("hotplug", found):
+        thread = threading.Thread(target=switch)
+        thread.start()
+        found["workloads"] = [start_workload().wait() for _ in range(4)]
+        over.set()
+        thread.join()
+    return found | msrtrace.end()
+
+
+def vcpus_migrate() -> Any:
+    """Threads of vCPUs that are moved to the other CPU without a pause: between entry and return of what is probed."""
+    found: dict[str, Any] = {"moves": 0}
+    msrtrace = Msrtrace()
+    with counted("migrating", found):
+        statuses = []
+        for _ in range(4):
+            running = start_workload()
+            side = 0
+            while running.poll() is None:
+                with suppress(OSError):
+                    for task in os.listdir(f"/proc/{running.pid}/task"):
+                        side ^= 1
+                        with suppress(OSError):
+                            os.sched_setaffinity(int(task), {side})
+                            found["moves"] += 1
+            statuses.append(running.wait())
+        found["workloads"] = statuses
+    return found | msrtrace.end()
+
+
+def clocks_jump() -> Any:
+    """The wall clock jumps by a day and back, many times, and all processes are frozen for a while, as by a suspend."""
+    found: dict[str, Any] = {"jumps": 0}
+    msrtrace = Msrtrace()
+    found["start"] = re.findall(r"^process_start_time_seconds (\S+)", scrape(), re.M)
+    with counted("clocks", found):
+        running = start_workload()
+        while running.poll() is None:
+            for day in (86400, -86400):
+                time.clock_settime(time.CLOCK_REALTIME, time.time() + day)
+                found["jumps"] += 1
+                time.sleep(0.005)
+        found["workload"] = running.wait()
+        again = start_workload()
+        frozen = time.clock_gettime(time.CLOCK_BOOTTIME)
+        try:
+            Path("/sys/power/pm_test").write_text("freezer")
+            Path("/sys/power/state").write_text("mem")
+            found["frozen"] = time.clock_gettime(time.CLOCK_BOOTTIME) - frozen
+        except OSError as error:
+            found["not frozen"] = str(error)
+        found["workload again"] = again.wait()
+    return found | msrtrace.end()
+
+
+def probes_switched_off() -> Any:
+    """kprobes and ftrace are switched off and on, under each backend; each time VMs get updates."""
+    switches = {
+        "kprobes": Path("/sys/kernel/debug/kprobes/enabled"),
+        "ftrace": Path("/proc/sys/kernel/ftrace_enabled"),
+    }
+    found: dict[str, Any] = {}
+    for backend in ("kprobe", "fentry"):
+        for name, switch in switches.items():
+            msrtrace = Msrtrace("--backend", backend)
+            one: dict[str, Any] = {}
+            for moment, value in (("on", "1"), ("off", "0"), ("on again", "1")):
+                if moment == "off":
+                    report = subprocess.Popen(
+                        ["msrtrace", "report", "--backend", backend, "-o", "/tmp/switched.json", "-d", "600"],
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                    )
+                    time.sleep(8)
+                switch.write_text(value)
+                time.sleep(1)
+                known_workload()
+                one[moment] = scrape()
+            report.send_signal(signal.SIGINT)
+            _, errors = report.communicate(timeout=60)
+            one["report"] = {"status": report.returncode, "errors": errors}
+            one["report"] |= {"json": Path("/tmp/switched.json").read_text()}
+            found[f"{backend}, {name}"] = one | msrtrace.end()
+    return found
+
+
+def other_tracers() -> Any:
+    """Others on the same functions, beside the witness's kprobes: ftrace's function graph, perf, bpftrace, msrtrace."""
+    tracing = Path("/sys/kernel/tracing")
+    functions = (tracing / "available_filter_functions").read_text().splitlines()
+    ours = [line.split()[0] for line in functions if line.endswith(f"[{vendor().module}]") and "msr" in line]
+    others = {
+        "perf": [f"{TOOLS}/bin/perf", "stat", "-a", "-e", "kvm:*"],
+        "bpftrace": [f"{TOOLS}/bin/bpftrace", "-e", _bpftrace(ours)],
+    }
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{TOOLS}/lib"}
+    found: dict[str, Any] = {"traced": ours}
+    for backend in ("kprobe", "fentry"):
+        one: dict[str, Any] = {}
+        msrtrace = Msrtrace("--backend", backend)
+        (tracing / "set_ftrace_filter").write_text("\n".join(ours))
+        (tracing / "current_tracer").write_text("function_graph")
+        with counted(f"others-{backend}", one):
+            started = {}
+            for name, command in others.items():
+                with Path(f"/tmp/{name}.log").open("w") as log:
+                    started[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            second = Msrtrace("--web.listen-address", SECOND)
+            until(lambda: "Attach" in Path("/tmp/bpftrace.log").read_text(), 60)
+            time.sleep(5)
+            one["workload"] = start_workload().wait()
+            for name, process in started.items():
+                one[name] = {"alive": process.poll() is None}
+                process.send_signal(signal.SIGINT)
+                one[name]["status"] = process.wait(60)
+                one[name]["log"] = Path(f"/tmp/{name}.log").read_text()[-2000:]
+            one["second"] = scrape(SECOND)
+            one["second ended"] = second.end()
+            one["workload again"] = start_workload().wait()
+        (tracing / "current_tracer").write_text("nop")
+        (tracing / "set_ftrace_filter").write_text("")
+        found[backend] = one | msrtrace.end()
+    return found
+
+
+def _bpftrace(functions: list[str]) -> str:
+    probed = ", ".join(f"kprobe:{function}" for function in functions)
+    returns = ", ".join(f"kretprobe:{function}" for function in functions)
+    return f"{probed} {{ @calls[func] = count(); }} {returns} {{ @returns[func] = count(); }}"
+
+
+def livepatched() -> Any:
+    """A livepatch replaces the function that is probed most, and is taken back; under each backend."""
+    patch = Path("/sys/kernel/livepatch/livepatch")
+    found: dict[str, Any] = {}
+    for backend in ("kprobe", "fentry"):
+        one: dict[str, Any] = {}
+        msrtrace = Msrtrace("--backend", backend)
+        with counted(f"livepatched-{backend}", one):
+            one["insmod"] = output_of("insmod", "/in/livepatch.ko")
+            until(lambda: (patch / "transition").read_text() == "0\n", 60)
+            one["enabled"] = (patch / "enabled").read_text()
+            one["workload"] = start_workload().wait()
+            (patch / "enabled").write_text("0")
+            until(lambda: not patch.exists(), 60)
+            one["workload again"] = start_workload().wait()
+        one["rmmod"] = output_of("rmmod", "livepatch")
+        found[backend] = one | msrtrace.end()
+    return found
+
+
+def lockdown() -> Any:
+    """Lockdown switched on while it runs: integrity, then confidentiality, which is for good. The last of all."""
+    switch = Path("/sys/kernel/security/lockdown")
+    if not switch.exists():
+        subprocess.run(["mount", "-t", "securityfs", "none", "/sys/kernel/security"], check=True)
+    found: dict[str, Any] = {}
+    msrtrace = Msrtrace()
+    for level in ("integrity", "confidentiality"):
+        switch.write_text(level)
+        one: dict[str, Any] = {"level": switch.read_text().strip(), "before": scrape()}
+        known_workload()
+        one["after"] = scrape()
+        found[level] = one
+    found["ended"] = msrtrace.end()
+    found["start"] = output_of("timeout", "-s", "INT", "20", "msrtrace", "run")
+    return found
+
+
+SCENARIOS: list[Callable[[], Any]] = [
+    cpus_come_and_go,
+    vcpus_migrate,
+    clocks_jump,
+    probes_switched_off,
+    other_tracers,
+    livepatched,
+    reloads,
+    lockdown,
+]
+
+if __name__ == "__main__":
+    run(SCENARIOS, sys.argv[1:])

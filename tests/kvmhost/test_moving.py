@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The kernel moves under msrtrace, on an emulated host: what scenarios/moving.py collected."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+
+import pytest
+from answers import expected
+from conftest import Collected
+from faulted import equal, faulted
+from faults import Figures
+from faulty import UPDATES, VCPUS
+from hosts import HOSTS
+from metrics_text import Key, Metrics
+
+RELOADS = 1000
+on_each_host = faulted("moving.py", timeout=3000, takes_along=True, environment={"RELOADS": str(RELOADS)})
+OFF = "msrtrace_probes_off_seconds_total"
+
+
+def answers(host: str, times: int, variant: str = "") -> tuple[Counter[Key], Counter[Key]]:
+    """Calls and redundant calls of so many times `known_workload`."""
+    vcpus = VCPUS * times
+    calls, redundant = expected(host, variant or HOSTS[host].vendor.stock, vcpus, UPDATES * vcpus)
+    return Counter(calls), Counter(redundant)
+
+
+@pytest.mark.fault("kernel", "a CPU goes offline and comes online", "without a pause, while VMs got updates", dear=True)
+@on_each_host
+def test_cpus_come_and_go(beside: Collected, host: str, figures: Figures) -> None:
+    found = beside.scenario("cpus_come_and_go")
+    assert found["switches"] > 10
+    figures["times"] = str(found["switches"])
+    equal(beside, found, "hotplug", figures)
+    assert ({*found["workloads"]}, found["status"]) == ({0}, 0)
+
+
+@pytest.mark.fault("kernel", "threads of vCPUs migrate", "to the other CPU, without a pause", dear=True)
+@on_each_host
+def test_vcpus_migrate(beside: Collected, host: str, figures: Figures) -> None:
+    found = beside.scenario("vcpus_migrate")
+    assert found["moves"] > 100
+    figures["times"] = f"{found['moves']:,}"
+    equal(beside, found, "migrating", figures)
+    assert ({*found["workloads"]}, found["status"]) == ({0}, 0)
+
+
+@pytest.mark.fault(
+    "kernel",
+    "clocks jump, processes are frozen",
+    "the wall clock by a day and back, and all as by a suspend",
+    dear=True,
+)
+@on_each_host
+def test_clocks_jump(beside: Collected, host: str, figures: Figures) -> None:
+    found = beside.scenario("clocks_jump")
+    assert found["jumps"] > 10
+    figures["jumps"] = str(found["jumps"])
+    assert found["frozen"] > 0
+    figures["frozen"] = f"{found['frozen']:.1f} s"
+    equal(beside, found, "clocks", figures)
+    assert (found["workload"], found["workload again"], found["status"]) == (0, 0, 0)
+
+
+@pytest.mark.fault(
+    "kernel", "probes are switched off and on", "kprobes/enabled and ftrace_enabled, under each backend", dear=True
+)
+@on_each_host
+def test_probes_are_switched_off(beside: Collected, host: str, figures: Figures) -> None:
+    """Probes at fentry have nothing to do with the switch of kprobes; in all other cases nothing is counted."""
+    found = beside.scenario("probes_switched_off")
+    cases = {"kprobe, kprobes": True, "kprobe, ftrace": True, "fentry, kprobes": False, "fentry, ftrace": True}
+    assert found.keys() == cases.keys()
+    for case, blind in cases.items():
+        one = found[case]
+        on, off, again = (Metrics.of(one[moment]) for moment in ("on", "off", "on again"))
+        seen = [1, 1, 2] if blind else [1, 2, 3]
+        assert [(m.calls(), m.redundant()) for m in (on, off, again)] == [answers(host, times) for times in seen]
+        report = json.loads(one["report"]["json"])
+        seconds = [m.value(OFF) or 0 for m in (on, off, again)]
+        assert one["report"]["status"] == one["status"] == 0
+        if not blind:
+            assert (seconds, report["loss"]["blind_seconds"], report["lower_bound"]) == ([0, 0, 0], 0, False)
+            continue
+        assert 0 == seconds[0] < seconds[1] < seconds[2]
+        assert one["log"].count("the kernel's probes have been switched off, so nothing is counted: ") == 1
+        assert one["log"].count("the kernel's probes are on again; what happened in these") == 1
+        assert report["loss"]["blind_seconds"] > 0
+        assert report["lower_bound"]
+        assert any("switched off" in note for note in report["notes"])
+        figures[case] = f"nothing counted in {seconds[2]:.1f} s, and said so"
+    figures["fentry, kprobes"] = "all counted"
+
+
+@pytest.mark.fault(
+    "kernel", "others trace the same functions", "ftrace's function graph, perf, bpftrace, a second msrtrace", dear=True
+)
+@on_each_host
+def test_others_trace(beside: Collected, host: str, figures: Figures) -> None:
+    found = beside.scenario("other_tracers")
+    for backend in ("kprobe", "fentry"):
+        one, of_backend = found[backend], Figures()
+        counts = equal(beside, one, f"others-{backend}", of_backend)
+        figures[f"calls by {backend}"] = of_backend["calls"]
+        assert (one["workload"], one["workload again"], one["status"]) == (0, 0, 0)
+        for name in ("perf", "bpftrace"):
+            assert one[name]["alive"], one[name]["log"]
+        assert re.search(r"@returns\[.*\]: [1-9]", one["bpftrace"]["log"])
+        second = Metrics.of(one["second"])
+        assert (2 * second.calls().total(), second.lost()) == (counts.calls.total(), [])
+
+
+@pytest.mark.fault("kernel", "a livepatch", "of the function that is probed most: enabled, and taken back", dear=True)
+@on_each_host
+def test_the_kernel_is_patched_live(beside: Collected, host: str, figures: Figures) -> None:
+    found = beside.scenario("livepatched")
+    for backend in ("kprobe", "fentry"):
+        one, of_backend = found[backend], Figures()
+        assert (one["insmod"]["status"], one["enabled"], one["rmmod"]["status"]) == (0, "1\n", 0)
+        assert (one["workload"], one["workload again"], one["status"]) == (0, 0, 0)
+        equal(beside, one, f"livepatched-{backend}", of_backend)
+        figures[f"calls by {backend}"] = of_backend["calls"]
+
+
+@pytest.mark.fault("kernel", "the module is reloaded", f"{RELOADS:,} times, patched and stock in turn", dear=True)
+@on_each_host
+def test_the_module_is_reloaded(beside: Collected, host: str, figures: Figures) -> None:
+    found = beside.scenario("reloads")
+    metrics = Metrics.of(found["after"])
+    parts = [answers(host, times, variant) for variant, times in found["loaded"].items()]
+    assert metrics.calls() == sum((calls for calls, _ in parts), Counter())
+    assert metrics.redundant() == sum((redundant for _, redundant in parts), Counter())
+    times = sum(found["loaded"].values())
+    assert metrics.updates() == times * UPDATES * VCPUS
+    assert metrics.value("msrtrace_module_unloads_total") == times
+    assert metrics.lost() == []
+    (idle, descriptors_before), (used, descriptors) = found["idle"], found["used"]
+    assert descriptors <= descriptors_before + 3
+    memory = [int(state["Rss"]) / 1024 for state in (idle, used)]
+    assert memory[1] < memory[0] + 12
+    assert (found["left"]["programs"], found["status"]) == ([], 0)
+    figures["times"] = f"{times:,}"
+    figures["calls"] = f"{metrics.calls().total():,}, as known"
+    figures["descriptors"] = f"{descriptors_before} before, {descriptors} after"
+    figures["memory"] = f"{memory[0]:.0f} MB before, {memory[1]:.0f} MB after"
+
+
+@pytest.mark.fault("kernel", "lockdown is switched on", "integrity, then confidentiality, while it runs", dear=True)
+@on_each_host
+def test_the_kernel_is_locked_down(beside: Collected, host: str, figures: Figures) -> None:
+    """What is attached goes on; what starts then is told why it cannot."""
+    found = beside.scenario("lockdown")
+    for number, level in enumerate(("integrity", "confidentiality"), 1):
+        one = found[level]
+        assert f"[{level}]" in one["level"]
+        metrics = Metrics.of(one["after"])
+        assert (metrics.calls(), metrics.redundant()) == answers(host, number)
+        assert metrics.lost() == []
+        figures[level] = f"{metrics.calls().total()} calls, as known"
+    assert found["ended"]["status"] == 0
+    start = found["start"]
+    assert start["status"] == 1
+    [line] = start["stderr"].splitlines()
+    assert "lockdown" in line
+    figures["a start after that"] = "refused in a line"
