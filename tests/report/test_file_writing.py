@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,6 +92,32 @@ def test_readers_see_the_old_file_or_the_new(tmp_path: Path) -> None:
         reader.join()
     assert torn == []
     assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_until_it_is_whole_a_new_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can: bool) -> None:
+    """Where a file system can do that, a process that is killed while it writes leaves nothing."""
+    seen, sync, make = list[str](), os.fsync, os.open
+
+    def look(descriptor: int) -> None:
+        seen.append(" ".join(names(tmp_path)))
+        sync(descriptor)
+
+    def refuse(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "not in this file system")
+        return make(path, flags, mode)
+
+    monkeypatch.setattr(os, "fsync", look)
+    if not can:
+        monkeypatch.setattr(os, "open", refuse)
+    write(tmp_path / "a.json", NEW)
+    write(tmp_path / "a.json", OLD)
+    assert (tmp_path / "a.json").read_bytes() == OLD
+    assert names(tmp_path) == ["a.json"]
+    assert [re.sub(r"\.[0-9a-f]{8}", "", there) for there in seen] == (
+        ["", "a.json"] if can else [".a.json", ".a.json a.json"]
+    )
 
 
 @pytest.mark.parametrize("step", ["fsync", "fchmod", "replace"])
@@ -228,15 +255,18 @@ def test_owner_and_mode_are_those_of_the_file_that_was_written(
     file.chmod(0o4777)
     os.chown(file, 12345, 12345)
     file.chmod(0o4777)
-    make = tempfile.mkstemp
+    make = os.open
 
-    def swap(**options: Any) -> tuple[int, str]:
-        descriptor, name = make(**options)
-        os.unlink(name)
-        os.symlink(victim, name)
-        return descriptor, name
+    def swap(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "not in this file system")
+        descriptor = make(path, flags, mode)
+        if flags & os.O_CREAT:
+            os.unlink(path)
+            os.symlink(victim, path)
+        return descriptor
 
-    monkeypatch.setattr(tempfile, "mkstemp", swap)
+    monkeypatch.setattr(os, "open", swap)
     write(file, NEW)
     status = victim.stat()
     assert (victim.read_bytes(), status.st_uid, stat.S_IMODE(status.st_mode)) == (OLD, 0, 0o600)

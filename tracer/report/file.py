@@ -13,7 +13,8 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from secrets import token_hex
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import msgspec
 
@@ -90,27 +91,48 @@ def write(path: Path, text: bytes) -> None:
                 stream.write(text)
             return
         target = _resolved(path)  # a link stays one
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name[:50]}.", dir=target.parent)
+        temporary = target.with_name(f".{target.name[:50]}.{token_hex(4)}")
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(text)
-                # By its descriptor: whoever may write to the directory may put something else in the file's place.
-                if target.exists():
-                    before = target.stat()
-                    with suppress(OSError):  # under sudo a user's file stays the user's
-                        os.fchown(descriptor, before.st_uid, before.st_gid)
-                    os.fchmod(descriptor, before.st_mode & 0o777)
-                else:
-                    os.fchmod(descriptor, 0o666 & ~_umask())
-                file.flush()
-                os.fsync(descriptor)
-            os.replace(temporary, target)
+            _write_new(temporary, text, target)
+            temporary.replace(target)
         except BaseException:
             with suppress(OSError):
-                os.unlink(temporary)
+                temporary.unlink()
             raise
     except OSError as error:
         raise _unwritable(path, error) from None
+
+
+def _write_new(path: Path, text: bytes, like: Path) -> None:
+    """Write a new file with the owner and the mode that the file `like` has, or would get. Raises OSError.
+
+    Where the file system can do that, it has no name before it is whole: a process that is killed leaves nothing.
+    """
+    flags = os.O_WRONLY | os.O_CLOEXEC
+    with suppress(OSError), os.fdopen(os.open(path.parent, flags | os.O_TMPFILE, 0o600), "wb") as file:
+        _fill(file, text, like)
+        here = os.open("/proc/self/fd", os.O_PATH | os.O_CLOEXEC)  # with a directory, Python follows the link
+        try:
+            os.link(str(file.fileno()), path, src_dir_fd=here, follow_symlinks=True)
+        finally:
+            os.close(here)
+        return
+    with os.fdopen(os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        _fill(file, text, like)
+
+
+def _fill(file: BinaryIO, text: bytes, like: Path) -> None:
+    file.write(text)
+    # By its descriptor: whoever may write to the directory may put something else in the file's place.
+    if like.exists():
+        before = like.stat()
+        with suppress(OSError):  # under sudo a user's file stays the user's
+            os.fchown(file.fileno(), before.st_uid, before.st_gid)
+        os.fchmod(file.fileno(), before.st_mode & 0o777)
+    else:
+        os.fchmod(file.fileno(), 0o666 & ~_umask())
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def check_writable(path: Path) -> None:
