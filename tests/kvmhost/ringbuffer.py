@@ -24,6 +24,7 @@ _LENGTH, _MISSED = 0xFFFFF, 1 << 31
 _PADDING, _TIME_EXTEND, _TIME_STAMP = 29, 30, 31
 _DELTA_BITS, _STAMP_BITS = 27, 59
 _FIELD = re.compile(r"^\tfield:.*?(\w+)(?:\[\d*\])?;\toffset:(\d+);\tsize:(\d+);\tsigned:([01]);$", re.MULTILINE)
+_GRAPH = (10, 11)  # TRACE_GRAPH_RET and TRACE_GRAPH_ENT (enum trace_type, kernel/trace/trace.h)
 _CODES = {1: "b", 2: "h", 4: "i", 8: "q"}
 
 
@@ -120,6 +121,8 @@ def _records(pages: bytes) -> Iterator[tuple[int, memoryview]]:
 def events(pages: Sequence[bytes], formats: str, kallsyms: str) -> Iterator[Event]:
     """The events of all CPUs in their order: of each CPU its PAGES, and FORMATS, the files `format` one after another.
 
+    What the function graph tracer left among them is passed over.
+
     Raises ValueError for events that are missing, and KeyError for one that no format describes.
     """
     described = {one.number: one for one in map(_Format, re.split(r"(?m)^(?=name: )", formats)[1:])}
@@ -130,7 +133,10 @@ def events(pages: Sequence[bytes], formats: str, kallsyms: str) -> Iterator[Even
             yield time, cpu, data
 
     for _, cpu, data in heapq.merge(*map(of_cpu, range(len(pages))), key=lambda record: record[:2]):
-        kind = described[int.from_bytes(data[:2], "little")]
+        number = int.from_bytes(data[:2], "little")
+        if number in _GRAPH:
+            continue
+        kind = described[number]
         values, arrays = kind.values(data)
         # Of a return probe, where it returns to; a tracepoint has no place.
         address = values.get("__probe_ret_ip", values.get("__probe_ip", 0))

@@ -169,14 +169,16 @@ def _settle(counts: Counts, entry: Event, returns: dict[str, Event], within: str
     function, msr = entry.name.removeprefix("in_"), entry.values["msr"]
     named, enabled = _wish(entry)
     action = PASS_ACTIONS[enabled] if function == PASSES else "enable" if enabled else "disable"
-    # Of several probes on one return only the last to run sees the caller; the others see the first's trampoline.
-    [caller] = {r.place.split("+")[0] for r in returns.values() if r.place}
-    cause = within or CAUSES[caller.split(".")[0]]
+    # Of several probes on one return only the last to run sees the caller; the others see the first's trampoline. Under
+    # the function graph tracer all see one of that.
+    callers = {r.place.split("+")[0] for r in returns.values() if r.place}
+    assert len(callers) <= 1, callers
+    cause = within or CAUSES["".join(callers).split(".")[0]]
     key = (msr, ACCESS[named], action, cause)
     before = bits(VENDOR_OF[function], entry.values, msr)
     [after] = {bits(VENDOR_OF[function], returns[r].values, msr) for r in holders}
     counts.calls[key] += 1
-    counts.callers[cause].add(caller)
+    counts.callers[cause] |= callers
     if before is None or after is None or not (before ^ after) & named:
         counts.redundant[key] += 1
     if after is not None and after & named & ~enabled:
