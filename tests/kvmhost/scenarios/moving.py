@@ -148,6 +148,8 @@ def probes_switched_off() -> Any:
         "ftrace": Path("/proc/sys/kernel/ftrace_enabled"),
     }
     found: dict[str, Any] = {}
+    begun = Path("/tmp/recording")
+    recording = ["sh", "-c", f"touch {begun}; exec sleep 600"]
     for backend in ("kprobe", "fentry"):
         for name, switch in switches.items():
             msrtrace = Msrtrace("--backend", backend)
@@ -155,12 +157,13 @@ def probes_switched_off() -> Any:
             for moment, value in (("on", "1"), ("off", "0"), ("on again", "1")):
                 if moment == "off":
                     report = subprocess.Popen(
-                        ["msrtrace", "report", "--backend", backend, "-o", "/tmp/switched.json", "-d", "600"],
+                        ["msrtrace", "report", "--backend", backend, "-o", "/tmp/switched.json", "--", *recording],
                         stdout=subprocess.DEVNULL,
                         stderr=subprocess.PIPE,
                         text=True,
                     )
-                    time.sleep(8)
+                    until(begun.exists)
+                    begun.unlink()
                 switch.write_text(value)
                 time.sleep(1)
                 known_workload()
