@@ -133,6 +133,41 @@ def test_a_kind_of_call_that_had_not_happened_counts_from_0(start: float | None)
     assert counted(stored, NOW) == {TITLE: (100, 1300 + 9)}
 
 
+@pytest.mark.parametrize("kinds", [1, 6, 12])
+@pytest.mark.parametrize("start", [OLD, None])
+def test_a_kind_of_call_with_more_than_can_have_been_made_since_the_scrape_before_is_refused(
+    kinds: int, start: float | None
+) -> None:
+    """It had been called before, and its series was dropped: by metric_relabel_configs, say."""
+    stored = host(LOCAL, SCRAPES, start=start)
+    for metric in (CALLS, REDUNDANT):
+        late = only({metric: stored[metric][:kinds]}, SCRAPES[2], NOW)[metric]
+        stored[metric] = [*late, *stored[metric][kinds:]]
+    with pytest.raises(MsrtraceError, match=r'\{.*msr="0x1.*\} begins within the window, at 1050, more than can have'):
+        counted(stored, NOW)
+
+
+def test_redundant_calls_that_begin_later_than_their_calls_are_refused() -> None:
+    stored = host(LOCAL, SCRAPES, before=0, start=OLD)
+    stored[REDUNDANT] = [*only({REDUNDANT: stored[REDUNDANT][:1]}, SCRAPES[1], NOW)[REDUNDANT], *stored[REDUNDANT][1:]]
+    with pytest.raises(MsrtraceError, match=rf'{REDUNDANT}.*msr="0x10".* begins within the window, at 25'):
+        counted(stored, NOW)
+
+
+@pytest.mark.parametrize(("first", "last"), [(8.0, 10.0), (1008.0, 1010.0)])
+def test_calls_of_creations_begin_with_the_vcpus_that_were_created(first: float, last: float) -> None:
+    stored = host(LOCAL, SCRAPES, start=OLD)
+    labels = {**stored[CALLS][0][0], "cause": "vcpu_create"}
+    for metric in (CALLS, REDUNDANT):
+        stored[metric].append((labels, {SCRAPES[3]: first, SCRAPES[4]: last}))
+    stored["msrtrace_vcpus_created_total"] = [(LOCAL, dict(zip(SCRAPES, [70.0, 70, 70, 78, 80], strict=True)))]
+    if first < 1000:
+        assert counted(stored, NOW) == {TITLE: (100, 1300 + last)}
+        return
+    with pytest.raises(MsrtraceError, match=r'cause="vcpu_create".* begins within the window, at 1008'):
+        counted(stored, NOW)
+
+
 def test_the_first_calls_of_a_process_count_from_0() -> None:
     stored = host(LOCAL, SCRAPES, updates=0, before=0, start=OLD)
     for name in (CALLS, REDUNDANT, UPDATES):

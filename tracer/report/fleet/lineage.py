@@ -335,8 +335,11 @@ def _process(runs: Sequence[Run], begin: float) -> Process:
 def _matters(one: Process, other: Process, begin: float) -> bool:
     """Whether the sums would change if the two processes were one."""
     both = sorted((*one.runs, *other.runs), key=lambda run: (run.first, run.target))
-    merged = _process(both, begin).increases()
     apart, more = one.increases(), other.increases()
+    try:
+        merged = _process(both, begin).increases()
+    except MsrtraceError:  # as one they cannot have made these counts
+        return True
     names = merged.keys() | apart.keys() | more.keys()
     return any(abs(merged.get(key, 0) - apart.get(key, 0) - more.get(key, 0)) > 1e-6 for key in names)
 
@@ -367,8 +370,13 @@ def _shown(run: Run) -> str:
 
 def _ambiguous(one: Run, other: Run, why: str) -> MsrtraceError:
     names = differing(one.target, other.target)
-    what = f"label {names[0]}" if len(names) == 1 else f"labels {', '.join(names)}"
     missing = f"; {START}, which would decide it, is not stored" if one.start is None or other.start is None else ""
+    if not names:
+        return MsrtraceError(
+            f"cannot tell whether {_shown(one)} was one msrtrace or two, with a restart before {other.first:.0f} s, "
+            f"{why}{missing}; store that, or compare a window that ends before it or begins after it"
+        )
+    what = f"label {names[0]}" if len(names) == 1 else f"labels {', '.join(names)}"
     return MsrtraceError(
         f"cannot tell whether {_shown(one)} and {_shown(other)} are one msrtrace or two: they differ in the {what} "
         f"{why}{missing}; select one of them, as with {selector(one.target, names[:1])}"
