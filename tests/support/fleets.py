@@ -15,7 +15,9 @@ from made import svm_pass
 
 from tracer.model.snapshot import Snapshot
 from tracer.model.svm import SVM
-from tracer.report.fleet.fleet import Prometheus, reports
+from tracer.report.fleet import prometheus_api
+from tracer.report.fleet.fleet import reports
+from tracer.report.fleet.prometheus_api import Prometheus, Series
 from tracer.report.report import Report
 
 Samples = dict[float, float]
@@ -110,6 +112,22 @@ def remembering(stored: Stored, now: float) -> Answer:
         return storing(only(stored, end - window, end), now)(form, headers)
 
     return answer
+
+
+class InMemory(Prometheus):
+    """A server that stores the series in memory."""
+
+    def __init__(self, stored: Stored) -> None:
+        super().__init__("http://in-memory")
+        self.stored = stored
+
+    def series(self, name: str, selector: str, window: int, end: float) -> list[Series]:
+        """As a Prometheus answers; the selector is one pair, or empty."""
+        label, _, value = selector.partition("=")
+        wanted = {label: value.strip('"')} if label else {}
+        found = [(labels, samples) for labels, samples in self.stored.get(name, []) if matches(labels, wanted)]
+        inside = [(labels, {t: v for t, v in s.items() if end - window < t <= end}) for labels, s in found]
+        return [Series(labels, prometheus_api.Samples.of(samples)) for labels, samples in inside if samples]
 
 
 def matches(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:

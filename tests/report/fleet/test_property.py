@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
-from fleets import CALLS, REDUNDANT, START, UPDATES, Stored, matches
+from fleets import CALLS, REDUNDANT, START, UPDATES, InMemory, Stored
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from tracer.model.errors import MsrtraceError
 from tracer.report.fleet.fleet import compared
-from tracer.report.fleet.prometheus_api import Prometheus, Samples, Series
 
 NOW = 1_700_000_000.0
 WINDOW, INTERVAL, TICKS = 600, 15.0, 12
@@ -25,22 +24,6 @@ KINDS = ("0x10", "0x48", "0x174")
 #: Stores a sample: metric, labels of the target, labels of its own, time, value.
 Put = Callable[[str, Mapping[str, str], Mapping[str, str], float, float], None]
 EXAMPLES = int(os.environ.get("MSRTRACE_EXAMPLES", "300"))
-
-
-class InMemory(Prometheus):
-    """A server that stores the series in memory."""
-
-    def __init__(self, stored: Stored) -> None:
-        super().__init__("http://in-memory")
-        self.stored = stored
-
-    def series(self, name: str, selector: str, window: int, end: float) -> list[Series]:
-        """As a Prometheus answers; the selector is one pair, or empty."""
-        label, _, value = selector.partition("=")
-        wanted = {label: value.strip('"')} if label else {}
-        found = [(labels, samples) for labels, samples in self.stored.get(name, []) if matches(labels, wanted)]
-        inside = [(labels, {t: v for t, v in s.items() if end - window < t <= end}) for labels, s in found]
-        return [Series(labels, Samples.of(samples)) for labels, samples in inside if samples]
 
 
 @dataclass(frozen=True)
