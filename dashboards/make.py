@@ -24,6 +24,7 @@ from dashboards.state import intercepted_now
 from dashboards.updates import by_vendor, comparison, filter_updates, recalculations
 from dashboards.verdict import LABELS, MISSING_CODE, VERDICTS, recorded
 from tracer.model.vendors import VENDORS, layouts
+from tracer.report.fleet.targets import MACHINE_LABELS
 
 FILE = Path(__file__).with_name("grafana.json")
 RULES = Path(__file__).with_name("rules.yml")
@@ -84,8 +85,11 @@ def rules(docs: str = DOCS, template: Path = _TEMPLATE) -> str:
 
     Each alert has a link to its heading in the runbook, below the URL `docs`.
     """
+    machine = sorted(MACHINE_LABELS - {"instance"})
     parts = {
         "docs": docs,
+        "machine": ", ".join(machine),
+        "unnamed": ", ".join(f'{name}=""' for name in machine),
         "recorded": RECORDED,
         "verdict": recorded(),
         "missing": LABELS[MISSING_CODE],
