@@ -76,7 +76,7 @@ def test_a_compilers_suffix_is_no_other_name(tmp_path: Path, suffix: str) -> Non
     assert found(tmp_path, renamed, "kvm")["kvm_vcpu_release"].start == 0xFFFFFFFFC0A00000
 
 
-@pytest.mark.parametrize("suffix", [".cold", ".part.0", ".part.0.cold", ".cfi_jt"])
+@pytest.mark.parametrize("suffix", [".cold", ".part.0", ".part.0.cold", ".cfi_jt", ".llvm.5.__part.1"])
 def test_a_part_of_a_function_is_not_the_function(tmp_path: Path, suffix: str) -> None:
     renamed = KALLSYMS.replace("t kvm_vcpu_release\t[kvm]", f"t kvm_vcpu_release{suffix}\t[kvm]")
     assert found(tmp_path, renamed, "kvm") == {}

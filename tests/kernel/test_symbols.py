@@ -79,7 +79,16 @@ def test_clones_are_found_only_where_the_function_itself_is_missing(tmp_path: Pa
 
 #: As GCC and LLVM make them, for what: interprocedural optimisation, and that of the whole program.
 SUFFIXES = ["", ".isra.0", ".constprop.12", ".part.3", ".cold", ".cold.7", ".llvm.3433979326929198294", ".lto_priv.0"]
-SUFFIXES += [".__uniq.245866110", ".localalias", ".cfi", ".cfi_jt", "$0ef1c3ba7a3e1dbb", ".specialized.1", ".slowpath"]
+SUFFIXES += [
+    ".__part.1",
+    ".__uniq.245866110",
+    ".localalias",
+    ".cfi",
+    ".cfi_jt",
+    "$0ef1c3ba7a3e1dbb",
+    ".specialized.1",
+    ".slowpath",
+]
 
 
 @given(st.lists(st.sampled_from(SUFFIXES), max_size=3).map("".join))
@@ -104,6 +113,8 @@ def test_names_without_suffixes_are_kept(name: str) -> None:
         (".llvm.5.cold", False),
         (".isra.0.cold", False),
         (".cfi_jt", False),
+        (".__part.1", False),
+        (".llvm.5.__part.12", False),
         (".cold_start", True),
         (".llvm.5", True),
         (".part.0", True),

@@ -15,7 +15,7 @@ from tracer.model.symbol_name import plain_name
 _ELSEWHERE = b"aAuU?"
 
 #: Suffixes of what has an address other than the function's: code that was moved out of it, and a jump to it.
-_NOT_ITSELF = re.compile(r"\.(cold|part|cfi_jt)(\.|$)")
+_NOT_ITSELF = re.compile(r"\.(cold|part|__part|cfi_jt)(\.|$)")
 
 #: Hex digits of an address, and of its page number, at the start of a line.
 ADDRESS, _PAGE = 16, 13

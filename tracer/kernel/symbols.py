@@ -33,8 +33,9 @@ TRAMPOLINES = {
 #: The module that the vendors' modules share, and a function that shows it is built into the kernel image.
 _KVM, _KVM_MARKER = "kvm", "kvm_vcpu_ioctl"
 
-#: Parts of a symbol's name that say it is no function entry: code moved out of a function, and a jump to one.
-_NO_ENTRY = re.compile(r"\.(cold|cfi_jt)(\.|$)")
+#: Parts of a symbol's name that say it is no function entry: code moved out of a function (`.__part.N`: by Clang's
+#: basic-block sections, CONFIG_PROPELLER_CLANG, 6.13+), and a jump to one.
+_NO_ENTRY = re.compile(r"\.(cold|cfi_jt|__part)(\.|$)")
 _PART = re.compile(r"\.part\.")
 #: Symbols that are not functions: padding (CONFIG_CALL_PADDING, CONFIG_CFI_CLANG), and what modpost generates.
 _NO_FUNCTION = ("__pfx_", "__cfi_", "__ksymtab")
