@@ -81,6 +81,25 @@ def test_the_vmm_is_known_by_its_program(tmp_path: Path, program: str, comm: str
     assert found.vmm == vmm
 
 
+@pytest.mark.parametrize(
+    ("command_line", "comm", "name"),
+    [
+        (["cloud-hypervisor", "--api-socket", "/run/user/1000/ch.sock"], b"cloud-hyperviso", "cloud-hypervisor"),
+        (["/usr/bin/qemu-system-x86_64", "-nographic"], b"qemu-system-x86", "qemu-system-x86_64"),
+        (["/opt/solo5-hvt-with-a-long-name"], b"solo5-hvt-with-", "solo5-hvt-with-a-long-name"),
+        (["/opt/vmm-launcher"], b"vmm", "vmm"),
+        (["/opt/launcher"], b"cloud-hyperviso", "cloud-hyperviso"),
+        (["/usr/bin/qemu-system-x86_64", "-name", "web"], b"qemu-system-x86", "web"),
+    ],
+)
+def test_a_command_that_the_kernel_has_cut_is_shown_in_full(
+    tmp_path: Path, command_line: list[str], comm: bytes, name: str
+) -> None:
+    """TASK_COMM_LEN: 15 bytes and the end. A command of less is what the process calls itself."""
+    add_process(tmp_path, arguments(*command_line), comm)
+    assert called(vm_info(PID, tmp_path)) == name
+
+
 def test_a_vmm_is_known_by_its_command_alone(tmp_path: Path) -> None:
     add_process(tmp_path, b"", b"qemu-system-x86")
     assert vm_info(PID, tmp_path) == VmInfo("qemu-system-x86", "", "qemu")

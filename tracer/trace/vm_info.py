@@ -16,6 +16,9 @@ NAME_LIMIT = 128
 # A command line may have megabytes. libvirt's, with name and UUID at the front, has about 10 KB.
 _READ_LIMIT = 32 * 1024
 
+#: The kernel cuts commands to so many bytes (TASK_COMM_LEN - 1, include/linux/sched.h).
+_COMMAND = 15
+
 #: Of so many processes more than run what they are called is cached before those that ended are dropped.
 _ROOM = 100
 
@@ -23,8 +26,8 @@ _ROOM = 100
 def vm_info(pid: int, proc: Path = Path("/proc")) -> VmInfo | None:
     """The VM that a process runs; None if there is no such process.
 
-    The name is that on the command line, or else the command, /proc/<pid>/comm; so is the VMM. What there is on the
-    command lines of which VMMs is in vmm.py.
+    The name is that on the command line, or else the command, /proc/<pid>/comm, in full if it is cut; so is the VMM.
+    What there is on the command lines of which VMMs is in vmm.py.
 
     The owner of a process controls all of these. So characters that are not printable, such
     as line breaks and bidirectional marks, are replaced by U+FFFD, and name and VMM have 1 to
@@ -116,12 +119,13 @@ def _read_info(pid: int, proc: Path) -> tuple[VmInfo | None, bool]:
         return info_of_command(command), False
     arguments = cmdline.decode(errors="replace").removesuffix("\0").split("\0")
     name = next((safe for given in given_name(arguments) if (safe := safe_name(given))), None)
-    vmm = vmm_called(*arguments) or vmm_called(command) or _untruncated(command, arguments[0])
-    return VmInfo(name or command, given_uuid(arguments), vmm), name is not None
+    whole = _untruncated(command, arguments[0])
+    vmm = vmm_called(*arguments) or vmm_called(command) or whole
+    return VmInfo(name or (whole if len(comm) > _COMMAND else command), given_uuid(arguments), vmm), name is not None
 
 
 def _untruncated(command: str, program: str) -> str:
-    """The command, which the kernel cuts to 15 bytes, as the program's path has it."""
+    """The command as the program's path has it, if that begins so."""
     file = safe_name(program.rpartition("/")[2])
     return file if file.startswith(command) else command
 
