@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import time
 import urllib.request
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from fleets import LOCAL, Stored, exposition, host, merged, openmetrics, relabelled, upgraded
+from monitoring import answers, free_port, running
 from needs import tool
 
 from tracer.model.errors import MsrtraceError
@@ -38,37 +38,6 @@ def fleet() -> Stored:
     alike = (one(100, start=old + 5, group="alike", shard=name) for name in "ab")
     agents = (one(100, group="agents", host="kvm1"), one(40, 17, old, group="agents", host="kvm2"))
     return merged(*agents, moved, *copies, *alike, upgraded({**LOCAL, "group": "upgraded"}, now - 5400))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@contextmanager
-def running(command: list[str], ready: Callable[[], object], log: Path) -> Iterator[None]:
-    """Run a command for the duration of the context, which begins when `ready` raises nothing."""
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
-        try:
-            end = time.monotonic() + 60
-            while True:
-                try:
-                    ready()
-                    break
-                except (OSError, MsrtraceError):
-                    assert process.poll() is None, log.read_text()
-                    assert time.monotonic() < end, log.read_text()
-                    time.sleep(0.1)
-            yield
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def answers(url: str) -> Callable[[], object]:
-    """Asks a URL."""
-    return lambda: urllib.request.urlopen(url, timeout=5).close()
 
 
 @contextmanager
