@@ -93,23 +93,25 @@ def savings() -> list[Json]:
         "docs/cost.md), divided by the assumed Instructions/s."
     )
     amd = " KVM has no such patch for AMD: it is what one of the same idea would save (docs/cost.md)."
+    known, old = " Empty unless a host is known to lack it.", " Empty unless a host is one of AMD before 6.17."
     return [
         text("How this is estimated", "Where each number comes from.", READING, size=(WIDTH, 7)),
         *_a_day(
             PATCHABLE,
             "Intel",
             "Enables of MSRs that are intercepted already, in filter updates of the hosts known to lack the patch by "
-            "what they did since msrtrace started: counted in the time shown, multiplied to a day.",
+            "what they did since msrtrace started: counted in the time shown, multiplied to a day." + known,
             "CPU time of the calls on the left, of hosts that lack the patch by what they did since msrtrace started."
-            + source,
+            + source
+            + known,
             absent="no host known to lack it",
         ),
         *_a_day(
             UNPATCHABLE,
             "AMD",
             "Calls of filter updates, before 6.17, for MSRs that KVM intercepts for reads and writes anyway: counted "
-            "in the time shown, multiplied to a day." + amd,
-            "CPU time of the calls on the left." + source + amd,
+            "in the time shown, multiplied to a day." + amd + old,
+            "CPU time of the calls on the left." + source + amd + old,
             absent="no such host",
         ),
         table(
@@ -118,7 +120,8 @@ def savings() -> list[Json]:
             "for which there is none: their filter updates and the calls that patching would save, in the time shown, "
             "multiplied to a day."
             + source
-            + " Least and most: by the kernel on which a call took the fewest instructions, and the most.",
+            + " Least and most: by the kernel on which a call took the fewest instructions, and the most. Empty unless "
+            "there is such a host.",
             _by_kernel(),
             [
                 Column("kernel", "Kernel", variable="kernel"),

@@ -32,7 +32,8 @@ def intercepted_now() -> list[Json]:
         graph(
             "Intercepted accesses, by who wants that",
             "Each MSR and direction of each vCPU counts as one: those of which the kernel records what KVM wants, and "
-            "those that on some vCPU not KVM alone intercepts. All hosts, stacked.",
+            "those that on some vCPU not KVM alone intercepts. All hosts, stacked. A line is empty unless there are "
+            "such accesses.",
             *(Query(_accesses(by_whom, ""), legend) for by_whom, legend in _WHO.items()),
             unit="none",
             stacked=True,
@@ -41,7 +42,7 @@ def intercepted_now() -> list[Json]:
         graph(
             "Denied by the filter alone",
             "The ten MSRs and directions that most vCPUs intercept although KVM would pass them through: each access "
-            "exits, which costs the guest time if there are many.",
+            "exits, which costs the guest time if there are many. Empty unless a filter does that.",
             Query(highest(partial(_accesses, "filter", "name, access")), "{{name}}, {{access}}"),
             unit="none",
             absent="no filter denies what KVM passes through",
@@ -50,7 +51,7 @@ def intercepted_now() -> list[Json]:
         graph(
             "Filters that are not applied yet, by host",
             "Accesses that a vCPU decides on by its filter before the last: each applies a new one when it next enters "
-            "the guest. Those of idle or paused vCPUs may stay." + TEN_HIGHEST,
+            "the guest. Those of idle or paused vCPUs may stay. Empty unless there are any." + TEN_HIGHEST,
             Query(highest(partial(_accesses, "pending", HOST)), "{{instance}}"),
             unit="none",
             absent="none",
@@ -69,7 +70,8 @@ def intercepted_now() -> list[Json]:
             "Intercepted now",
             "How many vCPUs intercept an access, and who wants that: `filter` is the VM's filter alone, `both` it and "
             "KVM, `pending` one that is not applied yet; with `unrecorded` the kernel does not record whether KVM "
-            "wants it. `msrtrace state` on a host says it for each VM.",
+            "wants it. `msrtrace state` on a host says it for each VM. Empty unless there are accesses of which the "
+            "kernel records that, or that not KVM alone intercepts.",
             [f"{by(labels, metric(_INTERCEPTED))} > 0"],
             [
                 Column("name", "MSR"),

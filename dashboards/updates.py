@@ -117,7 +117,8 @@ def recalculations() -> list[Json]:
         ),
         graph(
             "Calls per vCPU created, by host",
-            "Calls with the cause vcpu_create, per vCPU created. Gaps: none was created." + TEN_HIGHEST,
+            "Calls with the cause vcpu_create, per vCPU created. Gaps: none was created. Empty unless some were."
+            + TEN_HIGHEST,
             Query(highest(partial(_per_creation, CALLS)), HOST_LEGEND),
             unit="none",
         ),

@@ -106,8 +106,9 @@ def main(arguments: Sequence[str]) -> int:
         asked = ask(prometheus, dashboard, shown, at_once=1 if options.hosts else 4)
         answers.update(asked.answers)
         if expect:
-            selected = expected.unselected(prometheus, dashboard, shown)
-            return asked.complaints + expected.wrong(prometheus, dashboard, shown, asked.answers) + selected
+            checks = (expected.unselected, expected.unexplained)
+            more = [complaint for check in checks for complaint in check(prometheus, dashboard, shown)]
+            return asked.complaints + expected.wrong(prometheus, dashboard, shown, asked.answers) + more
         return asked.complaints + (expected.too_much(dashboard, asked, SLOW, LINES) if options.hosts else [])
 
     step("npm packages", lambda: install(built))
