@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,8 @@ from kvm_standin import (
     ACCESS,
     BOTH,
     CALLERS,
+    CREATE,
+    FREE,
     MSRPM,
     PAGE,
     PASS,
@@ -351,6 +354,24 @@ def test_what_finds_its_map_full_is_counted_as_dropped(recalc: StandIn, array: s
     full = array == "counters"
     assert (calls, updates, counted.lower_bound) == ((0, 3, True) if full else (3, 0, True))
     assert dropped == {"calls": 3 * full, "vcpus": 0, "updates": 3 * (not full)}
+
+
+def test_eight_thousand_vcpus_have_a_place_each(toggle: StandIn) -> None:
+    """Where the kernel might have them: three in 32 KB, in runs of such pages anywhere."""
+    random, at = Random(1), list[int]()
+    while len(at) < 8000:
+        start = 0xFFFF888000000000 + random.randrange(1 << 18) * 32768
+        at += [start + run * 32768 + n * 10304 for run in range(random.choice((1, 1, 2, 4, 8, 32))) for n in range(3)]
+    vcpus = [*dict.fromkeys(at)]
+    toggle.inside(lambda: None)
+    before = toggle.taken().maps[1]
+    for vcpu in vcpus:
+        toggle.library[CREATE](ctypes.c_void_p(vcpu))
+    there = toggle.taken().maps[1]
+    for vcpu in vcpus:
+        toggle.library[FREE](ctypes.c_void_p(vcpu))
+    assert (there.name, there.entries - before.entries, there.dropped) == ("vcpus", len(vcpus), 0)
+    assert toggle.taken().maps[1] == before
 
 
 def test_a_reading_makes_no_system_call_on_a_map(toggle: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
