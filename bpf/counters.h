@@ -7,9 +7,9 @@
 #define OUTSIDE 0x400 /* of a place: for calls outside updates, so that they are in nobody's way */
 
 /* Each process has the same counters in another order; 15 bits, as many as COUNTERS_CAPACITY takes. */
-static __always_inline u32 order_of(u32 pid)
+static __always_inline u32 order_of(u64 vmm)
 {
-	return pid * PID_FACTOR >> 17 & ~OUTSIDE;
+	return PID_OF(vmm) * PID_FACTOR >> 17 & ~OUTSIDE;
 }
 
 static __always_inline u32 first_counter(u64 key, u32 order)
@@ -18,9 +18,9 @@ static __always_inline u32 first_counter(u64 key, u32 order)
 }
 
 /* Where such calls are counted, which may be a new counter; NOWHERE if its places are taken. */
-static __always_inline u32 find_counter(u64 key, u64 site, u64 caller, u32 pid)
+static __always_inline u32 find_counter(u64 key, u64 site, u64 caller, u64 vmm)
 {
-	u32 first = first_counter(key + site, order_of(pid)) | (site ? OUTSIDE : 0);
+	u32 first = first_counter(key + site, order_of(vmm)) | (site ? OUTSIDE : 0);
 	struct counter *counter;
 
 #pragma clang loop unroll(disable)
@@ -28,7 +28,7 @@ static __always_inline u32 find_counter(u64 key, u64 site, u64 caller, u32 pid)
 		u32 index = first ^ way;
 
 		counter = counters.lookup(&index);
-		if (counter && counter->key == key && counter->pid == pid && counter->site == site)
+		if (counter && counter->key == key && counter->vmm == vmm && counter->site == site)
 			return index;
 	}
 #pragma clang loop unroll(disable)
@@ -39,7 +39,7 @@ static __always_inline u32 find_counter(u64 key, u64 site, u64 caller, u32 pid)
 		if (counter && !counter->key && take(COUNTERS, index)) {
 			counter->caller = caller;
 			counter->site = site;
-			counter->pid = pid;
+			counter->vmm = vmm;
 			barrier();
 			counter->key = key;
 			COUNT(places_taken);

@@ -4,15 +4,15 @@
 #define EXIT_WAYS 16
 
 /* The first 11 bits tell kinds apart; all 15 tell processes apart. */
-static __always_inline u32 first_place(u64 key, u32 pid)
+static __always_inline u32 first_place(u64 key, u64 vmm)
 {
-	return (key * 0x9e3779b97f4a7c15 >> 53) ^ (pid * PID_FACTOR >> 17);
+	return (key * 0x9e3779b97f4a7c15 >> 53) ^ (PID_OF(vmm) * PID_FACTOR >> 17);
 }
 
-/* Where exits of the kind KEY and of the process PID are counted, maybe a new place; NOWHERE if its places are taken. */
-static __always_inline u32 find_place(u64 key, u32 pid)
+/* Where exits of the kind KEY and of the process VMM are counted, maybe a new place; NOWHERE if its places are taken. */
+static __always_inline u32 find_place(u64 key, u64 vmm)
 {
-	u32 first = first_place(key, pid);
+	u32 first = first_place(key, vmm);
 	struct exit *exit;
 
 #pragma clang loop unroll(disable)
@@ -20,7 +20,7 @@ static __always_inline u32 find_place(u64 key, u32 pid)
 		u32 index = first ^ way;
 
 		exit = exits.lookup(&index);
-		if (exit && exit->key == key && exit->pid == pid)
+		if (exit && exit->key == key && exit->vmm == vmm)
 			return index;
 	}
 #pragma clang loop unroll(disable)
@@ -29,7 +29,7 @@ static __always_inline u32 find_place(u64 key, u32 pid)
 
 		exit = exits.lookup(&index);
 		if (exit && !exit->key && take(EXITS, index)) {
-			exit->pid = pid;
+			exit->vmm = vmm;
 			barrier();
 			exit->key = key;
 			COUNT(places_taken);
@@ -55,13 +55,13 @@ static __always_inline u32 place_of_others(u64 key)
 	return index;
 }
 
-static __always_inline void count_exit(u64 key, u32 pid)
+static __always_inline void count_exit(u64 key, u64 vmm)
 {
-	u32 index = first_place(key, pid);
+	u32 index = first_place(key, vmm);
 	struct exit *exit = exits.lookup(&index);
 
-	if (!exit || exit->key != key || exit->pid != pid) {
-		index = find_place(key, pid);
+	if (!exit || exit->key != key || exit->vmm != vmm) {
+		index = find_place(key, vmm);
 		if (index == NOWHERE)
 			index = place_of_others(key);
 		exit = exits.lookup(&index);

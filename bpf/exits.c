@@ -26,6 +26,8 @@ struct values {
 	u64 control_offset; /* struct vcpu_svm -> vmcb -> control.exit_code and exit_info_1 */
 	u64 exit_code_offset;
 	u64 exit_info_offset;
+	u64 leader_offset; /* struct task_struct -> group_leader */
+	u64 start_offset; /* struct task_struct -> start_boottime */
 };
 #include "value.h"
 #include "context.h"
@@ -54,7 +56,7 @@ enum result { OK, FILTERED, UNKNOWN, INVALID, REFLECTED };
 
 struct exit {
 	u64 count;
-	u64 pid; /* 0 unless by_pid; of processes that have ended, too */
+	u64 vmm; /* vmm_of() its process; 0 unless by_pid; of processes that have ended, too */
 	union {
 		u64 key; /* 0: free */
 		struct kind kind;
@@ -70,6 +72,7 @@ struct vcpu {
 	};
 	u32 tid; /* of the thread that was in it, and of its process */
 	u32 pid;
+	u64 vmm; /* vmm_of() it; 0 unless by_pid */
 };
 
 struct counts {
@@ -92,6 +95,7 @@ MAPPED_ARRAY(vcpus, struct vcpu, VCPUS_CAPACITY);
 static __always_inline void reset_slot(struct vcpu *v)
 {
 	v->key = 0;
+	v->pid = 0;
 }
 
 static __always_inline void slot_taken(void)
@@ -111,7 +115,9 @@ static __always_inline void begin_exit(struct vcpu *v, u64 key)
 	v->seq++;
 	barrier();
 	if (open)
-		count_exit(open, VALUE(by_pid) ? v->pid : 0);
+		count_exit(open, v->vmm);
+	if (VALUE(by_pid) && v->pid != id >> 32)
+		v->vmm = vmm_of(id >> 32);
 	barrier();
 	v->key = key;
 	*(u64 *)&v->tid = id; /* and the pid */
@@ -318,7 +324,7 @@ int exit_ended(struct bpf_raw_tracepoint_args *ctx)
 	u32 index = ctx->args[0], other;
 	struct exit *from = exits.lookup(&index), *to;
 
-	if (!from || !from->key || !from->pid)
+	if (!from || !from->key || !from->vmm)
 		return 0;
 	other = find_place(from->key, 0);
 	to = exits.lookup(&other);

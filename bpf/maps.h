@@ -50,7 +50,7 @@ struct counter {
 	struct outcome outcome;
 	u64 caller;
 	u64 site;
-	u64 pid; /* 0 unless by_pid; of processes that have ended, too */
+	u64 vmm; /* vmm_of() its process; 0 unless by_pid; of processes that have ended, too */
 	union {
 		u64 key; /* 0: free */
 		struct call call;
@@ -71,8 +71,9 @@ struct vcpu {
 	};
 	u32 before; /* bits_at() its entry */
 	u32 counter;
-	u32 pid; /* 0 unless by_pid */
+	u32 pid; /* 0 unless by_pid, as the next two */
 	u32 tid;
+	u64 vmm; /* vmm_of() it */
 	u64 order; /* order_of() its counters */
 	/* the update that is under way */
 	u64 inside; /* INSIDE(), maybe DIRECT */
@@ -91,15 +92,15 @@ struct update {
 	u64 count; /* entered */
 	u64 nanoseconds; /* of those that were seen to return, and so are in a bucket */
 	u64 buckets[BUCKETS]; /* [i], i > 0: up to 64 << i ns, and more than 64 << (i - 1) unless i is 1; the last: any more */
-	u32 pid; /* as in struct counter */
+	u64 vmm; /* as in struct counter */
 	u32 kind; /* of enum within; NONE: free */
+	u32 unused;
 };
 #define UPDATE_WORDS (2 + BUCKETS)
 
 /* A process that made a vCPU, and what it was called then. */
 struct vmm {
-	u32 pid; /* 0: free */
-	u32 unused;
+	u64 id; /* vmm_of() it; 0: free */
 	char command[16];
 };
 

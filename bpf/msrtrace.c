@@ -72,9 +72,9 @@ static __always_inline int call_entered(context *ctx, enum form form, u64 called
 		note_thread(v);
 	}
 	counter = counters.lookup(&index);
-	if (!counter || counter->key != key || (VALUE(by_pid) && counter->pid != v->pid)) {
+	if (!counter || counter->key != key || (VALUE(by_pid) && counter->vmm != v->vmm)) {
 		caller = caller_of(ctx, called);
-		index = v->counter = find_counter(key, v->inside ? 0 : caller, caller, v->pid);
+		index = v->counter = find_counter(key, v->inside ? 0 : caller, caller, v->vmm);
 	}
 	if (!VALUE(exact)) {
 		count_call(&index, v->flags, 0, FAILED);
@@ -272,7 +272,7 @@ int update_entered(context *ctx)
 	 * It counts from here on. A return may not be seen: the kernel has a number of places, by CPUs, for all threads that
 	 * are in a function with a kretprobe (struct kretprobe.maxactive), and threads that are preempted there keep theirs.
 	 */
-	place = find_update(v->pid, kind);
+	place = find_update(v->vmm, kind);
 	v->update = place;
 	update = updates.lookup(&place);
 	if (update)
@@ -333,7 +333,7 @@ int counter_ended(struct bpf_raw_tracepoint_args *ctx)
 	u32 index = ctx->args[0], other;
 	struct counter *from = counters.lookup(&index), *to;
 
-	if (!from || !from->key || !from->pid)
+	if (!from || !from->key || !from->vmm)
 		return 0;
 	other = find_counter(from->key, from->site, from->caller, 0);
 	to = counters.lookup(&other);
@@ -358,7 +358,7 @@ int update_ended(struct bpf_raw_tracepoint_args *ctx)
 	u32 index = ctx->args[0], other;
 	struct update *from = updates.lookup(&index), *to;
 
-	if (!from || from->kind == NONE || !from->pid)
+	if (!from || from->kind == NONE || !from->vmm)
 		return 0;
 	other = find_update(0, from->kind);
 	to = updates.lookup(&other);

@@ -51,3 +51,24 @@ static __always_inline void move(u64 *to, u64 *from)
 
 #define NOWHERE (~0u)
 #define PID_FACTOR 0x9e3779b1
+
+/*
+ * The process that runs, whose pid is PID, as a number that no other process has: after it has ended, another may get its
+ * pid. Above the pid (PID_MAX_LIMIT, include/linux/threads.h) is when it began, in ticks, as /proc/PID/stat has it
+ * (nsec_to_clock_t(), kernel/time/time.c); 0 if that is not known. tracer/model/vmm_id.py takes it apart.
+ */
+#define PID_BITS 22
+#define PID_OF(vmm) ((u32)(vmm) & ((1 << PID_BITS) - 1))
+#define TICK_NS 10000000
+
+static __always_inline u64 vmm_of(u32 pid)
+{
+	u64 leader = 0, began = 0;
+
+	if (VALUE(start_offset)) {
+		read_kernel(&leader, sizeof(leader), bpf_get_current_task() + VALUE(leader_offset));
+		if (read_kernel(&began, sizeof(began), leader + VALUE(start_offset)))
+			began = 0;
+	}
+	return began / TICK_NS << PID_BITS | pid;
+}

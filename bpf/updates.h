@@ -87,9 +87,9 @@ static __always_inline struct vcpu *updated_by(u32 tid)
 #endif
 
 /* Where updates of a process and a KIND are counted, which may be a new place; NOWHERE if its places are taken. */
-static __always_inline u32 find_update(u32 pid, u32 kind)
+static __always_inline u32 find_update(u64 vmm, u32 kind)
 {
-	u32 first = (pid * PID_FACTOR >> 20 & (UPDATES_CAPACITY - 1)) ^ kind;
+	u32 first = (PID_OF(vmm) * PID_FACTOR >> 20 & (UPDATES_CAPACITY - 1)) ^ kind;
 	struct update *update;
 
 #pragma clang loop unroll(disable)
@@ -97,7 +97,7 @@ static __always_inline u32 find_update(u32 pid, u32 kind)
 		u32 index = first ^ way;
 
 		update = updates.lookup(&index);
-		if (update && update->kind == kind && update->pid == pid)
+		if (update && update->kind == kind && update->vmm == vmm)
 			return index;
 	}
 #pragma clang loop unroll(disable)
@@ -106,7 +106,7 @@ static __always_inline u32 find_update(u32 pid, u32 kind)
 
 		update = updates.lookup(&index);
 		if (update && update->kind == NONE && take(UPDATES, index)) {
-			update->pid = pid;
+			update->vmm = vmm;
 			barrier();
 			update->kind = kind;
 			COUNT(places_taken);

@@ -13,6 +13,7 @@ struct values {
 	u64 filter_offset; /* struct kvm_vcpu -> kvm; if update_kind is 0 */
 	u64 leader_offset; /* struct task_struct -> group_leader and comm; 0: they are not known */
 	u64 command_offset;
+	u64 start_offset; /* struct task_struct -> start_boottime; 0: it is not known */
 	u64 update_kind; /* of enum within: what every update is for; 0: the generation of the filter tells (6.17) */
 	u64 cast_type; /* struct timespec64 in the kernel's BTF; 0: there is no bpf_rdonly_cast() (6.2) */
 	u64 by_pid; /* count per process, for per-VM metrics */

@@ -18,6 +18,7 @@ static __always_inline void read_command(char *command, u32 size)
 static __always_inline void slot_taken(void)
 {
 	u32 pid = bpf_get_current_pid_tgid() >> 32, first = pid * PID_FACTOR >> 20 & (VMMS_CAPACITY - 1), index;
+	u64 id = vmm_of(pid);
 	char command[16] = {};
 	struct vmm *vmm;
 
@@ -26,7 +27,7 @@ static __always_inline void slot_taken(void)
 	for (u32 way = 0; way < VMM_WAYS; way++) {
 		index = first ^ way;
 		vmm = vmms.lookup(&index);
-		if (vmm && vmm->pid == pid)
+		if (vmm && vmm->id == id)
 			return;
 	}
 	read_command(command, sizeof(command));
@@ -37,16 +38,16 @@ static __always_inline void slot_taken(void)
 		u32 place = first ^ way;
 
 		vmm = vmms.lookup(&place);
-		if (vmm && !vmm->pid)
+		if (vmm && !vmm->id)
 			index = place;
 	}
 	vmm = vmms.lookup(&index);
 	if (vmm) {
-		vmm->pid = 0;
+		vmm->id = 0;
 		barrier();
 		__builtin_memcpy(vmm->command, command, sizeof(command));
 		barrier();
-		vmm->pid = pid;
+		vmm->id = id;
 	}
 	COUNT(vmms_seen);
 }
@@ -58,6 +59,7 @@ static __always_inline void reset_slot(struct vcpu *v)
 	v->started = 0;
 	v->creating = 0;
 	v->uncomputed = 0;
+	v->pid = 0;
 }
 
 /* The thread that has the vCPU V. */
@@ -66,9 +68,10 @@ static __always_inline void note_thread(struct vcpu *v)
 	u64 id = bpf_get_current_pid_tgid();
 
 	v->tid = id;
-	if (VALUE(by_pid)) { /* or else these are 0 */
+	if (VALUE(by_pid) && v->pid != id >> 32) { /* or else these are 0, or are as they were */
 		v->pid = id >> 32;
-		v->order = order_of(v->pid);
+		v->vmm = vmm_of(v->pid);
+		v->order = order_of(v->vmm);
 	}
 }
 

@@ -122,7 +122,7 @@ def test_what_is_loaded() -> None:
         KPROBE[name]
         for name in (
             "vmx-recalc-kprobe-cast-bitmap_offset=6840-exits_offset=5008-cast_type=2-exact=1-filter_offset=0"
-            "-wanted_pid=4711-by_pid=1-leader_offset=1416-command_offset=1896",
+            "-wanted_pid=4711-by_pid=1-leader_offset=1416-start_offset=1384-command_offset=1896",
             "vmx-toggle-kprobe-update_kind=1",
         )
     )

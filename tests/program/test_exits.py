@@ -132,7 +132,7 @@ def start(headers: None, library: Path) -> Iterator[Start]:
     def new(options: Options = Options(), given: Mapping[str, int] = COMPLETE) -> Kvm:  # noqa: B008 (it is frozen)
         values.clear()
         values.update({"rcx_offset": 0, "nested_offset": 8, "nested_bits": 1, "exits_offset": 16, **given})
-        values.update(process_values(options))
+        values.update(process_values(options, None))
         values.update({} if options.by_vm else {"places": 2048})
         made.append(Kvm(library, replace(options, backend="kprobe")))
         return made[-1]
@@ -305,7 +305,7 @@ def test_processes_are_told_apart_and_merged_when_they_have_ended(another: Start
     perform(kvm, vcpus[1], 0x48, False, "read", OK)
     slots = kvm.counter.reader._vcpus
     [other] = [at for at in slots.used("vcpu") if slots.get(at, "vcpu") == ctypes.addressof(vcpus[1])]
-    slots.set(other, "pid", ours + 1)  # as if it were another's
+    slots.set(other, "vmm", ours + 1)  # as if it were another's
     separate = {kind: 1, replace(kind, pid=ours + 1): 1}
     assert kvm.read().exits == separate
     kvm.counter.forget({ours, ours + 1})

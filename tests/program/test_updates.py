@@ -71,7 +71,7 @@ def test_updates_for_which_two_cpus_took_a_place_each_are_added(toggle: StandIn)
     arrays = toggle.engine._reader._arrays
     updates, counts = arrays["updates"], arrays["counts"]
     [first] = updates.used("kind")
-    for member, value in (("count", 3), ("pid", 0), ("kind", updates.get(first, "kind"))):
+    for member, value in (("count", 3), ("vmm", 0), ("kind", updates.get(first, "kind"))):
         updates.set(first ^ 1, member, value)
     counts.set(0, "places_taken", counts.get(0, "places_taken") + 1)
     toggle.update(toggle.vcpu())

@@ -24,7 +24,7 @@ class KnownBtf(Btf):
 
     def offset(self, structure: str, member: str) -> int:
         offsets = {"vmcs01": 6792, "msr_bitmap": 48, "msrpm": 6936, "kvm": 0, "stat": 5000, "exits": 8}
-        return (offsets | {"group_leader": 1416, "comm": 1896})[member]
+        return (offsets | {"group_leader": 1416, "comm": 1896, "start_boottime": 1384})[member]
 
     def function_id(self, name: str) -> int:
         return 1

@@ -111,13 +111,13 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
             )
         ):
             site = caller if caller != IN_HOOK else 0
-            write(engine, "counters", 5 + index, caller=caller, site=site, pid=pid, **made, **counted)
+            write(engine, "counters", 5 + index, caller=caller, site=site, vmm=pid, **made, **counted)
         buckets = [0, 2, 1, *[0] * 22, 1, *[0] * 5, 1]
-        write(engine, "updates", 7, count=5, nanoseconds=2_500_000_000, buckets=buckets, pid=100, kind=FILTER_CHANGE)
-        write(engine, "updates", 9, count=1, nanoseconds=500_000_000, pid=200, kind=RECOMPUTED)
-        write(engine, "updates", 10, pid=300, kind=NO_UPDATE)  # free again
+        write(engine, "updates", 7, count=5, nanoseconds=2_500_000_000, buckets=buckets, vmm=100, kind=FILTER_CHANGE)
+        write(engine, "updates", 9, count=1, nanoseconds=500_000_000, vmm=200, kind=RECOMPUTED)
+        write(engine, "updates", 10, vmm=300, kind=NO_UPDATE)  # free again
         write(engine, "vcpus", 3, vcpu=0xFFFF)
-        write(engine, "vmms", 17, pid=200, command=b"qemu-system-x86\0")
+        write(engine, "vmms", 17, id=200, command=b"qemu-system-x86\0")
         losses = {"dropped_calls": 1, "dropped_vcpus": 2, "dropped_updates": 3}
         losses |= {"unpaired_update": 6, "unpaired_return": 7, "read_failed": 8}
         put(engine, **losses, vcpus_seen=9, vmms_seen=4)
@@ -153,7 +153,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (left.updates, list(left.recalcs), left.vcpus_seen) == ({0: taken.updates[100]}, [200], 9)
         assert left.commands == {200: "qemu-system-x86"}
         # The one with an open call stays as it is until that is counted.
-        write(engine, "vcpus", 3, seq=1, pid=200)
+        write(engine, "vcpus", 3, seq=1, vmm=200)
         monkeypatch.setattr(Reader, "_is_open", lambda *_: True)
         engine.forget({200})
         assert engine.snapshot().calls == left.calls
@@ -220,7 +220,7 @@ def test_engine_beside_a_livepatch() -> None:
         ]
         for index, caller in enumerate((0x9210, 0x9310, 0x9410)):
             made = what(0x10, READ, 0, NO_UPDATE)
-            write(engine, "counters", index, caller=caller, site=caller, pid=7, **made, redundant=1)
+            write(engine, "counters", index, caller=caller, site=caller, vmm=7, **made, redundant=1)
         taken = engine.snapshot()
         assert (list(taken.uncounted), taken.lower_bound) == (engine.warnings, True)
         assert {(call.cause, call.caller) for call in taken.calls} == {

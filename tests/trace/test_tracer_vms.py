@@ -9,6 +9,7 @@ import pytest
 from made_kernel import Kernel, counts, losses, names
 
 from tracer.model.snapshot import VmInfo
+from tracer.model.vmm_id import vmm_id
 
 
 def test_vms_are_counted_separately(by_vm: Kernel) -> None:
@@ -42,6 +43,21 @@ def test_a_vm_that_ended_before_any_snapshot_is_counted(by_vm: Kernel) -> None:
     by_vm.call(300, 5)
     snapshot = by_vm.tracer.snapshot()
     assert (counts(snapshot), names(snapshot)) == ({0: 5}, {})
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_vms_whose_vmms_had_one_pid_are_counted_apart(by_vm: Kernel, seen: bool) -> None:
+    """Whether a snapshot was taken while the first was there, or not."""
+    first, second = vmm_id(100, 1000), vmm_id(100, 2000)
+    by_vm.call(first, 7)
+    if seen:
+        snapshot = by_vm.tracer.snapshot()
+        assert (counts(snapshot), names(snapshot)) == ({first: 7}, {first: "web"})
+    by_vm.start(100, "mail", started=2000)
+    by_vm.call(second, 3)
+    snapshot = by_vm.tracer.snapshot()
+    assert (counts(snapshot), names(snapshot)) == ({0: 7, second: 3}, {second: "mail"})
+    assert by_vm.engines[0].forgotten == [{first}]
 
 
 def test_vms_keep_their_counts_through_a_reload(by_vm: Kernel) -> None:

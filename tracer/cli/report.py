@@ -22,6 +22,7 @@ from tracer.cli.parameters import COMMAND, Seconds
 from tracer.cli.session import ready_machine, tracing
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import Options
+from tracer.model.vmm_id import pid_of
 from tracer.report.formats import OF_REPORTS, write_report
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def _state_at_end(tracer: Tracer, infos: Mapping[int, VmInfo]) -> tuple[State | 
     from tracer.report.state_making import states_of_report
 
     problem = tracer.state_problem
+    infos = {pid_of(vmm): info for vmm, info in sorted(infos.items())}  # of one pid the last that began
     try:
         found = tracer.state(steady=True)
         if found:

@@ -28,6 +28,7 @@ from tracer.model import msr
 from tracer.model.cause import RECALC, VCPU_CREATE
 from tracer.model.snapshot import DURATION_BOUNDS, Durations, Snapshot
 from tracer.model.state import State
+from tracer.model.vmm_id import pid_of
 
 _CALL_LABELS = ("msr", "name", "access", "action", "cause")
 _VM_LABELS = ("vm", "pid")
@@ -131,15 +132,15 @@ def _vm_info(snapshot: Snapshot) -> Iterator[Metric]:
     """With --by-vm, what VMs are called, to join with what others know of them."""
     if snapshot.by_vm:
         info = InfoMetricFamily("msrtrace_vm", "A VM that runs: its name, its UUID if its VMM was given one, its VMM.")
-        for pid, vm in sorted(snapshot.vms.items()):
-            info.add_metric([], {"vm": vm.name, "pid": str(pid), "uuid": vm.uuid, "vmm": vm.vmm})
+        for vmm, vm in sorted(snapshot.vms.items()):
+            info.add_metric([], {"vm": vm.name, "pid": str(pid_of(vmm)), "uuid": vm.uuid, "vmm": vm.vmm})
         yield info
 
 
 def _vms(snapshot: Snapshot, all_vms: bool) -> Mapping[int, tuple[str, ...]]:
-    """The values of the VM labels, if any, by pid; VMs that are gone have no series."""
+    """The values of the VM labels, if any, by VMM; VMs that are gone have no series."""
     if snapshot.by_vm and not all_vms:
-        return {pid: (vm.name, str(pid)) for pid, vm in snapshot.vms.items()}
+        return {vmm: (vm.name, str(pid_of(vmm))) for vmm, vm in snapshot.vms.items()}
     return dict.fromkeys(snapshot.pids, ())
 
 

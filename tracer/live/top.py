@@ -18,13 +18,14 @@ from tracer.model.quantity import listed, per_second
 from tracer.model.snapshot import Durations, Outcome, Snapshot
 from tracer.model.state import State
 from tracer.model.vendors import FIRST, vendor_named
+from tracer.model.vmm_id import pid_of
 
 SORTS = ("calls", "redundant", "share", "msr", "cause")
 
 
 @dataclass(frozen=True)
 class Row:
-    """Calls with the same values in all parts that are not None; `pid` is the VMM's, 0 for VMs that are gone."""
+    """Calls with the same values in all parts that are not None; `pid` is the VMM (vmm_id.py), 0 for VMs that ended."""
 
     outcome: Outcome
     pid: int | None = None
@@ -274,9 +275,9 @@ class Sampler:
             self._module = f"{change} ({self._wall()})"
 
 
-def vm_name(shown: Frame, pid: int) -> str:
+def vm_name(shown: Frame, vmm: int) -> str:
     """The pid and name of a VMM."""
-    return f"{pid} {shown.vms.get(pid, '')}".rstrip() if pid else "(ended)"
+    return f"{pid_of(vmm)} {shown.vms.get(vmm, '')}".rstrip() if vmm else "(ended)"
 
 
 def msr_name(row: Row) -> str:

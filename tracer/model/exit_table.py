@@ -14,6 +14,7 @@ from tracer.model.msr_filter import READ, WRITE
 from tracer.model.nested import NESTED_SAID, UNUSED
 from tracer.model.quantity import share
 from tracer.model.state import BOTH, FILTER, PASSED, SAID, UNKNOWN, WORDS, State, Vcpu, Verdict, does_exit
+from tracer.model.vmm_id import pid_of
 
 NESTED, GONE = "nested", "gone"
 #: What is said of exits where that is not the same as of accesses (SAID), and what it means.
@@ -190,7 +191,7 @@ class ExitTable:
         found: Counter[str] = Counter()
         for pid, of_pid in by_pid.items():
             index, direction = of_pid[0].msr, READ if of_pid[0].access == "read" else WRITE
-            for vcpu, number in self._vcpus.get(pid, {}).items():
+            for vcpu, number in self._vcpus.get(pid_of(pid), {}).items():
                 allowed = vcpu.filter.allows(index, direction) if vcpu.filter else None
                 said = self._word_of(vcpu, index, direction, of_pid[0].guest)
                 if said and any(may_have_made(kind, allowed) for kind in of_pid):

@@ -17,7 +17,7 @@ DURATION_BOUNDS = tuple((64 << i) * 1e-9 for i in range(1, 25))
 
 @dataclass(frozen=True)
 class Call:
-    """A kind of call. `pid` is the VMM's, or 0 where counts are not broken down by VM."""
+    """A kind of call. `pid` is the VMM (vmm_id.py), or 0 where counts are not broken down by VM."""
 
     msr: int
     access: str  # read, write or read_write
@@ -154,7 +154,7 @@ class Snapshot:
     """Counts since the tracer was attached, and what limits their accuracy.
 
     `updates` are filter changes applied by a vCPU, `recalcs` recomputations of a bitmap for any other reason; both are
-    keyed by the pid of the VMM, 0 where counts are not broken down by VM. `vms` has the pids that still run. `exits` is
+    keyed by the VMM (vmm_id.py), 0 where counts are not broken down by VM. `vms` has those that still run. `exits` is
     None where exits are not counted.
     """
 
@@ -185,7 +185,7 @@ class Snapshot:
     creations_observable: bool = True
     by_vm: bool = False
     vms: Mapping[int, VmInfo] = field(default_factory=dict)
-    commands: Mapping[int, str] = field(default_factory=dict)  # by pid: of VMMs, at the creation of their first vCPU
+    commands: Mapping[int, str] = field(default_factory=dict)  # of VMMs, at the creation of their first vCPU
 
     @property
     def lower_bound(self) -> bool:

@@ -16,6 +16,7 @@ from tracer.model.nested import L1, L1_OR_UNMERGED, MERGED, NESTED_WORDS, NONE, 
 from tracer.model.snapshot import Call
 from tracer.model.vendor import Passable, Vendor
 from tracer.model.vendors import FIRST
+from tracer.model.vmm_id import pid_of
 
 PASSED, KVM, FILTER, BOTH = "passed", "kvm", "filter", "both"
 PENDING_DENIED, PENDING_ALLOWED = "pending_denied", "pending_allowed"
@@ -340,7 +341,7 @@ def seen_wishes(calls: Iterable[Call], pid: int | None = None) -> frozenset[tupl
     For kernels whose calls say what KVM wants, whatever the filter says: {vmx,svm}_set_intercept_for_msr(), 6.17+.
     """
     found: dict[tuple[int, int], set[Wish]] = {}
-    for call in (one for one in calls if pid in (None, one.pid)):
+    for call in (one for one in calls if pid in (None, pid_of(one.pid))):
         for direction, name in DIRECTIONS.items():
             if call.access in (name, "read_write"):
                 wish = Wish.INTERCEPT if call.action == "enable" else Wish.PASS

@@ -20,6 +20,7 @@ from tracer.model.snapshot import Call, Durations, Outcome, Snapshot, VmInfo
 from tracer.model.state import State
 from tracer.model.vendors import vendor_named
 from tracer.model.verdict import judge
+from tracer.model.vmm_id import pid_of
 from tracer.report.computer import NOTES, parameters_field
 from tracer.report.exit_rows import exit_rows
 from tracer.report.report import (
@@ -253,25 +254,25 @@ def _vms(counted: Snapshot, table: ExitTable | None) -> list[Vm]:
     exits = table.of_vms() if table else {}
     none = OfVm(0, 0, NO_BLAME) if table else None
 
-    def of(pid: int) -> Vm:
-        outcomes = [outcome for call, outcome in counted.calls.items() if call.pid == pid]
+    def of(vmm: int) -> Vm:
+        outcomes = [outcome for call, outcome in counted.calls.items() if call.pid == vmm]
         exact = counted.calls_observable and counted.redundancy == "exact"
-        updates = counted.updates.get(pid, Durations())
-        vm = counted.vms.get(pid, VmInfo(""))
-        its_exits = exits.get(pid, none)
+        updates = counted.updates.get(vmm, Durations())
+        vm = counted.vms.get(vmm, VmInfo(""))
+        its_exits = exits.get(vmm, none)
         return Vm(
-            pid=pid,
+            pid=pid_of(vmm),
             name=vm.name,
             uuid=vm.uuid,
             vmm=vm.vmm,
             calls=sum(outcome.calls for outcome in outcomes) if counted.calls_observable else None,
             redundant=sum(outcome.redundant or 0 for outcome in outcomes) if exact else None,
             filter_updates=updates.count if counted.updates_observable else None,
-            recalculations=counted.recalcs.get(pid, Durations()).count if counted.recalcs_observable else None,
+            recalculations=counted.recalcs.get(vmm, Durations()).count if counted.recalcs_observable else None,
             filter_update_seconds_sum=updates.seconds,
             exits=its_exits.exits if its_exits else None,
             exits_by_filter=its_exits.blame.sure if its_exits else None,
             exits_perhaps_by_filter=its_exits.blame.perhaps if its_exits else None,
         )
 
-    return [of(pid) for pid in sorted(counted.pids)]
+    return [of(vmm) for vmm in sorted(counted.pids, key=lambda vmm: (pid_of(vmm), vmm))]

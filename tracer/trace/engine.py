@@ -205,12 +205,12 @@ class Engine:
             return frozenset()
         return self._reader.updated_vcpus()
 
-    def forget(self, pids: set[int]) -> None:
-        """Make room: the counts of `pids`, processes that have ended, become those of pid 0. None is lost."""
+    def forget(self, vmms: set[int]) -> None:
+        """Make room: the counts of `vmms`, processes that have ended, become those of VMM 0. None is lost."""
         if self._options.by_vm:
-            self._reader.forget(pids)
+            self._reader.forget(vmms)
             if self._exits:
-                self._exits.forget(pids)
+                self._exits.forget(vmms)
 
     def close(self) -> None:
         """Detach everything."""

@@ -87,7 +87,7 @@ def exit_values(symbols: Symbols, options: Options) -> tuple[dict[str, int], Btf
     completions = {name: symbols.find(function) for name, function in EXIT_FUNCTIONS.completions.items()}
     if completions["complete_read"] and completions["complete_write"]:
         found |= {name: places[0].address for name, places in completions.items() if places}
-    found |= process_values(options)
+    found |= process_values(options, btf)
     if not options.by_vm:
         found["places"] = _PLACES_OF_ONE
     return found, btf
@@ -142,7 +142,7 @@ class ExitCounter:
             raise MsrtraceError(explain()) from None
         loaded = self._built.loaded
         self._probes = Probes(self._built, explain)
-        self.reader = ExitReader(loaded.arrays, loaded.functions, by_vm=options.by_vm)
+        self.reader = ExitReader(loaded.arrays, loaded.functions)
 
     def fits(self, symbols: Symbols) -> bool:
         """Whether the program fits the modules that are loaded now."""
@@ -176,9 +176,9 @@ class ExitCounter:
             maps=snapshot.maps + counted.maps,
         )
 
-    def forget(self, pids: set[int]) -> None:
-        """Make room: the counts of processes that have ended become those of pid 0."""
-        self.reader.forget(pids)
+    def forget(self, vmms: set[int]) -> None:
+        """Make room: the counts of processes that have ended become those of VMM 0."""
+        self.reader.forget(vmms)
 
     def close(self) -> None:
         """Detach everything."""
@@ -195,7 +195,7 @@ class _Open:
 
     seq: int
     key: int
-    pid: int
+    vmm: int
     left: int | None
     over: bool = False
 
@@ -203,10 +203,10 @@ class _Open:
 class ExitReader:
     """Reads the arrays of the program. No count ever decreases, and none is above the truth."""
 
-    def __init__(self, arrays: Mapping[str, MappedArray], functions: Mapping[str, int], *, by_vm: bool) -> None:
+    def __init__(self, arrays: Mapping[str, MappedArray], functions: Mapping[str, int]) -> None:
         """`arrays` and `functions` (descriptors) are by name."""
         self._exits, self._vcpus, self._counts = arrays["exits"], arrays["vcpus"], arrays["counts"]
-        self._functions, self._by_vm = functions, by_vm
+        self._functions = functions
         self._open: dict[int, _Open] = {}
         self._last: dict[tuple[int, int], int] = {}
         self._kinds: dict[tuple[int, int], Exit] = {}
@@ -224,10 +224,10 @@ class ExitReader:
         found: Counter[tuple[int, int]] = Counter()
         taken = self._taken.of(self._exits, *_EXITS)
         for place in taken:
-            found[self._exits.get(place, "key"), self._exits.get(place, "pid")] += self._exits.get(place, "count")
+            found[self._exits.get(place, "key"), self._exits.get(place, "vmm")] += self._exits.get(place, "count")
         for index, one in self._open.items():
             if one.over and self._vcpus.get(index, "seq") == one.seq:
-                found[one.key, one.pid] += 1
+                found[one.key, one.vmm] += 1
         self._last = {kind: max(found[kind], self._last.get(kind, 0)) for kind in found.keys() | self._last.keys()}
         vcpus = self._taken.of(self._vcpus, *_VCPUS)
         return CountedExits(
@@ -240,19 +240,19 @@ class ExitReader:
             ),
         )
 
-    def _kind(self, key: int, pid: int) -> Exit:
+    def _kind(self, key: int, vmm: int) -> Exit:
         """A key as the reader of a snapshot wants it: struct kind of bpf/exits.c."""
-        if (key, pid) not in self._kinds:
+        if (key, vmm) not in self._kinds:
             index, access, fast, result, nested, other = (key >> at & mask for at, mask in _FIELDS)
-            self._kinds[key, pid] = Exit(
+            self._kinds[key, vmm] = Exit(
                 msr.OTHER if other else index,
                 _ACCESS[access],
                 FAST if fast else SLOW,
                 _RESULTS[result],
                 L2 if nested else L1,
-                pid,
+                vmm,
             )
-        return self._kinds[key, pid]
+        return self._kinds[key, vmm]
 
     def _look(self, patience: float) -> int:
         """Look which exits are open, and which of them are over; how many are not."""
@@ -274,7 +274,7 @@ class ExitReader:
             return before
         if not key:
             return None
-        pid = vcpus.get(index, "pid") if self._by_vm else 0
+        vmm = vcpus.get(index, "vmm")
         over = self._sees_threads and is_at_rest(vcpus.get(index, "tid"))
         left = before.left if before and (before.seq, before.key) == (seq, key) else None
         if not over:
@@ -282,7 +282,7 @@ class ExitReader:
             over, left = left not in (None, now), now if left is None else left
         # What was read first still stands, or it was not of one moment.
         over = over and (seq, key) == (vcpus.get(index, "seq"), vcpus.get(index, "key"))
-        return _Open(seq, key, pid, left, over)
+        return _Open(seq, key, vmm, left, over)
 
     def reset_unpaired(self) -> None:
         """Forget refused accesses whose exit was not seen."""
@@ -295,15 +295,15 @@ class ExitReader:
         for array in (self._exits, self._vcpus, self._counts):
             array.clear()
 
-    def forget(self, pids: set[int]) -> None:
-        """The counts of processes that have ended become those of pid 0, in the kernel, where none is lost.
+    def forget(self, vmms: set[int]) -> None:
+        """The counts of processes that have ended become those of VMM 0, in the kernel, where none is lost.
 
         Those of a process with a vCPU that is still there stay, to be asked for again.
         """
         vcpus = self._taken.of(self._vcpus, *_VCPUS)
-        ended = pids - {self._vcpus.get(index, "pid") for index in vcpus}
+        ended = vmms - {self._vcpus.get(index, "vmm") for index in vcpus}
         for place in self._taken.of(self._exits, *_EXITS):
-            if self._exits.get(place, "pid") in ended:
+            if self._exits.get(place, "vmm") in ended:
                 run_program(self._functions["exit_ended"], place)
         self._last = {kind: count for kind, count in self._last.items() if kind[1] not in ended}
 

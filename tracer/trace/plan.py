@@ -79,16 +79,18 @@ def values(layout: Layout, btf: Btf | None, symbols: Symbols, options: Options) 
         found["filter_offset"] = btf.offset("kvm_vcpu", "kvm") if btf else 0
     else:
         found["update_kind"] = WITHIN_RECALC if layout.filter_set else WITHIN_FILTER_CHANGE
-    found |= process_values(options)
+    found |= process_values(options, btf)
     if options.by_vm:
-        found |= _command_offsets(btf)
+        found |= _offsets_of_task(btf, command_offset="comm")
     return found
 
 
-def process_values(options: Options) -> dict[str, int]:
-    """The values of a program that say whose counts are wanted, and whether processes are told apart."""
+def process_values(options: Options, btf: Btf | None) -> dict[str, int]:
+    """The values of a program that say whose counts are wanted, and whether and how processes are told apart."""
     found = {} if options.pid is None else {"wanted_pid": options.pid}
-    return found | ({"by_pid": 1} if options.by_vm else {})
+    if options.by_vm:
+        found |= {"by_pid": 1} | _offsets_of_task(btf, start_offset="start_boottime")
+    return found
 
 
 def preemptible(model: Path = _PREEMPTION_MODEL, version: str | None = None) -> bool:
@@ -169,14 +171,12 @@ def cast_type(btf: Btf) -> dict[str, int]:
     return {}
 
 
-def _command_offsets(btf: Btf | None) -> dict[str, int]:
-    """Where the command of a process is, if BTF tells; without it the thread's is taken."""
+def _offsets_of_task(btf: Btf | None, **members: str) -> dict[str, int]:
+    """Where a task has its process and `members`, if BTF tells; without it the command is the thread's."""
     try:
         kernel = btf or Btf.of_kernel()
-        return {
-            "leader_offset": kernel.offset("task_struct", "group_leader"),
-            "command_offset": kernel.offset("task_struct", "comm"),
-        }
+        found = {"leader_offset": kernel.offset("task_struct", "group_leader")}
+        return found | {name: kernel.offset("task_struct", member) for name, member in members.items()}
     except BtfError:
         return {}
 

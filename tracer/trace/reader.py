@@ -24,7 +24,7 @@ _PLACES = {
     "counters": ("key", "places_taken"),
     "updates": ("kind", "places_taken"),
     "vcpus": ("vcpu", "vcpus_seen"),
-    "vmms": ("pid", "vmms_seen"),
+    "vmms": ("id", "vmms_seen"),
 }
 
 _INIT_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
@@ -33,7 +33,10 @@ SETTLE_PAUSE_SECONDS = 0.002
 
 @dataclass(frozen=True)
 class Counted:
-    """What is in the arrays: `counts` by the members of struct counts, `updates` and `recalcs` by pid; what is open."""
+    """What is in the arrays: `counts` by the members of struct counts, `updates` and `recalcs` by VMM; what is open.
+
+    VMMs are as in tracer/model/vmm_id.py.
+    """
 
     calls: Mapping[Call, Outcome]
     updates: Mapping[int, Durations]
@@ -78,7 +81,7 @@ class Reader:
         self._arrays, self._functions, self._exact, self._by_vm = arrays, functions, exact, by_vm
         self._counts = arrays["counts"]
         outcome = ("redundant", "changed", "unknown", "changed_read", "changed_write", "refused")
-        self._counter = arrays["counters"].getter(*(f"outcome.{name}" for name in outcome), "caller", "pid", "key")
+        self._counter = arrays["counters"].getter(*(f"outcome.{name}" for name in outcome), "caller", "vmm", "key")
         self._update = arrays["updates"].getter("count", "nanoseconds", "buckets")
         self._taken = TakenPlaces(self._counts)
         self._symbols: Symbols | None = None
@@ -93,21 +96,21 @@ class Reader:
         counters = self._arrays["counters"]
         taken = self._places("counters")
         for index in taken:
-            *numbers, caller, pid, key = self._counter(index)
+            *numbers, caller, vmm, key = self._counter(index)
             outcome = self._outcome(*numbers)
             if key and outcome.calls:  # a place may have been taken for a call that is not counted yet
-                call = self._call(symbols, index, caller, pid, key)
+                call = self._call(symbols, index, caller, vmm, key)
                 calls[call] = calls[call] + outcome if call in calls else outcome
         durations: dict[int, dict[int, Durations]] = {WITHIN_FILTER_CHANGE: {}, WITHIN_RECALC: {}}
         updates, creation_recalcs = self._places("updates"), 0
         for index in updates:
             count, nanoseconds, *buckets = self._update(index)
             if count:
-                kind, pid = (self._arrays["updates"].get(index, name) for name in ("kind", "pid"))
+                kind, vmm = (self._arrays["updates"].get(index, name) for name in ("kind", "vmm"))
                 if kind == WITHIN_CREATION:
                     kind, creation_recalcs = WITHIN_RECALC, creation_recalcs + count
                 # There are two where two CPUs looked for one at once.
-                durations[kind][pid] = durations[kind].get(pid, Durations()) + _durations(count, nanoseconds, buckets)
+                durations[kind][vmm] = durations[kind].get(vmm, Durations()) + _durations(count, nanoseconds, buckets)
         entries = {"calls": len(taken), "vcpus": len(self._places("vcpus"))}
         capacity = {"calls": counters.entries, "vcpus": self._arrays["vcpus"].entries}
         if self._by_vm:  # otherwise it has a place for each kind
@@ -123,14 +126,14 @@ class Reader:
             open_calls=open_calls,
         )
 
-    def _call(self, symbols: Symbols, index: int, caller: int, pid: int, key: int) -> Call:
+    def _call(self, symbols: Symbols, index: int, caller: int, vmm: int, key: int) -> Call:
         """What the counter at `index` counts: found once for all processes, and readings with the same `symbols`."""
         if symbols is not self._symbols:
             self._symbols, self._called = symbols, {}
         found = self._called.get((key, caller))
         if found is None:
             found = self._called[key, caller] = self._found(symbols, index, caller)
-        return replace(found, pid=pid) if pid else found
+        return replace(found, pid=vmm) if vmm else found
 
     def _found(self, symbols: Symbols, index: int, caller: int) -> Call:
         name, function = symbols.caller(caller)
@@ -190,13 +193,13 @@ class Reader:
         return Outcome(calls, redundant, *details) if self._exact else Outcome(calls)
 
     def _commands(self) -> dict[int, str]:
-        """By pid, what processes were called when they made their first vCPU."""
+        """What processes were called when they made their first vCPU."""
         vmms = self._arrays["vmms"]
         found = {}
         for index in self._places("vmms"):
-            pid, command = vmms.get(index, "pid"), vmms.text(index, "command")
-            if pid == vmms.get(index, "pid"):  # or it was being written
-                found[pid] = command.decode(errors="replace")
+            vmm, command = vmms.get(index, "id"), vmms.text(index, "command")
+            if vmm == vmms.get(index, "id"):  # or it was being written
+                found[vmm] = command.decode(errors="replace")
         return found
 
     def updated_vcpus(self) -> frozenset[int]:
@@ -204,25 +207,25 @@ class Reader:
         vcpus = self._arrays["vcpus"]
         return frozenset(vcpus.get(index, "vcpu") for index in self._places("vcpus") if vcpus.get(index, "started"))
 
-    def forget(self, pids: set[int]) -> None:
-        """Make room: the counts of processes that have ended become those of pid 0, in the kernel, where none is lost.
+    def forget(self, vmms: set[int]) -> None:
+        """Make room: the counts of processes that have ended become those of VMM 0, in the kernel, where none is lost.
 
         Those of a process with a call that is not counted yet stay, to be asked for again.
         """
         arrays = self._arrays
         open_ = {
-            arrays["vcpus"].get(index, "pid")
+            arrays["vcpus"].get(index, "vmm")
             for index in self._places("vcpus")
             if arrays["vcpus"].get(index, "seq") & 1
         }
-        ended = pids - open_
+        ended = vmms - open_
         for array, program in (("counters", "counter_ended"), ("updates", "update_ended")):
             for index in self._places(array):
-                if arrays[array].get(index, "pid") in ended:
+                if arrays[array].get(index, "vmm") in ended:
                     run_program(self._functions[program], index)
         for index in self._places("vmms"):
-            if arrays["vmms"].get(index, "pid") in ended:
-                arrays["vmms"].set(index, "pid", 0)
+            if arrays["vmms"].get(index, "id") in ended:
+                arrays["vmms"].set(index, "id", 0)
 
 
 def _action(type_: int, enables: int) -> str:

@@ -52,8 +52,8 @@ class Attachment(Protocol):
     def wishes_seen(self) -> frozenset[int]:
         """The vCPUs of which all calls of an update were seen that say what KVM wants."""
 
-    def forget(self, pids: set[int]) -> None:
-        """Move the counts of ended processes to pid 0, where that is possible; none is lost."""
+    def forget(self, vmms: set[int]) -> None:
+        """Move the counts of ended processes to VMM 0, where that is possible; none is lost."""
 
     def detach(self) -> None:
         """Remove the probes and discard the counts."""
@@ -197,9 +197,10 @@ class Tracer:
                 return found
             counted = self._total()
             of_all = seen_wishes(counted.calls)
+            running = [call for call in counted.calls if self._vms.alive(call.pid)] if counted.by_vm else []
             vms = []
             for vm in found.vms:
-                seen = seen_wishes(counted.calls, vm.pid) if counted.by_vm else of_all
+                seen = seen_wishes(running, vm.pid) if counted.by_vm else of_all
                 known = tuple(replace(one, seen=seen) if one.key in vcpus else one for one in vm.vcpus)
                 vms.append(replace(vm, vcpus=known))
             known_of = sum(bool(one.seen) for vm in vms for one in vm.vcpus)
@@ -243,7 +244,7 @@ class Tracer:
         with self._lock:
             total = self._total(patience)
             pids = total.pids - {0}
-            # A pid that another process has reused counts as gone.
+            # So is one whose pid another process has by now.
             vms = {pid: vm for pid in pids if self._vms.alive(pid) and (vm := self._vms.info(pid))}
             if self._kept is not None:
                 self._kept |= vms

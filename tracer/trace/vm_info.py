@@ -8,6 +8,7 @@ command line, which is in /proc/<pid>/cmdline.
 from pathlib import Path
 
 from tracer.model.snapshot import VmInfo
+from tracer.model.vmm_id import pid_of, start_of
 from tracer.trace.vmm import given_name, given_uuid, vmm_called
 
 NAME_LIMIT = 128
@@ -68,13 +69,17 @@ class VmInfos:
         self._infos: dict[int, VmInfo] = {}
         self._room = _ROOM  # processes, until it is looked which of them have ended
 
-    def info(self, pid: int) -> VmInfo | None:
-        """As `vm_info`. After the pid is reused, it is of the new process."""
+    def info(self, vmm: int) -> VmInfo | None:
+        """As `vm_info`, of a VMM as in tracer/model/vmm_id.py. After its pid is reused, it is of the new process.
+
+        That is not the VMM if it is known when that began.
+        """
+        pid = pid_of(vmm)
         started = start_time(pid, self._proc)
         if started is None or started != self._started.get(pid):
             self._started.pop(pid, None)
             self._infos.pop(pid, None)
-        if started is None:
+        if started is None or start_of(vmm) not in (0, started):
             return None
         if pid in self._infos:
             return self._infos[pid]
@@ -94,13 +99,16 @@ class VmInfos:
         self._infos = {pid: info for pid, info in self._infos.items() if pid in self._started}
         self._room = 2 * len(self._started) + _ROOM
 
-    def alive(self, pid: int) -> bool:
-        """Whether the process that `info` last described under this pid is still running.
+    def alive(self, vmm: int) -> bool:
+        """Whether a VMM, as in tracer/model/vmm_id.py, is still running.
 
-        For a pid that it has not described: whether any process has it.
+        Of one of which only the pid is known: whether the process that `info` last described under this pid is; and if
+        it has described none, whether any process has it.
         """
+        pid = pid_of(vmm)
         started = start_time(pid, self._proc)
-        return started is not None and started == self._started.get(pid, started)
+        known = start_of(vmm) or self._started.get(pid, started)
+        return started is not None and started == known
 
 
 def info_of_command(command: str) -> VmInfo:
