@@ -4,12 +4,12 @@
 /* The factor gives the calls that KVM makes inside updates a counter each (test_counters_of_updates). */
 #define COUNTER_FACTOR 0xb1e9f5de3507f77f
 #define COUNTER_SHIFT 54 /* what is left is less than OUTSIDE */
-#define OUTSIDE 0x400 /* of a place: for calls outside updates, so that they are in nobody's way */
+#define OUTSIDE 0x400 /* of a place: for calls outside updates, which are in nobody's way there */
 
-/* Each process has the same counters in another order; 15 bits, as many as COUNTERS_CAPACITY takes. */
+/* Each process has the same counters in another order; 16 bits, as many as COUNTERS_CAPACITY takes. */
 static __always_inline u32 order_of(u64 vmm)
 {
-	return PID_OF(vmm) * PID_FACTOR >> 17 & ~OUTSIDE;
+	return PID_OF(vmm) * PID_FACTOR >> 16 & ~OUTSIDE;
 }
 
 static __always_inline u32 first_counter(u64 key, u32 order)
@@ -17,26 +17,25 @@ static __always_inline u32 first_counter(u64 key, u32 order)
 	return (key * COUNTER_FACTOR >> COUNTER_SHIFT) ^ order;
 }
 
-/* Where such calls are counted, which may be a new counter; NOWHERE if its places are taken. */
+/*
+ * Where such calls are counted, which may be a new counter; NOWHERE if its places are taken. It is the first place that
+ * is free or has such calls: there may be another further on, made when a place here was taken. A reader adds them up.
+ */
 static __always_inline u32 find_counter(u64 key, u64 site, u64 caller, u64 vmm)
 {
 	u32 first = first_counter(key + site, order_of(vmm)) | (site ? OUTSIDE : 0);
 	struct counter *counter;
 
 #pragma clang loop unroll(disable)
-	for (u32 way = 0; way < COUNTER_WAYS; way++) {
-		u32 index = first ^ way;
+	for (u32 way = 0; way < 2 * COUNTER_WAYS; way++) {
+		u32 index = first ^ (way & (COUNTER_WAYS - 1)) ^ (way & COUNTER_WAYS ? OUTSIDE : 0);
 
 		counter = counters.lookup(&index);
-		if (counter && counter->key == key && counter->vmm == vmm && counter->site == site)
+		if (!counter)
+			continue;
+		if (counter->key == key && counter->vmm == vmm && counter->site == site)
 			return index;
-	}
-#pragma clang loop unroll(disable)
-	for (u32 way = 0; way < COUNTER_WAYS; way++) {
-		u32 index = first ^ way;
-
-		counter = counters.lookup(&index);
-		if (counter && !counter->key && take(COUNTERS, index)) {
+		if (!counter->key && take(COUNTERS, index)) {
 			counter->caller = caller;
 			counter->site = site;
 			counter->vmm = vmm;

@@ -140,7 +140,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
             (ENABLE, 0),
             (DISABLE, 0),
         ]
-        assert taken.maps == (Map("calls", 7, 32768, 1), Map("vcpus", 1, 16384, 2), Map("updates", 2, 4096, 3))
+        assert taken.maps == (Map("calls", 7, 65536, 1), Map("vcpus", 1, 16384, 2), Map("updates", 2, 4096, 3))
         assert taken.commands == {200: "qemu-system-x86"}
         assert (taken.unpaired_returns, taken.read_failures) == (7, 8)
         assert (taken.vcpus_seen, taken.vmms_seen, taken.open_calls) == (9, 4, 0)
@@ -172,7 +172,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         fresh_snapshot = engine.snapshot()
         assert (fresh_snapshot.calls, fresh_snapshot.updates, fresh_snapshot.recalcs) == ({}, {}, {})
         assert (fresh_snapshot.vcpus_seen, fresh_snapshot.lower_bound) == (0, False)
-        assert fresh_snapshot.maps == (Map("calls", 0, 32768), Map("vcpus", 0, 16384), Map("updates", 0, 4096))
+        assert fresh_snapshot.maps == (Map("calls", 0, 65536), Map("vcpus", 0, 16384), Map("updates", 0, 4096))
         assert engine._built.loaded.maps["taken"].keys() == []
         assert not engine.reattach(RECALC, symbols(RECALC))
         assert engine._built.loaded.functions is functions

@@ -12,7 +12,7 @@ from msgspec import UNSET, Meta, UnsetType
 from tracer.model.sanitized import Sanitized, Text
 from tracer.model.vendors import FIRST, VENDORS, vendor_named
 
-#: Limits of a file. The tracer counts 2,048 kinds of calls, or 32,768 kinds of calls and VMs with --by-vm.
+#: Limits of a file. The tracer counts 2,048 kinds of calls, or 65,536 kinds of calls and VMs with --by-vm.
 ROWS, NOTES = 20_000, 256
 VendorName = Annotated[str, Meta(pattern=f"^({'|'.join(vendor.name for vendor in VENDORS)})$")]
 _Parameters = Annotated[dict[Text, Text], Meta(max_length=256)]
