@@ -3,6 +3,7 @@
 # make test       everything that must hold, on the emulated bookworm and trixie hosts of both vendors
 # make test-all   that, and the hosts of suites that move (sid, backports) or are about to leave the archive (filter-only)
 # make test-faults  faults made to happen, in less than an hour once the hosts are built, and docs/reliability.md made from the results
+# make soak       hours of an emulated host's life, SOAK_HOURS (24) of them, each in a minute or so; 4 are part of make test-faults
 # make test-dashboard  the dashboard by what Grafana itself uses (npm, Chromium); pictures of made-up hosts go to
 #                 build/dashboard/ and build/dashboard-500/, of emulated ones (the whole chain: probes, exporter, Prometheus, panels) to build/chain/
 # make check      linter, formatter, types and unit tests: no root, no emulator, no network once installed; it says
@@ -30,13 +31,14 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=5 
 PORT := 9753
 ALL_HOSTS := bookworm,trixie,sid,backports,filter-only,bookworm-amd,trixie-amd,sid-amd,backports-amd,filter-only-amd,bookworm-2-cpus,trixie-2-cpus,container,ansible,operators-hour
 FAULT_HOSTS := bookworm-amd trixie-amd
+SOAK_HOURS := 24
 COMMA := ,
 # An emulated host of docs/hosts.md; what the environment has of that name is another thing.
 HOST :=
 # This machine's KVM module, if its CPU has VMX or SVM and no emulated host is asked for.
 KVM := $(if $(HOST),,$(shell sed -n '/^flags/{s/.*\b\(vmx\|svm\)\b.*/\1/p;q}' /proc/cpuinfo | sed 's/vmx/kvm_intel/; s/svm/kvm_amd/'))
 
-.PHONY: run operators-hour dist wheel deb check check-versions test test-all test-faults lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts bench-exits test-dashboard
+.PHONY: run operators-hour dist wheel deb check check-versions test test-all test-faults soak lint format clean compare-demo saving scrape-cost start-cost state-cost bench bench-parts bench-exits test-dashboard
 
 # What a checkout needs of Debian. BCC is nowhere else: PyPI's `bcc` is another package.
 build/packages: Makefile
@@ -117,6 +119,10 @@ test-faults: lint build/test-packages
 	$(SUDO) rm -f build/faults.json
 	$(SUDO) timeout --foreground 3600 $(VENV)/bin/pytest -m fault --faults --hosts $(subst $() $(),$(COMMA),$(FAULT_HOSTS))
 	$(VENV)/bin/python tests/reliability.py
+
+soak: $(VENV)/ready
+	for host in $(FAULT_HOSTS); do $(SUDO) tests/kvmhost/run --host $$host --build || exit; done
+	$(SUDO) env SOAK_HOURS=$(SOAK_HOURS) timeout --foreground 7200 $(VENV)/bin/pytest tests/kvmhost/test_soak.py --faults --hosts $(subst $() $(),$(COMMA),$(FAULT_HOSTS))
 
 operators-hour: $(VENV)/ready
 	@$(SUDO) $(VENV)/bin/python tests/kvmhost/operators_hour.py

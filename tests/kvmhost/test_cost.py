@@ -19,6 +19,7 @@ CEILINGS_FILE = Path(__file__).with_name("ceilings.json")
 CEILINGS: dict[str, dict[str, dict[str, int]]] = json.loads(CEILINGS_FILE.read_text())
 MARGIN = 1.02  # a kernel update moves the kernel's part of the cost; on one kernel it repeats to the tick
 RSS_KB = 45_000  # DESIGN.md, "Cost"
+BY_VM = 1.15  # the same: what a call may cost with --by-vm, of what it costs without
 SLACK = 0.9  # a ceiling that is further above than this holds nothing
 #: The guest's timer may tick in between.
 EXIT_SLACK = 0.85
@@ -54,6 +55,29 @@ def test_counting_an_exit_costs_no_more_than_recorded(timed: Collected, backend:
         return
     for kind, untraced in prices["none"].items():
         hold(timed.host, backend, f"exit: {kind}", prices[backend][kind] - untraced, EXIT_SLACK)
+
+
+@pytest.mark.parametrize("backend", ["kprobe", "fentry"])
+def test_telling_vms_apart_costs_little(of_amd: Collected, backend: str) -> None:
+    """And every call is counted; of the VM, which has ended, only the counts of the host are left."""
+    found, host, variant = of_amd.scenario("by_vm_costs")[backend], of_amd.host, of_amd.variants[0]
+    if backend == "fentry" and host in NO_FENTRY:
+        assert "refused" in found
+        return
+    ticks = of_amd.scenario("counts")["ticks"]
+    traced = ticks["traced"] if backend == "kprobe" else of_amd.scenario("fentry")["traced"]
+    without, by_vm = (
+        per_call(host, variant, one, ticks["untraced"][variant]) for one in (traced[variant], found["ticks"])
+    )
+    assert by_vm <= BY_VM * without, f"{host}, {backend}: {by_vm:.1f} instead of {without:.1f}"
+    before, after = Metrics.of(found["before"]), Metrics.of(found["after"])
+    calls, redundant = (MEASURED_UPDATES * number for number in PER_UPDATE[host][variant])
+    created, useless = PER_VCPU[host]
+    assert after.calls("msrtrace_host_intercept_calls_total").total() == calls + created
+    assert after.calls("msrtrace_host_intercept_redundant_calls_total").total() == redundant + useless
+    assert after.value("msrtrace_host_filter_updates_total") == MEASURED_UPDATES
+    assert after.named("msrtrace_intercept_calls_total") == before.named("msrtrace_intercept_calls_total") == []
+    assert after.lost() == []
 
 
 @pytest.mark.parametrize("scenario", ["counts", "fentry"])

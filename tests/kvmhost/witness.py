@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kerneltracer import KEPT, NAMED, PASSES, SAVED, VENDORS, Vendor
-from ringbuffer import Event, read
+from ringbuffer import Event, Symbols, read
 
 READ, WRITE = 1, 2
 BOTH = READ | WRITE
@@ -204,3 +204,64 @@ def recorded(folder: Path, updates_are_filters: bool) -> Counts:
     assert not missed, f"the kernel's tracer missed probes: {missed}"
     ways = set(re.findall(r"^ *out_([a-z0-9]+)_", profile, re.M))
     return count(read(folder), updates_are_filters, len(ways))
+
+
+@dataclass
+class Tallies:
+    """What a KernelCounter counted, by thread: `calls` by (thread, cause, MSR), `asked` by (MSR, access, action).
+
+    There may be creations of vCPUs and updates for filters alone: then a call is of one or of the other.
+    """
+
+    calls: Counter[tuple[int, str, int]] = field(default_factory=Counter)
+    asked: Counter[tuple[int, str, str]] = field(default_factory=Counter)
+    updates: Counter[int] = field(default_factory=Counter)
+    vcpus: Counter[int] = field(default_factory=Counter)
+
+    def of_thread(self, thread: int) -> Counter[tuple[str, int]]:
+        """Its calls, by cause and MSR."""
+        return Counter({(cause, msr): n for (one, cause, msr), n in self.calls.items() if one == thread})
+
+
+#: A row of a histogram: what it is of, and how many there were (Documentation/trace/histogram.rst).
+_ROW = re.compile(r"^\{ (.*) \} hitcount: +(\d+)$", re.M)
+
+
+def _rows(text: str) -> list[tuple[dict[str, int], int]]:
+    """The rows of a histogram. Fails if anything was dropped, or the sum is another."""
+    found = [
+        ({key: int(value) for key, value in re.findall(r"(\w+): +(\d+)", row)}, int(count))
+        for row, count in _ROW.findall(text)
+    ]
+    [hits], [dropped] = re.findall(r"^ +Hits: (\d+)$", text, re.M), re.findall(r"^ +Dropped: (\d+)$", text, re.M)
+    assert int(dropped) == 0, f"the kernel's tracer has dropped {dropped} events"
+    assert int(hits) == sum(count for _, count in found)
+    return found
+
+
+def tallied(folder: Path) -> Tallies:
+    """The counts of what a KernelCounter left in FOLDER."""
+    profile = (folder / "profile").read_text()
+    missed = [line for line in profile.splitlines() if line.split()[-1] != "0"]
+    assert not missed, f"the kernel's tracer missed probes: {missed}"
+    symbols, tallies = Symbols((folder / "symbols").read_text()), Tallies()
+    updates = {function for vendor in VENDORS for function in vendor.updates}
+    for file in folder.glob("in_*.hist"):
+        function = file.stem.removeprefix("in_")
+        for text in re.split(r"(?m)^# event histogram$", file.read_text())[1:]:
+            for values, count in _rows(text):
+                if "caller" in values:
+                    caller = symbols.name(values["caller"]).partition("+")[0].partition(".")[0]
+                    cause = "filter_change" if caller in updates else "vcpu_create"
+                    tallies.calls[values["common_pid"], cause, values["msr"]] += count
+                else:
+                    named, enabled = _wish(Event(0, 0, f"in_{function}", "", values))
+                    action = PASS_ACTIONS[enabled] if function == PASSES else "enable" if enabled else "disable"
+                    tallies.asked[values["msr"], ACCESS[named], action] += count
+    assert tallies.calls.total() == tallies.asked.total() > 0
+    for values, count in _rows((folder / "update_in.hist").read_text()):
+        tallies.updates[values["common_pid"]] += count
+    for values, count in _rows((folder / "create_out.hist").read_text()):
+        assert not values["error"], "the creation of a vCPU has failed"
+        tallies.vcpus[values["common_pid"]] += count
+    return tallies

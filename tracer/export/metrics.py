@@ -132,7 +132,7 @@ def _vm_info(snapshot: Snapshot) -> Iterator[Metric]:
     """With --by-vm, what VMs are called, to join with what others know of them."""
     if snapshot.by_vm:
         info = InfoMetricFamily("msrtrace_vm", "A VM that runs: its name, its UUID if its VMM was given one, its VMM.")
-        for vmm, vm in sorted(snapshot.vms.items()):
+        for vmm, vm in sorted(snapshot.vms.items(), key=lambda item: pid_of(item[0])):
             info.add_metric([], {"vm": vm.name, "pid": str(pid_of(vmm)), "uuid": vm.uuid, "vmm": vm.vmm})
         yield info
 

@@ -249,6 +249,20 @@ def by_vm() -> Any:
     return found | a_hundred_vms(wanted) | msrtrace.end()
 
 
+def by_vm_costs() -> Any:
+    """What a filter update takes under --by-vm, and what was counted."""
+    load(STOCK)
+    found: dict[str, Any] = {}
+    for backend in ("kprobe", "fentry"):
+        try:
+            msrtrace = Msrtrace("--by-vm", "--backend", backend)
+        except RuntimeError as error:
+            found[backend] = {"refused": str(error)}
+            continue
+        found[backend] = {"before": scrape(), "ticks": filter_update_ticks(), "after": scrape()} | msrtrace.end()
+    return found
+
+
 def a_hundred_vms(before: int) -> dict[str, Any]:
     """A hundred VMs more, alive at once and then gone; BEFORE updates were counted already."""
     workload = ["workload", "--processes", "--vms", str(HUNDRED), "--updates", "2", "--initial-run", "--hold", "600"]
@@ -338,7 +352,7 @@ def main() -> None:
     scenarios: list[Callable[[], Any]] = [host, counts, fentry, stress, reports, state, nested, exits]
     scenarios += [unknown_redundancy, killed]
     if not ARGS.vendor:
-        scenarios += [attaching, closing, changing]
+        scenarios += [attaching, closing, changing, by_vm_costs]
     if not (ARGS.vendor or ARGS.kernel):
         scenarios += [by_vm, one_pid, waits, not_root, report_command, compiles]
     only = os.environ.get("ONLY", "").split()

@@ -158,21 +158,27 @@ def other_events(vendor: Vendor, functions: set[str]) -> list[str]:
     return [*events, f"r64:{GROUP}/create_out {CREATE} error=$retval:u32"]
 
 
-def define(events: list[str]) -> None:
-    """Make EVENTS, or, with an OSError, none of them."""
-    made = []
-    # Python's own mode "a" seeks, which this file refuses.
-    file = os.open(TRACING / "kprobe_events", os.O_WRONLY | os.O_APPEND)
+def append(path: Path, lines: list[str]) -> None:
+    """Write LINES to a file of tracefs, which loses what it has where it is opened to be truncated."""
+    # Python's own mode "a" seeks, which these files refuse.
+    file = os.open(path, os.O_WRONLY | os.O_APPEND)
     try:
-        for event in events:
-            os.write(file, f"{event}\n".encode())
-            made.append(event.split()[0].partition(":")[2])
-    except OSError:
-        for name in made:
-            os.write(file, f"-:{name}\n".encode())
-        raise
+        for line in lines:
+            os.write(file, f"{line}\n".encode())
     finally:
         os.close(file)
+
+
+def define(events: list[str]) -> None:
+    """Make EVENTS, or, with an OSError, none of them."""
+    made: list[str] = []
+    try:
+        for event in events:
+            append(TRACING / "kprobe_events", [event])
+            made.append(event.split()[0].partition(":")[2])
+    except OSError:
+        append(TRACING / "kprobe_events", [f"-:{name}" for name in made])
+        raise
 
 
 def pages(pipe: Path) -> bytes:
@@ -235,11 +241,14 @@ class KernelTracer:
         self.symbols = symbols_of_kvm()
         functions = {line.split()[2] for line in self.symbols}
         [vendor] = [one for one in VENDORS if any(line.endswith(f"[{one.module}]") for line in self.symbols)]
+        self._start(vendor, functions)
+        return self
+
+    def _start(self, vendor: Vendor, functions: set[str]) -> None:
         (TRACING / "buffer_size_kb").write_text(BUFFER_KB)
         self._define(vendor, functions)
         (TRACING / "trace").write_text("")
         (TRACING / f"events/{GROUP}/enable").write_text("1")
-        return self
 
     def _define(self, vendor: Vendor, functions: set[str]) -> None:
         define(other_events(vendor, functions))
@@ -265,6 +274,45 @@ class KernelTracer:
         (TRACING / "trace").write_text("")
         (TRACING / "kprobe_events").write_text("")
         (TRACING / "buffer_size_kb").write_text("1024")
+
+
+#: Of a call: in how many places there may be counts, by process, MSR and caller; the most that a histogram has.
+COUNTS_SIZE = 1 << 17
+
+
+class KernelCounter(KernelTracer):
+    """Counts in the kernel, by its tracer's histograms, where a record of every call would not fit into any buffer.
+
+    Of each call its thread, MSR and caller, and, apart from these, its MSR and what it asks for; of each update its
+    thread; of each creation of a vCPU its thread and whether it failed. The histograms go to OUT, one file each.
+    """
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(None, out)
+        self._keys: dict[str, list[str]] = {}
+
+    def _start(self, vendor: Vendor, functions: set[str]) -> None:
+        """A histogram needs no event to be recorded (Documentation/trace/events.rst, 6.2: soft mode)."""
+        for function in vendor.calls:
+            if function in functions:
+                passes = function == PASSES
+                define([f"p:{GROUP}/in_{function} {function} {PASS if passes else TOGGLE} caller=+0(%sp):x64"])
+                asked = "msr,read,write" if passes else "msr,type,set"
+                self._keys[f"in_{function}"] = ["common_pid,msr,caller", asked]
+        define(other_events(vendor, functions))
+        self._keys |= {"update_in": ["common_pid"], "create_out": ["common_pid,error"]}
+        for event, keys in self._keys.items():
+            lines = [f"hist:keys={key}:size={COUNTS_SIZE}" for key in keys]
+            append(TRACING / f"events/{GROUP}/{event}/trigger", lines)
+
+    def __exit__(self, *_: object) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "symbols").write_text("\n".join(self.symbols))
+        for event, keys in self._keys.items():
+            (self.out / f"{event}.hist").write_text((TRACING / f"events/{GROUP}/{event}/hist").read_text())
+            append(TRACING / f"events/{GROUP}/{event}/trigger", [f"!hist:keys={key}" for key in keys])
+        (self.out / "profile").write_text((TRACING / "kprobe_profile").read_text())
+        (TRACING / "kprobe_events").write_text("")
 
 
 def part_events(vendor: Vendor, name: str, start: str, offset: int) -> list[str]:

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hours of a host's life in minutes: scenarios/soak.py. SOAK_HOURS says how many (`make soak`)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HERE, TIMEOUT_SECONDS, Collected, rig
+from faults import Figures
+from metrics_text import Metrics, nonzero
+from soak import COME, COME_MINUTES, COME_UPDATES, HOUR_SECONDS, SCRAPE_SECONDS, STAYS
+from test_many import ON, of_calls
+from witness import tallied
+
+HOURS = int(os.environ.get("SOAK_HOURS", "4"))
+#: kB by which the memory may grow after the first hour, however many follow.
+GROWTH = 2048
+#: vCPUs, and updates of them, in an hour.
+COMING = HOUR_SECONDS // SCRAPE_SECONDS // COME_MINUTES * COME
+VCPUS, UPDATES = 2 + COMING, 2 * STAYS + COMING * COME_UPDATES
+
+
+def _booting(host: str) -> Callable[[Path], Collected]:
+    """What boots HOST for the scenario, with a CPU that counts instructions: idle time is free."""
+
+    def boot(folder: Path) -> Collected:
+        options = ["--host", host, "--count-instructions", "--timeout", str(TIMEOUT_SECONDS)]
+        options += ["--in", str(HERE / "scenarios"), "--out", str(folder), "--keep-log", str(folder / "log")]
+        begun = time.monotonic()
+        run = rig(*options, "--", "python3", "/in/soak.py", str(HOURS))
+        (folder / "minutes").write_text(f"{(time.monotonic() - begun) / 60:.1f}")
+        return Collected(host, folder, run.returncode, run.stdout + run.stderr)
+
+    boot.__name__ = f"soak_on_{host}"
+    return boot
+
+
+@pytest.mark.parametrize(
+    "host", [pytest.param(host, marks=pytest.mark.beside(boot=_booting(host), host=host)) for host in ON]
+)
+@pytest.mark.fault(
+    "weeks",
+    f"{HOURS} hours of guest time",
+    f"--by-vm; each hour {1 + COMING} VMs, {UPDATES} updates, a scrape a minute, a reload of the module",
+    dear=True,
+)
+def test_from_hour_to_hour_all_is_flat_and_counted(beside: Collected, host: str, figures: Figures) -> None:
+    found = beside.scenario("soak")
+    hours: list[dict[str, Any]] = found["hours"]
+    assert len(hours) == HOURS
+    assert all(hour["status"] == 0 for hour in hours)
+    assert (found["status"], found["left"]) == (0, found["idle"])
+    # What there is after an hour is there after each.
+    assert all(hour["kernel"] == hours[0]["kernel"] for hour in hours)
+    assert all(hour["descriptors"] == hours[0]["descriptors"] for hour in hours)
+    assert all(hour["threads"] == hours[0]["threads"] for hour in hours)
+    texts = [Metrics.of(hour["text"]) for hour in hours]
+    assert all(text.samples.keys() == texts[0].samples.keys() for text in texts)
+    memory = [hour["memory"] for hour in hours]
+    assert max(memory) - memory[0] < GROWTH, memory
+    for number, text in enumerate(texts):
+        tallies = tallied(beside.folder / f"witness-hour-{number}")
+        assert (tallies.vcpus.total(), tallies.updates.total()) == (VCPUS, UPDATES)
+        calls, redundant = of_calls(host, VCPUS, UPDATES)
+        assert tallies.calls.total() == calls.total()
+        times = number + 1
+        assert _of_host(text, "calls") == Counter({key: times * count for key, count in calls.items()})
+        assert nonzero(_of_host(text, "redundant_calls")) == {key: times * count for key, count in redundant.items()}
+        assert text.value("msrtrace_host_filter_updates_total") == times * UPDATES
+        assert text.creations()[0] == times * VCPUS
+        assert text.lost() == []
+    end = Metrics.of(found["text"])
+    assert end.value("msrtrace_module_unloads_total") == HOURS
+    assert end.value("msrtrace_host_filter_updates_total") == HOURS * UPDATES
+    figures["guest time"] = f"{sum(hour['seconds'] for hour in hours) / 3600:.1f} h"
+    figures["here"] = f"{(beside.folder / 'minutes').read_text()} min"
+    figures["memory by the hour"] = f"{', '.join(f'{one / 1000:.1f}' for one in memory)} MB"
+    figures["descriptors"] = f"{hours[0]['descriptors']}, each hour"
+    figures["calls"] = f"{_of_host(end, 'calls').total():,}, equal"
+
+
+def _of_host(metrics: Metrics, kind: str) -> Counter[Any]:
+    return metrics.calls(f"msrtrace_host_intercept_{kind}_total")
