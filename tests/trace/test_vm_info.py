@@ -3,6 +3,7 @@
 
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -197,6 +198,24 @@ def test_start_time_whatever_the_command_is_called(tmp_path: Path, comm: bytes) 
 def test_a_zombie_is_gone(tmp_path: Path) -> None:
     add_process(tmp_path, b"", state=b"Z")
     assert start_time(PID, tmp_path) is None
+
+
+def test_a_process_whose_first_thread_has_ended_is_there() -> None:
+    exit_thread = "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(60,)).start(); "
+    exit_thread += "ctypes.CDLL(None).syscall(60, 0)"  # __NR_exit
+    process = subprocess.Popen([sys.executable, "-c", exit_thread])
+    vms = VmInfos()
+    try:
+        before = start_time(process.pid)
+        while b") Z " not in Path(f"/proc/{process.pid}/stat").read_bytes():
+            time.sleep(0.01)
+        assert start_time(process.pid) == before is not None
+        assert vms.alive(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+    assert start_time(process.pid) is None
+    assert not vms.alive(process.pid)
 
 
 def test_a_name_is_read_once(tmp_path: Path) -> None:

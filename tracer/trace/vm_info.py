@@ -44,13 +44,15 @@ def start_time(pid: int, proc: Path = Path("/proc")) -> int | None:
     """When a process started, in clock ticks after boot; None if it is gone or hidden.
 
     With the pid this identifies a process uniquely: a reused pid has another start time. A
-    zombie counts as gone: so are its VMs. Field 22 of /proc/<pid>/stat, proc_pid_stat(5).
+    zombie counts as gone: so are its VMs, unless it is the first thread alone that has ended.
+    Fields 20 and 22 of /proc/<pid>/stat, proc_pid_stat(5).
     """
     stat = _read(proc / str(pid) / "stat")
     # The command, field 2, is in parentheses and may contain any character, including these.
     fields = (stat or b"").rpartition(b")")[2].split()
     try:
-        return None if fields[0] in (b"Z", b"X") else int(fields[19])
+        ended = fields[0] in (b"Z", b"X") and int(fields[17]) <= 1
+        return None if ended else int(fields[19])
     except (IndexError, ValueError):
         return None
 
