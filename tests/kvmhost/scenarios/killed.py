@@ -114,12 +114,18 @@ def killed_at_a_reports_last_write() -> Any:
         finished = process.poll() is not None
         kill(process)
         found = sorted(os.listdir(directory))
-        with suppress(ValueError):
-            states.append({"label": json.loads(file.read_text())["label"], "finished": finished})
-        beside += [name for name in found if name != file.name]
-        for name in beside:
-            (directory / name).unlink(missing_ok=True)
+        states.append({"label": _label(file), "finished": finished})
+        for other in (directory / name for name in found if name != file.name):
+            beside.append({"name": other.name, "whole": _label(other) == "new"})
+            other.unlink()
     return {"first": done, "kills": kills, "states": states, "beside": beside}
+
+
+def _label(report: Path) -> str:
+    """Of a report that is whole."""
+    with suppress(ValueError):
+        return str(json.loads(report.read_text())["label"])
+    return "torn"
 
 
 def _seen(directory: Path) -> list[tuple[str, int]]:
@@ -146,7 +152,9 @@ def few_descriptors() -> Any:
     found: dict[str, Any] = {}
     before = kernel_state()
     for limit in LIMITS:
-        done = output_of("prlimit", f"--nofile={limit}", "timeout", "-s", "INT", "15", "msrtrace", "run")
+        done = output_of(
+            "prlimit", f"--nofile={limit}", "timeout", "--preserve-status", "-s", "INT", "15", "msrtrace", "run"
+        )
         found[str(limit)] = done
     return {"limits": found, "left": left_after(before)}
 
@@ -206,7 +214,8 @@ def little_memory() -> Any:
         one["left"] = left_after(before)
         found[str(megabytes)] = one
     found["log"] = output_of("dmesg")["stdout"].removeprefix(found["log before"])
-    subprocess.run(["dmesg", "--clear", "--console-level", "warn"], check=True)
+    for option in ("--clear", "--console-level=warn"):
+        subprocess.run(["dmesg", option], check=True)
     return found
 
 
