@@ -14,7 +14,7 @@ from faulted import equal, faulted
 from faults import Figures
 from faulty import UPDATES, VCPUS
 from hosts import HOSTS
-from killed import ENOUGH_MB, LIMITS, LITTLE_MB, STOPPED_SECONDS
+from killed import ENOUGH_MB, FREE, LIMITS, LITTLE_MB, STOPPED_SECONDS
 from metrics_text import Metrics
 
 on_each_host = faulted("killed.py", timeout=1500)
@@ -119,7 +119,7 @@ def test_descriptors_are_few(beside: Collected, host: str, figures: Figures) -> 
     figures["ended with one line"] = f"with {', '.join(str(limit) for limit in LIMITS if limit < min(works))}"
 
 
-@pytest.mark.fault("killed", "no descriptor is left", "40 allowed, 60 connections held, VMs got updates", dear=True)
+@pytest.mark.fault("killed", "no descriptor is left", f"{FREE} free, 60 connections held, VMs got updates", dear=True)
 @on_each_host
 def test_descriptors_run_out(beside: Collected, host: str, figures: Figures) -> None:
     found = beside.scenario("descriptors_run_out")

@@ -34,7 +34,8 @@ from tracer.model.state import State, Vm
 from tracer.model.svm import SVM
 from tracer.model.vendor import Layout, Vendor
 from tracer.model.vmx import VMX
-from tracer.trace import engine, state_follower, state_reader, tracer
+from tracer.program.canary import FtraceSwitch
+from tracer.trace import blindness, engine, state_follower, state_reader, tracer
 from tracer.trace.vm_info import VmInfos
 
 CALLS = ("vmx_enable_intercept_for_msr", "vmx_disable_intercept_for_msr")
@@ -236,6 +237,7 @@ def main() -> None:
         (examination, "obstacle", obstacle),
         (session, "this_machine", machine),
         (engine, "Engine", chosen),
+        (blindness, "sight_of", lambda _: FtraceSwitch()),
         (state_reader, "StateReader", States),
         (tracer, "loaded_module", module),
         (state_follower, "StateFollower", partial(state_follower.StateFollower, symbols=symbols, module=module)),

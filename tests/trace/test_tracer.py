@@ -154,6 +154,47 @@ def test_a_module_that_cannot_be_traced_is_retried(kernel: Kernel, functions: tu
     assert all(engine.closed for engine in kernel.engines)
 
 
+def test_a_module_that_goes_while_it_is_looked_at_is_no_other_kernel(kernel: Kernel) -> None:
+    """Its symbols may be gone by then: that is an unload, and what comes next is tried at once."""
+    tracer, read = kernel.tracer, kernel.tracer._read_symbols
+    tracer.attach()
+    kernel.call(times=7)
+
+    def go() -> Symbols:
+        kernel.unload()
+        raise MsrtraceError("this kernel has none of the functions that msrtrace knows")
+
+    tracer._read_symbols = go
+    kernel.reload()
+    assert tracer.follow() == ModuleChange("kvm_intel", traced=False)
+    tracer._read_symbols = read
+    kernel.load()
+    assert tracer.follow() == ModuleChange("kvm_intel", traced=True)
+    kernel.call(times=3)
+    assert counts(tracer.snapshot()) == {0: 10}
+
+
+def test_symbols_are_those_of_the_module_that_is_attached_to(kernel: Kernel) -> None:
+    """Else what was attached would be taken for another's, and taken away again: calls in that time would be lost."""
+    tracer, read = kernel.tracer, kernel.tracer._read_symbols
+    reads = list[int]()
+
+    def reload_twice() -> Symbols:
+        reads.append(kernel.loaded)
+        if len(reads) < 3:
+            kernel.reload()
+        return read()
+
+    tracer.attach()
+    tracer._read_symbols = reload_twice
+    kernel.reload()
+    assert tracer.follow() == ModuleChange("kvm_intel", traced=True)
+    assert reads == [2, 3, 4]
+    kernel.call(times=3)
+    assert tracer.follow() is None
+    assert counts(tracer.snapshot()) == {0: 3}
+
+
 def test_it_can_be_closed_while_the_module_is_unloaded(kernel: Kernel) -> None:
     kernel.tracer.attach()
     kernel.unload()

@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.module_change import RETRY_SECONDS, ModuleChange
+
+_T = TypeVar("_T")
+_TRIES = 5  #: of reading what a module has while modules come and go
 
 
 class Following:
@@ -19,6 +24,16 @@ class Following:
         self.used: object | None = None
         self._refused: object | None = None  # is not tried again before:
         self._retry_at = 0.0
+
+    def read(self, symbols: Callable[[], _T]) -> tuple[object | None, _T]:
+        """The module that is loaded, and what `symbols` reads of it; as long as modules change meanwhile, once more."""
+        module, found = self.module(), symbols()
+        for _ in range(_TRIES):
+            before, module = module, self.module()
+            if module == before:
+                break
+            found = symbols()
+        return module, found
 
     def follow(
         self, name: Callable[[], str], leave: Callable[[], None], use: Callable[[], None]
@@ -46,6 +61,13 @@ class Following:
         try:
             use()
         except MsrtraceError as error:
-            self._refused, self._retry_at = module, self._clock() + RETRY_SECONDS
-            return ModuleChange(name(), traced=False, problem=str(error))
+            return ModuleChange(name(), traced=False, problem="" if self._gone(module) else str(error))
         return ModuleChange(name(), traced=True)
+
+    def _gone(self, module: object) -> bool:
+        """Whether a module that could not be used went meanwhile. Else it is refused, for a while."""
+        with suppress(MsrtraceError):
+            if self.module() != module:
+                return True
+        self._refused, self._retry_at = module, self._clock() + RETRY_SECONDS
+        return False

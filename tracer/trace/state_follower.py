@@ -43,10 +43,9 @@ class StateFollower:
 
     def start(self, symbols: Symbols | None = None) -> None:
         """Make the reader for the loaded module; `symbols` are the kernel's, if already read. Raises MsrtraceError."""
-        module = self._following.module()
-        symbols = symbols or self._symbols()
-        self._vendor = symbols.vendor
-        self._reader = self._make(symbols)
+        module, found = self._following.read(lambda: symbols or self._symbols())
+        self._vendor = found.vendor
+        self._reader = self._make(found)
         self._following.used = module
 
     def follow(self) -> ModuleChange | None:

@@ -159,21 +159,20 @@ class Tracer:
     def attach(self, symbols: Symbols | None = None) -> None:
         """Attach to the loaded module; `symbols` are the kernel's, if already read. Raises MsrtraceError."""
         with self._lock, kernel_btf_kept():
-            module = self._following.module()
-            symbols = symbols or self._read_symbols()
-            layout = layout_of(symbols)
-            self._vendor = symbols.vendor
-            if self._idle and self._idle.reattach(layout, symbols):
+            module, found = self._following.read(lambda: symbols or self._read_symbols())
+            layout = layout_of(found)
+            self._vendor = found.vendor
+            if self._idle and self._idle.reattach(layout, found):
                 self._engine = self._idle  # without compiling again, during which nothing would be counted
             else:
-                self._engine = self._attach_engine(layout, symbols)
+                self._engine = self._attach_engine(layout, found)
                 if self._idle:
                     self._idle.close()
             self._idle = None
             self._following.used = module
             if self._blindness:
                 self._blindness.begin(self._engine.backend)
-            self._read_states(symbols)
+            self._read_states(found)
 
     def _read_states(self, symbols: Symbols) -> None:
         """Make ready to read the states of vCPUs. Calls are counted whether that can be done or not."""

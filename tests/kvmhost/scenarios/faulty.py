@@ -87,7 +87,8 @@ def run(scenarios: Sequence[Callable[[], Any]], wanted: Sequence[str]) -> None:
         except Exception:
             found = {"broken": traceback.format_exc()}
             print(found["broken"], flush=True)
-            subprocess.run(["pkill", "-9", "-f", "^(/usr/bin/python3 /usr/local/bin/msrtrace|workload)"], check=False)
+            subprocess.run(["pkill", "-9", "-f", "bin/msrtrace|^workload"], check=False)
+            time.sleep(2)
             load(STOCK[vendor().name])
         record(name, found)
         state = "BROKEN" if "broken" in found else "collected"

@@ -21,6 +21,7 @@ from guest import STOCK, Msrtrace, kernel_state, load, output_of, scrape, until,
 #: bpftrace and perf, which the image has not (bench.py).
 TOOLS = Path("/in/tools")
 IN_A_ROW = 10  #: reloads
+SETTLED_SECONDS = 1.5
 SECOND = "127.0.0.1:9754"  #: where another msrtrace listens
 
 
@@ -49,7 +50,7 @@ def reloads() -> Any:
             variant = variants[number // IN_A_ROW % 2 ^ number % 2]
             load(variant)
             if (number + 1) % IN_A_ROW == 0:
-                until(lambda: len(_probes()) == len(probes))
+                _until_attached(len(probes))
                 known_workload()
                 counted_on[variant] += 1
     finally:
@@ -60,6 +61,19 @@ def reloads() -> Any:
     ended = msrtrace.end()
     load(STOCK[vendor().name])
     return found | {"status": ended["status"], "log": ended["log"][-3000:], "left": kernel_state()}
+
+
+def _until_attached(number: int) -> None:
+    """Until so many probes have been there for a while: it may still take what it attached for an older module's."""
+    since = time.monotonic()
+
+    def settled() -> bool:
+        nonlocal since
+        if len(_probes()) != number:
+            since = time.monotonic()
+        return time.monotonic() - since > SETTLED_SECONDS
+
+    until(settled)
 
 
 def _probes() -> list[str]:
