@@ -42,13 +42,13 @@ def killed_at_each_step_of_a_start() -> Any:
     It is stopped first, so that what it has in the kernel at that moment can be looked at.
     """
     before = kernel_state()
-    begun = Msrtrace()
-    begun.end()
     moments, steps, left = 20, [], []
     with updating():
+        begun = Msrtrace()
+        begun.end()
         for number in range(moments):
             process = start_of_run()
-            time.sleep(begun.started_in * 1.1 * number / moments)
+            time.sleep(begun.started_in * 1.2 * number / moments)
             process.send_signal(signal.SIGSTOP)
             then = kernel_state()
             steps.append({name: len(there) - len(before[name]) for name, there in then.items()})
