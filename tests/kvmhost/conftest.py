@@ -122,8 +122,13 @@ def variants(host: str) -> list[str]:
 
 
 def stress_runs(host: str) -> list[str]:
-    """The runs of scenarios/stress.py on HOST with one CPU: the plain one, unless several are as good."""
-    return [] if host in AMD else ["kprobe"]
+    """The runs of scenarios/stress.py on HOST with one CPU: the plain one, unless several are as good.
+
+    Where the kernel preempts, both backends, as `auto` is decided by what each misses there.
+    """
+    if host in AMD:
+        return []
+    return ["kprobe", "fentry"] if host in PREEMPTIBLE else ["kprobe"]
 
 
 @dataclass(frozen=True)
