@@ -108,7 +108,7 @@ struct counts {
 	u64 dropped_calls;
 	u64 dropped_vcpus;
 	u64 dropped_updates;
-	u64 unpaired_update; /* entered, and entered again without a return in between */
+	u64 unpaired_update; /* entered, and then entered again, or its vCPU was freed, without a return in between */
 	u64 unpaired_return; /* returned without an entry */
 	u64 read_failed;
 	u64 vcpus_seen;

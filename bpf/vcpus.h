@@ -133,6 +133,8 @@ static __always_inline void settle(struct vcpu *v)
 static __always_inline void end_of(struct vcpu *v, u32 index)
 {
 	settle(v);
+	if (v->inside) /* whose return was not seen, or it would not be at its end */
+		COUNT(unpaired_update);
 	v->vcpu = 0;
 	give_back(VCPUS, index);
 }

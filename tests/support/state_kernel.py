@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ from tracer.trace.state_reader import StateReader
 
 REQUEST = 1 << 37  # KVM_ARCH_REQ(29)
 NESTED_LISTED = 13  # a descriptor
+PART = 1000  # bytes
 LISTS = {VMX.name: (0x48, 0x10, 0xC0000100, 0x3FE), SVM.name: (0xC0000081, 0x48, 0xC0000100, NO_MSR)}
 
 
@@ -161,7 +162,14 @@ class Kernel:
 
     def iterator(self, function: int) -> SimpleNamespace:
         """One of them."""
-        return SimpleNamespace(read=self.read_nested if function == NESTED_LISTED else self.read, close=self.close)
+        read = self.read_nested if function == NESTED_LISTED else self.read
+
+        def parts() -> Iterator[bytes]:
+            """As the kernel gives it: in parts that end anywhere."""
+            content = read()
+            yield from (content[at : at + PART] for at in range(0, len(content), PART))
+
+        return SimpleNamespace(parts=parts, close=self.close)
 
     def close(self) -> None:
         """An iterator, and what was loaded."""

@@ -154,7 +154,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert left.commands == {200: "qemu-system-x86"}
         # The one with an open call stays as it is until that is counted.
         write(engine, "vcpus", 3, seq=1, vmm=200)
-        monkeypatch.setattr(Reader, "_is_open", lambda *_: True)
+        monkeypatch.setattr(Reader, "_still_open", lambda _, program, indices: indices)
         engine.forget({200})
         assert engine.snapshot().calls == left.calls
         write(engine, "vcpus", 3, seq=2)

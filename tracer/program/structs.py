@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -62,6 +62,29 @@ class Record:
         except struct.error as error:
             raise ValueError(str(error)) from None
         return {name: numbers[place] for name, place in self._places.items()}
+
+
+class Content:
+    """Bytes that come in parts, and are taken in others: no more is kept of them than a part. False at their end."""
+
+    def __init__(self, parts: Iterable[bytes]) -> None:
+        """`parts`: none of them is empty."""
+        self._parts, self._part, self._at = iter(parts), b"", 0
+
+    def __bool__(self) -> bool:
+        if self._at == len(self._part):
+            self._part, self._at = next(self._parts, b""), 0
+        return bool(self._part)
+
+    def take(self, size: int) -> bytes:
+        """The next bytes. Raises ValueError where there are not as many."""
+        while len(self._part) - self._at < size:
+            more = next(self._parts, b"")
+            if not more:
+                raise ValueError(f"{size} bytes are wanted, and fewer are left")
+            self._part, self._at = self._part[self._at :] + more, 0
+        start, self._at = self._at, self._at + size
+        return self._part[start : self._at]
 
 
 def members(description: str) -> dict[str, Member]:

@@ -14,6 +14,7 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Mapping
+from collections.abc import Iterator as Parts
 from dataclasses import dataclass
 from itertools import compress
 from operator import itemgetter
@@ -242,7 +243,10 @@ class Iterator:
 
     def read(self) -> bytes:
         """Run it over everything; what it wrote. Raises OSError."""
-        parts: list[bytes] = []
+        return b"".join(self.parts())
+
+    def parts(self) -> Parts[bytes]:
+        """The same in parts, as the kernel gives it: each ends anywhere."""
         run = _bpf(_ITER_CREATE, IterCreate(link_fd=self._link))
         try:
             while True:
@@ -251,8 +255,8 @@ class Iterator:
                 except BlockingIOError:  # a million objects that wrote nothing: bpf_seq_read(), kernel/bpf/bpf_iter.c
                     continue
                 if not part:
-                    return b"".join(parts)
-                parts.append(part)
+                    return
+                yield part
         finally:
             os.close(run)
 

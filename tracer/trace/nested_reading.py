@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from tracer.kernel.btf import Btf, BtfError
 from tracer.model.nested import MERGED, UNREADABLE, Nested, NestedBitmap
-from tracer.program.structs import Record
+from tracer.program.structs import Content, Record
 
 _GUEST_MODE = (("kvm_vcpu", "stat"), ("kvm_vcpu_stat", "guest_mode"))  # since 5.15
 
@@ -50,15 +50,12 @@ def nested_values(btf: Btf, where: NestedBitmap) -> dict[str, int]:
     return given
 
 
-def nested_readings(content: bytes, record: Record, where: NestedBitmap) -> dict[int, NestedReading]:
+def nested_readings(parts: Iterable[bytes], record: Record, where: NestedBitmap) -> dict[int, NestedReading]:
     """What is read of each vCPU that has such a bitmap, by its address; of several descriptors, that of the last."""
     found: dict[int, NestedReading] = {}
-    at = 0
-    while at < len(content):
-        members = record.read(content, at)
-        at += record.size
-        end = at + members["bitmap_bytes"]
-        one = NestedReading(members, content[at:end], where)
+    content = Content(parts)
+    while content:
+        members = record.read(content.take(record.size), 0)
+        one = NestedReading(members, content.take(members["bitmap_bytes"]), where)
         found[one.vcpu] = one
-        at = end
     return found

@@ -169,19 +169,19 @@ class Reader:
         deadline = time.monotonic() + patience
         indices = self._places("vcpus")
         while True:
-            indices = [index for index in indices if self._is_open(program, index)]
+            indices = self._still_open(program, indices)
             if not indices or time.monotonic() >= deadline:
                 return len(indices)
             time.sleep(SETTLE_PAUSE_SECONDS)
 
-    def _is_open(self, program: int, index: int) -> bool:
+    def _still_open(self, program: int, indices: list[int]) -> list[int]:
         vcpus = self._arrays["vcpus"]
-        seq, tid = vcpus.get(index, "seq"), vcpus.get(index, "tid")
-        if not seq & 1:
-            return False
-        # That was read before the thread is looked at: where it is now, it has left that call behind.
-        returned = self._sees_threads and is_at_rest(tid)
-        return bool(run_program(program, index, seq, returned))
+        seqs = {index: seq for index in indices if (seq := vcpus.get(index, "seq")) & 1}
+        # Those were read before the threads are looked at: where one is now, it has left such calls behind. Many vCPUs
+        # may have been made by one thread.
+        tids = {index: vcpus.get(index, "tid") for index in seqs}
+        at_rest = {tid: self._sees_threads and is_at_rest(tid) for tid in {*tids.values()}}
+        return [index for index, seq in seqs.items() if run_program(program, index, seq, at_rest[tids[index]])]
 
     def _places(self, array: str) -> list[int]:
         """Which values of `array` are in use."""

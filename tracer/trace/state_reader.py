@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,7 @@ from tracer.program import syscalls
 from tracer.program.compiler import build, is_compiled
 from tracer.program.program import NotPermitted, Target, Variant
 from tracer.program.resources import resource
-from tracer.program.structs import Record
+from tracer.program.structs import Content, Record
 from tracer.trace.nested_reading import NestedReading, nested_readings, nested_values
 from tracer.trace.reader import is_in_init_pid_namespace
 from tracer.trace.vm_info import VmInfos
@@ -209,10 +209,10 @@ class StateReader:
                 found[key].nested_before = before[key].nested
         return found
 
-    def _raw(self, iterator: str = "file_listed") -> bytes:
+    def _raw(self, iterator: str = "file_listed") -> Iterator[bytes]:
         """What an iterator writes: the records of all vCPUs, or of those with a bitmap for nested guests."""
         try:
-            return self._iterators[iterator].read()
+            yield from self._iterators[iterator].parts()
         except OSError as error:
             raise MsrtraceError(f"{_FAILED}: {error.strerror}") from None
 
@@ -309,19 +309,20 @@ def _grace_periods(btf: Btf) -> dict[str, int]:
     return {"kvm_srcu": srcu, **pointer} | {name: btf.offset(structure, name) for name in _SRCU}
 
 
-def readings(content: bytes, record: Record) -> dict[int, Reading]:
-    """What is read of each vCPU, by its address; of several descriptors, that of the process that made the VM."""
+def readings(parts: Iterable[bytes], record: Record) -> dict[int, Reading]:
+    """What is read of each vCPU, by its address; of several descriptors, that of the process that made the VM.
+
+    :param parts: what the iterator writes, which may end anywhere. Equal bitmaps of it are one object
+    """
     found: dict[int, Reading] = {}
     filters: dict[object, MsrFilter] = {}
-    at = 0
-    while at < len(content):
-        members = record.read(content, at)
-        at += record.size
-        bitmap, at = content[at : at + members["bitmap_bytes"]], at + members["bitmap_bytes"]
-        allowed = []
-        for size in members["range_bytes"][: members["ranges"]]:
-            allowed.append(content[at : at + size])
-            at += size
+    bitmaps: dict[bytes, bytes] = {}
+    content = Content(parts)
+    while content:
+        members = record.read(content.take(record.size), 0)
+        bitmap = content.take(members["bitmap_bytes"])
+        bitmap = bitmaps.setdefault(bitmap, bitmap)
+        allowed = [content.take(size) for size in members["range_bytes"][: members["ranges"]]]
         one = Reading(members, bitmap, _filter(members, allowed, filters))
         if one.vcpu not in found or one.owned:
             found[one.vcpu] = one
