@@ -59,7 +59,7 @@ def main() -> None:
             content = Path(folder, f"{number}.raw").read_bytes()
             for step, seconds in found[number]["steps"].items():
                 rows.setdefault(step, []).append(f"{seconds * instructions_per_second(host) / 1e6:,.1f}")
-            here = milliseconds(lambda: readings(content, record))  # noqa: B023 (called at once)
+            here = milliseconds(lambda: readings([content], record))  # noqa: B023 (called at once)
             rows.setdefault("reading the records, ms here", []).append(f"{here:.1f}")
     table = [[step, *cells] for step, cells in rows.items()]
     headers = [f"millions of instructions on {host}", *(f"{number:,} vCPUs" for number in VCPUS)]

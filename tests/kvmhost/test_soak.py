@@ -18,7 +18,7 @@ from soak import COME, COME_MINUTES, COME_UPDATES, HOUR_SECONDS, SCRAPE_SECONDS,
 from test_many import ON, of_calls
 from witness import tallied
 
-HOURS = int(os.environ.get("SOAK_HOURS", "4"))
+HOURS = int(os.environ.get("SOAK_HOURS", "3"))
 #: kB by which the memory may grow after the first hour, however many follow.
 GROWTH = 2048
 #: vCPUs, and updates of them, in an hour.
@@ -30,7 +30,7 @@ def _booting(host: str) -> Callable[[Path], Collected]:
     """What boots HOST for the scenario, with a CPU that counts instructions: idle time is free."""
 
     def boot(folder: Path) -> Collected:
-        options = ["--host", host, "--count-instructions", "--timeout", str(TIMEOUT_SECONDS)]
+        options = ["--host", host, "--count-instructions", "--timeout", str(max(TIMEOUT_SECONDS, HOURS * 600))]
         options += ["--in", str(HERE / "scenarios"), "--out", str(folder), "--keep-log", str(folder / "log")]
         begun = time.monotonic()
         run = rig(*options, "--", "python3", "/in/soak.py", str(HOURS))

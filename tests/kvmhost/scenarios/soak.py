@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Hours of a host's life: `soak.py HOURS`. VMs come and go, one stays for most of an hour, and each hour is scraped.
 
-In a guest that counts instructions idle time passes in a blink, so that an hour takes less than a minute. After each
+In a guest that counts instructions idle time passes in a blink, so that an hour takes two minutes. After each
 hour KVM's module is loaded again: no count of it must be lost. It only collects; tests/kvmhost/test_soak.py judges.
 """
 
