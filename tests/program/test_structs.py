@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tracer.program.structs import Member, Record, members
+from tracer.program.structs import Content, Member, Record, members
 
 #: By BCC 0.26, of struct counter with fewer members, and of an array.
 COUNTER = """["counter", [["outcome",["outcome", [["changed","unsigned long long"], ["unknown","unsigned long long"] ],
@@ -54,3 +54,21 @@ def test_a_record_that_is_not_whole_is_an_error() -> None:
     assert record.read(bytes(9), 1) == {"a": (0, 0)}
     with pytest.raises(ValueError, match="buffer"):
         record.read(bytes(8), 1)
+
+
+@pytest.mark.parametrize("part", [1, 2, 3, 7, 100])
+def test_bytes_are_taken_across_the_ends_of_parts(part: int) -> None:
+    whole = bytes(range(20))
+    content = Content(whole[at : at + part] for at in range(0, len(whole), part))
+    assert [content.take(size) for size in (5, 0, 1, 9)] == [whole[:5], b"", whole[5:6], whole[6:15]]
+    assert content
+    assert content.take(5) == whole[15:]
+    assert not content
+    with pytest.raises(ValueError, match="2 bytes are wanted, and fewer are left"):
+        content.take(2)
+
+
+def test_bytes_that_end_within_what_is_taken_are_refused() -> None:
+    content = Content([b"abc"])
+    with pytest.raises(ValueError, match="4 bytes are wanted"):
+        content.take(4)

@@ -47,6 +47,21 @@ def test_an_update_whose_return_is_not_seen_is_counted_without_its_time(toggle: 
     assert kinds(toggle) == (1, 0)
 
 
+def test_the_last_update_of_a_vcpu_is_missed_too_once_that_has_ended(toggle: StandIn) -> None:
+    """Nothing says before that it is not under way."""
+    vcpu, engine = toggle.vcpu(), toggle.engine
+    toggle.inside(lambda: None)
+    toggle.counted()
+    os.close(engine._probes._links[HOOK][0])  # that of the return
+    toggle.update(vcpu)
+    program = engine._built.loaded.functions["update_returned"]
+    engine._probes._links[HOOK][0] = toggle.link(HOOK, program, at_return=True)
+    assert not toggle.counted().lower_bound
+    toggle.free(vcpu)
+    counted = toggle.counted()
+    assert {probe.function: probe.missed for probe in counted.probes if probe.missed} == {HOOK: 1}
+
+
 def test_a_thread_whose_place_another_has(toggle: StandIn) -> None:
     """It finds its vCPU in the hash table, and leaves the other's place alone."""
     toggle.inside(lambda: None)

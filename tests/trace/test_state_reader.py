@@ -58,6 +58,7 @@ def test_vcpus_of_vms(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one.vcpus[0].bitmap == b""
     assert one.filter == NO_FILTER
     assert {vcpu.bitmap for vcpu in other.vcpus} == {ones}
+    assert len({id(vcpu.bitmap) for vcpu in other.vcpus}) == 1  # thousands of vCPUs have equal ones
     assert [vcpu.filter for vcpu in other.vcpus] == [MANY, MANY]
     assert other.vcpus[0].filter is other.vcpus[1].filter
 
