@@ -18,7 +18,7 @@ from tracer.model.options import Options
 from tracer.model.vendor import VCPU_CREATED, Layout
 from tracer.program.program import Target, Variant
 from tracer.trace.probes import Point
-from tracer.trace.reader import WITHIN_FILTER_CHANGE, WITHIN_RECALC
+from tracer.trace.reader import WITHIN_FILTER_CHANGE, WITHIN_RECALC, is_in_init_time_namespace
 
 #: How many places there are where processes are not told apart: bpf/counters.h and updates.h make no index beyond.
 _OF_ONE = {"counters": 2048, "updates": 16}
@@ -89,7 +89,9 @@ def process_values(options: Options, btf: Btf | None) -> dict[str, int]:
     """The values of a program that say whose counts are wanted, and whether and how processes are told apart."""
     found = {} if options.pid is None else {"wanted_pid": options.pid}
     if options.by_vm:
-        found |= {"by_pid": 1} | _offsets_of_task(btf, start_offset="start_boottime")
+        found["by_pid"] = 1
+        if is_in_init_time_namespace():  # else /proc has other times than the kernel
+            found |= _offsets_of_task(btf, start_offset="start_boottime")
     return found
 
 

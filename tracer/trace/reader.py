@@ -27,7 +27,8 @@ _PLACES = {
     "vmms": ("id", "vmms_seen"),
 }
 
-_INIT_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
+# PROC_PID_INIT_INO and PROC_TIME_INIT_INO, include/linux/proc_ns.h
+_INIT_PID_NAMESPACE, _INIT_TIME_NAMESPACE = "pid:[4026531836]", "time:[4026531834]"
 SETTLE_PAUSE_SECONDS = 0.002
 
 
@@ -248,6 +249,14 @@ def is_in_init_pid_namespace() -> bool:
         return os.readlink("/proc/self/ns/pid") == _INIT_PID_NAMESPACE
     except OSError:
         return False
+
+
+def is_in_init_time_namespace() -> bool:
+    """Whether /proc shows here when processes began as the kernel has it (timens_add_boottime_ns()); so if unknown."""
+    try:
+        return os.readlink("/proc/self/ns/time") == _INIT_TIME_NAMESPACE
+    except OSError:
+        return True
 
 
 def reads_init_pids() -> bool:
