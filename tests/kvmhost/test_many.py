@@ -39,7 +39,7 @@ from witness import Tallies, recorded, tallied
 ON = ["bookworm-amd", "trixie-amd"]
 #: MB of the guest's memory: a vCPU takes 60 KB of it and more.
 MEMORY = 6144
-TIMEOUT_SECONDS = 900
+TIMEOUT_SECONDS = 1800
 #: Of every array that can be full.
 DROPPED, UNPAIRED = "msrtrace_dropped_updates_total", "msrtrace_unpaired_returns_total"
 #: kB by which the memory may be another after a thousand VMs, and kB for each vCPU that is there: its record, twice.

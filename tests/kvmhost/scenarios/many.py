@@ -233,6 +233,7 @@ def all_slots_are_taken() -> Any:
         running = start_workload(*options, "--ready", ready, "--go", go)
         until(lambda: ready.exists() or running.poll() is not None, 600)
         found["created in"] = time.monotonic() - begun
+        found["memory"] = Path("/proc/meminfo").read_text()
         go.touch()
         found["ended with"] = running.wait()
     again: dict[str, Any] = {}
