@@ -130,7 +130,7 @@ def test_the_kernel_is_patched_live(beside: Collected, host: str, figures: Figur
 @pytest.mark.fault(
     "kernel",
     "the module is reloaded",
-    f"{RELOADS:,} times, patched and stock in turn, ten in a row without a pause",
+    f"{RELOADS:,} times, patched and stock in turn, {IN_A_ROW} in a row without a pause",
     dear=True,
 )
 @on_each_host

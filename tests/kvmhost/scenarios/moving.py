@@ -20,7 +20,7 @@ from guest import STOCK, Msrtrace, kernel_state, load, output_of, scrape, until,
 
 #: bpftrace and perf, which the image has not (bench.py).
 TOOLS = Path("/in/tools")
-IN_A_ROW = 10  #: reloads
+IN_A_ROW = 20  #: reloads
 SETTLED_SECONDS = 1.5
 SECOND = "127.0.0.1:9754"  #: where another msrtrace listens
 
@@ -45,6 +45,7 @@ def reloads() -> Any:
     thread.start()
     times, variants = int(os.environ["RELOADS"]), ("unpatched", "patched")
     counted_on, probes = dict.fromkeys(variants, 0), _probes()
+    assert probes
     try:
         for number in range(times):
             variant = variants[number // IN_A_ROW % 2 ^ number % 2]
@@ -79,7 +80,7 @@ def _until_attached(number: int) -> None:
 def _probes() -> list[str]:
     """The kprobes on the module that is loaded; those on one that was unloaded are gone."""
     lines = Path("/sys/kernel/debug/kprobes/list").read_text().splitlines()
-    return [line for line in lines if f"[{vendor().module}]" in line and "[GONE]" not in line]
+    return [line for line in lines if vendor().module in line.split() and "[GONE]" not in line]
 
 
 def _descriptors(msrtrace: Msrtrace) -> int:
