@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,17 @@ def livepatch(host: Host) -> Path:
 
 
 def faulted(
-    script: str, *, timeout: int, takes_along: bool = False, environment: Mapping[str, str] | None = None
+    *command: str,
+    timeout: int,
+    options: Sequence[str] = ("--cpus", str(CPUS)),
+    takes_along: bool = False,
 ) -> pytest.MarkDecorator:
-    """Parametrizes a test with `host`: it gets as `beside` what the script of scenarios/ left on each of ON.
+    """Parametrizes a test with `host`: it gets as `beside` what the command, a scenario's, left on each of ON.
 
-    It `takes_along` the tools of bench.py and a livepatch; the run ends after so many seconds of timeout.
+    The command may take so many seconds, and is followed by the scenario's words; `options` are those of `run`. It
+    `takes_along` the tools of bench.py and a livepatch. Beside what it left, the file `minutes` says how long it took.
     """
+    [scenario] = [Path(word).stem for word in command if word.startswith("/in/")]
 
     def booting(host: str) -> Callable[[Path], Collected]:
         def boot(folder: Path) -> Collected:
@@ -52,15 +58,17 @@ def faulted(
             if takes_along:
                 sh(["cp", "-al", tools(HOSTS[host]), into / "tools"])
                 shutil.copy(livepatch(HOSTS[host]), into)
-            options = ["--host", host, "--cpus", str(CPUS), "--timeout", str(timeout)]
-            options += ["--in", str(into), "--out", str(out), "--keep-log", str(folder / "log")]
-            run = rig(*options, "--", "env", *given, "python3", f"/in/{script}")
+            given = ["--host", host, *options, "--timeout", str(timeout)]
+            given += ["--in", str(into), "--out", str(out), "--keep-log", str(folder / "log")]
+            begun = time.monotonic()
+            run = rig(*given, "--", *command)
+            out.mkdir(exist_ok=True)
+            (out / "minutes").write_text(f"{(time.monotonic() - begun) / 60:.1f}")
             return Collected(host, out, run.returncode, run.stdout + run.stderr)
 
-        boot.__name__ = f"{Path(script).stem}_on_{host}"
+        boot.__name__ = f"{scenario}_on_{host}"
         return boot
 
-    given = [f"{name}={value}" for name, value in (environment or {}).items()]
     boots = {host: booting(host) for host in ON}
     return pytest.mark.parametrize(
         "host", [pytest.param(host, marks=pytest.mark.beside(boot=boots[host], host=host)) for host in ON]

@@ -17,7 +17,7 @@ from hosts import HOSTS
 from killed import ENOUGH_MB, FREE, LIMITS, LITTLE_MB, STOPPED_SECONDS
 from metrics_text import Metrics
 
-on_each_host = faulted("killed.py", timeout=1500)
+on_each_host = faulted("python3", "/in/killed.py", timeout=1500)
 
 
 def known(text: str, host: str) -> int:

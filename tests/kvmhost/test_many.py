@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from answers import expected
-from conftest import CPUS, HERE, Collected, rig
+from conftest import CPUS, Collected
+from faulted import faulted
 from faults import Figures
 from hosts import HOSTS
 from many import (
@@ -36,7 +35,6 @@ from many import (
 from metrics_text import Metrics, nonzero
 from witness import Tallies, recorded, tallied
 
-ON = ["bookworm-amd", "trixie-amd"]
 #: MB of the guest's memory: a vCPU takes 60 KB of it and more.
 MEMORY = 6144
 TIMEOUT_SECONDS = 1800
@@ -46,21 +44,8 @@ DROPPED, UNPAIRED = "msrtrace_dropped_updates_total", "msrtrace_unpaired_returns
 SAME_MEMORY, MEMORY_OF_VCPU = 4096, 32
 
 
-def _booting(host: str) -> Callable[[Path], Collected]:
-    """What boots HOST for the scenarios."""
-
-    def boot(folder: Path) -> Collected:
-        options = ["--host", host, "--cpus", str(CPUS), "--memory", str(MEMORY), "--timeout", str(TIMEOUT_SECONDS)]
-        options += ["--in", str(HERE / "scenarios"), "--out", str(folder), "--keep-log", str(folder / "log")]
-        run = rig(*options, "--", "python3", "/in/many.py")
-        return Collected(host, folder, run.returncode, run.stdout + run.stderr)
-
-    boot.__name__ = f"many_on_{host}"
-    return boot
-
-
-on_each_host = pytest.mark.parametrize(
-    "host", [pytest.param(host, marks=pytest.mark.beside(boot=_booting(host), host=host)) for host in ON]
+on_each_host = faulted(
+    "python3", "/in/many.py", timeout=TIMEOUT_SECONDS, options=("--cpus", str(CPUS), "--memory", str(MEMORY))
 )
 
 

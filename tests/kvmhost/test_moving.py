@@ -19,7 +19,7 @@ from metrics_text import Key, Metrics
 from moving import IN_A_ROW
 
 RELOADS = 1000
-on_each_host = faulted("moving.py", timeout=3000, takes_along=True, environment={"RELOADS": str(RELOADS)})
+on_each_host = faulted("env", f"RELOADS={RELOADS}", "python3", "/in/moving.py", timeout=3000, takes_along=True)
 OFF = "msrtrace_probes_off_seconds_total"
 
 

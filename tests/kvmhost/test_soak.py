@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HERE, TIMEOUT_SECONDS, Collected, rig
+from conftest import TIMEOUT_SECONDS, Collected
+from faulted import faulted
 from faults import Figures
 from metrics_text import Metrics, nonzero
 from soak import COME, COME_MINUTES, COME_UPDATES, HOUR_SECONDS, SCRAPE_SECONDS, STAYS
-from test_many import ON, of_calls
+from test_many import of_calls
 from witness import tallied
 
 HOURS = int(os.environ.get("SOAK_HOURS", "3"))
@@ -26,24 +24,14 @@ COMING = HOUR_SECONDS // SCRAPE_SECONDS // COME_MINUTES * COME
 VCPUS, UPDATES = 2 + COMING, 2 * STAYS + COMING * COME_UPDATES
 
 
-def _booting(host: str) -> Callable[[Path], Collected]:
-    """What boots HOST for the scenario, with a CPU that counts instructions: idle time is free."""
-
-    def boot(folder: Path) -> Collected:
-        options = ["--host", host, "--count-instructions", "--timeout", str(max(TIMEOUT_SECONDS, HOURS * 600))]
-        options += ["--in", str(HERE / "scenarios"), "--out", str(folder), "--keep-log", str(folder / "log")]
-        begun = time.monotonic()
-        run = rig(*options, "--", "python3", "/in/soak.py", str(HOURS))
-        (folder / "minutes").write_text(f"{(time.monotonic() - begun) / 60:.1f}")
-        return Collected(host, folder, run.returncode, run.stdout + run.stderr)
-
-    boot.__name__ = f"soak_on_{host}"
-    return boot
-
-
-@pytest.mark.parametrize(
-    "host", [pytest.param(host, marks=pytest.mark.beside(boot=_booting(host), host=host)) for host in ON]
+on_each_host = faulted(
+    *("python3", "/in/soak.py", str(HOURS)),
+    timeout=max(TIMEOUT_SECONDS, HOURS * 600),
+    options=("--count-instructions",),  # idle time is free
 )
+
+
+@on_each_host
 @pytest.mark.fault(
     "weeks",
     f"{HOURS} hours of guest time",
