@@ -24,16 +24,17 @@ from guest import STOCK, Msrtrace, kernel_state, load, output_of, scrape, until,
 STOPPED_SECONDS = 60
 #: Of run, in a cgroup: with the least it works, with the other the kernel kills it.
 ENOUGH_MB, LITTLE_MB = 40, 16
+BACKENDS = ("fentry", "kprobe")
 FREE = 8  #: descriptors that are left to it
 LIMITS = (8, 12, 16, 20, 24, 32, 64)  #: of descriptors
 CGROUP = Path("/sys/fs/cgroup")
 CHANCE = random.Random(1)
 
 
-def start_of_run() -> subprocess.Popen[bytes]:
-    """`msrtrace run`, not waited for."""
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(["msrtrace", "run"], stdin=quiet, stdout=quiet, stderr=quiet)
+def start_of_run(log: Path, *options: str) -> subprocess.Popen[bytes]:
+    """`msrtrace run`, not waited for; what it prints goes to the log."""
+    with log.open("w") as out:
+        return subprocess.Popen(["msrtrace", "run", *options], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
 
 
 def killed_at_each_step_of_a_start() -> Any:
@@ -47,11 +48,12 @@ def killed_at_each_step_of_a_start() -> Any:
         begun = Msrtrace()
         begun.end()
         for number in range(moments):
-            process = start_of_run()
+            log = Path("/tmp/killed.log")
+            process = start_of_run(log, "--backend", BACKENDS[number % len(BACKENDS)])
             time.sleep(begun.started_in * 1.2 * number / moments)
             process.send_signal(signal.SIGSTOP)
-            then = kernel_state()
-            steps.append({name: len(there) - len(before[name]) for name, there in then.items()})
+            then = {name: len(there) - len(before[name]) for name, there in kernel_state().items()}
+            steps.append(then | {"serving": "serving" in log.read_text()})
             kill(process)
             if after := left_after(before):
                 left.append(after)
