@@ -155,7 +155,8 @@ def other_events(vendor: Vendor, functions: set[str]) -> list[str]:
     for name, function in (("create_in", CREATE), ("filter_set", FILTER_SET)):
         if function in functions:
             events.append(f"p:{GROUP}/{name} {function} first=%di:x64 kvm=+0(%di):x64")
-    return [*events, f"r64:{GROUP}/create_out {CREATE} error=$retval:u32"]
+    # A creation sleeps: as many may be under way as there are VMMs (MAXACTIVE of Documentation/trace/kprobetrace.rst).
+    return [*events, f"r512:{GROUP}/create_out {CREATE} error=$retval:u32"]
 
 
 def append(path: Path, lines: list[str]) -> None:
