@@ -40,8 +40,8 @@ MEMORY = 6144
 TIMEOUT_SECONDS = 1800
 #: Of every array that can be full.
 DROPPED, UNPAIRED = "msrtrace_dropped_updates_total", "msrtrace_unpaired_returns_total"
-#: kB by which the memory may be another after a thousand VMs, and kB for each vCPU that is there: its record, twice.
-SAME_MEMORY, MEMORY_OF_VCPU = 4096, 32
+#: kB by which the memory may be another after a thousand VMs, and kB for each vCPU that is there.
+SAME_MEMORY, MEMORY_OF_VCPU = 4096, 12
 
 
 on_each_host = faulted(
