@@ -134,7 +134,6 @@ def test_a_thousand_vms_are_counted_and_leave_nothing(beside: Collected, host: s
 def test_a_thousand_vmms_are_counted_and_leave_their_counts(beside: Collected, host: str, figures: Figures) -> None:
     found = beside.scenario("a_thousand_vmms")
     ended_well(found)
-    assert set(found["statuses"]) == {0}
     tallies = tallied(beside.folder / "witness-thousand-vmms")
     assert (len(tallies.updates), {*tallies.updates.values()}) == (VMS, {UPDATES})
     calls = counts_are(found, host, tallies, by_vm=True)

@@ -27,6 +27,8 @@ from kerneltracer import KernelCounter, KernelTracer
 from stress import preemptible
 from vmm import Filter, Range, Vm
 
+from tracer.trace.vm_info import start_time
+
 #: VMs one after another; and VMMs, so many at a time.
 VMS, AT_A_TIME = 1000, 100
 UPDATES = 3
@@ -84,39 +86,74 @@ def end(process: subprocess.Popen[Any]) -> int:
     return process.wait()
 
 
-def settled(text: str) -> bool:
-    """Whether nothing is in progress, by a scrape."""
-    return "msrtrace_open_calls 0.0\n" in text
+def children_of(process: subprocess.Popen[Any]) -> list[int]:
+    """The pids of the VMMs of a workload with a process for each VM."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def by_hundreds(name: str, msrtrace: Msrtrace, *options: str | int) -> dict[str, Any]:
-    """A thousand VMs, by workloads of a hundred each, with scrapes all the time; and what msrtrace takes after each."""
+def host_updates(text: str) -> float:
+    """Of all VMs, by a scrape."""
+    found = re.search(r"^msrtrace_host_filter_updates_total (\S+)", text, re.M)
+    return float(found[1]) if found else 0
+
+
+def until_held(pids: list[int]) -> None:
+    """Wait until these workloads have done their updates, of which one has begun: they sleep then (--hold)."""
+    time.sleep(0.1)  # before, they sleep for 10 ms at a time
+    until(lambda: all(Path(f"/proc/{pid}/wchan").read_text() == "hrtimer_nanosleep" for pid in pids), 600)
+
+
+def end_all(running: subprocess.Popen[Any]) -> None:
+    """End a workload with a process for each VM, which end with it, but a moment later."""
+    vmms = children_of(running)
+    end(running)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in vmms), 60)
+
+
+def settled_scrape(found: dict[str, Any]) -> str:
+    """A scrape when nothing is in progress; or, a minute later, one that says what still is."""
+    deadline = time.monotonic() + 60
+    while "msrtrace_open_calls 0.0\n" not in (text := timed_scrape(found)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return text
+
+
+def a_thousand_vms() -> Any:
+    """A VMM makes a hundred, one after another; then the next does."""
     found: dict[str, Any] = {"statuses": [], "footprints": []}
+    idle = kernel_state()
+    msrtrace = Msrtrace()
     run_workload("--updates", 2, "--initial-run")
-    with counted(name, found):
+    with counted("thousand", found):
         for _ in range(VMS // AT_A_TIME):
-            running = start_workload("--updates", UPDATES, "--initial-run", *options)
+            running = start_workload("--updates", UPDATES, "--initial-run", "--create-vms", AT_A_TIME - 1)
             while running.poll() is None:
                 timed_scrape(found)
                 time.sleep(0.5)
             found["statuses"].append(running.wait())
             found["footprints"].append(footprint(msrtrace))
-    return found
-
-
-def a_thousand_vms() -> Any:
-    """A VMM makes a hundred, one after another; then the next does."""
-    idle = kernel_state()
-    msrtrace = Msrtrace()
-    found = by_hundreds("thousand", msrtrace, "--create-vms", AT_A_TIME - 1) | msrtrace.end()
+    found |= msrtrace.end()
     return found | {"idle": idle, "left": kernel_state()}
 
 
 def a_thousand_vmms() -> Any:
     """Each VM has a VMM of its own, and they are told apart; a hundred of them are there at a time."""
+    found: dict[str, Any] = {"footprints": []}
     idle = kernel_state()
     msrtrace = Msrtrace("--by-vm")
-    found = by_hundreds("thousand-vmms", msrtrace, "--processes", "--vms", AT_A_TIME) | msrtrace.end()
+    run_workload("--updates", 2, "--initial-run")
+    with counted("thousand-vmms", found):
+        for _ in range(VMS // AT_A_TIME):
+            earlier = host_updates(scrape())
+            options = ("--processes", "--vms", AT_A_TIME, "--updates", UPDATES, "--initial-run", "--hold", 600)
+            running = start_workload(*options)
+            until(lambda earlier=earlier: host_updates(timed_scrape(found)) > earlier, 600)
+            until_held(children_of(running))
+            settled_scrape(found)
+            end_all(running)
+            settled_scrape(found)
+            found["footprints"].append(footprint(msrtrace))
+    found |= msrtrace.end()
     return found | {"idle": idle, "left": kernel_state()}
 
 
@@ -132,15 +169,14 @@ def four_thousand_vcpus() -> Any:
         until(ready.exists)
         timed_scrape(found)
         go.touch()
-        applied = VMMS * VCPUS_EACH * UPDATES
-        until(lambda: f"msrtrace_host_filter_updates_total {applied}.0\n" in timed_scrape(found), 600)
-        until(lambda: settled(timed_scrape(found)), 60)
-        found["alive"] = timed_scrape(found)
+        until(lambda: host_updates(timed_scrape(found)) > 0, 600)
+        until_held(children_of(running))
+        found["alive"] = settled_scrape(found)
         found["footprints"].append(footprint(msrtrace))
         begun = time.monotonic()
         found["state"] = output_of("msrtrace", "state", timeout=300)
         found["state seconds"] = time.monotonic() - begun
-        end(running)
+        end_all(running)
     found["footprints"].append(footprint(msrtrace))
     return found | msrtrace.end()
 
@@ -174,9 +210,9 @@ def places_are_taken() -> Any:
             with suppress(PidTaken):
                 crowd.append(with_pid(next(wanted), *command))
         found["crowd"] = [one.pid for one in crowd]
-        until(lambda: all(Path(f"/proc/{one.pid}/wchan").read_text() == "hrtimer_nanosleep" for one in crowd), 60)
-        until(lambda: settled(scrape()), 60)
-        found["crowded"] = scrape()
+        until(lambda: host_updates(scrape()) > 0, 60)
+        until_held(found["crowd"])
+        found["crowded"] = settled_scrape(found)
         for one in crowd:
             end(one)
     again: dict[str, Any] = {}
@@ -250,8 +286,8 @@ def one_pid_after_another() -> Any:
             options = ["--updates", str(updates), "--initial-run", *(["--hold", "600"] if hold else [])]
             vmm = with_pid(pid, "workload", *options, "--", "-name", f"guest={name}")
             if hold:
-                until(lambda vmm=vmm: Path(f"/proc/{vmm.pid}/wchan").read_text() == "hrtimer_nanosleep", 60)
-                one[f"{name} runs"] = scrape()
+                until_held([vmm.pid])
+                one[f"{name} runs"] = settled_scrape(one)
                 end(vmm)
             else:
                 vmm.wait()
@@ -326,6 +362,8 @@ def forks() -> Any:
     both = scrape()
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    [child] = {int(line.partition("|")[0]) for line in lines} - {pid}
+    until(lambda: start_time(child) is None, 60)
     return {"lines": lines, "both": both, "parent": pid, "gone": scrape()}
 
 
@@ -375,9 +413,9 @@ def in_a_namespace() -> Any:
     children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
     until(children.read_text, 60)
     pid = int(children.read_text())
-    until(lambda: f'pid="{pid}"' in scrape() and settled(scrape()), 60)
-    until(lambda: Path(f"/proc/{pid}/wchan").read_text() == "hrtimer_nanosleep", 60)
-    text = scrape()
+    until(lambda: f'pid="{pid}"' in scrape(), 60)
+    until_held([pid])
+    text = settled_scrape({})
     os.kill(pid, signal.SIGKILL)
     outer.wait()
     return {"pid": pid, "text": text}
