@@ -40,6 +40,8 @@ FULL_VMS, FULL_VCPUS = 17, 1000
 #: VMMs for the same places of maps: there are 2,048 for their 58 counters each, and 16 for their updates.
 CROWD = 40
 CROWD_UPDATES = 5
+#: The longest that anything here may take on an emulated host.
+WAIT_SECONDS = 300
 #: As in bpf/places.h.
 PID_FACTOR = 0x9E3779B1
 LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
@@ -97,10 +99,24 @@ def host_updates(text: str) -> float:
     return float(found[1]) if found else 0
 
 
+def until_updated(found: dict[str, Any], earlier: float = 0) -> None:
+    """Wait until a scrape has more updates than EARLIER. Between scrapes VMs have the CPUs for themselves."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while host_updates(timed_scrape(found)) <= earlier:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no more than {earlier} updates")
+        time.sleep(1)
+
+
 def until_held(pids: list[int]) -> None:
     """Wait until these workloads have done their updates, of which one has begun: they sleep then (--hold)."""
     time.sleep(0.1)  # before, they sleep for 10 ms at a time
-    until(lambda: all(Path(f"/proc/{pid}/wchan").read_text() == "hrtimer_nanosleep" for pid in pids), 600)
+
+    def held() -> bool:
+        time.sleep(0.2)
+        return all(Path(f"/proc/{pid}/wchan").read_text() == "hrtimer_nanosleep" for pid in pids)
+
+    until(held, WAIT_SECONDS)
 
 
 def end_all(running: subprocess.Popen[Any]) -> None:
@@ -147,7 +163,7 @@ def a_thousand_vmms() -> Any:
             earlier = host_updates(scrape())
             options = ("--processes", "--vms", AT_A_TIME, "--updates", UPDATES, "--initial-run", "--hold", 600)
             running = start_workload(*options)
-            until(lambda earlier=earlier: host_updates(timed_scrape(found)) > earlier, 600)
+            until_updated(found, earlier)
             until_held(children_of(running))
             settled_scrape(found)
             end_all(running)
@@ -169,7 +185,7 @@ def four_thousand_vcpus() -> Any:
         until(ready.exists)
         timed_scrape(found)
         go.touch()
-        until(lambda: host_updates(timed_scrape(found)) > 0, 600)
+        until_updated(found)
         until_held(children_of(running))
         found["alive"] = settled_scrape(found)
         found["footprints"].append(footprint(msrtrace))
@@ -210,7 +226,7 @@ def places_are_taken() -> Any:
             with suppress(PidTaken):
                 crowd.append(with_pid(next(wanted), *command))
         found["crowd"] = [one.pid for one in crowd]
-        until(lambda: host_updates(scrape()) > 0, 60)
+        until_updated(found)
         until_held(found["crowd"])
         found["crowded"] = settled_scrape(found)
         for one in crowd:
