@@ -38,6 +38,7 @@ def test_every_source_file_names_its_licence() -> None:
 def test_only_what_goes_into_the_kernel_is_gpl_2_0_only() -> None:
     version_2_alone = {name for name, licence in _licences().items() if licence == "GPL-2.0-only"}
     assert version_2_alone == {name for name in _licences() if name.startswith("bpf/")} | {
+        "tests/kvmhost/livepatch/livepatch.c",
         "tests/kvmhost/skip-svm.diff",
         "tests/kvmhost/unpatch.diff",
     }
