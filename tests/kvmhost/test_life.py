@@ -17,7 +17,7 @@ from metrics_text import Metrics
 from tracer.program.compiler import PROGRAMS
 
 #: On the tracer itself, beside those of calls and updates.
-SERIES_OF_THE_TRACER = 37
+SERIES_OF_THE_TRACER = 38
 
 
 @pytest.mark.parametrize(("scenario", "status"), [("counts", 0), ("killed", -9)])
