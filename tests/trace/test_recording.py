@@ -106,6 +106,16 @@ def test_a_signal_ends_it_cleanly(start: Start, number: signal.Signals) -> None:
         assert result["notes"] == ([note] if seconds else [])
 
 
+def test_a_stop_ends_no_recording(start: Start) -> None:
+    """Ctrl-Z and fg: what CPython then says has come is no signal that anyone sent."""
+    recorded = start(seconds=2)
+    recorded.until()
+    recorded.signal(signal.SIGSTOP)
+    recorded.signal(signal.SIGCONT)
+    result, _ = recorded.end()
+    assert (result["seconds"] >= 2, result["notes"]) == (True, [])
+
+
 def test_a_repeated_signal_costs_no_recording(start: Start) -> None:
     """timeout(1) sends one to its command and to the command's process group."""
     recorded = start()

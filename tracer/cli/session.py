@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import BACKENDS, Options
+from tracer.trace.signals import discard_repeats, signal_within
 
 if TYPE_CHECKING:
     from tracer.kernel.machine import Machine
@@ -145,20 +146,16 @@ class EndSignals:
 
     def __exit__(self, *_: object) -> None:
         if self._ended:
-            from tracer.trace.recording import discard_repeats
-
             discard_repeats(self._numbers)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
     def wait(self, seconds: float) -> bool:
         """Wait this long; True at once when one of the signals has come, which ends the command."""
-        came = signal.sigtimedwait(self._numbers, seconds)
-        # A process that is stopped meanwhile, as by Ctrl-Z, gets a result of no meaning from CPython (signalmodule.c).
-        number = came.si_signo if came else None
-        if number == signal.SIGHUP and self._on_hangup:
+        came = signal_within(self._numbers, seconds)
+        if came and came.si_signo == signal.SIGHUP and self._on_hangup:
             self._on_hangup()
             return False
-        self._ended = number in self._numbers
+        self._ended = came is not None
         return self._ended
 
 

@@ -94,7 +94,7 @@ def write(path: Path, text: bytes) -> None:
         temporary = target.with_name(f".{target.name[:50]}.{token_hex(4)}")
         try:
             _write_new(temporary, text, target)
-            temporary.replace(target)
+            os.replace(temporary, target)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -18,6 +18,7 @@ from typing import Protocol
 from tracer.model.errors import MsrtraceError
 from tracer.model.module_change import FOLLOW_SECONDS, Change
 from tracer.model.snapshot import Snapshot
+from tracer.trace.signals import discard_repeats, signal_within
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
 _PATIENCE_SECONDS = 1.0  # for calls in progress when the trace ends
@@ -97,7 +98,7 @@ def record(
             if child.poll() is not None if child else interrupted or (seconds is not None and passed >= seconds):
                 break
             wait = FOLLOW_SECONDS if seconds is None else min(FOLLOW_SECONDS, max(0.0, seconds - passed))
-            info = signal.sigtimedwait(handled, wait)
+            info = signal_within(handled, wait)
             if info and info.si_signo != signal.SIGCHLD:
                 interrupted = signal.Signals(info.si_signo).name
                 if child and info.si_code != _SI_KERNEL:
@@ -117,16 +118,6 @@ def record(
         after = "" if child else f" of {seconds:g}"
         notes.append(f"ended by {interrupted} after {spent:.1f}{after} s")
     return Recording(counted, started, spent, _status(child), tuple(dict.fromkeys(notes)))
-
-
-def discard_repeats(numbers: Set[signal.Signals]) -> None:
-    """Take what is pending of blocked signals, one of which has come: else it would kill who is about to end in order.
-
-    timeout(1) sends a signal to its command and then to the command's process group; podman-stop(1), where a container
-    has the host's pid namespace, to its first process and then to all.
-    """
-    while signal.sigtimedwait(numbers, 0):
-        pass
 
 
 def _start(
