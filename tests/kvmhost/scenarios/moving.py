@@ -34,6 +34,7 @@ def reloads() -> Any:
     IN_A_ROW loads come as fast as they can, while msrtrace is at whatever it is at; then it is waited for, and VMs get
     updates.
     """
+    before = kernel_state()
     msrtrace = Msrtrace("--backend", "kprobe")
     idle = msrtrace.process_state(), _descriptors(msrtrace)
     over, scrapes = threading.Event(), [0]
@@ -64,7 +65,7 @@ def reloads() -> Any:
     found["used"] = msrtrace.process_state(), _descriptors(msrtrace)
     ended = msrtrace.end()
     load(STOCK[vendor().name])
-    return found | {"status": ended["status"], "log": ended["log"][-3000:], "left": kernel_state()}
+    return found | {"status": ended["status"], "log": ended["log"][-3000:], "kernel": [before, kernel_state()]}
 
 
 def _until_attached(number: int) -> None:
