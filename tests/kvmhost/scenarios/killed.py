@@ -24,7 +24,14 @@ from guest import STOCK, Msrtrace, kernel_state, load, output_of, scrape, until,
 STOPPED_SECONDS = 60
 #: Of run, in a cgroup: with the least it works, with the other the kernel kills it.
 ENOUGH_MB, LITTLE_MB = 40, 16
-BACKENDS = ("fentry", "kprobe")
+#: Of a start: by which backend, and when it has so many descriptors of a kind; or after that part of its time.
+_LOADING = [("bpf-map", 1), ("bpf-map", 6), ("bpf-prog", 1), ("bpf-prog", 4), ("bpf-prog", 8)]
+_ATTACHING = [("perf_event", 1), ("perf_event", 4), ("perf_event", 8)]
+MOMENTS = [
+    *(("kprobe", "", 0.2 * number) for number in range(7)),
+    *(("fentry", *when) for when in _LOADING),
+    *(("kprobe", *when) for when in (*_LOADING, *_ATTACHING)),
+]
 FREE = 8  #: descriptors that are left to it
 LIMITS = (8, 12, 16, 20, 24, 32, 64)  #: of descriptors
 CGROUP = Path("/sys/fs/cgroup")
@@ -38,19 +45,21 @@ def start_of_run(log: Path, *options: str) -> subprocess.Popen[bytes]:
 
 
 def killed_at_each_step_of_a_start() -> Any:
-    """SIGKILL at moments spread evenly over a start, with VMs under updates; then one that is left alone.
+    """SIGKILL at each of MOMENTS of a start, with VMs under updates; then one that is left alone.
 
     It is stopped first, so that what it has in the kernel at that moment can be looked at.
     """
     before = kernel_state()
-    moments, steps, left = 20, [], []
+    steps, left, log = [], [], Path("/tmp/killed.log")
     with updating():
         begun = Msrtrace()
         begun.end()
-        for number in range(moments):
-            log = Path("/tmp/killed.log")
-            process = start_of_run(log, "--backend", BACKENDS[number % len(BACKENDS)])
-            time.sleep(begun.started_in * 1.2 * number / moments)
+        for backend, kind, amount in MOMENTS:
+            process = start_of_run(log, "--backend", backend)
+            if kind:
+                until(lambda kind=kind, amount=amount, pid=process.pid: _held(pid, kind) >= amount)
+            else:
+                time.sleep(begun.started_in * amount)
             process.send_signal(signal.SIGSTOP)
             then = {name: len(there) - len(before[name]) for name, there in kernel_state().items()}
             steps.append(then | {"serving": "serving" in log.read_text()})
@@ -58,6 +67,16 @@ def killed_at_each_step_of_a_start() -> Any:
             if after := left_after(before):
                 left.append(after)
     return {"steps": steps, "seconds": begun.started_in, "left": left} | counts_again()
+
+
+def _held(pid: int, kind: str) -> int:
+    """How many descriptors of a kind a process has."""
+    found = 0
+    with suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
+        for entry in entries:
+            with suppress(OSError):
+                found += kind in os.readlink(entry.path)
+    return found
 
 
 def killed_in_a_scrape() -> Any:
