@@ -141,7 +141,7 @@ def test_nothing_is_written_but_what_is_asked_for(directory: Path, figures: Figu
         assert process.wait(30) == 0
     of_report = written(directory)
     assert {path.name for path in out.iterdir()} == {"r.json"}
-    assert all(str(out) in line or re.fullmatch(r"os.ch(mod|own) \d+", line) for line in of_report), of_report
+    assert all(str(out) in line or re.fullmatch(r"os.(chmod|chown|link) \d+", line) for line in of_report), of_report
     figures["by run"] = f"{len(of_run)} files written, 0 programs started"
     figures["by report"] = "its -o, and a temporary file beside it"
 
