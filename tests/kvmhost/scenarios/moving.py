@@ -22,7 +22,7 @@ from kerneltracer import VENDORS
 #: bpftrace and perf, which the image has not (bench.py).
 TOOLS = Path("/in/tools")
 IN_A_ROW = 20  #: reloads
-SETTLED_SECONDS = 1.5
+SETTLED_SECONDS = 5
 #: What both msrtrace and the witness probe.
 PROBED = {function for vendor in VENDORS for function in (*vendor.calls, *vendor.updates)}
 SECOND = "127.0.0.1:9754"  #: where another msrtrace listens
