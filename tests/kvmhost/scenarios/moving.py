@@ -23,6 +23,7 @@ from kerneltracer import VENDORS
 TOOLS = Path("/in/tools")
 IN_A_ROW = 20  #: reloads
 SETTLED_SECONDS = 5
+SWITCHES = 20  #: of a CPU, at least
 #: What both msrtrace and the witness probe.
 PROBED = {function for vendor in VENDORS for function in (*vendor.calls, *vendor.updates)}
 SECOND = "127.0.0.1:9754"  #: where another msrtrace listens
@@ -108,7 +109,9 @@ def cpus_come_and_go() -> Any:
     with counted("hotplug", found):
         thread = threading.Thread(target=switch)
         thread.start()
-        found["workloads"] = [start_workload().wait() for _ in range(4)]
+        found["workloads"] = []
+        while len(found["workloads"]) < 4 or found["switches"] < SWITCHES:
+            found["workloads"].append(start_workload().wait())
         over.set()
         thread.join()
     return found | msrtrace.end()
