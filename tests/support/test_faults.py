@@ -12,7 +12,7 @@ from faults import Fault
 
 REPO = Path(__file__).parents[2]
 MADE = runpy.run_path(str(REPO / "tests/reliability.py"))
-_MARKED = re.compile(r"^@pytest\.mark\.fault\(.*?^def (test_\w+)\(", re.MULTILINE | re.DOTALL)
+_MARKED = re.compile(r"^@(?:pytest\.mark\.)?fault\(.*?^def (test_\w+)\(", re.MULTILINE | re.DOTALL)
 
 
 def _fault(**changes: object) -> Fault:
