@@ -2,7 +2,7 @@
 # make run        trace this machine if it is a KVM host, else an emulated one; HOST=trixie: that emulated one
 # make test       everything that must hold, on the emulated bookworm and trixie hosts of both vendors
 # make test-all   that, and the hosts of suites that move (sid, backports) or are about to leave the archive (filter-only)
-# make test-faults  faults made to happen, in less than an hour once the hosts are built, and docs/reliability.md made from the results
+# make test-faults  faults made to happen, for an hour at most once the hosts are built, and docs/reliability.md made from the results
 # make soak       hours of an emulated host's life, SOAK_HOURS (24) of them, each in two minutes; 3 are part of make test-faults
 # make test-dashboard  the dashboard by what Grafana itself uses (npm, Chromium); pictures of made-up hosts go to
 #                 build/dashboard/ and build/dashboard-500/, of emulated ones (the whole chain: probes, exporter, Prometheus, panels) to build/chain/

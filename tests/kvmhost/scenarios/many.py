@@ -15,13 +15,13 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from guest import OUT, STOCK, Msrtrace, bitmap_offset, kernel_state, load, output_of, record, scrape, until, vendor
+from faulty import run
+from guest import OUT, Msrtrace, bitmap_offset, kernel_state, output_of, scrape, until
 from guest import workload as run_workload
 from kerneltracer import KernelCounter, KernelTracer
 from stress import preemptible
@@ -454,29 +454,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--of-pid"]:
         of_pid(int(sys.argv[2]))
         return
-    load(STOCK[vendor().name])
-    bitmap_offset()
-    wanted = sys.argv[1:]
-    for scenario in SCENARIOS:
-        name = scenario.__name__
-        if wanted and name not in wanted:
-            continue
-        begun = time.monotonic()
-        try:
-            found = scenario()
-        except Exception:
-            found = {"broken": traceback.format_exc()}
-            print(found["broken"], flush=True)
-            subprocess.run(["pkill", "-9", "-f", "^(/usr/bin/python3 /usr/local/bin/msrtrace|workload)"], check=False)
-            with suppress(OSError):
-                for event in Path("/sys/kernel/tracing/events/witness").glob("*/trigger"):
-                    for line in re.findall(r"^(hist:\S+)", event.read_text(), re.M):
-                        event.write_text(f"!{line}")
-                Path("/sys/kernel/tracing/kprobe_events").write_text("")
-        record(name, found)
-        seconds = time.monotonic() - begun
-        print(f"{name}: {'BROKEN' if 'broken' in found else 'collected'} in {seconds:.1f} s", flush=True)
-    sys.exit(37)
+    run(SCENARIOS, sys.argv[1:])
 
 
 if __name__ == "__main__":
