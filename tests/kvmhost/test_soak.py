@@ -41,7 +41,7 @@ on_each_host = faulted(
 def test_from_hour_to_hour_all_is_flat_and_counted(beside: Collected, host: str, figures: Figures) -> None:
     found = beside.scenario("soak")
     hours: list[dict[str, Any]] = found["hours"]
-    assert len(hours) == HOURS
+    assert len(hours) == HOURS > 2, "what an hour leaves is seen from the second on"
     assert all(hour["status"] == 0 for hour in hours)
     assert (found["status"], found["left"]) == (0, found["idle"])
     # What there is after an hour is there after each.
