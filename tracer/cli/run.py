@@ -15,7 +15,7 @@ from click.core import ParameterSource
 from tracer.cli.command import Documented
 from tracer.cli.console import say, version, warn
 from tracer.cli.options import TRACING, tracing_options
-from tracer.cli.session import EndSignals, module_is_loaded, ready_machine, tracing
+from tracer.cli.session import module_is_loaded, ready_machine, tracing
 from tracer.cli.systemd import Service, listening_sockets
 from tracer.model.module_change import FOLLOW_SECONDS
 from tracer.model.options import Options
@@ -114,6 +114,8 @@ def run(  # noqa: PLR0917 (click passes them by name)
 
     As a service of systemd (Type=notify), SIGHUP reads the files of TLS and of --web.config.file again; else it ends.
     """
+    from tracer.trace.signals import EndSignals
+
     _check_usage(activated, cert, key, ca, web_config)
     service, security = Service(), _security(cert, key, ca, web_config)
     with EndSignals(partial(_reload, service, security) if service.managed else None) as signals:

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import re
 import resource
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracer.model.errors import MsrtraceError
 from tracer.model.options import BACKENDS, Options
-from tracer.trace.signals import discard_repeats, signal_within
 
 if TYPE_CHECKING:
     from tracer.kernel.machine import Machine
@@ -123,40 +121,6 @@ def module_is_loaded() -> bool:
     from tracer.trace.tracer import loaded_module
 
     return loaded_module() is not None
-
-
-class EndSignals:
-    """SIGINT, SIGTERM and SIGHUP, which end a command in order: here they are waited for, and interrupt nothing.
-
-    A handler could run in the middle of anything, and one that takes a lock may then wait for ever.
-    """
-
-    def __init__(self, on_hangup: Callable[[], None] | None = None) -> None:
-        """With `on_hangup`, SIGHUP ends nothing: this runs during the wait. Else it ends unless it is ignored."""
-        self._on_hangup = on_hangup
-        self._numbers = {signal.SIGINT, signal.SIGTERM}
-        # A blocked signal comes even if it is ignored, as nohup(1) has it.
-        if on_hangup or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            self._numbers.add(signal.SIGHUP)
-
-    def __enter__(self) -> EndSignals:
-        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
-        self._ended = False
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._ended:
-            discard_repeats(self._numbers)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
-
-    def wait(self, seconds: float) -> bool:
-        """Wait this long; True at once when one of the signals has come, which ends the command."""
-        came = signal_within(self._numbers, seconds)
-        if came and came.si_signo == signal.SIGHUP and self._on_hangup:
-            self._on_hangup()
-            return False
-        self._ended = came is not None
-        return self._ended
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tracer.cli.console import columns, version, warn
-from tracer.cli.session import EndSignals, following_states
+from tracer.cli.session import following_states
 from tracer.model.module_change import RETRY_SECONDS, ModuleChange
 from tracer.model.state import is_called, of
 from tracer.report.formats import DEFAULT, write_state
@@ -19,6 +19,7 @@ from tracer.report.making import HostInfo
 from tracer.report.state_changes import Vms, changes
 from tracer.report.state_making import make_state, make_states
 from tracer.report.state_view import RowChoice
+from tracer.trace.signals import EndSignals
 
 if TYPE_CHECKING:
     from tracer.trace.state_follower import StateFollower
