@@ -78,7 +78,7 @@ def faulted(
 def equal(collected: Collected, found: dict[str, Any], name: str, figures: Figures) -> Counts:
     """What the witness of that name counted; fails unless msrtrace counted the same, and lost nothing."""
     counts = recorded(collected.folder / f"witness-{name}", updates_are_filters=True)
-    before, after = Metrics.of(found["before"]), Metrics.of(found["after"])
+    before, after = (Metrics.of(found[when]).of_host() for when in ("before", "after"))
     assert nonzero(after.calls() - before.calls()) == nonzero(counts.calls)
     assert nonzero(after.redundant() - before.redundant()) == nonzero(counts.redundant)
     assert after.updates() - before.updates() == counts.updates > 0

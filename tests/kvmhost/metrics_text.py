@@ -27,6 +27,15 @@ class Metrics:
                 found.samples[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
         return found
 
+    def of_host(self) -> Metrics:
+        """With the counts of the host where those of its VMs are, if --by-vm tells them apart.
+
+        VMs that have ended are only in the first.
+        """
+        host = {name: name.replace("_host_", "_", 1) for name, _ in self.samples if name.startswith("msrtrace_host_")}
+        others = {key: value for key, value in self.samples.items() if key[0] not in host.values()}
+        return Metrics({(host.get(name, name), labels): value for (name, labels), value in others.items()})
+
     def value(self, name: str, **labels: str) -> float | None:
         """The value of one series; None if there is none."""
         return self.samples.get((name, tuple(sorted(labels.items()))))
@@ -35,16 +44,16 @@ class Metrics:
         """Every series of a name: labels and value."""
         return [(dict(labels), value) for (n, labels), value in self.samples.items() if n == name]
 
-    def calls(self, name: str = "msrtrace_intercept_calls_total") -> Counter[Key]:
-        """A family of counts per call."""
+    def calls(self, kind: str = "calls") -> Counter[Key]:
+        """The calls, or those of a kind."""
         result: Counter[Key] = Counter()
-        for labels, value in self.named(name):
+        for labels, value in self.named(f"msrtrace_intercept_{kind}_total"):
             result[int(labels["msr"], 16), labels["access"], labels["action"], labels["cause"]] += int(value)
         return result
 
     def redundant(self) -> Counter[Key]:
         """The redundant calls."""
-        return self.calls("msrtrace_intercept_redundant_calls_total")
+        return self.calls("redundant_calls")
 
     def updates(self) -> int:
         """Filter updates."""

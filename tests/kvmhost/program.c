@@ -84,24 +84,36 @@ struct kvm_cpuid_entry2 *cpuid_leaf(struct kvm_cpuid2 *table, uint32_t function)
 	return NULL;
 }
 
-void start_pinned(unsigned long nth, void *(*function)(void *), void *argument)
+static int nth_allowed_cpu(unsigned long nth)
 {
-	cpu_set_t allowed, one;
-	pthread_t thread;
-	int cpu = 0, r;
+	cpu_set_t allowed;
+	int cpu = 0;
 
 	if (sched_getaffinity(0, sizeof(allowed), &allowed))
 		fail(EXIT_SYSTEM, "sched_getaffinity: %s", strerror(errno));
 	nth %= CPU_COUNT(&allowed);
 	while (!CPU_ISSET(cpu, &allowed) || nth--)
 		cpu++;
-	CPU_ZERO(&one);
-	CPU_SET(cpu, &one);
+	return cpu;
+}
+
+void start_pinned(unsigned long nth, void *(*function)(void *), void *argument)
+{
+	cpu_set_t one;
+	pthread_t thread;
+	int cpu, r;
+
 	r = pthread_create(&thread, NULL, function, argument);
-	if (!r)
-		r = pthread_setaffinity_np(thread, sizeof(one), &one);
 	if (r)
-		fail(EXIT_SYSTEM, "starting a thread on CPU %d: %s", cpu, strerror(r));
+		fail(EXIT_SYSTEM, "starting a thread: %s", strerror(r));
+	do {
+		cpu = nth_allowed_cpu(nth);
+		CPU_ZERO(&one);
+		CPU_SET(cpu, &one);
+		r = pthread_setaffinity_np(thread, sizeof(one), &one);
+	} while (r == EINVAL); /* it has gone offline since it was allowed */
+	if (r)
+		fail(EXIT_SYSTEM, "moving a thread to CPU %d: %s", cpu, strerror(r));
 }
 
 unsigned long leading_number(const char *name, char **text, unsigned long min, unsigned long max)

@@ -176,12 +176,10 @@ def test_without_addresses_callers_are_unknown_and_there_are_no_states(beside: A
 @pytest.mark.parametrize("moment", ["loaded", "reloaded"])
 def test_the_service_counts_across_a_reload(beside: Any, moment: str) -> None:
     scrapes = beside["service"]["scrapes"]
-    before, after = (Metrics.of(scrapes[f"{moment} {when}"]) for when in ("before", "after"))
-    for kind, known in (("calls", CALLS), ("redundant_calls", REDUNDANT)):
-        family = f"msrtrace_host_intercept_{kind}_total"  # of VMs that have ended, too
-        assert nonzero(after.calls(family) - before.calls(family)) == known
-    updates = [metrics.value("msrtrace_host_filter_updates_total") or 0 for metrics in (before, after)]
-    assert updates[1] - updates[0] == APPLIED
+    before, after = (Metrics.of(scrapes[f"{moment} {when}"]).of_host() for when in ("before", "after"))
+    assert nonzero(after.calls() - before.calls()) == CALLS
+    assert nonzero(after.redundant() - before.redundant()) == REDUNDANT
+    assert after.updates() - before.updates() == APPLIED
     assert not after.lost()
 
 

@@ -71,9 +71,9 @@ def test_telling_vms_apart_costs_little(of_amd: Collected, backend: str) -> None
     before, after = Metrics.of(found["before"]), Metrics.of(found["after"])
     calls, redundant = (MEASURED_UPDATES * number for number in PER_UPDATE[host][variant])
     created, useless = PER_VCPU[host]
-    assert after.calls("msrtrace_host_intercept_calls_total").total() == calls + created
-    assert after.calls("msrtrace_host_intercept_redundant_calls_total").total() == redundant + useless
-    assert after.value("msrtrace_host_filter_updates_total") == MEASURED_UPDATES
+    assert after.of_host().calls().total() == calls + created
+    assert after.of_host().redundant().total() == redundant + useless
+    assert after.of_host().updates() == MEASURED_UPDATES
     assert after.named("msrtrace_intercept_calls_total") == before.named("msrtrace_intercept_calls_total") == []
     assert after.lost() == []
 

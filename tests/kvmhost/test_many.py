@@ -59,14 +59,10 @@ def of_calls(host: str, vcpus: int, applied: int) -> tuple[Counter[Any], Counter
     return Counter(calls), Counter(redundant)
 
 
-def counts_are(found: dict[str, Any], host: str, tallies: Tallies, *, by_vm: bool = False) -> int:
+def counts_are(found: dict[str, Any], host: str, tallies: Tallies) -> int:
     """Fail unless every count between two scrapes is the witness's and the known one; how many calls there were."""
-    before, after = (Metrics.of(found[when]) for when in ("before", "after"))
-    prefix = "msrtrace_host_" if by_vm else "msrtrace_"
-    calls, redundant = (
-        nonzero(after.calls(f"{prefix}intercept_{kind}_total") - before.calls(f"{prefix}intercept_{kind}_total"))
-        for kind in ("calls", "redundant_calls")
-    )
+    before, after = (Metrics.of(found[when]).of_host() for when in ("before", "after"))
+    calls, redundant = nonzero(after.calls() - before.calls()), nonzero(after.redundant() - before.redundant())
     asked: Counter[tuple[int, str, str]] = Counter()
     of_cause: Counter[tuple[str, int]] = Counter()
     for (msr, access, action, cause), count in calls.items():
@@ -79,16 +75,12 @@ def counts_are(found: dict[str, Any], host: str, tallies: Tallies, *, by_vm: boo
     assert of_cause == witnessed
     known_calls, known_redundant = of_calls(host, tallies.vcpus.total(), tallies.updates.total())
     assert (calls, redundant) == (known_calls, known_redundant)
-    assert updates(after, by_vm) - updates(before, by_vm) == tallies.updates.total()
+    assert after.updates() - before.updates() == tallies.updates.total()
     created = [metrics.creations()[0] or 0 for metrics in (before, after)]
     assert created[1] - created[0] == tallies.vcpus.total()
     assert after.lost() == []
     assert after.value("msrtrace_open_calls") == 0
     return sum(calls.values())
-
-
-def updates(metrics: Metrics, by_vm: bool) -> int:
-    return int(metrics.value(f"msrtrace_{'host_' * by_vm}filter_updates_total") or 0)
 
 
 def dropped(metrics: Metrics, name: str) -> int:
@@ -136,7 +128,7 @@ def test_a_thousand_vmms_are_counted_and_leave_their_counts(beside: Collected, h
     ended_well(found)
     tallies = tallied(beside.folder / "witness-thousand-vmms")
     assert (len(tallies.updates), {*tallies.updates.values()}) == (VMS, {UPDATES})
-    calls = counts_are(found, host, tallies, by_vm=True)
+    calls = counts_are(found, host, tallies)
     before, after = (Metrics.of(found[when]) for when in ("before", "after"))
     assert after.samples.keys() == before.samples.keys()
     assert after.named("msrtrace_vm_info") == []
@@ -154,7 +146,7 @@ def test_four_thousand_vcpus_are_counted_each_by_its_vm(beside: Collected, host:
     ended_well(found)
     tallies = tallied(beside.folder / "witness-vcpus")
     assert tallies.vcpus.total() == VMMS * VCPUS_EACH
-    calls = counts_are(found, host, tallies, by_vm=True)
+    calls = counts_are(found, host, tallies)
     alive = Metrics.of(found["alive"])
     of_vms = {int(labels["pid"]): value for labels, value in alive.named("msrtrace_filter_updates_total")}
     assert of_vms == tallies.updates
@@ -220,9 +212,8 @@ def test_what_finds_no_place_is_exactly_what_is_missing(beside: Collected, host:
     tallies = tallied(beside.folder / "witness-crowd")
     assert {*tallies.updates} == {*found["crowd"]}
     crowded = Metrics.of(found["crowded"])
-    calls = crowded.calls("msrtrace_host_intercept_calls_total")
-    lost_calls = tallies.calls.total() - calls.total()
-    lost_updates = tallies.updates.total() - updates(crowded, True)
+    lost_calls = tallies.calls.total() - crowded.of_host().calls().total()
+    lost_updates = tallies.updates.total() - crowded.of_host().updates()
     assert (lost_calls, lost_updates) == (dropped(crowded, "calls"), dropped(crowded, "updates"))
     assert lost_calls > 0 < lost_updates
     # No VM has what is another's.
@@ -237,11 +228,10 @@ def test_what_finds_no_place_is_exactly_what_is_missing(beside: Collected, host:
         assert value <= CROWD_UPDATES, labels
     again = found["again"]
     assert set(again["statuses"]) == {0}
-    before, after = (Metrics.of(again[when]) for when in ("before", "after"))
+    before, after = (Metrics.of(again[when]).of_host() for when in ("before", "after"))
     later = tallied(beside.folder / "witness-after-crowd")
-    host_calls = "msrtrace_host_intercept_calls_total"
-    assert (after.calls(host_calls) - before.calls(host_calls)).total() == later.calls.total()
-    assert updates(after, True) - updates(before, True) == later.updates.total() == CROWD * CROWD_UPDATES
+    assert (after.calls() - before.calls()).total() == later.calls.total()
+    assert after.updates() - before.updates() == later.updates.total() == CROWD * CROWD_UPDATES
     assert {name: dropped(after, name) for name in ("calls", "updates", "vcpus")} == {
         "calls": lost_calls,
         "updates": lost_updates,
@@ -264,7 +254,7 @@ def test_vcpus_without_a_place_are_exactly_what_is_missing(beside: Collected, ho
     before, after = (Metrics.of(found[when]) for when in ("before", "after"))
     capacity = int(after.value("msrtrace_map_capacity", map="vcpus") or 0)
     lost_calls = tallies.calls.total() - (after.calls() - before.calls()).total()
-    lost_updates = tallies.updates.total() - (updates(after, False) - updates(before, False))
+    lost_updates = tallies.updates.total() - (after.updates() - before.updates())
     lost_vcpus = vcpus - ((after.creations()[0] or 0) - (before.creations()[0] or 0))
     assert lost_calls + lost_updates + lost_vcpus == dropped(after, "vcpus")
     assert lost_updates == after.value(UNPAIRED)
@@ -301,9 +291,8 @@ def test_counts_never_go_to_another_vmm_of_the_same_pid(
         assert [{key: info[key] for key in labels} for info, _ in metrics.named("msrtrace_vm_info")] == [labels]
     none = Metrics.of(found["none runs"])
     calls, redundant = of_calls(host, len(SAME_PID), sum(SAME_PID.values()))
-    assert none.calls("msrtrace_host_intercept_calls_total") == calls
-    assert none.calls("msrtrace_host_intercept_redundant_calls_total") == redundant
-    assert none.value("msrtrace_host_filter_updates_total") == sum(SAME_PID.values())
+    assert (none.of_host().calls(), none.of_host().redundant()) == (calls, redundant)
+    assert none.of_host().updates() == sum(SAME_PID.values())
     assert none.named("msrtrace_filter_updates_total") == []
     assert none.lost() == []
     figures["updates of the last"] = f"{SAME_PID[last]}, of {sum(SAME_PID.values())} of the pid"
@@ -345,7 +334,7 @@ def test_a_vmm_that_forks_has_its_own_counts_and_so_has_its_child(
     vcpus = {labels["pid"]: value for labels, value in both.named("msrtrace_vcpus")}
     assert vcpus == {parent: 1, child: 2}
     assert Metrics.of(found["gone"]).named("msrtrace_filter_updates_total") == []
-    counts_are(scenario, host, tallied(beside.folder / "witness-passing"), by_vm=True)
+    counts_are(scenario, host, tallied(beside.folder / "witness-passing"))
     figures["of the parent, of the child"] = "7 updates, 10 updates, equal"
     figures["the child's of its parent's VM"] = "refused by KVM, not counted"
 
@@ -367,7 +356,7 @@ def test_who_has_the_descriptors_of_a_vm_does_not_get_its_counts(
     [vm] = json.loads(found["state"]["stdout"])["vms"]
     assert (str(vm["pid"]), vm["owned"]) == (holder, False)
     assert end.named("msrtrace_vcpus") == []
-    assert gone.value("msrtrace_host_filter_updates_total") == end.value("msrtrace_host_filter_updates_total")
+    assert gone.of_host().updates() == end.of_host().updates()
     figures["the VMM"] = "3 updates, equal"
     figures["the holder"] = "0 updates; the VM is shown as its, and as made by another"
 

@@ -32,7 +32,6 @@ WITH_BITMAPS = [host for host in ON if not host.startswith("filter-only")]
 USED, ADMIN = 1 << 34 | 1 << 38 | 1 << 39, 1 << 21
 MOST_EXPOSED = 2.0
 #: Calls of all VMs, those that are gone too, where they are counted by VM.
-OF_HOST = "msrtrace_host_intercept_calls_total"
 
 
 @dataclass(frozen=True)
@@ -144,10 +143,9 @@ def test_when_systemctl_returns_everything_is_counted(beside: Service, host: str
     """What runs right after is counted from its first call. Its VMs are gone by the scrape, so the host has it all."""
     found = beside.part("reloading")
     assert found["restart"]["status"] == 0, found["restart"]
-    metrics = Metrics.of(found["counted"])
+    metrics = Metrics.of(found["counted"]).of_host()
     calls, _ = expected(host, HOSTS[host].vendor.stock, 1, UPDATES)
-    assert metrics.calls(OF_HOST) == Counter(calls)
-    assert metrics.value("msrtrace_host_filter_updates_total") == UPDATES
+    assert (metrics.calls(), metrics.updates()) == (Counter(calls), UPDATES)
 
 
 @on_each_host
@@ -188,11 +186,10 @@ def test_a_reload_of_the_module_is_followed_in_the_sandbox(beside: Service, host
     found = beside.part("reloading")
     url = "serving https://127.0.0.1:9753/metrics"
     assert found["unloaded"] == f"waiting for kvm_amd to be loaded again, {url}"
-    before, after = (Metrics.of(found[name]) for name in ("before", "after"))
-    updates = [metrics.value("msrtrace_host_filter_updates_total") or 0 for metrics in (before, after)]
-    assert updates[1] - updates[0] == UPDATES
+    before, after = (Metrics.of(found[name]).of_host() for name in ("before", "after"))
+    assert after.updates() - before.updates() == UPDATES
     calls, _ = expected(host, HOSTS[host].vendor.stock, 1, UPDATES)
-    assert after.calls(OF_HOST) - before.calls(OF_HOST) == Counter(calls)
+    assert after.calls() - before.calls() == Counter(calls)
     assert after.value("msrtrace_module_unloads_total") == 2
 
 

@@ -48,7 +48,7 @@ def test_from_hour_to_hour_all_is_flat_and_counted(beside: Collected, host: str,
     assert all(hour["kernel"] == hours[0]["kernel"] for hour in hours)
     assert all(hour["descriptors"] == hours[0]["descriptors"] for hour in hours)
     assert all(hour["threads"] == hours[0]["threads"] for hour in hours)
-    texts = [Metrics.of(hour["text"]) for hour in hours]
+    texts = [Metrics.of(hour["text"]).of_host() for hour in hours]
     assert all(text.samples.keys() == texts[0].samples.keys() for text in texts)
     memory = [hour["memory"] for hour in hours]
     # The first hour had no reload, after which memory is kept for the next.
@@ -59,20 +59,16 @@ def test_from_hour_to_hour_all_is_flat_and_counted(beside: Collected, host: str,
         calls, redundant = of_calls(host, VCPUS, UPDATES)
         assert tallies.calls.total() == calls.total()
         times = number + 1
-        assert _of_host(text, "calls") == Counter({key: times * count for key, count in calls.items()})
-        assert nonzero(_of_host(text, "redundant_calls")) == {key: times * count for key, count in redundant.items()}
-        assert text.value("msrtrace_host_filter_updates_total") == times * UPDATES
+        assert text.calls() == Counter({key: times * count for key, count in calls.items()})
+        assert nonzero(text.redundant()) == {key: times * count for key, count in redundant.items()}
+        assert text.updates() == times * UPDATES
         assert text.creations()[0] == times * VCPUS
         assert text.lost() == []
-    end = Metrics.of(found["text"])
+    end = Metrics.of(found["text"]).of_host()
     assert end.value("msrtrace_module_unloads_total") == HOURS
-    assert end.value("msrtrace_host_filter_updates_total") == HOURS * UPDATES
+    assert end.updates() == HOURS * UPDATES
     figures["guest time"] = f"{sum(hour['seconds'] for hour in hours) / 3600:.1f} h"
     figures["here"] = f"{(beside.folder / 'minutes').read_text()} min"
     figures["memory by the hour"] = f"{', '.join(f'{one / 1000:.1f}' for one in memory)} MB"
     figures["descriptors"] = f"{hours[0]['descriptors']}, each hour"
-    figures["calls"] = f"{_of_host(end, 'calls').total():,}, equal"
-
-
-def _of_host(metrics: Metrics, kind: str) -> Counter[Any]:
-    return metrics.calls(f"msrtrace_host_intercept_{kind}_total")
+    figures["calls"] = f"{end.calls().total():,}, equal"

@@ -40,15 +40,9 @@ def check_counts(collected: Collected, run: str) -> None:
     found, counts = result
     if collected.host in CALLERS_HIDDEN:
         counts = counts.without_callers()
-    before, after = Metrics.of(found["before"]), Metrics.of(found["after"])
-    together = "msrtrace_host_" if "--by-vm" in RUNS[run] else "msrtrace_"
-    calls, redundant = (
-        after.calls(f"{together}intercept_{kind}_total") - before.calls(f"{together}intercept_{kind}_total")
-        for kind in ("calls", "redundant_calls")
-    )
-    updates = (after.value(f"{together}filter_updates_total") or 0) - (
-        before.value(f"{together}filter_updates_total") or 0
-    )
+    before, after = (Metrics.of(found[when]).of_host() for when in ("before", "after"))
+    calls, redundant = after.calls() - before.calls(), after.redundant() - before.redundant()
+    updates = after.updates() - before.updates()
     [(info, _)] = after.named("msrtrace_build_info")
     assert info["backend"] == RUNS[run].split()[1]
     assert after.value("msrtrace_open_calls") == 0

@@ -189,19 +189,17 @@ def msrtrace(*options: str) -> Any:
     """`msrtrace run OPTIONS`, up to where it serves."""
     tracer = Msrtrace(*options)
     ticks = filter_update_ticks()
-    metrics = Metrics.of(scrape())
+    metrics = Metrics.of(scrape()).of_host()  # with --by-vm the VM's own series went with it
     ended = tracer.end()
     if ended["status"] or metrics.lost():
         raise RuntimeError(f"{metrics.lost()} {ended}")
     [(info, _)] = metrics.named("msrtrace_build_info")
-    # With --by-vm the VM's own series went with it.
-    prefix = "msrtrace_host_" if "--by-vm" in options else "msrtrace_"
     return {
         "ticks": ticks,
         "backend": info["backend"],
-        "calls": metrics.calls(f"{prefix}intercept_calls_total").total(),
-        "redundant": metrics.calls(f"{prefix}intercept_redundant_calls_total").total(),
-        "updates": int(metrics.value(f"{prefix}filter_updates_total") or 0),
+        "calls": metrics.calls().total(),
+        "redundant": metrics.redundant().total(),
+        "updates": metrics.updates(),
     }
 
 
