@@ -19,6 +19,7 @@ from metrics_text import Key, Metrics
 from moving import IN_A_ROW, SWITCHES
 
 RELOADS = 1000
+GROWTH = 5  #: MB
 on_each_host = faulted("env", f"RELOADS={RELOADS}", "python3", "/in/moving.py", timeout=3000, takes_along=True)
 OFF = "msrtrace_probes_off_seconds_total"
 
@@ -147,18 +148,19 @@ def test_the_module_is_reloaded(beside: Collected, host: str, figures: Figures) 
     assert (metrics.updates(), waited) == (waited * UPDATES * VCPUS, found["times"] // IN_A_ROW)
     assert waited <= (metrics.value("msrtrace_module_unloads_total") or 0) <= found["times"]
     assert metrics.lost() == []
-    (idle, descriptors_before), (used, descriptors) = found["idle"], found["used"]
-    assert descriptors <= descriptors_before + 3
-    memory = [int(state["Rss"]) / 1024 for state in (idle, used)]
-    assert memory[1] < memory[0] + 12
+    [descriptors] = {one["descriptors"] for one in found["footprints"]}
+    memory = [one["memory"] / 1000 for one in found["footprints"]]
+    # What the first reloads needed is kept for the next.
+    assert max(memory) - memory[1] < GROWTH, memory
     before, left = found["kernel"]
     assert (left, found["status"]) == (before, 0)
     figures["times"] = (
         f"{found['times']:,}, of which msrtrace saw {metrics.value('msrtrace_module_unloads_total'):,.0f}"
     )
     figures["calls"] = f"{metrics.calls().total():,}, as known"
-    figures["descriptors"] = f"{descriptors_before} before, {descriptors} after"
-    figures["memory"] = f"{memory[0]:.0f} MB before, {memory[1]:.0f} MB after"
+    figures["descriptors"] = f"{descriptors}, always"
+    shown = (memory[0], memory[1], memory[len(memory) // 2], memory[-1])
+    figures[f"memory before, after {IN_A_ROW}, half of them, all"] = f"{', '.join(f'{one:.1f}' for one in shown)} MB"
 
 
 @pytest.mark.fault("kernel", "lockdown is switched on", "integrity, then confidentiality, while it runs", dear=True)

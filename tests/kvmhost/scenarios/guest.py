@@ -31,6 +31,8 @@ MEASURED_UPDATES = 101
 STOCK = {"vmx": "patched", "svm": "unpatched"}
 #: Of guest time: an emulated host is slow, and so is one on a busy machine.
 START_SECONDS = 300.0
+#: Of msrtrace when no client is connected: one that traces, one that listens.
+_THREADS = 2
 
 
 def output_of(*command: str, timeout: float = 120, **options: Any) -> dict[str, Any]:
@@ -159,6 +161,17 @@ class Msrtrace:
                 rights += re.findall(r"^CapEff:\s+(\w+)", (thread / "status").read_text(), re.M)
         found["threads"] = " ".join(rights)
         return found | {"children": (proc / f"task/{self.process.pid}/children").read_text()}
+
+    def footprint(self) -> dict[str, int]:
+        """Memory in kB, descriptors and threads, at rest: a client's last for a moment after its answer."""
+        proc = Path(f"/proc/{self.process.pid}")
+        with suppress(RuntimeError):
+            until(lambda: len(os.listdir(proc / "task")) <= _THREADS, 10)
+        return {
+            "memory": int(self.process_state()["Rss"]),
+            "descriptors": len(os.listdir(proc / "fd")),
+            "threads": len(os.listdir(proc / "task")),
+        }
 
     def said(self, line: str) -> int:
         """How often it has printed LINE."""

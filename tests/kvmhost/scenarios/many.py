@@ -49,16 +49,6 @@ LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
 SAME_PID = {"first": 3, "second": 5, "third": 7}
 
 
-def footprint(msrtrace: Msrtrace) -> dict[str, int]:
-    """Memory in kB, descriptors and threads."""
-    proc = Path(f"/proc/{msrtrace.process.pid}")
-    return {
-        "memory": int(msrtrace.process_state()["Rss"]),
-        "descriptors": len(os.listdir(proc / "fd")),
-        "threads": len(os.listdir(proc / "task")),
-    }
-
-
 @contextmanager
 def counted(name: str, found: dict[str, Any]) -> Iterator[None]:
     """What happens meanwhile is counted by the kernel's own tracer, too; the scrapes around it."""
@@ -147,7 +137,7 @@ def a_thousand_vms() -> Any:
                 timed_scrape(found)
                 time.sleep(0.5)
             found["statuses"].append(running.wait())
-            found["footprints"].append(footprint(msrtrace))
+            found["footprints"].append(msrtrace.footprint())
     found |= msrtrace.end()
     return found | {"idle": idle, "left": kernel_state()}
 
@@ -168,7 +158,7 @@ def a_thousand_vmms() -> Any:
             settled_scrape(found)
             end_all(running)
             settled_scrape(found)
-            found["footprints"].append(footprint(msrtrace))
+            found["footprints"].append(msrtrace.footprint())
     found |= msrtrace.end()
     return found | {"idle": idle, "left": kernel_state()}
 
@@ -177,7 +167,7 @@ def four_thousand_vcpus() -> Any:
     """They are all there at once, and have updates; scrapes and states meanwhile."""
     found: dict[str, Any] = {}
     msrtrace = Msrtrace("--by-vm")
-    found["footprints"] = [footprint(msrtrace)]
+    found["footprints"] = [msrtrace.footprint()]
     ready, go = Path("/tmp/vcpus-ready"), Path("/tmp/vcpus-go")
     with counted("vcpus", found):
         options = ("--processes", "--vms", VMMS, "--vcpus", VCPUS_EACH, "--updates", UPDATES, "--initial-run")
@@ -188,12 +178,12 @@ def four_thousand_vcpus() -> Any:
         until_updated(found)
         until_held(children_of(running))
         found["alive"] = settled_scrape(found)
-        found["footprints"].append(footprint(msrtrace))
+        found["footprints"].append(msrtrace.footprint())
         begun = time.monotonic()
         found["state"] = output_of("msrtrace", "state", timeout=300)
         found["state seconds"] = time.monotonic() - begun
         end_all(running)
-    found["footprints"].append(footprint(msrtrace))
+    found["footprints"].append(msrtrace.footprint())
     return found | msrtrace.end()
 
 

@@ -36,7 +36,7 @@ def reloads() -> Any:
     """
     before = kernel_state()
     msrtrace = Msrtrace("--backend", "kprobe")
-    idle = msrtrace.process_state(), _descriptors(msrtrace)
+    footprints = [msrtrace.footprint()]
     over, scrapes = threading.Event(), [0]
 
     def client() -> None:
@@ -58,14 +58,15 @@ def reloads() -> Any:
                 _until_attached(len(probes))
                 known_workload()
                 counted_on[variant] += 1
+                footprints.append(msrtrace.footprint())
     finally:
         over.set()
         thread.join()
-    found = {"times": times, "counted": counted_on, "scrapes": scrapes[0], "after": scrape(), "idle": idle}
-    found["used"] = msrtrace.process_state(), _descriptors(msrtrace)
+    found = {"times": times, "counted": counted_on, "scrapes": scrapes[0], "after": scrape()}
     ended = msrtrace.end()
     load(STOCK[vendor().name])
-    return found | {"status": ended["status"], "log": ended["log"][-3000:], "kernel": [before, kernel_state()]}
+    found |= {"status": ended["status"], "log": ended["log"][-3000:]}
+    return found | {"footprints": footprints, "kernel": [before, kernel_state()]}
 
 
 def _until_attached(number: int) -> None:
@@ -85,10 +86,6 @@ def _probes() -> list[str]:
     """The kprobes on the module that is loaded; those on one that was unloaded are gone."""
     lines = Path("/sys/kernel/debug/kprobes/list").read_text().splitlines()
     return [line for line in lines if vendor().module in line.split() and "[GONE]" not in line]
-
-
-def _descriptors(msrtrace: Msrtrace) -> int:
-    return len(os.listdir(f"/proc/{msrtrace.process.pid}/fd"))
 
 
 def cpus_come_and_go() -> Any:

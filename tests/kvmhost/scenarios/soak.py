@@ -14,7 +14,7 @@ from typing import Any
 from guest import OUT, STOCK, Msrtrace, kernel_state, load, record, scrape, vendor
 from guest import workload as run_workload
 from kerneltracer import KernelCounter
-from many import footprint, start_workload
+from many import start_workload
 
 HOUR_SECONDS, SCRAPE_SECONDS = 3600, 60
 #: Of the VM that stays: one update a minute. Of those that come and go, every so many minutes: how many, and updates.
@@ -35,7 +35,7 @@ def an_hour(number: int, msrtrace: Msrtrace) -> dict[str, Any]:
         status = staying.wait()
         text = scrape()
     state = {"status": status, "text": text, "kernel": kernel_state()}
-    return state | footprint(msrtrace) | {"seconds": time.monotonic() - begun}
+    return state | msrtrace.footprint() | {"seconds": time.monotonic() - begun}
 
 
 def main() -> None:
