@@ -170,14 +170,14 @@ def beside(tmp_path: Path, figures: Figures, misbehave: Misbehave) -> None:
 
 
 @pytest.mark.fault(
-    "clients", "bad clients all day", "4 times: 1,000 silent, 1,000 that never read, 200 of 60 KB", dear=True
+    "clients", "bad clients all day", "6 times: 1,000 silent, 1,000 that never read, 200 of 60 KB", dear=True
 )
 def test_bad_clients_leave_no_memory_behind(tmp_path: Path, figures: Figures) -> None:
     with served(tmp_path, patience=1.0, vms=100) as server:
         scrape(server)
         threads, descriptors = server.threads(), server.descriptors()
         resident = [server.resident()]
-        for _ in range(4):
+        for _ in range(6):
             with ExitStack() as stack:
                 silent(server, stack)
                 unread(server, stack)
@@ -186,7 +186,8 @@ def test_bad_clients_leave_no_memory_behind(tmp_path: Path, figures: Figures) ->
             scrape(server)
             resident.append(server.resident())
         assert server.said() == ""
-    assert resident[-1] < resident[2] * 1.05
+    # What each time left behind would add up, however unsteady it is what the allocator keeps.
+    assert min(resident[4:]) <= max(resident[1:4])
     assert resident[-1] < resident[0] + 40
     figures["memory before"] = f"{resident[0]:.0f} MB"
     figures["after each time"] = ", ".join(f"{one:.0f}" for one in resident[1:]) + " MB"

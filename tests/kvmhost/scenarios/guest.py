@@ -33,6 +33,7 @@ STOCK = {"vmx": "patched", "svm": "unpatched"}
 START_SECONDS = 300.0
 #: Of msrtrace when no client is connected: one that traces, one that listens.
 _THREADS = 2
+_LOOKS = 20
 
 
 def output_of(*command: str, timeout: float = 120, **options: Any) -> dict[str, Any]:
@@ -163,13 +164,16 @@ class Msrtrace:
         return found | {"children": (proc / f"task/{self.process.pid}/children").read_text()}
 
     def footprint(self) -> dict[str, int]:
-        """Memory in kB, descriptors and threads, at rest: a client's last for a moment after its answer."""
+        """Memory in kB, descriptors and threads, at rest: a client's last for a moment after its answer.
+
+        Of some looks at its descriptors the least, as it may have opened a file of /proc to read it.
+        """
         proc = Path(f"/proc/{self.process.pid}")
         with suppress(RuntimeError):
             until(lambda: len(os.listdir(proc / "task")) <= _THREADS, 10)
         return {
             "memory": int(self.process_state()["Rss"]),
-            "descriptors": len(os.listdir(proc / "fd")),
+            "descriptors": min(len(os.listdir(proc / "fd")) for _ in range(_LOOKS)),
             "threads": len(os.listdir(proc / "task")),
         }
 

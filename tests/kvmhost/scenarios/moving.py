@@ -23,6 +23,8 @@ TOOLS = Path("/in/tools")
 IN_A_ROW = 20  #: reloads
 SETTLED_SECONDS = 5
 SWITCHES = 20  #: of a CPU, at least
+#: So that what one CPU does, while the other is offline, fits into the kernel tracer's buffer of one.
+PACED = ["--threads", "--vcpus", "2", "--updates", "61", "--initial-run", "--interval", "50"]
 #: What both msrtrace and the witness probe.
 PROBED = {function for vendor in VENDORS for function in (*vendor.calls, *vendor.updates)}
 SECOND = "127.0.0.1:9754"  #: where another msrtrace listens
@@ -107,7 +109,7 @@ def cpus_come_and_go() -> Any:
         thread.start()
         found["workloads"] = []
         while len(found["workloads"]) < 4 or found["switches"] < SWITCHES:
-            found["workloads"].append(start_workload().wait())
+            found["workloads"].append(start_workload(*PACED).wait())
         over.set()
         thread.join()
     return found | msrtrace.end()
