@@ -40,7 +40,7 @@ MEMORY = 6144
 TIMEOUT_SECONDS = 1800
 #: Of every array that can be full.
 DROPPED, UNPAIRED = "msrtrace_dropped_updates_total", "msrtrace_unpaired_returns_total"
-#: kB by which the memory may be another after a thousand VMs, and kB for each vCPU that is there.
+#: kB by which memory may grow from the five hundredth VM to the thousandth, and kB for each vCPU that is there.
 SAME_MEMORY, MEMORY_OF_VCPU = 2048, 12
 
 
