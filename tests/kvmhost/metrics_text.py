@@ -28,9 +28,9 @@ class Metrics:
         return found
 
     def of_host(self) -> Metrics:
-        """With the counts of the host where those of its VMs are, if --by-vm tells them apart.
+        """The same with the counts of the host under the names that those of its VMs have with --by-vm.
 
-        VMs that have ended are only in the first.
+        They include VMs that have ended, which have no series of their own any more.
         """
         host = {name: name.replace("_host_", "_", 1) for name, _ in self.samples if name.startswith("msrtrace_host_")}
         others = {key: value for key, value in self.samples.items() if key[0] not in host.values()}

@@ -102,6 +102,7 @@ def as_before(found: dict[str, Any]) -> str:
     assert len({one["descriptors"] for one in found["footprints"]}) == 1
     middle = len(memory) // 2
     assert max(memory[middle:]) - memory[middle] < SAME_MEMORY, memory
+    assert max(memory) - memory[0] < 4 * SAME_MEMORY, memory
     return ", ".join(f"{one / 1000:.1f}" for one in memory) + " MB"
 
 

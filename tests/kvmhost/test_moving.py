@@ -152,6 +152,7 @@ def test_the_module_is_reloaded(beside: Collected, host: str, figures: Figures) 
     memory = [one["memory"] / 1000 for one in found["footprints"]]
     # What the first reloads needed is kept for the next.
     assert max(memory) - memory[1] < GROWTH, memory
+    assert memory[-1] < memory[0] + 12
     before, left = found["kernel"]
     assert (left, found["status"]) == (before, 0)
     figures["times"] = (

@@ -31,7 +31,6 @@ WITH_BITMAPS = [host for host in ON if not host.startswith("filter-only")]
 #: What it may do while it traces: CAP_SYSLOG, CAP_PERFMON, CAP_BPF; and CAP_SYS_ADMIN, which is used to probe alone.
 USED, ADMIN = 1 << 34 | 1 << 38 | 1 << 39, 1 << 21
 MOST_EXPOSED = 2.0
-#: Calls of all VMs, those that are gone too, where they are counted by VM.
 
 
 @dataclass(frozen=True)

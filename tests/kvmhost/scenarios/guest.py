@@ -164,9 +164,9 @@ class Msrtrace:
         return found | {"children": (proc / f"task/{self.process.pid}/children").read_text()}
 
     def footprint(self) -> dict[str, int]:
-        """Memory in kB, descriptors and threads, at rest: a client's last for a moment after its answer.
+        """Memory in kB, descriptors and threads, once no client is being answered.
 
-        Of some looks at its descriptors the least, as it may have opened a file of /proc to read it.
+        It opens files of /proc for moments, so that the number of descriptors is the least of several looks.
         """
         proc = Path(f"/proc/{self.process.pid}")
         with suppress(RuntimeError):
