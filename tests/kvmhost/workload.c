@@ -41,6 +41,7 @@
  *                   One disable (6.17 on: set) call each, RW; the first changes the bitmap, if the last filter
  *                   allows it. SVM: none where the CPU has V_SPEC_CTRL.
  *   --create-vms N  N more VMs of --vcpus vCPUs, each destroyed before the next, none run. As creation.
+ *   --held FILE     is created now that all VMs have done all this.
  *   --hold SECONDS  keeps the VMs, idle (--forever: or until another signal).
  *
  *   --threads       a thread per vCPU, pinned to the allowed CPUs in turn; barriers keep the counts exact.
@@ -91,7 +92,7 @@ struct vm {
 /* What was really done, and when to start: shared by all processes. */
 static struct shared {
 	atomic_ulong updates, applied, created_vms, created_vcpus, spec_ctrl, cpuid, x2apic, svme;
-	atomic_ulong ready; /* processes whose VMs exist */
+	atomic_ulong ready, held; /* processes whose VMs exist, and have done all there is to do */
 	atomic_bool go;
 } *shared;
 
@@ -99,7 +100,7 @@ static struct {
 	unsigned long vms, vcpus, updates, create_vms, spec_ctrl, cpuid, x2apic, svme, interval_ms;
 	int threads, processes, forever, initial_run, deny_all, ticks; /* flags, for getopt_long() */
 	double hold;
-	const char *ready, *go;
+	const char *ready, *go, *held;
 	uint32_t msrs[KVM_MSR_FILTER_MAX_RANGES];
 	unsigned int n_msrs;
 } opt = { .vms = 1, .vcpus = 1, .updates = 10 };
@@ -346,6 +347,8 @@ static void work(unsigned long first, unsigned long n)
 		create_vm(&extra, opt.vms + i);
 		destroy_vm(&extra);
 	}
+	if (++shared->held == (opt.processes ? opt.vms : 1) && opt.held)
+		create_file(opt.held);
 	pause_for(opt.hold);
 }
 
@@ -417,7 +420,7 @@ static const char usage[] =
 	"usage: workload [--vms N] [--vcpus N] [--threads] [--processes] [--name NAME] [--ready FILE] [--go FILE]\n"
 	"                [--cpuid N] [--x2apic N] [--svme N] [--initial-run] [--updates N | --forever]\n"
 	"                [--interval MS] [--msr INDEX]... [--deny-all] [--ticks] [--spec-ctrl N] [--create-vms N]\n"
-	"                [--hold SECONDS] [-- ignored...]\n\n"
+	"                [--held FILE] [--hold SECONDS] [-- ignored...]\n\n"
 	"Runs KVM guests so that KVM changes MSR intercepts a known number of times: by default one VM of one vCPU and\n"
 	"10 filter updates that deny and allow MSR 0xc0000100 in turn. N counts per VM (--vcpus, --updates) or per\n"
 	"vCPU (--cpuid, --x2apic, --svme, --spec-ctrl). The head of workload.c explains every option.\n\n"
@@ -443,6 +446,7 @@ static const struct option longopts[] = {
 	{ "ticks", 0, &opt.ticks, 1 },
 	{ "spec-ctrl", 1, NULL, 's' },
 	{ "create-vms", 1, NULL, 'V' },
+	{ "held", 1, NULL, 'd' },
 	{ "hold", 1, NULL, 'H' },
 	{ "help", 0, NULL, 'h' },
 	{ 0 },
@@ -475,6 +479,7 @@ static void parse(int argc, char **argv)
 		case 'H': opt.hold = seconds(o); break;
 		case 'r': opt.ready = optarg; break;
 		case 'g': opt.go = optarg; break;
+		case 'd': opt.held = optarg; break;
 		case 'n': prctl(PR_SET_NAME, optarg); break;
 		case 'h': fputs(usage, stdout); exit(0);
 		default: exit(EXIT_USAGE); /* getopt_long() has said why */

@@ -8,7 +8,6 @@ kernel's own tracer counts beside msrtrace (kerneltracer.py).
 from __future__ import annotations
 
 import os
-import re
 import resource
 import signal
 import socket
@@ -17,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ FULL_VMS, FULL_VCPUS = 17, 1000
 #: VMMs for the same places of maps: there are 2,048 for their 58 counters each, and 16 for their updates.
 CROWD = 40
 CROWD_UPDATES = 5
+#: Numbers of workloads whose VMs live on.
+HOLDERS = count()
 #: The longest that anything here may take on an emulated host.
 WAIT_SECONDS = 300
 #: As in bpf/places.h.
@@ -83,30 +85,20 @@ def children_of(process: subprocess.Popen[Any]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def host_updates(text: str) -> float:
-    """Of all VMs, by a scrape."""
-    found = re.search(r"^msrtrace_host_filter_updates_total (\S+)", text, re.M)
-    return float(found[1]) if found else 0
+def holding() -> tuple[list[str | int | Path], Path]:
+    """Options with which a workload's VMs live on, and the file that is there when they have done all else."""
+    held = Path(f"/tmp/held-{next(HOLDERS)}")
+    return ["--hold", 600, "--held", held], held
 
 
-def until_updated(found: dict[str, Any], earlier: float = 0) -> None:
-    """Wait until a scrape has more updates than EARLIER. Between scrapes VMs have the CPUs for themselves."""
+def until_held(held: Path, found: dict[str, Any]) -> None:
+    """Wait for this file, with scrapes. Between them VMs have the CPUs for themselves."""
     deadline = time.monotonic() + WAIT_SECONDS
-    while host_updates(timed_scrape(found)) <= earlier:
+    while not held.exists():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"no more than {earlier} updates")
+            raise RuntimeError("a workload has not done its updates")
+        timed_scrape(found)
         time.sleep(1)
-
-
-def until_held(pids: list[int]) -> None:
-    """Wait until these workloads have done their updates, of which one has begun: they sleep then (--hold)."""
-    time.sleep(0.1)  # before, they sleep for 10 ms at a time
-
-    def held() -> bool:
-        time.sleep(0.2)
-        return all(Path(f"/proc/{pid}/wchan").read_text() == "hrtimer_nanosleep" for pid in pids)
-
-    until(held, WAIT_SECONDS)
 
 
 def end_all(running: subprocess.Popen[Any]) -> None:
@@ -150,11 +142,9 @@ def a_thousand_vmms() -> Any:
     run_workload("--updates", 2, "--initial-run")
     with counted("thousand-vmms", found):
         for _ in range(VMS // AT_A_TIME):
-            earlier = host_updates(scrape())
-            options = ("--processes", "--vms", AT_A_TIME, "--updates", UPDATES, "--initial-run", "--hold", 600)
-            running = start_workload(*options)
-            until_updated(found, earlier)
-            until_held(children_of(running))
+            hold, held = holding()
+            running = start_workload("--processes", "--vms", AT_A_TIME, "--updates", UPDATES, "--initial-run", *hold)
+            until_held(held, found)
             settled_scrape(found)
             end_all(running)
             settled_scrape(found)
@@ -171,12 +161,12 @@ def four_thousand_vcpus() -> Any:
     ready, go = Path("/tmp/vcpus-ready"), Path("/tmp/vcpus-go")
     with counted("vcpus", found):
         options = ("--processes", "--vms", VMMS, "--vcpus", VCPUS_EACH, "--updates", UPDATES, "--initial-run")
-        running = start_workload(*options, "--hold", 600, "--ready", ready, "--go", go)
+        hold, held = holding()
+        running = start_workload(*options, *hold, "--ready", ready, "--go", go)
         until(ready.exists)
         timed_scrape(found)
         go.touch()
-        until_updated(found)
-        until_held(children_of(running))
+        until_held(held, found)
         found["alive"] = settled_scrape(found)
         found["footprints"].append(msrtrace.footprint())
         begun = time.monotonic()
@@ -210,14 +200,17 @@ def places_are_taken() -> Any:
     wanted = crowded_pids()
     with counted("crowd", found):
         crowd: list[subprocess.Popen[str]] = []
+        files = []
         while len(crowd) < CROWD:
-            options = ("--updates", CROWD_UPDATES, "--initial-run", "--hold", 600)
+            hold, held = holding()
+            options = ("--updates", CROWD_UPDATES, "--initial-run", *hold)
             command = ("workload", *map(str, options), "--", "-name", f"guest=vm{len(crowd)}")
             with suppress(PidTaken):
                 crowd.append(with_pid(next(wanted), *command))
+                files.append(held)
         found["crowd"] = [one.pid for one in crowd]
-        until_updated(found)
-        until_held(found["crowd"])
+        for held in files:
+            until_held(held, found)
         found["crowded"] = settled_scrape(found)
         for one in crowd:
             end(one)
@@ -288,11 +281,12 @@ def one_pid_after_another() -> Any:
         one: dict[str, Any] = {"pid": pid}
         msrtrace = Msrtrace("--by-vm")
         for number, (name, updates) in enumerate(SAME_PID.items()):
-            hold = (seen and number == 0) or number == len(SAME_PID) - 1
-            options = ["--updates", str(updates), "--initial-run", *(["--hold", "600"] if hold else [])]
-            vmm = with_pid(pid, "workload", *options, "--", "-name", f"guest={name}")
-            if hold:
-                until_held([vmm.pid])
+            lives_on = (seen and number == 0) or number == len(SAME_PID) - 1
+            hold, held = holding()
+            options = ["--updates", updates, "--initial-run", *(hold if lives_on else [])]
+            vmm = with_pid(pid, "workload", *map(str, options), "--", "-name", f"guest={name}")
+            if lives_on:
+                until_held(held, one)
                 one[f"{name} runs"] = settled_scrape(one)
                 end(vmm)
             else:
@@ -414,13 +408,14 @@ def passes() -> Any:
 
 def in_a_namespace() -> Any:
     """A VMM in a pid namespace of its own, where it has the pid 1."""
-    command = ["unshare", "--pid", "--fork", "workload", "--updates", "3", "--initial-run", "--hold", "600"]
-    outer = subprocess.Popen([*command, "--", "-name", "guest=inside"], stdout=subprocess.DEVNULL)
+    hold, held = holding()
+    command = ["unshare", "--pid", "--fork", "workload", "--updates", 3, "--initial-run", *hold]
+    outer = subprocess.Popen([*map(str, command), "--", "-name", "guest=inside"], stdout=subprocess.DEVNULL)
     children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
     until(children.read_text, 60)
     pid = int(children.read_text())
     until(lambda: f'pid="{pid}"' in scrape(), 60)
-    until_held([pid])
+    until_held(held, {})
     text = settled_scrape({})
     os.kill(pid, signal.SIGKILL)
     outer.wait()
