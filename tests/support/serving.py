@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The server in a process of its own, so that memory, threads and descriptors are its own.
 
-`python -m serving '{"collection": 0.2, ...}'` prints its URL; at the end of standard input it prints how long each
-collection took.
+`python -m serving '{"collection": 0.2, ...}'` prints its URL; for each line of standard input, what of its memory is in
+use; at the end, how long each collection took.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -53,6 +54,15 @@ class Served:
         """Resident memory, in MB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+    def in_use(self) -> tuple[float, int]:
+        """MB that malloc() has given out, and how many of Python's own blocks are: not what waits to be used again."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        memory, objects = self.process.stdout.readline().split()
+        return int(memory) / 1e6, int(objects)
 
     def processor(self) -> float:
         """CPU time, in seconds."""
@@ -122,8 +132,24 @@ def main(*, collection: float = 0, patience: float = 30, vms: int = 1, config: s
     security = WebConfig(config, complain) if config else TlsFiles(**tls, on_error=complain)
     server = Server(registry, ("127.0.0.1", 0), security=security, on_error=complain).start()
     print(server.url, flush=True)
-    sys.stdin.read()
+    for _ in sys.stdin:
+        print(_given_out(), sys.getallocatedblocks() - len(took), flush=True)
     print(json.dumps(took))
+
+
+class _Mallinfo2(ctypes.Structure):
+    """mallinfo(3)."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names.split())
+
+
+def _given_out() -> int:
+    """What malloc() has given out, in bytes."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _Mallinfo2
+    info = libc.mallinfo2()
+    return int(info.uordblks + info.hblkhd)
 
 
 if __name__ == "__main__":
