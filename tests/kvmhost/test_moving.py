@@ -155,9 +155,11 @@ def test_the_module_is_reloaded(beside: Collected, host: str, figures: Figures) 
     assert memory[-1] < memory[0] + 12
     before, left = found["kernel"]
     assert (left, found["status"]) == (before, 0)
+    assert found["refused"] <= found["times"] / 100
     figures["times"] = (
         f"{found['times']:,}, of which msrtrace saw {metrics.value('msrtrace_module_unloads_total'):,.0f}"
     )
+    figures["rmmod came while a probe was put on the module"] = f"{found['refused']} times, and then again"
     figures["calls"] = f"{metrics.calls().total():,}, as known"
     figures["descriptors"] = f"{descriptors}, always"
     shown = (memory[0], memory[1], memory[len(memory) // 2], memory[-1])

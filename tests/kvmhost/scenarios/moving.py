@@ -50,12 +50,12 @@ def reloads() -> Any:
     thread = threading.Thread(target=client)
     thread.start()
     times, variants = int(os.environ["RELOADS"]), ("unpatched", "patched")
-    counted_on, probes = dict.fromkeys(variants, 0), _probes()
+    counted_on, probes, refused = dict.fromkeys(variants, 0), _probes(), 0
     assert probes
     try:
         for number in range(times):
             variant = variants[number // IN_A_ROW % 2 ^ number % 2]
-            load(variant)
+            refused += _reload(variant)
             if (number + 1) % IN_A_ROW == 0:
                 _until_attached(len(probes))
                 known_workload()
@@ -64,11 +64,25 @@ def reloads() -> Any:
     finally:
         over.set()
         thread.join()
-    found = {"times": times, "counted": counted_on, "scrapes": scrapes[0], "after": scrape()}
+    found = {"times": times, "refused": refused, "counted": counted_on, "scrapes": scrapes[0], "after": scrape()}
     ended = msrtrace.end()
     load(STOCK[vendor().name])
     found |= {"status": ended["status"], "log": ended["log"][-3000:]}
     return found | {"footprints": footprints, "kernel": [before, kernel_state()]}
+
+
+def _reload(variant: str) -> int:
+    """Put this variant in place of what is loaded; how often rmmod found the module in use.
+
+    The kernel holds it while a kprobe is put on it (register_kprobe() of kernel/kprobes.c), as msrtrace may just do.
+    """
+    refused = 0
+    while (done := output_of("kvm-module", variant))["status"]:
+        refused += 1
+        if "is in use" not in done["stderr"] or refused > 20:
+            raise RuntimeError(f"kvm-module {variant}: {done}")
+        time.sleep(0.1)
+    return refused
 
 
 def _until_attached(number: int) -> None:
