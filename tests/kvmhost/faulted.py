@@ -20,6 +20,8 @@ from witness import Counts, recorded
 
 #: As FAULT_HOSTS of the Makefile. Before 6.17, so that all updates are for a new filter.
 ON = ["bookworm-amd", "trixie-amd"]
+#: MB by which msrtrace's memory may grow from the middle on, and in all.
+GROWTH, GROWTH_IN_ALL = 2, 20
 
 
 def livepatch(host: Host) -> Path:
@@ -87,3 +89,22 @@ def equal(collected: Collected, found: dict[str, Any], name: str, figures: Figur
     figures["calls"] = f"{counts.calls.total():,}, equal"
     figures["updates"] = f"{counts.updates:,}, equal"
     return counts
+
+
+def flat(looks: Sequence[dict[str, Any]]) -> list[float]:
+    """What memory msrtrace had each time, in MB; fails if that grows, or its descriptors are not always as many.
+
+    What is left of each VM or reload adds up, from the middle on as before. What the allocator keeps for a while does
+    not: so the least of several is compared.
+    """
+    assert len({one["descriptors"] for one in looks}) == 1
+    memory = [one["memory"] / 1000 for one in looks]
+    middle, several = len(memory) // 2, max(1, len(memory) // 4)
+    assert min(memory[-several:]) - min(memory[middle : middle + several]) < GROWTH, memory
+    assert max(memory) - memory[0] < GROWTH_IN_ALL, memory
+    return memory
+
+
+def in_mb(memory: Sequence[float]) -> str:
+    """As figures show it."""
+    return ", ".join(f"{one:.1f}" for one in memory) + " MB"
