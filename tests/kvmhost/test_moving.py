@@ -156,7 +156,7 @@ def test_the_module_is_reloaded(beside: Collected, host: str, figures: Figures) 
     )
     figures["rmmod came while a probe was put on the module"] = f"{found['refused']} times, and then again"
     figures["calls"] = f"{metrics.calls().total():,}, as known"
-    figures["descriptors"] = f"{found['footprints'][0]['descriptors']}, always"
+    figures["descriptors before and after"] = ", ".join(str(found["footprints"][n]["descriptors"]) for n in (0, -1))
     shown = (memory[0], memory[1], memory[len(memory) // 2], memory[-1])
     figures[f"memory before, after {IN_A_ROW}, half of them, all"] = in_mb(shown)
 

@@ -65,5 +65,21 @@ def test_from_hour_to_hour_all_is_flat_and_counted(beside: Collected, host: str,
     figures["guest time"] = f"{sum(hour['seconds'] for hour in hours) / 3600:.1f} h"
     figures["here"] = f"{(beside.folder / 'minutes').read_text()} min"
     figures["memory by the hour"] = in_mb(memory)
-    figures["descriptors"] = f"{hours[0]['descriptors']}, each hour"
+    figures["descriptors by the hour"] = ", ".join(str(hour["descriptors"]) for hour in hours)
     figures["calls"] = f"{end.calls().total():,}, equal"
+
+
+LOOKS = [{"memory": 44_000 + (8_000 if n == 20 else 0), "descriptors": 45 + (n == 30)} for n in range(50)]
+
+
+def test_what_is_high_once_is_flat() -> None:
+    assert flat(LOOKS)[20] == 52
+
+
+@pytest.mark.parametrize("left", [{"memory": 6000}, {"descriptors": 3}])
+@pytest.mark.parametrize("number", [3, 8, 50])
+def test_what_adds_up_is_not_flat(left: dict[str, int], number: int) -> None:
+    """kB, and descriptors, from the first look to the last."""
+    looks = [{name: value + left.get(name, 0) * n // number for name, value in LOOKS[0].items()} for n in range(number)]
+    with pytest.raises(AssertionError):
+        flat(looks)
