@@ -61,8 +61,8 @@ class Served:
         assert self.process.stdout
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        memory, objects = self.process.stdout.readline().split()
-        return int(memory) / 1e6, int(objects)
+        memory, blocks = self.process.stdout.readline().split()
+        return int(memory) / 1e6, int(blocks)
 
     def processor(self) -> float:
         """CPU time, in seconds."""
