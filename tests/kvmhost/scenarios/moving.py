@@ -55,7 +55,7 @@ def reloads() -> Any:
     try:
         for number in range(times):
             variant = variants[number // IN_A_ROW % 2 ^ number % 2]
-            refused += _reload(variant)
+            refused += load(variant)
             if (number + 1) % IN_A_ROW == 0:
                 _until_attached(len(probes))
                 known_workload()
@@ -69,20 +69,6 @@ def reloads() -> Any:
     load(STOCK[vendor().name])
     found |= {"status": ended["status"], "log": ended["log"][-3000:]}
     return found | {"footprints": footprints, "kernel": [before, kernel_state()]}
-
-
-def _reload(variant: str) -> int:
-    """Put this variant in place of what is loaded; how often rmmod found the module in use.
-
-    The kernel holds it while a kprobe is put on it (register_kprobe() of kernel/kprobes.c), as msrtrace may just do.
-    """
-    refused = 0
-    while (done := output_of("kvm-module", variant))["status"]:
-        refused += 1
-        if "is in use" not in done["stderr"] or refused > 20:
-            raise RuntimeError(f"kvm-module {variant}: {done}")
-        time.sleep(0.1)
-    return refused
 
 
 def _until_attached(number: int) -> None:
@@ -292,6 +278,7 @@ def livepatched() -> Any:
             (patch / "enabled").write_text("0")
             until(lambda: not patch.exists(), 60)
             one["workload again"] = start_workload().wait()
+        until(lambda: Path("/sys/module/livepatch/refcnt").read_text() == "0\n", 60)  # after PATCH is gone
         one["rmmod"] = output_of("rmmod", "livepatch")
         found[backend] = one | msrtrace.end()
     return found
