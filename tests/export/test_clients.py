@@ -141,8 +141,15 @@ def test_silent_clients_keep_nobody_out(tmp_path: Path, figures: Figures) -> Non
 
 
 def beside(tmp_path: Path, figures: Figures, misbehave: Misbehave) -> None:
+    """Where reading the counts takes long, as it may in the kernel; and where all the time is Python's."""
+    found = [beside_collections(tmp_path, misbehave, seconds) for seconds in (COLLECTION, 0.0)]
+    for figure in found[0]:
+        figures[figure] = "; ".join(one[figure] for one in found)
+
+
+def beside_collections(tmp_path: Path, misbehave: Misbehave, seconds: float) -> dict[str, str]:
     """And those that misbehave are closed, although they would stay; nothing is left of them, and nothing is logged."""
-    with served(tmp_path, collection=COLLECTION, patience=PATIENCE, vms=100) as server, ExitStack() as stack:
+    with served(tmp_path, collection=seconds, patience=PATIENCE, vms=100) as server, ExitStack() as stack:
         text, _ = scrape(server)
         assert len(text) > 800_000
         normal = max(scrape(server)[1] for _ in range(3))
@@ -156,17 +163,19 @@ def beside(tmp_path: Path, figures: Figures, misbehave: Misbehave) -> None:
             assert found.count(b"\n") == text.count(b"\n")
             time.sleep(0.1)
         assert most <= threads + 512 + 32 + 1
-        assert max(times) < normal + COLLECTION + SLACK
+        assert max(times) < normal + seconds + SLACK
         if misbehave not in (silent, unread, dripping, reading_slowly):
             stack.close()  # others come back
         back = settled(server, threads, descriptors)
         assert server.said() == ""
         longest = max(server.collected())
-        assert longest < COLLECTION + SLACK
-    figures["scrape alone"] = f"{normal * 1000:.0f} ms"
-    figures["beside them, longest"] = f"{max(times) * 1000:.0f} ms"
-    figures["reading the counts"] = f"{longest * 1000:.0f} ms"
-    figures["threads and descriptors as before"] = f"after {back:.1f} s"
+        assert longest < seconds + SLACK
+    return {
+        "scrape alone": f"{normal * 1000:.0f} ms",
+        "beside them, longest": f"{max(times) * 1000:.0f} ms",
+        "reading the counts": f"{longest * 1000:.0f} ms",
+        "threads and descriptors as before": f"after {back:.1f} s",
+    }
 
 
 @pytest.mark.fault(
@@ -188,9 +197,10 @@ def test_bad_clients_leave_no_memory_behind(tmp_path: Path, figures: Figures) ->
         after = server.resident()
         assert server.said() == ""
     memory, blocks = zip(*in_use, strict=True)
-    # What is left of each client would add up: 11,000 since the first time. The allocator may keep what it once needed.
-    assert memory[-1] < memory[0] + 0.5
-    assert blocks[-1] < blocks[0] + 2000
+    # What is left of each client would add up: 8,800 since the second time. The allocator may keep what it once needed;
+    # the first time also leaves what is needed once, as caches.
+    assert memory[-1] < memory[1] + 0.5
+    assert blocks[-1] < blocks[1] + 2000
     assert after < before + 60
     figures["in use after each time"] = ", ".join(f"{one:.1f}" for one in memory) + " MB"
     figures["resident before and after"] = f"{before:.0f} and {after:.0f} MB"

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -272,6 +272,27 @@ def test_requests_during_a_collection_share_the_next(serve: Serve, requests: lis
     assert len(answers) == len({accept for _, accept in requests})
     assert taken.acquire(timeout=20)
     assert not taken.acquire(blocking=False)
+
+
+def test_clients_that_come_at_once_share_a_collection(serve: Serve) -> None:
+    """Else those come in drops: a collection keeps the processor from who accepts them."""
+    taken, busy = 0, 0.02
+
+    def take() -> Snapshot:
+        nonlocal taken
+        taken += 1
+        end = time.monotonic() + busy
+        while time.monotonic() < end:
+            pass
+        return toggle()
+
+    server = serve(take)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(connected(server, REQUEST)) for _ in range(200)]
+        for client in clients:
+            while client.recv(1 << 16):
+                pass
+    assert taken < 40
 
 
 def test_connections_are_refused_before_the_start(serve: Serve) -> None:

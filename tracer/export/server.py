@@ -89,7 +89,9 @@ class Server(ThreadingHTTPServer):
             self._asked, self.sockets = None, list(where)
         BaseServer.__init__(self, self.sockets[0].getsockname(), _Handler)  # type: ignore[arg-type]
         self.socket = self.sockets[0]
-        self._texts = Texts()
+        self._all_in = threading.Event()  # no client waits to be accepted
+        self._all_in.set()
+        self._texts = Texts(self._all_in)
         self._connections = Connections(CONNECTIONS, _REFUSALS, _PATIENCE)
         self._loop: threading.Thread | None = None
         self._ending = threading.Event()
@@ -149,9 +151,14 @@ class Server(ThreadingHTTPServer):
             while not self._ending.is_set():
                 self._turned = time.monotonic()
                 self._connections.close_overdue()
-                for key, _ in selector.select(poll_interval):
+                if not (waiting := selector.select(0)):
+                    self._all_in.set()
+                    waiting = selector.select(poll_interval)
+                self._all_in.clear()
+                for key, _ in waiting:
                     self.socket = key.data  # which a connection is accepted from
                     self._handle_request_noblock()  # type: ignore[attr-defined]
+        self._all_in.set()
 
     def shutdown(self) -> None:
         """Accept no more connections; they wait. Returns when none is being accepted."""

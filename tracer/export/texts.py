@@ -14,6 +14,9 @@ from prometheus_client.registry import Collector
 
 from tracer.export.exposition import Families, Selection, exposed
 
+#: How long a collection waits for clients that are being accepted, who then share it.
+_GATHERING_SECONDS = 0.25
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -36,11 +39,15 @@ class Texts:
 
     Requests that arrive during a collection share the next one, and those for the same share its text. So under more
     requests than can be answered, from many clients or impatient ones that retry, the last falls behind by no more than
-    one collection. There are at most four texts of everything, but any number of parts: these are made one after
-    another while the next text of everything is, so that no number of them delays that.
+    one collection. While a collection runs, Python lets the thread that accepts connections run only now and then; so
+    none begins until those who wait are let in. Otherwise requests would come in drops, each with a collection of its
+    own. There are at most four texts of everything, but any number of parts: these are made one after another while the
+    next text of everything is, so that no number of them delays that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, all_in: threading.Event) -> None:
+        """:param all_in: is set while no client waits to be accepted"""
+        self._all_in = all_in
         self._asking, self._collecting = threading.Lock(), threading.Lock()
         self._everything, self._parts = dict[Wanted, Future[bytes]](), dict[Wanted, Future[bytes]]()
         self._making_parts = threading.Lock()
@@ -61,6 +68,7 @@ class Texts:
     def _make_all(self, registry: Collector, asked: dict[Wanted, Future[bytes]], partial: bool) -> None:
         """Make all texts that were asked for when the collection begins."""
         with self._collecting:
+            self._all_in.wait(_GATHERING_SECONDS)
             with self._asking:
                 texts = dict(asked)
                 asked.clear()  # requests from here on need a newer collection
