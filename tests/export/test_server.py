@@ -275,7 +275,7 @@ def test_requests_during_a_collection_share_the_next(serve: Serve, requests: lis
 
 
 def test_clients_that_come_at_once_share_a_collection(serve: Serve) -> None:
-    """Else those come in drops: a collection keeps the processor from who accepts them."""
+    """Otherwise they trickle in, as a collection keeps the GIL from the thread that accepts them."""
     taken, busy = 0, 0.02
 
     def take() -> Snapshot:

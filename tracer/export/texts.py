@@ -39,8 +39,8 @@ class Texts:
 
     Requests that arrive during a collection share the next one, and those for the same share its text. So under more
     requests than can be answered, from many clients or impatient ones that retry, the last falls behind by no more than
-    one collection. While a collection runs, Python lets the thread that accepts connections run only now and then; so
-    none begins until those who wait are let in. Otherwise requests would come in drops, each with a collection of its
+    one collection. While a collection runs, the GIL lets the thread that accepts connections run only now and then; so
+    none begins until waiting clients are accepted. Otherwise requests would trickle in, each with a collection of its
     own. There are at most four texts of everything, but any number of parts: these are made one after another while the
     next text of everything is, so that no number of them delays that.
     """

@@ -278,7 +278,7 @@ def livepatched() -> Any:
             (patch / "enabled").write_text("0")
             until(lambda: not patch.exists(), 60)
             one["workload again"] = start_workload().wait()
-        until(lambda: Path("/sys/module/livepatch/refcnt").read_text() == "0\n", 60)  # after PATCH is gone
+        until(lambda: Path("/sys/module/livepatch/refcnt").read_text() == "0\n", 60)  # later than its directory
         one["rmmod"] = output_of("rmmod", "livepatch")
         found[backend] = one | msrtrace.end()
     return found
