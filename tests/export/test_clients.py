@@ -141,10 +141,10 @@ def test_silent_clients_keep_nobody_out(tmp_path: Path, figures: Figures) -> Non
 
 
 def beside(tmp_path: Path, figures: Figures, misbehave: Misbehave) -> None:
-    """Where reading the counts takes long, as it may in the kernel; and where all the time is Python's."""
-    found = [beside_collections(tmp_path, misbehave, seconds) for seconds in (COLLECTION, 0.0)]
-    for figure in found[0]:
-        figures[figure] = "; ".join(one[figure] for one in found)
+    """Where reading the counts waits, as it may for the kernel; and where it only computes, with Python's lock."""
+    waits, computes = (beside_collections(tmp_path, misbehave, seconds) for seconds in (COLLECTION, 0.0))
+    for figure in waits:
+        figures[figure] = f"{waits[figure]} if reading waits, {computes[figure]} if it computes"
 
 
 def beside_collections(tmp_path: Path, misbehave: Misbehave, seconds: float) -> dict[str, str]:

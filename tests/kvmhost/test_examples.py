@@ -40,6 +40,12 @@ def test_no_line_of_a_short_output_is_shown_twice() -> None:
     assert command.printed == ["a", LEFT_OUT]
 
 
+def test_figures_are_no_words_however_exact_they_are() -> None:
+    exact, roughly = (Command("one", [line]) for line in ("47 calls, 46 redundant", "about 46.8 calls, 45.9 redundant"))
+    assert exact.words() == roughly.words() == {"calls", "redundant"}
+    assert Command("one", ["about all"]).words() == {"about", "all"}
+
+
 @pytest.mark.beside(boot=boot, host=HOST)
 def test_the_page_says_what_is_printed(beside: list[str]) -> None:
     """Figures differ, and how many rows there are; words do not."""

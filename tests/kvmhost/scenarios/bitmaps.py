@@ -14,7 +14,6 @@ import os
 import random
 import re
 import struct
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import vmm
+from guest import OUT, load
 from kerneltracer import TRACING, define
 from vmm import READ, WRITE, Filter, Range, Vm
 
 from tracer.kernel.btf import Btf
 
-OUT = Path("/out")
 #: vcpu_svm.msrpm: three ranges of 0x2000 MSRs, of two bits each.
 BITMAP_BYTES = 3 * 0x800
 BASES = (0, 0xC0000000, 0xC0010000)
@@ -207,7 +206,7 @@ def main() -> None:
     """Record for each variant named on the command line."""
     found: dict[str, Any] = {}
     for variant in sys.argv[1:]:
-        subprocess.run(["kvm-module", variant], check=True)
+        load(variant)
         kcore = Kcore()
         msrs = candidates(kcore)
         with Events() as events, Vm(vcpus=3) as vm:
