@@ -68,6 +68,10 @@ class Bochs:
         """With Debian's Bochs: kernels from 6.12 on warn of its CPUs' topology."""
         return self.debugger
 
+    def erred(self, log: str) -> bool:
+        """No: see Emulator."""
+        return False
+
     def command(self, job: Job, image: Image, work: Path, terminal: str | None) -> list[str]:
         """See Emulator. The TSC counts instructions in any case."""
         (work / "bochsrc").write_text(self._configuration(job, image, work, terminal))

@@ -45,6 +45,9 @@ class Emulator(Protocol):
     def warns_at_boot(self) -> bool:
         """Whether it emulates a CPU of which healthy kernels warn before user space runs."""
 
+    def erred(self, log: str) -> bool:
+        """Whether a kernel with this log died of a fault that is known to be the emulator's alone."""
+
     def command(self, job: Job, image: Image, work: Path, terminal: str | None) -> list[str]:
         """The command line that powers on a host for JOB from IMAGE.
 

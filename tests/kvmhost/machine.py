@@ -37,7 +37,12 @@ DEAD = ("Kernel panic", "kvmhost: no root disk", "systemd[1]: Freezing execution
 #: Where it starts, in dmesg and on the console.
 USER_SPACE = re.compile(r"Run /init as init process|^kvmhost: up ", re.M)
 POLL_SECONDS = 0.05
+TRACE_SECONDS = 1.0  # in which a kernel that dies prints where
 OUT_BYTES = 256 << 20  # room for /out: sparse until written
+
+
+class EmulatorError(RigError):
+    """A guest died of what the emulator did wrong, not of what ran in it."""
 
 
 class Machine:
@@ -151,10 +156,9 @@ class Machine:
                 if ended or "kvmhost: done" in log:
                     break
                 if any(end in log for end in DEAD):
-                    time.sleep(1)  # let it print the trace
-                    raise RigError(
-                        f"the guest's kernel died, or its init:\n{log + kernel.read().decode(errors='replace')}"
-                    )
+                    time.sleep(TRACE_SECONDS)
+                    log += kernel.read().decode(errors="replace")
+                    raise self._trouble("the guest's kernel died, or its init", log)
                 if time.monotonic() > deadline:
                     say(f"{self.job.host}: timed out after {self.job.timeout:.0f} s")
                     return TIMED_OUT
@@ -187,8 +191,12 @@ class Machine:
         messages = (back / "dmesg").read_text(errors="replace")
         found = TROUBLE.search(self._judged(messages)) or TROUBLE.search(self._judged(log))
         if found:
-            raise RigError(f"'{found[0]}' in the guest's kernel log:\n{messages}")
+            raise self._trouble(f"'{found[0]}' in the guest's kernel log", messages)
         return status
+
+    def _trouble(self, what: str, log: str) -> RigError:
+        kind = EmulatorError if self.emulator.erred(log) else RigError
+        return kind(f"{what}:\n{log}")
 
     def _judged(self, log: str) -> str:
         """The part of a kernel LOG in which there may be no trouble."""
@@ -208,7 +216,10 @@ def _directory(name: str) -> tarfile.TarInfo:
 
 
 def power_on(emulator: Emulator, image: Image, job: Job) -> int:
-    """Run JOB, streaming its output to stdout; its exit status, 124 after the timeout."""
+    """Run JOB, streaming its output to stdout; its exit status, 124 after the timeout.
+
+    If the emulator itself fails, all is done again from the start, once, unless somebody outside has seen part of it.
+    """
 
     def show(data: bytes) -> None:
         sys.stdout.buffer.write(data)
@@ -222,11 +233,22 @@ def power_on(emulator: Emulator, image: Image, job: Job) -> int:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup(1) leaves it
         signal.signal(signal.SIGHUP, stop)
     saved = termios.tcgetattr(sys.stdin) if job.shell and sys.stdin.isatty() else None
-    try:
+
+    def run() -> int:
         with Machine(emulator, image, job) as machine:
             if saved:
                 tty.setraw(sys.stdin)
             return machine.run(show)
+
+    try:
+        try:
+            return run()
+        except EmulatorError as error:
+            if job.real_time:
+                raise
+            say(str(error))
+            say(f"{job.host}: THE EMULATOR FAILED, not what ran in it: doing all of it again")
+            return run()
     finally:
         if saved:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
