@@ -49,10 +49,11 @@ def test_figures_are_no_words_however_exact_they_are() -> None:
 @pytest.mark.beside(boot=boot, host=HOST)
 def test_the_page_says_what_is_printed(beside: list[str]) -> None:
     """Figures differ, and how many rows there are; words do not."""
-    differ = {}
+    differ = []
     for command, output in zip(commands(parsed(PAGE.read_text())), beside, strict=True):
         new = Command(command.typed, [*command.printed])
         new.prints(output)
         if new.words() != command.words():
-            differ[command.typed] = new.words() ^ command.words()
-    assert differ == {}, "`build/venv/bin/python tests/kvmhost/examples.py` writes the page anew"
+            words = " ".join(sorted(new.words() ^ command.words()))
+            differ.append(f"{words}: $ {command.typed}\n{output}")
+    assert not differ, "\n".join(["`build/venv/bin/python tests/kvmhost/examples.py` writes the page anew", *differ])

@@ -7,9 +7,12 @@ import os
 import pty
 import re
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from dispositions import kept
 from made import svm_pass
 from sampled import FS_READ, HOST, PROBE, TSC, UNKNOWN, Kernel, outcome, shown, snapshot, times
 
@@ -19,6 +22,14 @@ from tracer.live.terminal import Screen, Signals
 from tracer.live.top import Sample, frame
 from tracer.live.view import lines
 from tracer.model.snapshot import Durations, Map, Probe, Snapshot, VmInfo
+
+Dispositions = dict[signal.Signals, Any]
+
+
+@pytest.fixture(autouse=True)
+def dispositions() -> Iterator[Dispositions]:
+    with kept() as before:
+        yield before
 
 
 def test_a_frame_at_80_columns() -> None:
@@ -338,17 +349,19 @@ def test_keys_are_decoded(typed: list[bytes], keys: list[str]) -> None:
     os.close(out)
 
 
-def test_ignored_signals_stay_ignored() -> None:
-    before = {n: signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with Signals() as signals:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert signals.wait(0.05) == (set(), False)
-            assert not signals.ended
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert signals.wait(5.0) == ({signal.SIGTERM}, False)
-            assert signals.ended
-        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
-    finally:
-        signal.signal(signal.SIGHUP, before[signal.SIGHUP])
+def test_ignored_signals_stay_ignored(dispositions: Dispositions) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.wait(0.05) == (set(), False)
+        assert not signals.ended
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) == dispositions[signal.SIGTERM]
+
+
+def test_signals_that_end_it_are_ignored_after_that() -> None:
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.wait(5.0) == ({signal.SIGTERM}, False)
+        assert signals.ended
+    os.kill(os.getpid(), signal.SIGTERM)

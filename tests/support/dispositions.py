@@ -8,8 +8,10 @@ one that does nothing, is not inherited by a program that is executed, while SIG
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,18 @@ def as_begun(command: Sequence[str | Path]) -> list[str | Path]:
     """The command with the signals ignored that were ignored when pytest started: for what should live as long."""
     names = ",".join(signal.Signals(number).name for number in _ignored)
     return [*(["env", f"--ignore-signal={names}"] if names else []), *command]
+
+
+@contextmanager
+def kept() -> Iterator[dict[signal.Signals, Any]]:
+    """Those of the signals that end a command, which ignores them then; as before afterwards, as pytest lives on."""
+    ending = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in ending}
+    try:
+        yield before
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

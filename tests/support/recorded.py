@@ -41,15 +41,19 @@ class Tracer:
         return CHANGES.get(change)
 
 
-def signals() -> list[Any]:
+#: What is ignored once a recording has ended.
+ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+def signals() -> tuple[set[Any], dict[int, Any]]:
     """The signal mask and dispositions of this process."""
-    return [signal.pthread_sigmask(signal.SIG_BLOCK, []), [signal.getsignal(n) for n in range(1, 32)]]
+    return signal.pthread_sigmask(signal.SIG_BLOCK, []), {number: signal.getsignal(number) for number in range(1, 32)}
 
 
 def main() -> None:
     """See the module."""
     options = json.loads(sys.argv[1])
-    tracer, before = Tracer(options.pop("follows", [])), signals()
+    tracer, (mask, dispositions) = Tracer(options.pop("follows", [])), signals()
     passed: list[float] = []
 
     def progress(seconds: float) -> None:
@@ -66,7 +70,8 @@ def main() -> None:
         counts = [outcome.calls for outcome in made.counted.calls.values()]
         result |= {"seconds": made.seconds, "status": made.status, "notes": made.notes, "counts": counts}
         result |= {"started": made.started.isoformat()}
-    result |= {"snapshots": tracer.snapshots, "progress": len(passed), "restored": before == signals()}
+    wanted = dispositions | dict.fromkeys(ENDING, signal.SIG_IGN)
+    result |= {"snapshots": tracer.snapshots, "progress": len(passed), "restored": signals() == (mask, wanted)}
     print(json.dumps(result))
 
 

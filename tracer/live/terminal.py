@@ -54,7 +54,7 @@ class Signals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, before in self._before.items():
-            signal.signal(number, before or signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if self.ended and number in _ENDING else before or signal.SIG_DFL)
         signal.set_wakeup_fd(self._before_fd)
         os.close(self._in)
         os.close(self._out)

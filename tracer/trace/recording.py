@@ -18,7 +18,7 @@ from typing import Protocol
 from tracer.model.errors import MsrtraceError
 from tracer.model.module_change import FOLLOW_SECONDS, Change
 from tracer.model.snapshot import Snapshot
-from tracer.trace.signals import discard_repeats, signal_within
+from tracer.trace.signals import ignore, signal_within
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
 _PATIENCE_SECONDS = 1.0  # for calls in progress when the trace ends
@@ -73,7 +73,7 @@ def record(
     """Record for a time, while a command runs, or (neither given) until a signal; a signal ends any recording cleanly.
 
     A signal is forwarded to the command, unless the terminal sent it to both; the recording then goes on until the
-    command has ended.
+    command has ended. From then on signals are ignored: what was recorded is still to be delivered.
 
     :param by_vm: name VMs while they live
     :param progress: called with the seconds that have passed
@@ -109,11 +109,8 @@ def record(
         _keep_up(tracer, by_vm, notes)
         counted = tracer.snapshot(_PATIENCE_SECONDS).since(before)
     finally:
-        if interrupted:
-            discard_repeats(handled)
+        ignore(handled - {signal.SIGCHLD} | ignored)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        for number in ignored:
-            signal.signal(number, signal.SIG_IGN)
     if interrupted and (child or seconds is not None):
         after = "" if child else f" of {seconds:g}"
         notes.append(f"ended by {interrupted} after {spent:.1f}{after} s")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Blocked signals that are waited for, so that they interrupt nothing."""
+"""Blocked signals that are waited for, so that they interrupt nothing, and then not even how a command ends."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 
 
 def signal_within(numbers: Set[signal.Signals], seconds: float) -> signal.struct_siginfo | None:
@@ -17,18 +17,19 @@ def signal_within(numbers: Set[signal.Signals], seconds: float) -> signal.struct
     return came if came and came.si_signo in numbers else None
 
 
-def discard_repeats(numbers: Set[signal.Signals]) -> None:
-    """Take what is pending of blocked signals, one of which has come: else it would kill who is about to end in order.
+def ignore(numbers: Iterable[signal.Signals]) -> None:
+    """Ignore these from now on, and what is pending of them: this process ends in order, and nothing cuts that short.
 
-    timeout(1) sends a signal to its command and then to the command's process group; podman-stop(1), where a container
-    has the host's pid namespace, to its first process and then to all.
+    Who sends one may repeat it, at once or later: timeout(1) sends it to its command and then to the command's process
+    group; podman-stop(1), where a container has the host's pid namespace, to its first process and then to all; and
+    a user presses Ctrl-C again. SIGQUIT (Ctrl-\\) and SIGKILL still kill.
     """
-    while signal_within(numbers, 0):
-        pass
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class EndSignals:
-    """SIGINT, SIGTERM and SIGHUP, which end a command in order: here they are waited for, and interrupt nothing.
+    """SIGINT, SIGTERM and SIGHUP, which end a command in order: here they are waited for, and ignored after that.
 
     A handler could run in the middle of anything, and one that takes a lock may then wait for ever.
     """
@@ -43,12 +44,10 @@ class EndSignals:
 
     def __enter__(self) -> EndSignals:
         self._before = signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
-        self._ended = False
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._ended:
-            discard_repeats(self._numbers)
+        ignore(self._numbers)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
     def wait(self, seconds: float) -> bool:
@@ -57,5 +56,4 @@ class EndSignals:
         if came and came.si_signo == signal.SIGHUP and self._on_hangup:
             self._on_hangup()
             return False
-        self._ended = came is not None
-        return self._ended
+        return came is not None
