@@ -63,7 +63,7 @@ LATE = "import atexit, os; atexit.register(lambda: os.kill(os.getpid(), 2))\n"
 def test_ctrl_c_shows_no_traceback(tmp_path: Path, module: str, text: str) -> None:
     (tmp_path / f"{module}.py").write_text(text)
     done = subprocess.run(
-        [sys.executable, "-m", "tracer", "--version"],
+        [sys.executable, "-m", "tracer.cli", "--version"],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
         capture_output=True,
         text=True,

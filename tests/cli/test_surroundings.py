@@ -27,7 +27,7 @@ MODULES = (
     *("ctypes", "encodings", "json", "operator", "os", "random", "sitecustomize", "ssl", "subprocess", "usercustomize"),
 )
 #: As pip and Debian make it.
-SCRIPT = "import sys\nfrom tracer.__main__ import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+SCRIPT = "import sys\nfrom tracer.cli.__main__ import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
 
 
 @pytest.fixture

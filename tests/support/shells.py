@@ -30,7 +30,7 @@ if "_MSRTRACE_COMPLETE" not in os.environ:
 from pathlib import Path
 from tracer.trace.running_vms import running_vms
 running_vms.__defaults__ = (Path({proc!r}),)
-from tracer.__main__ import main
+from tracer.cli.__main__ import main
 main()
 """
 #: What a user's ~/.bashrc and ~/.zshrc have.
