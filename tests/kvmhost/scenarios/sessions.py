@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import subprocess
 import time
@@ -22,6 +23,8 @@ _CURL = """#!/usr/bin/python3
 import sys, urllib.request
 sys.stdout.write(urllib.request.urlopen(sys.argv[-1]).read().decode())
 """
+#: That the kernel held its module for a moment, as it does now and then (guest/kvm-module).
+_HELD = re.compile(rb"^(rmmod: ERROR: .*|kvm-module: .* is tried again)\n", re.M)
 _TOOLS = Path("/tmp/tools")
 
 
@@ -51,7 +54,7 @@ class Shell:
             printed += self._read(_SERVING)
         elif command.endswith("&"):
             time.sleep(_START_SECONDS)
-        return printed.replace(b"\0", b"").decode()
+        return _HELD.sub(b"", printed.replace(b"\0", b"")).decode()
 
     def _read(self, until: bytes) -> bytes:
         """What is printed up to these bytes."""
