@@ -15,43 +15,61 @@ from pathlib import Path
 
 import pytest
 from command import ROOT, Running
-from standin import COUNTED, MODULE, VMS
+from faults import Figures
+from standin import CLOSED, COUNTED, MODULE, READ, VMS
 
 from tracer.report.file import decode
 
 #: How each command that goes on until a signal is started, and what is on its standard output when it does.
 ENDLESS: dict[str, tuple[list[str], str]] = {
     "run": (["--web.listen-address", "127.0.0.1:0"], "serving"),
-    "state": (["--watch", "--interval", "0.1"], "watching"),
+    "state --watch": (["--interval", "0.1"], "watching"),
     "top": (["-d", "0.1"], "calls"),
     "report": (["--format", "json"], ""),
 }
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.fault(
+    "killed",
+    "a signal again and again ({name})",
+    "SIGINT, SIGTERM or SIGHUP, each millisecond until the process is gone",
+)
 @pytest.mark.parametrize("name", ENDLESS)
-def test_it_ends_in_order(tmp_path: Path, name: str, number: signal.Signals) -> None:
-    arguments, ready = ENDLESS[name]
-    (tmp_path / MODULE).write_text("1")
-    (tmp_path / VMS).write_text("web-01 812 2\n")
-    running = Running(tmp_path, *arguments, command=name)
+def test_it_ends_in_order(tmp_path: Path, figures: Figures, name: str) -> None:
+    sent = {number.name: _signals_until_it_ends(tmp_path / number.name, name, number) for number in ENDING}
+    figures["ended in order after"] = ", ".join(f"{number} {signal}" for signal, number in sent.items())
+    assert min(sent.values()) > 1
+
+
+def _signals_until_it_ends(directory: Path, name: str, number: signal.Signals) -> int:
+    """Send a signal as long as there is a process to send it to; how often that was. Asserts that nothing is undone."""
+    (arguments, ready), (command, *options) = ENDLESS[name], name.split()
+    directory.mkdir()
+    (directory / MODULE).write_text("1")
+    (directory / VMS).write_text("web-01 812 2\n")
+    running, sent = Running(directory, *options, *arguments, command=command), 0
     try:
         running.until(ready)
         end = time.monotonic() + 30
-        while name == "report" and not (tmp_path / COUNTED).exists():
+        while command == "report" and not (directory / COUNTED).exists():
             assert time.monotonic() < end
             time.sleep(0.02)
         while running.process.poll() is None:
             assert time.monotonic() < end
             running.process.send_signal(number)
+            sent += 1
             time.sleep(0.001)
     finally:
         running.process.kill()
         running.process.wait()
-    assert running.process.returncode == 0
-    assert [line for line in running.err.read_text().splitlines() if not line.startswith("msrtrace: warning: ")] == []
-    if name == "report":
-        assert decode(running.out.read_bytes()).totals
+    said = [line for line in running.err.read_text().splitlines() if not line.startswith("msrtrace: warning: ")]
+    assert (running.process.returncode, said) == (0, [])
+    if command == "report":
+        assert decode(running.out.read_bytes()).calls
+    else:
+        assert (directory / (f"{READ}.{CLOSED}" if command == "state" else CLOSED)).exists()
+    return sent
 
 
 #: A module of the name click that is interrupted while it is imported; and what interrupts when all is done.
