@@ -150,11 +150,13 @@ def test_the_module_is_reloaded(beside: Collected, host: str, figures: Figures) 
     memory = flat(found["footprints"])
     before, left = found["kernel"]
     assert (left, found["status"]) == (before, 0)
-    assert found["refused"] <= found["times"] / 100
+    assert len(found["refused"]) <= found["times"] / 100
     figures["times"] = (
         f"{found['times']:,}, of which msrtrace saw {metrics.value('msrtrace_module_unloads_total'):,.0f}"
     )
-    figures["rmmod came while a probe was put on the module"] = f"{found['refused']} times, and then again"
+    figures["rmmod came while a probe was put on the module"] = (
+        f"{len(found['refused'])} times, and at most {max(found['refused'], default=0)} times again"
+    )
     figures["calls"] = f"{metrics.calls().total():,}, as known"
     figures["descriptors before and after"] = ", ".join(str(found["footprints"][n]["descriptors"]) for n in (0, -1))
     shown = (memory[0], memory[1], memory[len(memory) // 2], memory[-1])

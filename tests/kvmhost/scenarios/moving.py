@@ -50,12 +50,13 @@ def reloads() -> Any:
     thread = threading.Thread(target=client)
     thread.start()
     times, variants = int(os.environ["RELOADS"]), ("unpatched", "patched")
-    counted_on, probes, refused = dict.fromkeys(variants, 0), _probes(), 0
+    counted_on, probes = dict.fromkeys(variants, 0), _probes()
+    refused: list[int] = []  # how often, of each time that rmmod was
     assert probes
     try:
         for number in range(times):
             variant = variants[number // IN_A_ROW % 2 ^ number % 2]
-            refused += load(variant)
+            refused += filter(None, [load(variant)])
             if (number + 1) % IN_A_ROW == 0:
                 _until_attached(len(probes))
                 known_workload()
