@@ -23,14 +23,20 @@ BY_VM = 1.15  # the same: what a call may cost with --by-vm, of what it costs wi
 SLACK = 0.9  # a ceiling that is further above than this holds nothing
 #: A start takes what the guest's packages and kernel are built like, and what else the guest does meanwhile.
 START_SLACK = 0.75
+#: It waits until the kernel has seen all tasks switch, for which that looks each HZ/10, and may come a look later for
+#: another reason than its own cost (rcu_tasks_wait_gp(), kernel/rcu/tasks.h; of 250 jiffies a second these are 26).
+LOOK_SECONDS = 0.104
 
 
-def hold(host: str, backend: str, variant: str, cost: float, slack: float = SLACK) -> None:
-    """Fail if COST, in the unit of CEILINGS, is above its ceiling, or so far below that the ceiling holds nothing."""
+def hold(host: str, backend: str, variant: str, cost: float, slack: float = SLACK, by_chance: float = 0.0) -> None:
+    """Fail if COST, in the unit of CEILINGS, is above its ceiling, or so far below that the ceiling holds nothing.
+
+    BY_CHANCE may come on top of what it costs.
+    """
     ceiling = CEILINGS[host][backend][variant]
     what = f"{host}, {backend}, {variant}: {cost:.1f}, the ceiling is {ceiling}"
     hint = f"{CEILINGS_FILE.name} should have {math.ceil(cost * MARGIN)}"
-    assert cost <= ceiling, f"{what}; if that is meant, {hint}"
+    assert cost <= ceiling + by_chance, f"{what}; if that is meant, {hint}"
     assert cost >= ceiling * slack, f"{what}: lower it, {hint}"
 
 
@@ -96,8 +102,9 @@ def test_what_was_measured_was_counted(timed: Collected, scenario: str) -> None:
 
 def test_a_start_that_needs_no_compiler_is_quick(collected: Collected) -> None:
     """Until it serves; an earlier scenario has compiled. A newer kernel has more symbols and types to look through."""
-    instructions = collected.scenario("killed")["started_in"] * instructions_per_second(collected.host)
-    hold(collected.host, "start", "kept", instructions / 1e6, START_SLACK)
+    millions_a_second = instructions_per_second(collected.host) / 1e6
+    cost = collected.scenario("killed")["started_in"] * millions_a_second
+    hold(collected.host, "start", "kept", cost, START_SLACK, by_chance=LOOK_SECONDS * millions_a_second)
 
 
 def test_the_process_that_stays_is_small_and_has_few_rights(collected: Collected) -> None:
