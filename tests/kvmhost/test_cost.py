@@ -28,7 +28,7 @@ START_SLACK = 0.75
 LOOK_SECONDS = 0.104
 
 
-def hold(host: str, backend: str, variant: str, cost: float, slack: float = SLACK, by_chance: float = 0.0) -> None:
+def hold(host: str, backend: str, variant: str, cost: float, slack: float = SLACK, *, by_chance: float = 0.0) -> None:
     """Fail if COST, in the unit of CEILINGS, is above its ceiling, or so far below that the ceiling holds nothing.
 
     BY_CHANCE may come on top of what it costs.
