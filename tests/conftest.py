@@ -38,12 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs `msrtrace` with arguments in this process; returns its exit status, stdout and stderr."""
 
-    from dispositions import kept  # a plugin, which pytest is to import first
+    from dispositions import dispositions_restored  # a plugin, which pytest is to import first
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["msrtrace", *arguments])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as end, kept():
+        with pytest.raises(SystemExit) as end, dispositions_restored():
             cli.main()
         out, err = capfd.readouterr()
         return int(end.value.code or 0), out, err

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from command import ROOT, Running
 from faults import Figures
+from recorded import ENDING
 from standin import CLOSED, COUNTED, MODULE, READ, VMS
 
 from tracer.report.file import decode
@@ -27,7 +28,6 @@ ENDLESS: dict[str, tuple[list[str], str]] = {
     "top": (["-d", "0.1"], "calls"),
     "report": (["--format", "json"], ""),
 }
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.mark.fault(

@@ -241,14 +241,13 @@ def power_on(emulator: Emulator, image: Image, job: Job) -> int:
             return machine.run(show)
 
     try:
-        try:
-            return run()
-        except EmulatorError as error:
-            if job.real_time:
-                raise
-            say(str(error))
-            say(f"{job.host}: THE EMULATOR FAILED, not what ran in it: doing all of it again")
-            return run()
+        return run()
+    except EmulatorError as error:
+        if job.real_time:
+            raise
+        say(str(error))
+        say(f"{job.host}: THE EMULATOR FAILED, not what ran in it: doing all of it again")
+        return run()
     finally:
         if saved:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)

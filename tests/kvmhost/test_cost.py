@@ -23,8 +23,8 @@ BY_VM = 1.15  # the same: what a call may cost with --by-vm, of what it costs wi
 SLACK = 0.9  # a ceiling that is further above than this holds nothing
 #: A start takes what the guest's packages and kernel are built like, and what else the guest does meanwhile.
 START_SLACK = 0.75
-#: It waits until the kernel has seen all tasks switch, for which that looks each HZ/10, and may come a look later for
-#: another reason than its own cost (rcu_tasks_wait_gp(), kernel/rcu/tasks.h; of 250 jiffies a second these are 26).
+#: A start also waits until the kernel has seen every task switch. The kernel checks once in HZ/10 jiffies, so that the
+#: same start may need one check more (rcu_tasks_wait_gp(), kernel/rcu/tasks.h; at 250 jiffies a second, 26 of them).
 LOOK_SECONDS = 0.104
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a run does when the emulator itself is at fault, which then is a script: a guest that dies of it, and lives."""
+"""What a run does when the emulator itself is at fault. A script stands in for the emulator."""
 
 from __future__ import annotations
 

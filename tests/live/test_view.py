@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from dispositions import kept
+from dispositions import dispositions_restored
 from made import svm_pass
 from sampled import FS_READ, HOST, PROBE, TSC, UNKNOWN, Kernel, outcome, shown, snapshot, times
 
@@ -28,7 +28,7 @@ Dispositions = dict[signal.Signals, Any]
 
 @pytest.fixture(autouse=True)
 def dispositions() -> Iterator[Dispositions]:
-    with kept() as before:
+    with dispositions_restored() as before:
         yield before
 
 

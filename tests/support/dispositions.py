@@ -26,8 +26,8 @@ def as_begun(command: Sequence[str | Path]) -> list[str | Path]:
 
 
 @contextmanager
-def kept() -> Iterator[dict[signal.Signals, Any]]:
-    """Those of the signals that end a command, which ignores them then; as before afterwards, as pytest lives on."""
+def dispositions_restored() -> Iterator[dict[signal.Signals, Any]]:
+    """Restore the handlers of the signals that end a command, which leaves them ignored; yields the handlers."""
     ending = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in ending}
     try:

@@ -42,7 +42,7 @@ class Tracer:
 
 
 #: What is ignored once a recording has ended.
-ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def signals() -> tuple[set[Any], dict[int, Any]]:

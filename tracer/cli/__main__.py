@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where `msrtrace` begins, and what Ctrl-C does before and after its command: it ends it, without a traceback."""
+"""The entry point. While the command line is imported, and once it has ended, Ctrl-C kills without a traceback."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _INTERRUPTED = 128 + signal.SIGINT  # as shells have it
 
 def main() -> None:
     """Run the command line."""
-    python_s = _left_to_the_kernel()
+    raises_it = _left_to_the_kernel()
     from tracer.cli.main import main as run
 
-    if python_s:
+    if raises_it:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run()

@@ -109,7 +109,7 @@ def record(
         _keep_up(tracer, by_vm, notes)
         counted = tracer.snapshot(_PATIENCE_SECONDS).since(before)
     finally:
-        ignore(handled - {signal.SIGCHLD} | ignored)
+        ignore((handled - {signal.SIGCHLD}) | ignored)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     if interrupted and (child or seconds is not None):
         after = "" if child else f" of {seconds:g}"

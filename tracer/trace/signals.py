@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Blocked signals that are waited for, so that they interrupt nothing, and then not even how a command ends."""
+"""Signals that end a command in order: they are blocked and waited for, then ignored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def signal_within(numbers: Set[signal.Signals], seconds: float) -> signal.struct
 def ignore(numbers: Iterable[signal.Signals]) -> None:
     """Ignore these from now on, and what is pending of them: this process ends in order, and nothing cuts that short.
 
-    Who sends one may repeat it, at once or later: timeout(1) sends it to its command and then to the command's process
+    The sender may repeat it, at once or later: timeout(1) sends it to its command and then to the command's process
     group; podman-stop(1), where a container has the host's pid namespace, to its first process and then to all; and
     a user presses Ctrl-C again. SIGQUIT (Ctrl-\\) and SIGKILL still kill.
     """
